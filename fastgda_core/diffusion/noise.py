@@ -1,0 +1,121 @@
+"""Counter-based noise: each tensor is a pure function of what it is for, never of its batch.
+
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in int64
+tensor arithmetic, so that CPU and GPU draw the same bits; Box-Muller turns them into normals.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+MAX_TRAIN_ID = 2**48
+MAX_CAPTIONS = 2**15
+MAX_TIMESTEPS = 2**16
+MAX_DRAWS = 2**16
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisePlan:
+    """Which (timestep, caption, noise draw) triples estimate a training sample's loss."""
+
+    seed: int
+    timesteps: int
+    draws: int
+
+    def timestep_values(self, train_timesteps: int) -> Tensor:
+        """`arange(0, T_train, T_train // T)`, the timesteps at which a loss is taken."""
+        return torch.arange(0, train_timesteps, train_timesteps // self.timesteps)
+
+    def key(self) -> tuple[int, int]:
+        return stream_key(self.seed, "training samples")
+
+
+def stream_key(seed: int, purpose: str) -> tuple[int, int]:
+    """Philox key of an independent stream of noise, two 32-bit words."""
+    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+
+
+def philox(counters: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10: four words of a counter to four random words, each an int64 in [0, 2^32)."""
+    c0, c1, c2, c3 = counters
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # The product wraps around in int64; the mask after the shift drops the sign bits.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = (product1 >> 32).bitwise_and_(_MASK).bitwise_xor_(c1).bitwise_xor_(k0)
+        c2 = (product0 >> 32).bitwise_and_(_MASK).bitwise_xor_(c3).bitwise_xor_(k1)
+        c1, c3 = product1.bitwise_and_(_MASK), product0.bitwise_and_(_MASK)
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def gaussian_noise(
+    key: tuple[int, int],
+    owners: Tensor,
+    timesteps: Tensor,
+    draws: Tensor,
+    shape: tuple[int, ...],
+    *,
+    captions: Tensor | int = 0,
+    flips: Tensor | int = 0,
+) -> Tensor:
+    """Standard normal noise, one tensor for each row of the broadcast arguments.
+
+    Args:
+        key: the stream, from `stream_key`.
+        owners: train_id (or number of the query), (n,), in [0, 2^48).
+        timesteps: (n,), below 2^16.
+        draws: number of the noise draw, (n,), below 2^16.
+        shape: of one noise tensor.
+        captions: number of the caption among its sample's captions, below 2^15.
+        flips: 1 where the image is flipped.
+
+    Returns:
+        (n, *shape) float32 on the device of `owners`; a pure function of the arguments row by row.
+    """
+    elements = math.prod(shape)
+    blocks = torch.arange((elements + 3) // 4, device=owners.device)
+    high = (owners >> 32) << 16 | timesteps
+    low = (
+        torch.as_tensor(flips, device=owners.device) << 31 | torch.as_tensor(captions, device=owners.device) << 16
+    ) | draws
+    full = (len(owners), len(blocks))
+    counters = tuple(
+        words.expand(full)
+        for words in (blocks[None], (owners & _MASK)[:, None], high[:, None], low.expand(len(owners))[:, None])
+    )
+    words = philox(counters, key)  # type: ignore[arg-type]
+    radius0, radius1 = (_radius(word) for word in words[:2])
+    angle0, angle1 = (_unit(word).mul_(2 * math.pi) for word in words[2:])
+    normals = torch.stack(
+        (radius0 * angle0.cos(), radius0 * angle0.sin(), radius1 * angle1.cos(), radius1 * angle1.sin()), dim=-1
+    )
+    return normals.flatten(1)[:, :elements].reshape(len(owners), *shape)
+
+
+def uniform(key: tuple[int, int], owner: int, count: int) -> Tensor:
+    """`count` uniform numbers in [0, 1), (count,) float32: a pure function of the arguments."""
+    block = torch.arange(count)
+    owners = torch.full_like(block, owner)
+    words = philox((block, owners & _MASK, owners >> 32, torch.zeros_like(block)), key)
+    return _unit(words[0])
+
+
+def _unit(words: Tensor) -> Tensor:
+    return (words >> 8).float().mul_(2.0**-24)
+
+
+def _radius(words: Tensor) -> Tensor:
+    # One step above zero keeps the logarithm finite.
+    return ((words >> 8) + 1).float().mul_(2.0**-24).log_().mul_(-2.0).sqrt_()

@@ -1,0 +1,36 @@
+"""Generate images with classifier-free guidance (Ho & Salimans, 2022) and DDIM (Song et al., 2021)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from fastgda_core.diffusion.loss import denoise
+from fastgda_core.diffusion.model import DiffusionModel
+from fastgda_core.diffusion.noise import gaussian_noise, stream_key
+
+
+@torch.no_grad()
+def generate(
+    model: DiffusionModel, captions: list[str], numbers: list[int], *, seed: int, steps: int, guidance_scale: float
+) -> Tensor:
+    """Latents of one image per caption, (n, c, h, w).
+
+    The starting noise of query number i is a function of (seed, i) alone, so an image does not
+    depend on which others are made with it.
+    """
+    scheduler = copy.deepcopy(model.scheduler)
+    scheduler.set_timesteps(steps, device=model.device)
+    owners = torch.tensor(numbers, device=model.device)
+    zeros = torch.zeros_like(owners)
+    latents = gaussian_noise(stream_key(seed, "generation"), owners, zeros, zeros, model.latent_shape)
+    latents = latents * scheduler.init_noise_sigma
+    text = torch.cat([model.encode_captions([""] * len(captions)), model.encode_captions(captions)])
+    for timestep in scheduler.timesteps:
+        both = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
+        unconditional, conditional = denoise(model.unet, both, timestep, text).chunk(2)
+        guided = unconditional + guidance_scale * (conditional - unconditional)
+        latents = scheduler.step(guided, timestep, latents).prev_sample
+    return latents
