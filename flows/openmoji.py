@@ -1,0 +1,34 @@
+"""The demo: OpenMoji's data and model laid out, then the ordinary pipeline on a ready config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastgda_core.diffusion.training import DenoiserTraining
+from flows.pipeline import RunSummary, attribution_pipeline
+from storage_schemas.commit import write_atomically
+from tasks.config import load_config
+from tasks.openmoji import CONFIG, write_model_folder, write_shards
+from tasks.openmoji_model import train_denoiser_on, write_sample_grid
+
+
+def prepare(folder: Path) -> Path:
+    """Lay out `shards/`, `model/` and `openmoji.yaml`; returns the config's path."""
+    write_shards(folder / "shards")
+    write_model_folder(folder / "model")
+    config = folder / CONFIG.name
+    if not config.is_file():
+        write_atomically(config, CONFIG.read_bytes())
+    return config
+
+
+def demo(folder: Path) -> RunSummary:
+    """The whole pipeline on OpenMoji, everything under `folder`."""
+    return attribution_pipeline(load_config(prepare(folder)))
+
+
+def train_model(folder: Path, out: Path, training: DenoiserTraining, initial: Path | None) -> Path:
+    """Train the demo's denoiser on the demo's own shards into `out`; returns the picture of a sample grid."""
+    write_shards(folder / "shards")
+    train_denoiser_on(folder / "shards", out, training, initial)
+    return write_sample_grid(out, load_config(CONFIG).queries)

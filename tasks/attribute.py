@@ -1,0 +1,62 @@
+"""Answer attribution queries from the published index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastgda_core.errors import UsageError
+from fastgda_core.features import concatenate, encoder_names, load_encoder
+from fastgda_core.ranking.head import load_head
+from fastgda_core.search.index import read_index, search
+from storage_schemas.catalog import read_published
+from storage_schemas.workspace import Workspace
+from tasks.config import PipelineConfig
+from tasks.context import pick_device
+from tasks.samples import samples_table
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """One training sample of an answer, best first."""
+
+    position: int
+    train_id: int
+    similarity: float
+    key: str
+    caption: str
+    shard: str
+
+
+class AttributionService:
+    """The published encoders, head and index, loaded once; each call is one encoder pass and one search."""
+
+    def __init__(self, workspace: Path) -> None:
+        published = read_published(Workspace(workspace))
+        if published.head is None or published.index is None:
+            raise UsageError(f"{workspace} has scores but no index yet: let the run finish")
+        config = PipelineConfig.model_validate(published.config)
+        self.device = pick_device(config.device)
+        self.encoders = [load_encoder(name, self.device) for name in encoder_names(config.features.space)]
+        self.head = load_head(workspace / published.head)
+        self.index = read_index(workspace / published.index / "index.faiss")
+        self.samples = samples_table(workspace / published.samples)
+
+    @torch.no_grad()
+    def embed(self, image: Image.Image, caption: str) -> Tensor:
+        """f_psi of one query, (1, 768)."""
+        parts = [encoder.encode([image if encoder.modality == "image" else caption]) for encoder in self.encoders]
+        return self.head(concatenate(parts))
+
+    def attribute(self, image: Image.Image, caption: str, k: int) -> list[Attribution]:
+        """The k training samples that influenced the image most, by the rank head's estimate."""
+        similarity, train_ids = search(self.index, self.embed(image, caption).numpy(), k)
+        rows = self.samples.take(train_ids[0]).to_pylist()
+        return [
+            Attribution(position, row["train_id"], float(cosine), row["key"], row["captions"][0], row["shard"])
+            for position, (row, cosine) in enumerate(zip(rows, similarity[0], strict=True), start=1)
+        ]

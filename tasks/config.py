@@ -1,0 +1,194 @@
+"""The one typed configuration of a pipeline: what `fastgda run CONFIG` reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fastgda_core.errors import UsageError
+from fastgda_core.features import encoder_names
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Section):
+    shards: str = Field(description="glob of WebDataset tars, relative to the config file")
+
+
+class ModelConfig(_Section):
+    folder: Path = Field(description="diffusers-style model folder, relative to the config file")
+    micro_batch: int = Field(default=64, ge=1, description="denoiser forwards at a time")
+
+
+class SplitConfig(_Section):
+    train: int = Field(ge=1, description="queries that the rank head learns from")
+    validation: int = Field(ge=1, description="queries that choose the best epoch")
+    test: int = Field(ge=1, description="queries that the metrics are measured on")
+
+    @property
+    def total(self) -> int:
+        return self.train + self.validation + self.test
+
+    def names(self) -> list[str]:
+        return ["train"] * self.train + ["validation"] * self.validation + ["test"] * self.test
+
+
+class QueriesConfig(_Section):
+    captions: list[str] | None = Field(default=None, description="captions to generate one image each from")
+    shards: str | None = Field(default=None, description="or a glob of WebDataset tars of generated images")
+    split: SplitConfig
+    seed: int = Field(default=0, ge=0, description="of the starting noise and of the split")
+    steps: int = Field(default=25, ge=1, description="DDIM steps")
+    guidance_scale: float = Field(default=3.0, ge=0, description="classifier-free guidance")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.captions is None) == (self.shards is None):
+            raise ValueError("give either captions (images are generated) or shards (images exist), not both")
+        if self.captions is not None:
+            if len(self.captions) != self.split.total:
+                raise ValueError(
+                    f"{len(self.captions)} captions but the split adds up to {self.split.total}: make them equal"
+                )
+            if len(set(self.captions)) != len(self.captions):
+                raise ValueError("a caption occurs twice: remove one")
+            if not all(caption.strip() for caption in self.captions):
+                raise ValueError("a caption is empty: write one or remove it")
+        return self
+
+
+class FeaturesConfig(_Section):
+    space: str = Field(default="efficientnet_lite0+minilm_text", description="encoders joined by '+'")
+    batch_size: int = Field(default=64, ge=1, description="items per encoder pass")
+
+    @field_validator("space")
+    @classmethod
+    def _known(cls, space: str) -> str:
+        encoder_names(space)
+        return space
+
+
+class CurvatureConfig(_Section):
+    samples: int = Field(default=512, ge=1, description="(training image, eps, t) triples of the Fisher")
+    seed: int = Field(default=0, ge=0)
+
+
+class CandidatesConfig(_Section):
+    policy: Literal["all", "top_k"] = Field(description="all samples, or each query's nearest in the untuned space")
+    k: int | None = Field(default=None, ge=2, description="neighbours per query of policy top_k")
+
+    @model_validator(mode="after")
+    def _k_with_top_k(self) -> Self:
+        if (self.policy == "top_k") != (self.k is not None):
+            raise ValueError("k belongs to policy top_k, and to no other")
+        return self
+
+
+class TeacherConfig(_Section):
+    name: Literal["abu_plus", "abu_plus_first_order"] = Field(description="exact loss difference, or its linear part")
+    alpha: float = Field(gt=0, description="step size: Delta theta = (alpha / N) F^-1 grad L")
+    training_size: int | None = Field(default=None, ge=1, description="N; default: the samples in the workspace")
+    timesteps: int = Field(default=10, ge=1, description="T of the noise plan")
+    draws: int = Field(default=1, ge=1, description="noise draws per timestep")
+    seed: int = Field(default=0, ge=0, description="of the noise plan")
+    gradient_pairs: int = Field(default=128, ge=1, description="Monte-Carlo (eps, t) pairs of a query's gradient")
+    shard_samples: int = Field(default=256, ge=1, description="training samples per first-order score shard")
+
+
+class ExactCheckConfig(_Section):
+    queries: int = Field(ge=1, description="test queries that are also scored by the exact teacher")
+    candidates: int = Field(ge=3, description="candidates of each, evenly spaced over the first-order ranking")
+
+
+class HeadConfig(_Section):
+    epochs: int = Field(default=10, ge=1)
+    batch_size: int = Field(default=4096, ge=1, description="pairs")
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    outside_probability: float = Field(default=0.1, ge=0, lt=1, description="pairs replaced by non-candidates, pi = 1")
+    seed: int = Field(default=0, ge=0)
+
+
+class EvaluationConfig(_Section):
+    cutoffs: list[int] = Field(min_length=1, description="L of mAP(L)")
+    validation_cutoff: int = Field(ge=1, description="L of the mAP that picks the best epoch")
+    neighbors: int = Field(default=8, ge=1, description="training images per row of the report")
+
+
+class PipelineConfig(_Section):
+    """Everything one pipeline does, from tar shards to a served index."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$", description="lower-case name; run ids start with it")
+    workspace: Path = Field(description="folder for everything that is made, relative to the config file")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the models run")
+    data: DataConfig
+    model: ModelConfig
+    queries: QueriesConfig
+    features: FeaturesConfig = FeaturesConfig()
+    curvature: CurvatureConfig = CurvatureConfig()
+    candidates: CandidatesConfig
+    teacher: TeacherConfig
+    exact_check: ExactCheckConfig | None = Field(default=None, description="audit the first-order scores")
+    head: HeadConfig = HeadConfig()
+    evaluation: EvaluationConfig
+
+    @model_validator(mode="after")
+    def _check_has_first_order(self) -> Self:
+        if self.exact_check is not None:
+            if self.teacher.name != "abu_plus_first_order":
+                raise ValueError("exact_check audits teacher abu_plus_first_order: remove it or change teacher.name")
+            if self.exact_check.queries > self.queries.split.test:
+                raise ValueError(
+                    f"exact_check.queries is {self.exact_check.queries} but the split has "
+                    f"{self.queries.split.test} test queries: lower it"
+                )
+        return self
+
+
+def load_config(path: Path) -> PipelineConfig:
+    """Read a YAML config; paths in it are made absolute, seen from its own folder.
+
+    Raises:
+        UsageError: unreadable, a field unknown, missing or out of range; one line per fault.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"config {path} does not exist: give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"config {path} is not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise UsageError(f"config {path} is not a mapping of sections: see deployments/openmoji.yaml")
+    try:
+        config = PipelineConfig.model_validate(document)
+    except ValidationError as error:
+        faults = [_fault(path, dict(detail)) for detail in error.errors()]
+        raise UsageError("\n".join(faults)) from None
+    folder = path.resolve().parent
+    return config.model_copy(
+        update={
+            "workspace": folder / config.workspace,
+            "data": DataConfig(shards=str(folder / config.data.shards)),
+            "model": config.model.model_copy(update={"folder": folder / config.model.folder}),
+            "queries": config.queries.model_copy(
+                update={"shards": str(folder / config.queries.shards) if config.queries.shards else None}
+            ),
+        }
+    )
+
+
+def _fault(path: Path, detail: dict[str, object]) -> str:
+    location = detail["loc"]
+    assert isinstance(location, tuple)
+    field = ".".join(str(step) for step in location) or "config"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        message = "no such field: correct the spelling or remove it"
+    if detail["type"] == "missing":
+        message = "is missing: add it"
+    return f"{path}: {field}: {message}"

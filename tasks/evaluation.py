@@ -1,0 +1,105 @@
+"""Measure rankings against the teacher on the test queries."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from torch import Tensor
+
+from fastgda_core.errors import UsageError
+from fastgda_core.evaluation.ranking_metrics import (
+    average_precision,
+    expected_random_average_precision,
+    spearman,
+    top_mask,
+)
+from fastgda_core.ranking.head import load_head
+from storage_schemas import tables
+from storage_schemas.commit import commit_table, committed, input_key
+from tasks.context import Context, Stage
+from tasks.features import load_features
+from tasks.head import rows_of_split, score_matrix
+from tasks.queries import load_queries
+
+
+@task(task_run_name="evaluation", cache_policy=NO_CACHE)
+def evaluate_head(
+    context: Context, samples: Stage, queries: Stage, ranks: Stage, head: Stage, exact: Stage | None
+) -> Stage:
+    """mAP(L) of the untuned and tuned features and of chance; agreement of the two teachers where it was checked."""
+    cutoffs = context.config.evaluation.cutoffs
+    key = input_key("metrics", head.key, ranks.key, cutoffs, exact.key if exact else None)
+    path = context.workspace.metrics(key)
+    manifest = committed(path, key)
+    reused = manifest is not None
+    if manifest is None:
+        started = time.monotonic()
+        test = rows_of_split(queries, "test")
+        scores = score_matrix(ranks, queries, samples)[test]
+        phi = load_features(context, queries)[test], load_features(context, samples)
+        head_module = load_head(head.path)
+        rankings = {
+            "untuned": torch.nn.functional.normalize(phi[0], dim=1) @ torch.nn.functional.normalize(phi[1], dim=1).T,
+            "tuned": head_module(phi[0]) @ head_module(phi[1]).T,
+        }
+        names = [load_queries(queries)[row].query_id for row in test.tolist()]
+        rows = list(_ranking_rows(scores, rankings, cutoffs, names))
+        if exact is not None:
+            rows += _teacher_rows(ranks, exact)
+        table = pa.Table.from_pylist(rows, schema=tables.METRICS)
+        manifest = commit_table(path, table, tables.METRICS, key=key, started=started)
+    return Stage("evaluation", key, path, manifest.rows, manifest.seconds, reused)
+
+
+def _ranking_rows(
+    scores: Tensor, rankings: dict[str, Tensor], cutoffs: list[int], query_ids: list[str]
+) -> Iterator[dict[str, object]]:
+    candidates = scores.isfinite()
+    fewest = int(candidates.sum(1).min())
+    for cutoff in cutoffs:
+        if cutoff >= fewest:
+            raise UsageError(f"evaluation.cutoffs has {cutoff} but a query has only {fewest} candidates: lower it")
+        relevant = top_mask(scores, cutoff)
+        for space, similarity in rankings.items():
+            # Samples that the teacher did not rank are no evidence for or against a ranking: they go last, alike.
+            precision = average_precision(similarity.masked_fill(~candidates, -torch.inf), relevant)
+            yield _metric("mAP", space, "test", cutoff, precision)
+            for query_id, value in zip(query_ids, precision, strict=True):
+                yield _metric("AP", space, "test", cutoff, value[None], query_id)
+        chance = [expected_random_average_precision(int(count), cutoff) for count in candidates.sum(1)]
+        yield _metric("mAP", "chance", "test", cutoff, torch.tensor(chance, dtype=torch.float64))
+
+
+def _teacher_rows(ranks: Stage, exact: Stage) -> list[dict[str, object]]:
+    """Spearman between exact and first-order scores of each checked query, and their mean."""
+    checked = tables.read_parts(exact.path, tables.SCORES).rename_columns({"score": "exact"})
+    first_order = tables.read(ranks.path, tables.RANKS).select(["query_id", "train_id", "score"])
+    joined = checked.join(first_order, keys=["query_id", "train_id"])
+    values, rows = [], []
+    for query_id in pc.unique(joined["query_id"]).to_pylist():
+        pairs = joined.filter(pc.equal(joined["query_id"], query_id))
+        first, second = (torch.from_numpy(pairs[name].to_numpy().copy())[None] for name in ("exact", "score"))
+        values.append(spearman(first, second))
+        rows.append(_metric("spearman", "exact vs first order", "test", 0, values[-1], query_id))
+    return [_metric("spearman", "exact vs first order", "test", 0, torch.cat(values)), *rows]
+
+
+def _metric(metric: str, space: str, split: str, cutoff: int, values: Tensor, query_id: str = "") -> dict[str, object]:
+    count = len(values)
+    error = values.std().item() / count**0.5 if count > 1 else 0.0
+    return {
+        "metric": metric,
+        "space": space,
+        "split": split,
+        "cutoff": cutoff,
+        "query_id": query_id,
+        "value": values.mean().item(),
+        "standard_error": error,
+        "queries": count,
+    }

@@ -1,0 +1,93 @@
+"""Frozen features of training samples and queries."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from torch import Tensor
+
+from fastgda_core.features import Encoder, concatenate, encoder_names, load_encoder
+from storage_schemas import tables
+from storage_schemas.commit import commit_table, committed, input_key
+from storage_schemas.workspace import part
+from tasks.context import Context, Stage
+from tasks.progress import stage
+from tasks.queries import load_queries
+from tasks.samples import sample_images, samples_table
+
+PART_ITEMS = 1024
+
+
+@task(task_run_name="features of {items.name}", cache_policy=NO_CACHE)
+def extract_features(context: Context, items: Stage) -> Stage:
+    """Outputs of every encoder of the feature space for samples or queries, in parts of 1,024."""
+    space = context.config.features.space
+    seconds, reused = 0.0, True
+    for name in encoder_names(space):
+        folder, key = _folder(context, name, items)
+        sizes = [min(PART_ITEMS, items.rows - start) for start in range(0, items.rows, PART_ITEMS)]
+        missing = [number for number in range(len(sizes)) if committed(part(folder, number), key) is None]
+        reused &= not missing
+        with stage(f"{name} of {items.name}", sum(sizes[number] for number in missing)) as advance:
+            encoder = load_encoder(name, context.device) if missing else None
+            for number in missing:
+                assert encoder is not None
+                started = time.monotonic()
+                numbers = list(range(number * PART_ITEMS, number * PART_ITEMS + sizes[number]))
+                features = _encode(context, encoder, items, numbers, advance)
+                table = pa.table([pa.array([str(n) for n in numbers]), _as_lists(features)], schema=tables.FEATURES)
+                commit_table(part(folder, number), table, tables.FEATURES, key=key, started=started)
+        manifests = [committed(part(folder, number), key) for number in range(len(sizes))]
+        seconds += sum(manifest.seconds for manifest in manifests if manifest)
+    key = input_key(space, items.key)
+    return Stage(f"features of {items.name}", key, context.workspace.root / "features", items.rows, seconds, reused)
+
+
+def load_features(context: Context, items: Stage) -> Tensor:
+    """phi of samples or queries in the config's feature space, (items, d) float32."""
+    parts = []
+    for name in encoder_names(context.config.features.space):
+        folder, _ = _folder(context, name, items)
+        column = tables.read_parts(folder, tables.FEATURES)["feature"].combine_chunks()
+        flat = column.flatten().to_numpy()
+        parts.append(torch.from_numpy(flat.reshape(len(column), -1).copy()))
+    return concatenate(parts)
+
+
+def _folder(context: Context, encoder: str, items: Stage) -> tuple[Path, str]:
+    key = input_key("features", encoder, items.key)
+    return context.workspace.features(encoder, key), key
+
+
+def _encode(
+    context: Context, encoder: Encoder, items: Stage, numbers: list[int], advance: Callable[[int], None]
+) -> Tensor:
+    load: Callable[[list[int]], list[Any]] = {
+        ("samples", "image"): lambda batch: sample_images(items.path, batch),
+        ("samples", "text"): lambda batch: [
+            c[0] for c in samples_table(items.path)["captions"].take(batch).to_pylist()
+        ],
+        ("queries", "image"): lambda batch: [load_queries(items)[number].image for number in batch],
+        ("queries", "text"): lambda batch: [load_queries(items)[number].caption for number in batch],
+    }[items.name, encoder.modality]
+    features = []
+    size = context.config.features.batch_size
+    for start in range(0, len(numbers), size):
+        batch = numbers[start : start + size]
+        features.append(encoder.encode(load(batch)))
+        advance(len(batch))
+    return torch.cat(features)
+
+
+def _as_lists(features: Tensor) -> pa.ListArray:
+    width = features.shape[1]
+    offsets = np.arange(len(features) + 1, dtype=np.int32) * width
+    return pa.ListArray.from_arrays(offsets, features.numpy().ravel(), type=tables.FEATURES.field("feature").type)

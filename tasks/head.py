@@ -1,0 +1,121 @@
+"""Train the rank head on rank labels, and build the index that serves it."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from torch import Tensor
+
+from fastgda_core.evaluation.ranking_metrics import top_mask
+from fastgda_core.ranking.batches import RankPairs
+from fastgda_core.ranking.head import load_head, save_head
+from fastgda_core.ranking.training import HeadTraining, RankData, train_head
+from fastgda_core.search.index import build_index, write_index
+from storage_schemas import tables
+from storage_schemas.commit import commit, commit_table, committed, input_key
+from tasks.context import Context, Stage
+from tasks.features import load_features
+from tasks.progress import stage
+from tasks.queries import load_queries
+
+
+def score_matrix(ranks: Stage, queries: Stage, samples: Stage) -> Tensor:
+    """The teacher's scores, (queries, samples) float64, -inf where a sample is no candidate."""
+    return _matrix(ranks, queries, samples, "score", -torch.inf)
+
+
+def _matrix(ranks: Stage, queries: Stage, samples: Stage, column: str, missing: float) -> Tensor:
+    table = tables.read(ranks.path, tables.RANKS)
+    order = pa.array([query.query_id for query in load_queries(queries)])
+    rows = pc.index_in(table["query_id"], order).to_numpy()
+    matrix = torch.full((queries.rows, samples.rows), missing, dtype=torch.float64)
+    matrix[torch.from_numpy(rows.copy()).long(), torch.from_numpy(table["train_id"].to_numpy().copy())] = (
+        torch.from_numpy(table[column].to_numpy().astype(np.float64))
+    )
+    return matrix
+
+
+def rows_of_split(queries: Stage, split: str) -> Tensor:
+    return torch.tensor([row for row, query in enumerate(load_queries(queries)) if query.split == split])
+
+
+@task(task_run_name="rank head", cache_policy=NO_CACHE)
+def train_rank_head(context: Context, samples: Stage, queries: Stage, features: Stage, ranks: Stage) -> Stage:
+    """`head.safetensors` and `head.json` of a head version, named after everything it was trained on."""
+    config = context.config
+    key = input_key("head", ranks.key, features.key, config.head, config.evaluation.validation_cutoff)
+    folder = context.workspace.head(key)
+    manifest = committed(folder / "head.safetensors", key)
+    reused = manifest is not None
+    if manifest is None:
+        started = time.monotonic()
+        labels = _matrix(ranks, queries, samples, "rank_label", torch.nan).float()
+        scores = score_matrix(ranks, queries, samples)
+        train, validation = rows_of_split(queries, "train"), rows_of_split(queries, "validation")
+        query, sample = torch.nonzero(~labels[train].isnan(), as_tuple=True)
+        data = RankData(
+            query_features=load_features(context, queries),
+            sample_features=load_features(context, samples),
+            train_pairs=RankPairs(train[query], sample, labels[train[query], sample]),
+            validation=validation,
+            relevant=top_mask(scores[validation], config.evaluation.validation_cutoff),
+            candidates=scores[validation].isfinite(),
+        )
+        with stage("rank head", config.head.epochs) as advance:
+            trained = train_head(data, HeadTraining(**config.head.model_dump()), lambda: advance(1))
+        description = {
+            "features": data.sample_features.shape[1],
+            "feature_space": config.features.space,
+            "run": context_run(ranks),
+            "best_epoch": trained.best_epoch,
+            "history": [{"loss": loss, "validation_map": value} for loss, value in trained.history],
+        }
+        text = json.dumps(description, indent=2) + "\n"
+        commit(folder / "head.json", lambda path: path.write_text(text), key=key, rows=1, started=started)
+        manifest = commit(
+            folder / "head.safetensors",
+            lambda path: save_head(trained.head, path),
+            key=key,
+            rows=len(data.train_pairs.query),
+            started=started,
+            device=str(context.device),
+        )
+    return Stage("rank head", key, folder, manifest.rows, manifest.seconds, reused)
+
+
+def context_run(ranks: Stage) -> str:
+    """The run whose rank labels these are: the name of their folder."""
+    return ranks.path.parent.name
+
+
+@task(task_run_name="index", cache_policy=NO_CACHE)
+def build_search_index(context: Context, samples: Stage, features: Stage, head: Stage) -> Stage:
+    """`index.faiss`, its id map and its manifest: one immutable index version."""
+    key = input_key("index", head.key, features.key)
+    folder = context.workspace.index(key)
+    manifest = committed(folder / "index.faiss", key)
+    reused = manifest is not None
+    if manifest is None:
+        started = time.monotonic()
+        with stage("index", samples.rows) as advance:
+            embeddings = load_head(head.path)(load_features(context, samples)).numpy()
+            train_ids = np.arange(samples.rows)
+            index = build_index(embeddings, train_ids)
+            advance(samples.rows)
+        ids = pa.table({"train_id": train_ids})
+        commit_table(folder / "ids.parquet", ids, tables.INDEX_IDS, key=key, started=started)
+        manifest = commit(
+            folder / "index.faiss",
+            lambda path: write_index(index, path),
+            key=key,
+            rows=samples.rows,
+            started=started,
+        )
+    return Stage("index", key, folder, manifest.rows, manifest.seconds, reused)

