@@ -78,7 +78,11 @@ def load_codec(folder: Path, device: torch.device) -> Codec:
         case "AutoencoderKL":
             from diffusers import AutoencoderKL
 
-            vae = AutoencoderKL.from_pretrained(folder, local_files_only=True)
+            vae, info = AutoencoderKL.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
+            )
+            if missing := sorted(info["missing_keys"]):
+                raise UsageError(f"{folder} lacks the weights {', '.join(missing[:5])}: save the model again")
             return VaeCodec(vae.to(device).eval().requires_grad_(False))
         case other:
             raise UsageError(

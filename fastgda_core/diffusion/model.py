@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fastgda_core.diffusion.codec import Codec, load_codec
@@ -100,22 +101,36 @@ def load_model(folder: Path, device: torch.device) -> DiffusionModel:
     if index.get("unet", [None, None])[1] != "UNet2DConditionModel":
         raise UsageError(f"{folder}/model_index.json: the denoiser must be a UNet2DConditionModel")
     try:
-        unet = UNet2DConditionModel.from_pretrained(
-            folder / "unet", local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
+        unet, unet_info = UNet2DConditionModel.from_pretrained(
+            folder / "unet",
+            local_files_only=True,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            output_loading_info=True,
         )
         encoder_class = getattr(transformers, index["text_encoder"][1])
-        text_encoder = encoder_class.from_pretrained(
-            folder / "text_encoder", local_files_only=True, use_safetensors=True, dtype=torch.float32
+        text_encoder, text_info = encoder_class.from_pretrained(
+            folder / "text_encoder",
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         # Any diffusers scheduler config reads as DDIM's: the noise schedule and the target are what counts.
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-    except (OSError, AttributeError, KeyError, ValueError) as error:
+        codec = load_codec(folder / "vae", device)
+    except UsageError:
+        raise
+    except (OSError, AttributeError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"model.folder {folder} does not load: {' '.join(str(error).split())[:300]}") from error
+    for name, info in (("unet", unet_info), ("text_encoder", text_info)):
+        if missing := sorted(info["missing_keys"]):
+            raise UsageError(f"{folder}/{name} lacks the weights {', '.join(missing[:5])}: save the model again")
     for part in (unet, text_encoder):
         part.to(device).eval().requires_grad_(False)
     unet.to(memory_format=torch.channels_last)
-    return DiffusionModel(unet, scheduler, text_encoder, tokenizer, load_codec(folder / "vae", device), device)
+    return DiffusionModel(unet, scheduler, text_encoder, tokenizer, codec, device)
 
 
 def model_hash(folder: Path) -> str:

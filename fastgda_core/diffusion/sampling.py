@@ -32,5 +32,6 @@ def generate(
         both = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
         unconditional, conditional = denoise(model.unet, both, timestep, text).chunk(2)
         guided = unconditional + guidance_scale * (conditional - unconditional)
-        latents = scheduler.step(guided, timestep, latents).prev_sample
+        # Where the scheduler clips the clean image, the noise must follow it: guidance otherwise adds up to noise.
+        latents = scheduler.step(guided, timestep, latents, use_clipped_model_output=True).prev_sample
     return latents

@@ -52,6 +52,7 @@ class RankBatches(IterableDataset[RankBatch]):
         self.first_pair = torch.cumsum(self.pairs_of, 0) - self.pairs_of
         self.is_candidate = torch.zeros(int(pairs.query.max()) + 1, samples, dtype=torch.bool)
         self.is_candidate[pairs.query, pairs.sample] = True
+        self.has_outsiders = ~self.is_candidate.all(dim=1)
 
     def __iter__(self) -> Iterator[RankBatch]:
         shuffled = torch.randperm(self.samples, generator=self.generator)
@@ -66,10 +67,12 @@ class RankBatches(IterableDataset[RankBatch]):
         starts = torch.repeat_interleave(self.first_pair[members] - (torch.cumsum(counts, 0) - counts), counts)
         rows = starts + torch.arange(len(starts))
         query, sample, label = self.pairs.query[rows], self.pairs.sample[rows], self.pairs.label[rows].clone()
-        outsider = torch.randint(self.samples, (len(rows),), generator=self.generator)
         replace = torch.rand(len(rows), generator=self.generator) < self.outside_probability
-        replace &= ~self.is_candidate[query, outsider]
-        sample = torch.where(replace, outsider, sample)
+        replace &= self.has_outsiders[query]
         label[replace] = 1.0
+        redraw = replace.nonzero().squeeze(1)
+        while len(redraw):
+            sample[redraw] = torch.randint(self.samples, (len(redraw),), generator=self.generator)
+            redraw = redraw[self.is_candidate[query[redraw], sample[redraw]]]
         distinct, position = torch.unique(sample, return_inverse=True)
         return RankBatch(distinct, query, position, label)
