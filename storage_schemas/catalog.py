@@ -7,6 +7,7 @@ name and renamed, so nobody ever opens the published one for writing.
 
 from __future__ import annotations
 
+import glob
 import os
 from datetime import datetime
 from pathlib import Path
@@ -117,7 +118,8 @@ def query(root: Path, statement: str) -> pa.Table:
     statements = connection.extract_statements(statement)
     if len(statements) != 1:
         raise RefusedStatement(f"{len(statements)} statements given: run one query at a time")
-    if statements[0].type not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
+    # EXPLAIN is no exception: EXPLAIN ANALYZE runs what it explains.
+    if statements[0].type != duckdb.StatementType.SELECT:
         raise RefusedStatement(f"{statements[0].type.name} is refused: the workspace is open for reading only")
     return connection.sql(statements[0]).to_arrow_table()
 
@@ -136,11 +138,12 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, p
     }
     for view, (pattern, schema) in sources.items():
         if pattern is None:
-            columns = ", ".join(f'NULL AS "{field.name}"' for field in schema)
-            connection.execute(f"CREATE VIEW {view} AS SELECT {columns} WHERE false")
-            continue
-        columns = ", ".join(f'"{field.name}"' for field in schema)  # quoted: offset is a keyword
-        connection.execute(f"CREATE VIEW {view} AS SELECT {columns} FROM read_parquet({_literal(str(root / pattern))})")
+            columns = ", ".join(f'CAST(NULL AS {_duckdb_type(field.type)}) AS "{field.name}"' for field in schema)
+            source = "(SELECT 1) WHERE false"
+        else:
+            columns = ", ".join(f'"{field.name}"' for field in schema)  # quoted: offset is a keyword
+            source = f"read_parquet({_parquet_glob(root, pattern)})"
+        connection.execute(f"CREATE VIEW {view} AS SELECT {columns} FROM {source}")
         for field in schema:
             comment = _literal(field.metadata[b"comment"].decode())
             connection.execute(f'COMMENT ON COLUMN {view}."{field.name}" IS {comment}')
@@ -165,6 +168,11 @@ def _ledger_row(root: Path, run: str, record: ShardRecord) -> tuple[object, ...]
     return (run, record.shard, "done", manifest.device, manifest.seconds, manifest.rows)
 
 
+def _parquet_glob(folder: Path, pattern: str) -> str:
+    """SQL literal of a glob under `folder`, whose own name is taken as it stands."""
+    return _literal(f"{glob.escape(str(folder))}/{pattern}")
+
+
 def _literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
@@ -174,13 +182,13 @@ def write_ranks(scores: Path, destination: Path) -> None:
 
     rank 1 = highest score of the query, ties by train_id; rank_label = rank / candidates of the query.
     """
-    columns = ", ".join(f"{field.name}::{_DUCKDB_TYPES[field.type]} AS {field.name}" for field in tables.RANKS)
+    columns = ", ".join(f"{field.name}::{_duckdb_type(field.type)} AS {field.name}" for field in tables.RANKS)
     statement = f"""
         COPY (
             SELECT {columns} FROM (
                 SELECT *, rank / count(*) OVER (PARTITION BY query_id) AS rank_label FROM (
                     SELECT *, row_number() OVER (PARTITION BY query_id ORDER BY score DESC, train_id) AS rank
-                    FROM read_parquet({_literal(str(scores / "part-*.parquet"))})
+                    FROM read_parquet({_parquet_glob(scores, "part-*.parquet")})
                 )
             ) ORDER BY query_id, rank
         ) TO {_literal(str(destination))}
@@ -197,3 +205,7 @@ _DUCKDB_TYPES = {
     pa.float64(): "DOUBLE",
     pa.float32(): "FLOAT",
 }
+
+
+def _duckdb_type(arrow: pa.DataType) -> str:
+    return f"{_duckdb_type(arrow.value_type)}[]" if pa.types.is_list(arrow) else _DUCKDB_TYPES[arrow]

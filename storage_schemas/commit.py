@@ -87,6 +87,8 @@ def commit(
             seconds=time.monotonic() - started,
             device=device,
         )
+        # A manifest never stands beside a file that it does not describe.
+        manifest_path(path).unlink(missing_ok=True)
         _publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
