@@ -9,7 +9,6 @@ from flows.pipeline import RunSummary, attribution_pipeline
 from storage_schemas.commit import write_atomically
 from tasks.config import load_config
 from tasks.openmoji import CONFIG, write_model_folder, write_shards
-from tasks.openmoji_model import train_denoiser_on, write_sample_grid
 
 
 def prepare(folder: Path) -> Path:
@@ -29,6 +28,8 @@ def demo(folder: Path) -> RunSummary:
 
 def train_model(folder: Path, out: Path, training: DenoiserTraining, initial: Path | None) -> Path:
     """Train the demo's denoiser on the demo's own shards into `out`; returns the picture of a sample grid."""
+    from tasks.openmoji_model import train_denoiser_on, write_sample_grid
+
     write_shards(folder / "shards")
     train_denoiser_on(folder / "shards", out, training, initial)
     return write_sample_grid(out, load_config(CONFIG).queries)

@@ -12,7 +12,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from fastgda_core.diffusion.model import model_hash
 from storage_schemas.commit import input_key
-from tasks.config import PipelineConfig
+from tasks.config import PipelineConfig, check_sizes
 from tasks.context import Context, Stage
 from tasks.evaluation import evaluate_head
 from tasks.features import extract_features
@@ -61,6 +61,7 @@ def attribution_pipeline(config: PipelineConfig) -> RunSummary:
     """Teach, distil, serve: see the design's first section."""
     context = Context(config, model_hash(config.model.folder))
     samples = ingest_samples(context)
+    check_sizes(config, samples.rows)
     queries = make_queries(context)
     features = extract_features(context, samples)
     query_features = extract_features(context, queries)

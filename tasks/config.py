@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from fastgda_core.errors import UsageError
 from fastgda_core.features import encoder_names
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(_Section):
@@ -48,7 +49,7 @@ class QueriesConfig(_Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.captions is None) == (self.shards is None):
+        if (self.captions is None) == (not self.shards):
             raise ValueError("give either captions (images are generated) or shards (images exist), not both")
         if self.captions is not None:
             if len(self.captions) != self.split.total:
@@ -115,7 +116,7 @@ class HeadConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    cutoffs: list[int] = Field(min_length=1, description="L of mAP(L)")
+    cutoffs: list[PositiveInt] = Field(min_length=1, description="L of mAP(L)")
     validation_cutoff: int = Field(ge=1, description="L of the mAP that picks the best epoch")
     neighbors: int = Field(default=8, ge=1, description="training images per row of the report")
 
@@ -150,6 +151,27 @@ class PipelineConfig(_Section):
         return self
 
 
+def check_sizes(config: PipelineConfig, samples: int) -> None:
+    """Compare what is asked with how many samples there are, before any work.
+
+    Raises:
+        UsageError: more is asked than there is.
+    """
+    k = config.candidates.k or samples
+    if k > samples:
+        raise UsageError(
+            f'candidates.k is {k} but the workspace has {samples} samples: lower it or set candidates.policy to "all"'
+        )
+    asked = {
+        "evaluation.cutoffs": max(config.evaluation.cutoffs),
+        "evaluation.validation_cutoff": config.evaluation.validation_cutoff,
+        "evaluation.neighbors": config.evaluation.neighbors,
+    }
+    for field, value in asked.items():
+        if value >= k:
+            raise UsageError(f"{field} is {value} but a query has {k} candidates: lower it")
+
+
 def load_config(path: Path) -> PipelineConfig:
     """Read a YAML config; paths in it are made absolute, seen from its own folder.
 
@@ -160,7 +182,7 @@ def load_config(path: Path) -> PipelineConfig:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"config {path} does not exist: give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"config {path} is not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise UsageError(f"config {path} is not a mapping of sections: see deployments/openmoji.yaml")
@@ -170,13 +192,14 @@ def load_config(path: Path) -> PipelineConfig:
         faults = [_fault(path, dict(detail)) for detail in error.errors()]
         raise UsageError("\n".join(faults)) from None
     folder = path.resolve().parent
+    literal = Path(glob.escape(str(folder)))  # only what the config itself says is a pattern
     return config.model_copy(
         update={
             "workspace": folder / config.workspace,
-            "data": DataConfig(shards=str(folder / config.data.shards)),
+            "data": DataConfig(shards=str(literal / config.data.shards)),
             "model": config.model.model_copy(update={"folder": folder / config.model.folder}),
             "queries": config.queries.model_copy(
-                update={"shards": str(folder / config.queries.shards) if config.queries.shards else None}
+                update={"shards": str(literal / config.queries.shards) if config.queries.shards else None}
             ),
         }
     )

@@ -12,7 +12,6 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
-from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.ranking_metrics import (
     average_precision,
     expected_random_average_precision,
@@ -61,10 +60,7 @@ def _ranking_rows(
     scores: Tensor, rankings: dict[str, Tensor], cutoffs: list[int], query_ids: list[str]
 ) -> Iterator[dict[str, object]]:
     candidates = scores.isfinite()
-    fewest = int(candidates.sum(1).min())
     for cutoff in cutoffs:
-        if cutoff >= fewest:
-            raise UsageError(f"evaluation.cutoffs has {cutoff} but a query has only {fewest} candidates: lower it")
         relevant = top_mask(scores, cutoff)
         for space, similarity in rankings.items():
             # Samples that the teacher did not rank are no evidence for or against a ranking: they go last, alike.

@@ -16,7 +16,6 @@ from torch import Tensor
 from fastgda_core.evaluation.ranking_metrics import top_mask
 from fastgda_core.ranking.batches import RankPairs
 from fastgda_core.ranking.head import load_head, save_head
-from fastgda_core.ranking.training import HeadTraining, RankData, train_head
 from fastgda_core.search.index import build_index, write_index
 from storage_schemas import tables
 from storage_schemas.commit import commit, commit_table, committed, input_key
@@ -55,6 +54,9 @@ def train_rank_head(context: Context, samples: Stage, queries: Stage, features: 
     manifest = committed(folder / "head.safetensors", key)
     reused = manifest is not None
     if manifest is None:
+        # Lightning takes seconds to import, which a run that reuses its head need not wait for.
+        from fastgda_core.ranking.training import HeadTraining, RankData, train_head
+
         started = time.monotonic()
         labels = _matrix(ranks, queries, samples, "rank_label", torch.nan).float()
         scores = score_matrix(ranks, queries, samples)

@@ -54,6 +54,10 @@ def new_scheduler() -> DDIMScheduler:
 def save_assets(unet: UNet2DConditionModel, folder: Path) -> None:
     """What the repository ships: config and float16 weights of the denoiser, scheduler, index of the folder."""
     copy.deepcopy(unet).half().save_pretrained(folder / "unet")
+    config_path = folder / "unet" / "config.json"
+    config = json.loads(config_path.read_text())
+    config.pop("_name_or_path", None)  # where the weights lay on the machine that trained them
+    write_atomically(config_path, json.dumps(config, indent=2).encode() + b"\n")
     new_scheduler().save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "StableDiffusionPipeline",

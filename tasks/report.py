@@ -161,6 +161,6 @@ def _loss_curve(history: list[dict[str, float]], best_epoch: int, cutoff: int) -
         axis.grid(alpha=0.25)
         axis.xaxis.get_major_locator().set_params(integer=True)
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
     return text[text.index("<svg") :]

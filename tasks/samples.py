@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from fastgda_core.errors import UsageError
 from fastgda_core.teachers.training_loss import SampleBlock
 from storage_schemas import tables
-from storage_schemas.commit import commit, commit_table, committed, file_sha256, input_key
+from storage_schemas.commit import commit, commit_table, committed, input_key
 from storage_schemas.workspace import part
 from tasks.context import Context, Stage, stage_of_parts
 from tasks.progress import console, stage
@@ -60,7 +61,18 @@ def ingest_samples(context: Context) -> Stage:
     assert manifest is not None and rejected is not None
     if rejected.rows:
         warn_of_rejections(tables.read(rejected_path, tables.REJECTED_SAMPLES))
-    return Stage("samples", file_sha256(samples_path)[:16], samples_path, manifest.rows, manifest.seconds, reused)
+    return Stage(
+        "samples", _content_key(samples_table(samples_path)), samples_path, manifest.rows, manifest.seconds, reused
+    )
+
+
+def _content_key(samples: pa.Table) -> str:
+    """What later stages depend on: keys, captions and pixels, in order; not where the tars lie."""
+    digest = hashlib.sha256()
+    for name in ("key", "captions", "image_sha256"):
+        for batch in samples.select([name]).combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    return digest.hexdigest()[:16]
 
 
 def describe(rejection: Rejection) -> str:

@@ -98,7 +98,7 @@ def decode_image(content: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content))
+            image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample(f"image does not decode ({error}): replace it") from error
@@ -110,7 +110,7 @@ def decode_image(content: bytes) -> Image.Image:
 
 def _scan_shard(shard: Path) -> Iterator[ShardSample | Rejection]:
     members: dict[str, dict[str, tarfile.TarInfo]] = {}
-    duplicates: list[Rejection] = []
+    duplicates: dict[str, Rejection] = {}
     damage: Rejection | None = None
     try:
         with tarfile.open(shard, "r:") as tar:
@@ -119,22 +119,36 @@ def _scan_shard(shard: Path) -> Iterator[ShardSample | Rejection]:
                 if not member.isreg() or suffix not in IMAGE_SUFFIXES + CAPTION_SUFFIXES:
                     continue
                 if suffix in members.setdefault(key, {}):
-                    duplicates.append(
-                        Rejection(str(shard), key, f"duplicate key: {member.name} occurs twice; rename one")
-                    )
+                    reason = f"duplicate key: {_printable(member.name)} occurs twice; rename one"
+                    duplicates[key] = Rejection(str(shard), _printable(key), reason)
                 else:
                     members[key][suffix] = member
+            _check_end(tar)
     except (tarfile.TarError, EOFError, OSError) as error:
         damage = Rejection(str(shard), "", f"the tar is damaged ({error}): samples before the damage are used")
-    with shard.open("rb") as file:
-        for key, parts in members.items():
-            try:
-                yield _check_sample(shard, key, parts, file)
-            except BadSample as error:
-                yield Rejection(str(shard), key, str(error))
-    yield from duplicates
+    if members:
+        with shard.open("rb") as file:
+            for key, parts in members.items():
+                try:
+                    yield _check_sample(shard, _printable(key), parts, file)
+                except BadSample as error:
+                    yield Rejection(str(shard), _printable(key), str(error))
+    yield from duplicates.values()
     if damage is not None:
         yield damage
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """tarfile takes a file cut between two members for a whole one: ask for the zero block that ends a tar."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("no end mark where the last readable member ends")
+
+
+def _printable(name: str) -> str:
+    """Member names are bytes: those that are not UTF-8 show them as escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -147,9 +161,12 @@ def _split_name(name: str) -> tuple[str, str]:
 def _check_sample(shard: Path, key: str, parts: dict[str, tarfile.TarInfo], file: io.BufferedReader) -> ShardSample:
     def content(member: tarfile.TarInfo) -> bytes:
         if member.size > MAX_MEMBER_BYTES:
-            raise BadSample(f"{member.name} is larger than {MAX_MEMBER_BYTES >> 20} MiB: shrink it")
+            raise BadSample(f"{_printable(member.name)} is larger than {MAX_MEMBER_BYTES >> 20} MiB: shrink it")
         file.seek(member.offset_data)
-        return file.read(member.size)
+        whole = file.read(member.size)
+        if len(whole) < member.size:
+            raise BadSample(f"{_printable(member.name)} is cut short: write the shard again")
+        return whole
 
     images = [parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts]
     if len(images) != 1:
@@ -173,14 +190,15 @@ def _check_sample(shard: Path, key: str, parts: dict[str, tarfile.TarInfo], file
 def _captions(texts: dict[str, bytes]) -> list[str]:
     """Captions of a sample: `captions` or `caption` of its .json, else its .txt."""
     try:
-        decoded = {suffix: text.decode("utf-8") for suffix, text in texts.items()}
+        decoded = {suffix: text.decode("utf-8-sig") for suffix, text in texts.items()}
         document = json.loads(decoded["json"]) if "json" in decoded else {}
-    except ValueError as error:
+        found = document.get("captions") or document.get("caption") if isinstance(document, dict) else None
+        found = found or decoded.get("txt", "")
+        listed = found if isinstance(found, list) else [found]
+        captions = [" ".join(caption.split()) for caption in listed if isinstance(caption, str) and caption.strip()]
+        "".join(captions).encode()  # JSON can spell lone surrogates, which no file can hold
+    except (ValueError, RecursionError) as error:
         raise BadSample(f"caption does not decode ({error}): write it as UTF-8") from error
-    found = document.get("captions") or document.get("caption") if isinstance(document, dict) else None
-    found = found or decoded.get("txt", "")
-    listed = found if isinstance(found, list) else [found]
-    captions = [" ".join(caption.split()) for caption in listed if isinstance(caption, str) and caption.strip()]
     if not captions:
         raise BadSample("has no caption: add a .txt, or a .json with caption or captions")
     return list(dict.fromkeys(captions))
