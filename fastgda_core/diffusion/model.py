@@ -133,6 +133,16 @@ def load_model(folder: Path, device: torch.device) -> DiffusionModel:
     return DiffusionModel(unet, scheduler, text_encoder, tokenizer, codec, device)
 
 
+def train_timesteps(folder: Path) -> int:
+    """T_train of a model folder's noise schedule, without loading the model."""
+    check_model_folder(folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    try:
+        return int(json.loads(path.read_text()).get("num_train_timesteps", 1000))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UsageError(f"{path} is no scheduler config: save the model again ({error})") from error
+
+
 def model_hash(folder: Path) -> str:
     """sha256 over the names and contents of the parts' files: a changed weight is a changed model."""
     check_model_folder(folder)

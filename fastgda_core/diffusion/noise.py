@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastgda_core.errors import UsageError
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -26,15 +28,27 @@ MAX_DRAWS = 2**16
 
 @dataclass(frozen=True, kw_only=True)
 class NoisePlan:
-    """Which (timestep, caption, noise draw) triples estimate a training sample's loss."""
+    """Which (timestep, caption, noise draw) triples estimate a training sample's loss.
+
+    `first_timestep` shifts the grid of T timesteps: 0 is the design's, and leaves the noisiest T_train / T out.
+    """
 
     seed: int
     timesteps: int
     draws: int
+    first_timestep: int = 0
 
     def timestep_values(self, train_timesteps: int) -> Tensor:
-        """`arange(0, T_train, T_train // T)`, the timesteps at which a loss is taken."""
-        return torch.arange(0, train_timesteps, train_timesteps // self.timesteps)
+        """`arange(first, T_train, T_train // T)`, the timesteps at which a loss is taken.
+
+        Raises:
+            UsageError: the model's schedule has no such grid.
+        """
+        if self.timesteps > train_timesteps:
+            raise UsageError(f"teacher.timesteps is {self.timesteps} but the model's schedule has {train_timesteps}")
+        if self.first_timestep >= (stride := train_timesteps // self.timesteps):
+            raise UsageError(f"teacher.first_timestep is {self.first_timestep}: give one below the stride, {stride}")
+        return torch.arange(self.first_timestep, train_timesteps, train_timesteps // self.timesteps)
 
     def key(self) -> tuple[int, int]:
         return stream_key(self.seed, "training samples")

@@ -44,6 +44,30 @@ class RankHead(nn.Module):
         return self.scale * (query * sample).sum(-1) + self.bias
 
 
+@torch.no_grad()
+def start_from_features(head: RankHead, features: Tensor) -> None:
+    """Set the weights so that the head's cosines are those of centred features; training then departs from there.
+
+    "Looks-linear" initialisation (Balduzzi et al., "The shattered gradients problem", 2017): with hidden units in pairs
+    (u, -u) a ReLU network is linear, here the projection on the first 384 principal axes of `features`, (n, d).
+    With few queries a head that starts at random loses what the features know before it learns what the teacher knows.
+    """
+    first, *hidden, last = [layer for layer in head.mlp if isinstance(layer, nn.Linear)]
+    half = WIDTH // 2
+    mean = features.mean(0)
+    variance, vectors = torch.linalg.eigh(torch.cov(features.T))
+    axes = vectors[:, variance > 1e-6 * variance[-1]].T.flip(0)[:half]
+    rows = len(axes)
+    first.weight[:rows] = axes  # where there are fewer axes than pairs, the other pairs keep their random weights
+    first.bias[:rows] = -axes @ mean
+    first.weight[half:], first.bias[half:] = -first.weight[:half], -first.bias[:half]
+    for layer in hidden:
+        nn.init.eye_(layer.weight)
+    nn.init.zeros_(last.weight)
+    last.weight[:rows, :rows] = torch.eye(rows)
+    last.weight[:rows, half : half + rows] = -torch.eye(rows)
+
+
 def save_head(head: RankHead, path: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in head.state_dict().items()}, path)
 

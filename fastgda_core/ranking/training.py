@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import lightning
 import torch
@@ -17,18 +18,24 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastgda_core.evaluation.ranking_metrics import average_precision
 from fastgda_core.ranking.batches import RankBatch, RankBatches, RankPairs
-from fastgda_core.ranking.head import RankHead
+from fastgda_core.ranking.head import RankHead, start_from_features
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadTraining:
-    """Hyperparameters of the rank head; the defaults are the paper's."""
+    """Hyperparameters of the rank head; the defaults are the paper's.
+
+    initialization: "xavier", or "features" (see `start_from_features`).
+    rank_offset: weighs a pair by 1 / (pi + rank_offset), so that the head of the ranking counts; None weighs all alike.
+    """
 
     epochs: int = 10
     batch_size: int = 4096
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     outside_probability: float = 0.1
+    initialization: Literal["xavier", "features"] = "xavier"
+    rank_offset: float | None = None
     seed: int = 0
 
 
@@ -59,11 +66,13 @@ class TrainedHead:
 
 
 class RankModule(lightning.LightningModule):
-    """BCE between sigmoid(scale * cos + bias) and the rank label; validation is mAP(L) on held-out queries."""
+    """BCE of sigmoid(scale * cos + bias) against the rank label; validation is mAP(L) on held-out queries."""
 
     def __init__(self, data: RankData, training: HeadTraining, on_epoch: Callable[[], None]) -> None:
         super().__init__()
         self.head = RankHead(data.sample_features.shape[1])
+        if training.initialization == "features":
+            start_from_features(self.head, data.sample_features)
         self.data = data
         self.training_options = training
         self.on_epoch = on_epoch
@@ -77,7 +86,12 @@ class RankModule(lightning.LightningModule):
     def training_step(self, batch: RankBatch, _index: int) -> Tensor:
         queries = self.head(self.query_features)[batch.query]
         samples = self.head(self.sample_features[batch.samples])[batch.position]
-        loss = F.binary_cross_entropy_with_logits(self.head.rank_logits(queries, samples), batch.label)
+        losses = F.binary_cross_entropy_with_logits(
+            self.head.rank_logits(queries, samples), batch.label, reduction="none"
+        )
+        offset = self.training_options.rank_offset
+        weight = torch.ones_like(losses) if offset is None else 1 / (batch.label + offset)
+        loss = (losses * weight).sum() / weight.sum()
         self.losses.append(loss.item())
         return loss
 
