@@ -10,7 +10,7 @@ from prefect import flow
 from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from fastgda_core.diffusion.model import model_hash
+from fastgda_core.diffusion.model import model_hash, train_timesteps
 from storage_schemas.commit import input_key
 from tasks.config import PipelineConfig, check_sizes
 from tasks.context import Context, Stage
@@ -28,6 +28,7 @@ from tasks.teacher import (
     choose_candidates,
     compute_base_losses,
     fit_curvature,
+    noise_plan,
     score_shard,
     unlearn_queries,
 )
@@ -60,6 +61,7 @@ class RunSummary:
 def attribution_pipeline(config: PipelineConfig) -> RunSummary:
     """Teach, distil, serve: see the design's first section."""
     context = Context(config, model_hash(config.model.folder))
+    noise_plan(config.teacher).timestep_values(train_timesteps(config.model.folder))  # refused before any work
     samples = ingest_samples(context)
     check_sizes(config, samples.rows)
     queries = make_queries(context)

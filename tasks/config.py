@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import random
 from pathlib import Path
 from typing import Literal, Self
 
@@ -35,8 +36,19 @@ class SplitConfig(_Section):
     def total(self) -> int:
         return self.train + self.validation + self.test
 
-    def names(self) -> list[str]:
-        return ["train"] * self.train + ["validation"] * self.validation + ["test"] * self.test
+    def assign(self, seed: int) -> list[str]:
+        """The split of each query in the order listed: each split is drawn evenly along the list.
+
+        Captions are listed by kind as a rule; a few test queries drawn anywhere would leave whole kinds out.
+        """
+        draw = random.Random(seed)
+        names = ["train"] * self.total
+        for split, count in (("test", self.test), ("validation", self.validation)):
+            free = [place for place, name in enumerate(names) if name == "train"]
+            for stratum in range(count):
+                start, stop = (len(free) * edge // count for edge in (stratum, stratum + 1))
+                names[free[draw.randrange(start, stop)]] = split
+        return names
 
 
 class QueriesConfig(_Section):
@@ -95,6 +107,11 @@ class TeacherConfig(_Section):
     alpha: float = Field(gt=0, description="step size: Delta theta = (alpha / N) F^-1 grad L")
     training_size: int | None = Field(default=None, ge=1, description="N; default: the samples in the workspace")
     timesteps: int = Field(default=10, ge=1, description="T of the noise plan")
+    first_timestep: int = Field(
+        default=0,
+        ge=0,
+        description="where the grid of T timesteps starts, below T_train / T",
+    )
     draws: int = Field(default=1, ge=1, description="noise draws per timestep")
     seed: int = Field(default=0, ge=0, description="of the noise plan")
     gradient_pairs: int = Field(default=128, ge=1, description="Monte-Carlo (eps, t) pairs of a query's gradient")
@@ -112,6 +129,14 @@ class HeadConfig(_Section):
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     outside_probability: float = Field(default=0.1, ge=0, lt=1, description="pairs replaced by non-candidates, pi = 1")
+    initialization: Literal["xavier", "features"] = Field(
+        default="xavier", description="random, or cosines that start as those of the features: for few queries"
+    )
+    rank_offset: float | None = Field(
+        default=None,
+        gt=0,
+        description="weigh a pair by 1 / (pi + rank_offset): top ranks count; null: all alike",
+    )
     seed: int = Field(default=0, ge=0)
 
 

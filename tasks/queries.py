@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import random
 import time
 from dataclasses import dataclass
 
@@ -55,8 +54,7 @@ def make_queries(context: Context) -> Stage:
     if manifest is None:
         started = time.monotonic()
         found = _generate(context) if config.captions else _collect(config)
-        splits = config.split.names()
-        random.Random(config.seed).shuffle(splits)
+        splits = config.split.assign(config.seed)
         rows = []
         for (query_id, caption, png), split in zip(found, splits, strict=True):
             write_atomically(path.parent / "images" / f"{query_id.replace('/', '_')}.png", png)

@@ -28,6 +28,7 @@ from fastgda_core.teachers.unlearning import query_gradient, unlearning_update
 from storage_schemas import tables
 from storage_schemas.commit import commit, commit_table, committed, input_key
 from storage_schemas.workspace import part
+from tasks.config import TeacherConfig
 from tasks.context import Context, Stage, stage_of_parts
 from tasks.features import load_features
 from tasks.progress import stage
@@ -166,16 +167,17 @@ def choose_candidates(context: Context, run: str, samples: Stage, queries: Stage
     return Stage("candidates", run, path, manifest.rows, manifest.seconds, reused)
 
 
-def noise_plan(context: Context) -> NoisePlan:
-    config = context.config.teacher
-    return NoisePlan(seed=config.seed, timesteps=config.timesteps, draws=config.draws)
+def noise_plan(config: TeacherConfig) -> NoisePlan:
+    return NoisePlan(
+        seed=config.seed, timesteps=config.timesteps, draws=config.draws, first_timestep=config.first_timestep
+    )
 
 
 @task(task_run_name="base losses", cache_policy=NO_CACHE)
 def compute_base_losses(context: Context, latents: Stage) -> Stage:
     """L(z_i, theta_0) of every sample under the noise plan, in parts of 512: what the exact teacher subtracts."""
-    plan = noise_plan(context)
-    key = input_key("base losses", latents.key, plan.seed, plan.timesteps, plan.draws)
+    plan = noise_plan(context.config.teacher)
+    key = input_key("base losses", latents.key, plan.seed, plan.timesteps, plan.first_timestep, plan.draws)
     folder = context.workspace.base_losses(key)
     starts = range(0, latents.rows, BASE_LOSS_PART)
     paths = [part(folder, number) for number in range(len(starts))]
@@ -218,13 +220,13 @@ def score_shard(
     deltas = _load_updates(updates, numbers, context.device)
     if base_losses is None:
         scores = first_order_scores(
-            context.model(), noise_plan(context), block, deltas, context.config.model.micro_batch
+            context.model(), noise_plan(context.config.teacher), block, deltas, context.config.model.micro_batch
         )
     else:
         base = _load_base_losses(base_losses)[block.train_ids.cpu()].to(context.device)
         update = {name: delta[0] for name, delta in deltas.items()}
         scores = exact_scores(
-            context.model(), noise_plan(context), block, base, update, context.config.model.micro_batch
+            context.model(), noise_plan(context.config.teacher), block, base, update, context.config.model.micro_batch
         )[None]
     table = _pair_rows(score_run, shard, block.train_ids.cpu().numpy(), scores.cpu().numpy())
     key = score_run.shard_key(shard)
@@ -263,7 +265,7 @@ def check_against_exact(context: Context, score_run: ScoreRun, latents: Stage, q
             )
             take = np.unique(np.linspace(0, mine.num_rows - 1, config.candidates).round().astype(int))
             block = load_block(context, latents, sorted(mine["train_id"].take(take).to_pylist()))
-            plan, micro_batch = noise_plan(context), context.config.model.micro_batch
+            plan, micro_batch = noise_plan(context.config.teacher), context.config.model.micro_batch
             base = training_losses(context.model(), plan, block, micro_batch)
             update = {name: delta[0] for name, delta in _load_updates(updates, (number,), context.device).items()}
             exact = exact_scores(context.model(), plan, block, base, update, micro_batch)
