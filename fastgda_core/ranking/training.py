@@ -84,8 +84,9 @@ class RankModule(lightning.LightningModule):
         self.sample_features = self.data.sample_features.to(self.device)
 
     def training_step(self, batch: RankBatch, _index: int) -> Tensor:
-        queries = self.head(self.query_features)[batch.query]
-        samples = self.head(self.sample_features[batch.samples])[batch.position]
+        # F.embedding, unlike indexing, sums gradients in one order: the same seed gives the same head, bit for bit.
+        queries = F.embedding(batch.query, self.head(self.query_features))
+        samples = F.embedding(batch.position, self.head(self.sample_features[batch.samples]))
         losses = F.binary_cross_entropy_with_logits(
             self.head.rank_logits(queries, samples), batch.label, reduction="none"
         )

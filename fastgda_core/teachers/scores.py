@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from fastgda_core.diffusion.noise import NoisePlan
 from fastgda_core.teachers.gradients import output_gradients, weight_gradient
 from fastgda_core.teachers.training_loss import SampleBlock, check_finite, planned_batches, training_losses
 from fastgda_core.teachers.unlearning import moved
+
+CONTRACTED_CAPTIONS = 64  # at a time: with few of them the product only waits for the updates to be read
 
 
 def exact_scores(
@@ -56,12 +60,20 @@ def first_order_scores(
     queries = len(next(iter(updates.values())))
     flat = {name: update.flatten(1) for name, update in updates.items()}
     per_caption = torch.zeros(queries, len(block.owner), dtype=torch.float64, device=model.device)
+    means: defaultdict[str, list[Tensor]] = defaultdict(list)
+    first = 0
     for batch in planned_batches(model, plan, block, micro_batch):
         losses, gradients = output_gradients(model, batch.clean, batch.text, batch.timesteps, batch.noise)
         check_finite(losses, batch.train_ids, batch.timesteps)
-        captions = block.text[batch.captions]
         for name, gradient in gradients.items():
             # The layer's input is the caption at every timestep: sum first, contract once.
-            mean = gradient.view(-1, batch.per_caption, *gradient.shape[1:]).mean(1)
-            per_caption[:, batch.captions] += flat[name] @ weight_gradient(mean, captions).flatten(1).T
+            means[name].append(gradient.view(-1, batch.per_caption, *gradient.shape[1:]).mean(1))
+        stop = batch.captions.stop
+        if stop - first >= CONTRACTED_CAPTIONS or stop >= len(block.owner):
+            captions = slice(first, stop)
+            for name, several in means.items():
+                gradient = weight_gradient(torch.cat(several), block.text[captions])
+                per_caption[:, captions] += flat[name] @ gradient.flatten(1).T
+            means.clear()
+            first = stop
     return block.mean_over_captions(per_caption)
