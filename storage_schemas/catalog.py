@@ -99,7 +99,9 @@ def connect(root: Path) -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect(
         ":memory:", config={"autoinstall_known_extensions": False, "autoload_known_extensions": False}
     )
-    connection.execute(f"SET allowed_directories = [{_literal(str(workspace.root) + '/')}]")
+    # Paths are compared before globs are resolved: the root is named both as it stands and as views write it.
+    roots = {str(workspace.root), glob.escape(str(workspace.root))}
+    connection.execute(f"SET allowed_directories = [{', '.join(_literal(f'{root}/') for root in sorted(roots))}]")
     connection.execute("SET enable_external_access = false")
     _create_views(connection, workspace, published)
     connection.execute("SET lock_configuration = true")
