@@ -12,7 +12,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     PYTORCH_ENABLE_MPS_FALLBACK="1",
 )
-os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what fails is raised, and said once, by us
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")

@@ -1,0 +1,130 @@
+"""The demo and every command of the documentation, through the real command on OpenMoji."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.openmoji import prepare
+from storage_schemas.catalog import query, read_published
+from storage_schemas.workspace import Workspace
+from tests.flows.pipeline_case import environment, fastgda, lay_out
+
+ROOT = Path(__file__).parents[2]
+SAMPLES, QUERIES = 3953, 48
+
+
+def documented(language: str) -> list[tuple[str, str]]:
+    """(document, block) of each fenced block in `language`; shell blocks are split into commands."""
+    found = []
+    for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]:
+        for block in re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL):
+            found += [(document.name, part) for part in (block.splitlines() if language == "sh" else [block])]
+    return found
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="session")
+def small_demo(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, home: Path) -> Path:
+    """A folder in which `fastgda demo` ran on one shard, with little noise; `my_config.yaml` stands there too."""
+    folder = tmp_path_factory.mktemp("user")
+    path = prepare(folder / "demo")
+    config = yaml.safe_load(path.read_text())
+    config["data"]["shards"] = f"shards/{sorted((folder / 'demo' / 'shards').glob('*.tar'))[0].name}"
+    config["curvature"]["samples"] = 32
+    config["teacher"].update(timesteps=1, gradient_pairs=4)
+    config["exact_check"] = {"queries": 1, "candidates": 8}
+    config["head"] = {"epochs": 2}
+    path.write_text(yaml.safe_dump(config))
+    lay_out(folder, model_folder).rename(folder / "my_config.yaml")
+    fastgda("demo", "--folder", folder / "demo", home=home)
+    return folder
+
+
+def run_in(folder: Path, command: str, home: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env={**environment(home), "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+# What cannot run inside the tests: this test run itself, and the full demo, which has a test of its own.
+BY_HAND = ("make ", ". .venv/bin/activate", "fastgda demo", "python benchmarks/")
+COMMANDS = [
+    (document, line.split("  #")[0].strip())
+    for document, line in documented("sh")
+    if line.strip() and not line.startswith(BY_HAND)
+]
+
+
+@pytest.mark.parametrize(("document", "command"), COMMANDS, ids=[command[:60] for _, command in COMMANDS])
+def test_documented_command_runs(small_demo: Path, home: Path, document: str, command: str) -> None:
+    shortened = re.sub(r"--steps \d+", "--steps 2", command)
+    done = run_in(small_demo, shortened, home)
+    assert done.returncode == 0, f"{document}: {command}\n{done.stdout}\n{done.stderr}"
+    assert done.stdout
+
+
+def test_documented_python_runs(small_demo: Path, home: Path) -> None:
+    blocks = documented("python")
+    assert blocks
+    for document, block in blocks:
+        (small_demo / "block.py").write_text(block)
+        done = run_in(small_demo, f"PYTHONPATH={ROOT} python block.py", home)
+        assert done.returncode == 0, f"{document}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "slow", "lint"])
+def test_documented_make_targets_exist(target: str) -> None:
+    done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_no_query_caption_is_a_training_caption(small_demo: Path) -> None:
+    statement = "SELECT caption FROM queries WHERE caption IN (SELECT unnest(captions) FROM samples)"
+    assert query(small_demo / "demo" / "workspace", statement).num_rows == 0
+
+
+def test_demo_model_is_small_and_carries_no_machine_path() -> None:
+    model = ROOT / "deployments" / "openmoji" / "model"
+    assert (model / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size <= 10e6
+    assert "_name_or_path" not in (model / "unet" / "config.json").read_text()
+
+
+@pytest.mark.slow
+def test_full_demo_scores_every_pair_and_tuning_gains_a_third(tmp_path: Path, home: Path) -> None:
+    fastgda("demo", "--folder", tmp_path / "demo", home=home)
+    workspace = tmp_path / "demo" / "workspace"
+    counted = query(workspace, "SELECT count(*) AS n, count(DISTINCT (query_id, train_id)) AS d FROM scores")
+    assert counted.to_pylist() == [{"n": QUERIES * SAMPLES, "d": QUERIES * SAMPLES}]
+    gain = query(
+        workspace,
+        "SELECT max(value) FILTER (space = 'tuned') / max(value) FILTER (space = 'untuned') AS gain "
+        "FROM metrics WHERE metric = 'mAP' AND query_id = '' AND cutoff = 100",
+    )
+    assert gain.to_pylist()[0]["gain"] >= 1.3
+    before = read_published(Workspace(workspace))
+    again = fastgda("demo", "--folder", tmp_path / "demo", home=home)
+    assert " new " not in again.stdout
+    assert read_published(Workspace(workspace)).run == before.run

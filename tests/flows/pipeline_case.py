@@ -1,0 +1,70 @@
+"""A second data set and model, small enough to run the whole pipeline in seconds through the real command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests import tiny
+
+SAMPLES = 60
+QUERIES = 8
+
+
+def lay_out(folder: Path, model: Path, **changes: Any) -> Path:
+    """Two tars of drawn shapes and a config beside them; returns the config's path."""
+    tiny.write_tar(folder / "data" / "shapes-0.tar", tiny.sample_members(range(40)))
+    tiny.write_tar(folder / "data" / "shapes-1.tar", tiny.sample_members(range(40, SAMPLES)))
+    config: dict[str, Any] = {
+        "name": "shapes",
+        "workspace": "workspace",
+        "device": "cpu",
+        "data": {"shards": "data/*.tar"},
+        "model": {"folder": str(model), "micro_batch": 32},
+        "queries": {
+            "captions": [f"a {color} shape" for color in tiny.COLORS],
+            "steps": 3,
+            "split": {"train": 4, "validation": 2, "test": 2},
+        },
+        "features": {"space": "pixel+minilm_text"},
+        "curvature": {"samples": 32},
+        "candidates": {"policy": "all"},
+        "teacher": {
+            "name": "abu_plus_first_order",
+            "alpha": 1e-4,
+            "timesteps": 2,
+            "gradient_pairs": 8,
+            "shard_samples": 16,
+        },
+        "exact_check": {"queries": 2, "candidates": 6},
+        "head": {"epochs": 2},
+        "evaluation": {"cutoffs": [5, 10], "validation_cutoff": 10, "neighbors": 4},
+    }
+    for dotted, value in changes.items():
+        section, _, field = dotted.partition("__")
+        if field:
+            config[section] = {**config[section], field: value}
+        else:
+            config[section] = value
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in config.items() if value is not None}))
+    return path
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Prefect's state in a folder of the test's own, one thread per process."""
+    return {**os.environ, "PREFECT_HOME": str(home / "prefect"), "OMP_NUM_THREADS": "2"}
+
+
+def fastgda(*arguments: str | Path, home: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run the real command in a process of its own."""
+    command = [str(Path(sys.executable).with_name("fastgda")), *map(str, arguments)]
+    done = subprocess.run(command, env=environment(home), capture_output=True, text=True, check=False)
+    if check and done.returncode:
+        raise AssertionError(f"fastgda {arguments[0]} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    return done

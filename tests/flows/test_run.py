@@ -1,0 +1,179 @@
+"""`fastgda run` on a second data set and model, through the real command."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from storage_schemas.catalog import query, read_published
+from storage_schemas.workspace import Workspace
+from tests import tiny
+from tests.flows.pipeline_case import QUERIES, SAMPLES, environment, fastgda, lay_out
+
+SCORES = "SELECT query_id, train_id, score FROM scores ORDER BY ALL"
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, home: Path) -> Path:
+    """The folder of a pipeline that ran to its end."""
+    folder = tmp_path_factory.mktemp("shapes")
+    fastgda("run", lay_out(folder, model_folder), home=home)
+    return folder
+
+
+def sql(folder: Path, statement: str, home: Path) -> list[dict[str, str]]:
+    done = fastgda("sql", statement, "--workspace", folder / "workspace", "--format", "csv", home=home)
+    return list(csv.DictReader(io.StringIO(done.stdout)))
+
+
+def test_every_pair_is_scored_exactly_once(finished: Path, home: Path) -> None:
+    counted = sql(
+        finished, "SELECT count(*) AS pairs, count(DISTINCT (query_id, train_id)) AS distinct FROM scores", home
+    )
+    assert counted == [{"pairs": str(QUERIES * SAMPLES), "distinct": str(QUERIES * SAMPLES)}]
+
+
+def test_metrics_stand_in_sql_for_every_cutoff_before_and_after_tuning(finished: Path) -> None:
+    table = query(
+        finished / "workspace", "SELECT space, cutoff, value FROM metrics WHERE metric = 'mAP' AND query_id = ''"
+    )
+    found = {(row["space"], row["cutoff"]) for row in table.to_pylist()}
+    assert found == {(space, cutoff) for space in ("untuned", "tuned", "chance") for cutoff in (5, 10)}
+    assert all(0 < row["value"] <= 1 for row in table.to_pylist())
+
+
+def test_first_order_scores_rank_as_the_exact_teacher_does(finished: Path) -> None:
+    statement = "SELECT value FROM metrics WHERE metric = 'spearman' AND query_id = ''"
+    assert query(finished / "workspace", statement).to_pylist()[0]["value"] > 0.9
+
+
+def test_report_is_one_file_that_shows_every_test_query(finished: Path) -> None:
+    published = read_published(Workspace(finished / "workspace"))
+    page = (finished / "workspace" / "reports" / published.run / "report.html").read_text()
+    captions = query(finished / "workspace", "SELECT caption FROM queries WHERE split = 'test'").to_pylist()
+    assert len(captions) == 2
+    assert all(row["caption"] in page for row in captions)
+    images = re.findall(r'src="([^"]*)"', page)
+    assert len(images) == 2 * (1 + 3 * 4)
+    assert all(source.startswith("data:image/png;base64,") for source in images)
+    assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', page))
+
+
+def test_attribute_answers_from_the_index(finished: Path, home: Path) -> None:
+    image = next((finished / "workspace" / "queries").rglob("q0000.png"))
+    workspace = finished / "workspace"
+    done = fastgda(
+        "attribute", image, "--caption", "a red shape", "-k", "5", "--workspace", workspace, "--json", home=home
+    )
+    answers = json.loads(done.stdout)
+    assert [answer["position"] for answer in answers] == [1, 2, 3, 4, 5]
+    assert sorted((answer["similarity"] for answer in answers), reverse=True) == [a["similarity"] for a in answers]
+    known = query(workspace, "SELECT train_id, key FROM samples").to_pylist()
+    assert all({"train_id": answer["train_id"], "key": answer["key"]} in known for answer in answers)
+
+
+def test_a_second_run_reuses_everything(finished: Path, home: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (finished / "workspace").rglob("*.manifest.json")}
+    done = fastgda("run", finished / "config.yaml", home=home)
+    assert " new " not in done.stdout and "reused" in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (finished / "workspace").rglob("*.manifest.json")}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"teacher__name": "abu_plus", "exact_check": None, "candidates": {"policy": "top_k", "k": 20}},
+        {"candidates": {"policy": "top_k", "k": 20}},
+    ],
+    ids=["exact teacher, top-k candidates", "first order, top-k candidates"],
+)
+def test_other_teachers_and_candidates_give_the_planned_rows(
+    tmp_path: Path, model_folder: Path, home: Path, changes: dict[str, object]
+) -> None:
+    fastgda("run", lay_out(tmp_path, model_folder, **changes), home=home)
+    counted = query(
+        tmp_path / "workspace",
+        "SELECT count(*) AS n, count(DISTINCT (query_id, train_id)) AS d, "
+        "(SELECT count(*) FROM scores JOIN candidates USING (query_id, train_id)) AS planned FROM scores",
+    ).to_pylist()
+    assert counted == [{"n": QUERIES * 20, "d": QUERIES * 20, "planned": QUERIES * 20}]
+
+
+def test_killed_at_any_stage_and_started_again_it_finishes_with_the_same_scores(
+    tmp_path: Path, model_folder: Path, home: Path, finished: Path
+) -> None:
+    config = lay_out(tmp_path, model_folder)
+    workspace = tmp_path / "workspace"
+    command = [str(Path(sys.executable).with_name("fastgda")), "run", str(config)]
+    moments = (
+        "samples/*/rejected.parquet",
+        "features/pixel/*/part-*.parquet",
+        "latents/*/part-*.safetensors",
+        "updates/*/part-00003.safetensors",
+        "scores/*/part-00001.parquet",
+        "heads/*/head.json",
+    )
+    for moment in moments:
+        process = subprocess.Popen(command, env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 240
+        while not any(workspace.glob(moment)):
+            assert process.poll() is None, f"the run ended before {moment} was there"
+            assert time.monotonic() < deadline, f"{moment} never came"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    fastgda("run", config, home=home)
+    assert query(workspace, SCORES).equals(query(finished / "workspace", SCORES))
+
+
+def test_bad_samples_are_named_skipped_and_counted(tmp_path: Path, model_folder: Path, home: Path) -> None:
+    config = lay_out(tmp_path, model_folder)
+    image, _ = tiny.draw(7)
+    bad = [("torn.jpg", image[:100]), ("torn.txt", b"a torn one"), ("mute.jpg", image)]
+    tiny.write_tar(tmp_path / "data" / "shapes-2.tar", [*bad, *tiny.sample_members(range(3, 4))])
+    (tmp_path / "data" / "shapes-3.tar").write_bytes(b"")
+    done = fastgda("run", config, home=home)
+    assert "4 skipped" in done.stderr
+    rejected = {row["key"]: row["reason"] for row in sql(tmp_path, "SELECT key, reason FROM rejected_samples", home)}
+    assert rejected.keys() == {"torn", "mute", "s0003", ""}
+    assert "does not decode" in rejected["torn"] and "no caption" in rejected["mute"]
+    assert "duplicate key" in rejected["s0003"]
+    assert sql(tmp_path, "SELECT count(*) AS n FROM samples", home) == [{"n": str(SAMPLES)}]
+
+
+def test_wrong_input_gets_one_line_and_exit_code_2(tmp_path: Path, model_folder: Path, home: Path) -> None:
+    cases = {
+        "model folder": ({"model__folder": "nowhere"}, "nowhere does not exist"),
+        "shards": ({"data__shards": "none/*.tar"}, "matches no file"),
+        "typo": ({"teacher__nmae": "x"}, "teacher.nmae"),
+        "cutoff": ({"evaluation__cutoffs": [60]}, "evaluation.cutoffs"),
+        "k": ({"candidates": {"policy": "top_k", "k": 61}}, "candidates.k"),
+    }
+    for number, (changes, message) in enumerate(cases.values()):
+        folder = tmp_path / str(number)
+        done = fastgda("run", lay_out(folder, model_folder, **changes), home=home, check=False)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr and "Traceback" not in done.stderr
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+        assert len(errors) == 1
+
+
+def test_sql_that_writes_or_is_wrong_gets_one_line_and_exit_code_2(finished: Path, home: Path) -> None:
+    for statement in ("DROP VIEW scores", "SELECT nothing FROM nowhere", "SELECT 1; SELECT 2"):
+        done = fastgda("sql", statement, "--workspace", finished / "workspace", home=home, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error:") and "Traceback" not in done.stderr

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storage_schemas import tables
+from storage_schemas.commit import commit_table, committed
+from storage_schemas.workspace import part
+
+KEY = "0123456789abcdef"
+ALL_SCHEMAS = [value for value in vars(tables).values() if isinstance(value, pa.Schema)]
+
+
+def scores(rows: list[tuple[str, int, float]]) -> pa.Table:
+    return pa.Table.from_pylist(
+        [{"query_id": query, "train_id": train, "score": score} for query, train, score in rows], schema=tables.SCORES
+    )
+
+
+def sample(number: int, captions: list[str]) -> dict[str, object]:
+    return {
+        "train_id": number,
+        "key": f"s{number}",
+        "shard": "a.tar",
+        "offset": 512,
+        "size": 10,
+        "captions": captions,
+        "width": 2,
+        "height": 3,
+        "image_sha256": "0" * 64,
+    }
+
+
+def commit_samples(path: Path, captions: list[list[str]]) -> None:
+    rows = [sample(number, several) for number, several in enumerate(captions)]
+    table = pa.Table.from_pylist(rows, schema=tables.SAMPLES)
+    commit_table(path, table, tables.SAMPLES, key=KEY, started=time.monotonic())
+
+
+def test_a_committed_table_reads_back_with_its_row_count(tmp_path: Path) -> None:
+    path = tmp_path / "part-00000.parquet"
+    table = scores([("q1", 2, 0.5), ("q1", 1, -1e300), ("q2", 1, 0.25)])
+    commit_table(path, table, tables.SCORES, key=KEY, started=time.monotonic())
+    manifest = committed(path, KEY)
+    assert manifest is not None and manifest.rows == 3
+    assert tables.read(path, tables.SCORES).equals(table)
+    assert tables.read(path, tables.SCORES).schema.equals(tables.SCORES)
+
+
+def test_a_narrower_table_is_cast_to_its_schema(tmp_path: Path) -> None:
+    path = tmp_path / "part-00000.parquet"
+    table = pa.table({"query_id": ["q"], "train_id": pa.array([3], pa.int32()), "score": pa.array([0.5], pa.float32())})
+    commit_table(path, table, tables.SCORES, key=KEY, started=time.monotonic())
+    assert tables.read(path, tables.SCORES).to_pylist() == [{"query_id": "q", "train_id": 3, "score": 0.5}]
+
+
+def test_a_table_with_a_column_too_few_is_not_committed(tmp_path: Path) -> None:
+    path = tmp_path / "part-00000.parquet"
+    with pytest.raises(ValueError, match="score"):
+        commit_table(path, pa.table({"query_id": ["q"], "train_id": [1]}), tables.SCORES, key=KEY, started=0.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "it's a \"quoted\" 'caption'; -- $1 %s {x} \\n",
+        "two\nlines\r\nand\ta tab",
+        "a 👩🏽‍🚀 in 宇宙 שלום",
+        "nul \x00 inside",
+        "word " * 20_000,
+    ],
+    ids=["quotes", "newlines", "emoji", "nul", "100 kB"],
+)
+def test_awkward_captions_survive_the_disk(tmp_path: Path, caption: str) -> None:
+    path = tmp_path / "samples.parquet"
+    commit_samples(path, [["plain", caption], [caption]])
+    assert tables.read(path, tables.SAMPLES)["captions"].to_pylist() == [["plain", caption], [caption]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.text(), min_size=1, max_size=3), min_size=1, max_size=4))
+def test_any_caption_survives_the_disk(tmp_path_factory: pytest.TempPathFactory, captions: list[list[str]]) -> None:
+    path = tmp_path_factory.mktemp("captions") / "samples.parquet"
+    commit_samples(path, captions)
+    assert tables.read(path, tables.SAMPLES)["captions"].to_pylist() == captions
+
+
+@pytest.mark.parametrize(("metadata", "named"), [({"schema_version": "0"}, "0"), (None, "none")])
+def test_a_file_of_another_schema_version_is_refused(
+    tmp_path: Path, metadata: dict[str, str] | None, named: str
+) -> None:
+    path = tmp_path / "part-00000.parquet"
+    pq.write_table(scores([("q", 1, 0.5)]).replace_schema_metadata(metadata), path)
+    with pytest.raises(ValueError, match="run the stage that wrote it again") as refusal:
+        tables.read(path, tables.SCORES)
+    assert str(path) in str(refusal.value)
+    assert f"schema version {named}" in str(refusal.value)
+    assert f"this release reads {tables.SCHEMA_VERSION}" in str(refusal.value)
+
+
+def test_parts_are_concatenated_in_name_order_and_nothing_else_is_read(tmp_path: Path) -> None:
+    for number in (10, 2, 0):
+        commit_table(
+            part(tmp_path, number),
+            scores([("q", number, 0.5), ("p", number, 0.5)]),
+            tables.SCORES,
+            key=KEY,
+            started=0.0,
+        )
+    (tmp_path / ".123-part-00001.parquet").write_bytes(b"half a file of a killed writer")
+    table = tables.read_parts(tmp_path, tables.SCORES)
+    assert table["train_id"].to_pylist() == [0, 0, 2, 2, 10, 10]
+    assert table["query_id"].to_pylist() == ["q", "p"] * 3
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_no_parts_make_an_empty_table_of_the_schema(tmp_path: Path, exists: bool) -> None:
+    folder = tmp_path / "scores"
+    if exists:
+        folder.mkdir()
+    table = tables.read_parts(folder, tables.SCORES)
+    assert table.num_rows == 0
+    assert table.schema.equals(tables.SCORES)
+
+
+@pytest.mark.parametrize("schema", ALL_SCHEMAS)
+def test_every_column_of_every_table_is_explained(schema: pa.Schema) -> None:
+    assert len(schema) > 0
+    assert all(field.metadata[b"comment"].strip() for field in schema)
+    assert len(set(schema.names)) == len(schema.names)

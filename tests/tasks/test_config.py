@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastgda_core.errors import UsageError
+from tasks.config import SplitConfig, load_config
+from tasks.openmoji import CONFIG, list_openmoji
+from tasks.webdataset_shards import find_shards
+from tests.tasks.configs import ABSENT, document
+from tests.tiny import sample_members, write_tar
+
+
+def write(folder: Path, **changes: object) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(document(**changes)), encoding="utf-8")
+    return path
+
+
+def refusal(path: Path) -> str:
+    """The message of a config that is refused: plain lines that each name the file."""
+    with pytest.raises(UsageError) as error:
+        load_config(path)
+    message = str(error.value)
+    for noise in ("Traceback", "validation error", "pydantic", "Value error", "[type="):
+        assert noise not in message
+    assert all(str(path) in line for line in message.splitlines())
+    return message
+
+
+def test_the_demo_config_is_valid_and_asks_for_no_training_caption() -> None:
+    config = load_config(CONFIG)
+    captions = config.queries.captions
+    assert captions is not None
+    assert len(captions) == config.queries.split.total
+    assert len({caption.lower() for caption in captions}) == len(captions)
+    known = {caption for image in list_openmoji() for caption in image.captions}
+    assert len(known) > 3000
+    assert known.isdisjoint(caption.lower() for caption in captions)
+
+
+def test_a_small_config_is_read_with_its_defaults(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path))
+    assert config.name == "tiny"
+    assert config.teacher.timesteps == 10
+    assert sorted(config.queries.split.assign(seed=0)) == ["test", "train", "validation"]
+
+
+@pytest.mark.parametrize(("train", "validation", "test"), [(36, 4, 8), (1, 1, 1), (3, 5, 2), (7, 1, 3)])
+def test_each_split_is_drawn_evenly_along_the_list_of_queries(train: int, validation: int, test: int) -> None:
+    split = SplitConfig(train=train, validation=validation, test=test)
+    names = split.assign(seed=3)
+    assert {name: names.count(name) for name in names} == {"train": train, "validation": validation, "test": test}
+    edges = [len(names) * edge // test for edge in range(test + 1)]
+    assert all(names[start:stop].count("test") == 1 for start, stop in itertools.pairwise(edges))
+    assert names == split.assign(seed=3)
+
+
+def test_relative_paths_are_seen_from_the_folder_of_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    write(folder, queries__captions=ABSENT, queries__shards="queries/*.tar")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = load_config(Path("../configs/config.yaml"))
+    assert config.workspace == folder / "made" / "workspace"
+    assert config.model.folder == folder / "model"
+    assert config.data.shards == f"{folder}/shards/*.tar"
+    assert config.queries.shards == f"{folder}/queries/*.tar"
+
+
+def test_absolute_paths_stay(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, workspace="/big/disk", model__folder="/models/sd", data__shards="/d/*.tar"))
+    assert config.workspace == Path("/big/disk")
+    assert config.model.folder == Path("/models/sd")
+    assert config.data.shards == "/d/*.tar"
+
+
+@pytest.mark.parametrize("name", ["my data", "it's [mine]", "a*b"])
+def test_shards_are_found_whatever_the_folder_of_the_config_is_called(tmp_path: Path, name: str) -> None:
+    shard = write_tar(tmp_path / name / "shards" / "a.tar", sample_members(range(1)))
+    config = load_config(write(tmp_path / name))
+    assert find_shards(config.data.shards, "data.shards") == [shard]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "reason"),
+    [
+        ({"teacher__alhpa": 1.0}, "teacher.alhpa", "no such field"),
+        ({"tracher": {}}, "tracher", "no such field"),
+        ({"teacher__alpha": ABSENT}, "teacher.alpha", "is missing"),
+        ({"evaluation": ABSENT}, "evaluation", "is missing"),
+        ({"queries__split__test": ABSENT}, "queries.split.test", "is missing"),
+        ({"teacher__name": "guesswork"}, "teacher.name", "abu_plus"),
+        ({"features": {"space": "crystal_ball"}}, "features.space", "crystal_ball"),
+        ({"features": {"space": "minilm_text+crystal_ball"}}, "features.space", "crystal_ball"),
+        ({"features": {"space": ""}}, "features.space", ""),
+        ({"teacher__timesteps": -1}, "teacher.timesteps", "greater than"),
+        ({"queries__split__train": -1}, "queries.split.train", "greater than"),
+        ({"teacher__draws": 0}, "teacher.draws", "greater than"),
+        ({"teacher__alpha": 0}, "teacher.alpha", "greater than"),
+        ({"teacher__alpha": float("nan")}, "teacher.alpha", ""),
+        ({"teacher__alpha": float("inf")}, "teacher.alpha", ""),
+        ({"teacher__alpha": "small"}, "teacher.alpha", "number"),
+        ({"model__micro_batch": 2.5}, "model.micro_batch", "integer"),
+        ({"model": None}, "model", ""),
+        ({"name": "Not a Name"}, "name", "pattern"),
+        ({"device": "abacus"}, "device", "auto"),
+        ({"queries__split__train": 2}, "queries", "3 captions but the split adds up to 4"),
+        ({"queries__captions": ["a", "b", "a"]}, "queries", "twice"),
+        ({"queries__captions": ["a", "b", "  "]}, "queries", "empty"),
+        ({"queries__captions": ["a", "b", 3]}, "queries.captions.2", "string"),
+        ({"queries__captions": ABSENT}, "queries", "either captions"),
+        ({"queries__shards": "queries/*.tar"}, "queries", "either captions"),
+        ({"queries__captions": ABSENT, "queries__shards": ""}, "queries", ""),
+        ({"candidates__k": 3}, "candidates", "k belongs to policy top_k"),
+        ({"candidates__policy": "top_k"}, "candidates", "k belongs to policy top_k"),
+        ({"candidates": {"policy": "top_k", "k": 1}}, "candidates.k", "greater than"),
+        ({"evaluation__cutoffs": []}, "evaluation.cutoffs", "at least 1"),
+        ({"evaluation__cutoffs": [-5]}, "evaluation.cutoffs.0", "greater than"),
+        ({"exact_check": {"queries": 1, "candidates": 3}}, "config", "exact_check"),
+        (
+            {"exact_check": {"queries": 2, "candidates": 3}, "teacher__name": "abu_plus_first_order"},
+            "config",
+            "exact_check.queries is 2",
+        ),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_file(
+    tmp_path: Path, changes: dict[str, object], field: str, reason: str
+) -> None:
+    path = write(tmp_path, **changes)
+    message = refusal(path)
+    assert message.startswith(f"{path}: {field}: ")
+    assert reason in message
+    assert len(message.splitlines()) == 1
+
+
+def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path, teacher__alpha=ABSENT, model__fodler="x", name="NO"))
+    assert {line.split(": ")[1] for line in message.splitlines()} == {"teacher.alpha", "model.fodler", "name"}
+
+
+@pytest.mark.parametrize("content", ["", "just text", "- a\n- list\n", "3", "null"])
+def test_a_config_that_is_no_mapping_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    assert "not a mapping" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"name: [unclosed", b"a: b: c", b"\xff\xfe\x00\xd8", b"a: !!python/object/apply:os.getcwd []"],
+    ids=["unclosed", "two colons", "not text", "object"],
+)
+def test_a_config_that_is_no_yaml_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    assert "not readable YAML" in refusal(path)
+
+
+def test_keys_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    path.write_text(path.read_text() + "3: x\n")
+    assert "3" in refusal(path)
+
+
+def test_a_config_that_is_absent_or_a_folder_is_refused(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(tmp_path / "absent.yaml")
+    assert refusal(tmp_path)
