@@ -66,8 +66,8 @@ def demo(
 
     _print_summary(run_demo(folder.resolve()))
     out.print(
-        f"\nAsk it something:  fastgda attribute {folder}/workspace/queries/*/images/q0014.png "
-        '--caption "a ripe red apple"',
+        f"\nAsk it something:  fastgda attribute {folder}/workspace/queries/*/images/q0003.png "
+        '--caption "a laughing face with sunglasses"',
         highlight=False,
         soft_wrap=True,
     )
@@ -120,7 +120,7 @@ def attribute(
 ) -> None:
     """The training images that influenced an image most, from the index.
 
-    Example: `fastgda attribute apple.png --caption "a ripe red apple" -k 8`
+    Example: `fastgda attribute laughing.png --caption "a laughing face with sunglasses" -k 8`
     """
     from dataclasses import asdict
 

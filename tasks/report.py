@@ -149,13 +149,13 @@ def _loss_curve(history: list[dict[str, float]], best_epoch: int, cutoff: int) -
     from matplotlib.figure import Figure
 
     epochs = range(1, len(history) + 1)
-    figure = Figure(figsize=(7.2, 2.6), layout="constrained")
+    figure = Figure(figsize=(9.6, 2.6), layout="constrained")
     loss_axis, map_axis = figure.subplots(1, 2)
     loss_axis.plot(epochs, [point["loss"] for point in history], color="#2b6cb0", marker="o", markersize=3)
     loss_axis.set(title="Training loss (BCE)", xlabel="epoch")
     map_axis.plot(epochs, [point["validation_map"] for point in history], color="#2f855a", marker="o", markersize=3)
     map_axis.axvline(best_epoch + 1, color="#a0aec0", linestyle="--", linewidth=1)
-    map_axis.set(title=f"Validation mAP({cutoff}); dashed: epoch kept", xlabel="epoch")
+    map_axis.set(title=f"Validation mAP({cutoff}), epoch kept dashed", xlabel="epoch")
     for axis in (loss_axis, map_axis):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -128,13 +129,19 @@ def test_killed_at_any_stage_and_started_again_it_finishes_with_the_same_scores(
         "heads/*/head.json",
     )
     for moment in moments:
-        process = subprocess.Popen(command, env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command,
+            env=environment(home),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a group of its own, so that its Prefect server dies with it
+        )
         deadline = time.monotonic() + 240
         while not any(workspace.glob(moment)):
             assert process.poll() is None, f"the run ended before {moment} was there"
             assert time.monotonic() < deadline, f"{moment} never came"
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     fastgda("run", config, home=home)
     assert query(workspace, SCORES).equals(query(finished / "workspace", SCORES))
