@@ -61,6 +61,6 @@ def _plain(name: str, total: int) -> Callable[[int], None]:
         if done >= total or now - printed >= _PLAIN_INTERVAL:
             printed = now
             left = (now - started) / done * (total - done)
-            console.print(f"{name}: {done}/{total}, {now - started:.0f} s elapsed, {left:.0f} s left", highlight=False)
+            console.print(f"{name}: {done:.0f}/{total}, {now - started:.0f} s elapsed, {left:.0f} s left", highlight=False)
 
     return advance
