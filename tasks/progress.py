@@ -61,6 +61,7 @@ def _plain(name: str, total: int) -> Callable[[int], None]:
         if done >= total or now - printed >= _PLAIN_INTERVAL:
             printed = now
             left = (now - started) / done * (total - done)
-            console.print(f"{name}: {done:.0f}/{total}, {now - started:.0f} s elapsed, {left:.0f} s left", highlight=False)
+            line = f"{name}: {done:.0f}/{total}, {now - started:.0f} s elapsed, {left:.0f} s left"
+            console.print(line, highlight=False)
 
     return advance
