@@ -107,11 +107,7 @@ class TeacherConfig(_Section):
     alpha: float = Field(gt=0, description="step size: Delta theta = (alpha / N) F^-1 grad L")
     training_size: int | None = Field(default=None, ge=1, description="N; default: the samples in the workspace")
     timesteps: int = Field(default=10, ge=1, description="T of the noise plan")
-    first_timestep: int = Field(
-        default=0,
-        ge=0,
-        description="where the grid of T timesteps starts, below T_train / T",
-    )
+    first_timestep: int = Field(default=0, ge=0, description="where the grid of T timesteps starts, below T_train / T")
     draws: int = Field(default=1, ge=1, description="noise draws per timestep")
     seed: int = Field(default=0, ge=0, description="of the noise plan")
     gradient_pairs: int = Field(default=128, ge=1, description="Monte-Carlo (eps, t) pairs of a query's gradient")
@@ -133,9 +129,7 @@ class HeadConfig(_Section):
         default="xavier", description="random, or cosines that start as those of the features: for few queries"
     )
     rank_offset: float | None = Field(
-        default=None,
-        gt=0,
-        description="weigh a pair by 1 / (pi + rank_offset): top ranks count; null: all alike",
+        default=None, gt=0, description="weigh a pair by 1 / (pi + rank_offset): top ranks count; null: all alike"
     )
     seed: int = Field(default=0, ge=0)
 

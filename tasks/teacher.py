@@ -218,16 +218,13 @@ def score_shard(
     block = load_block(context, latents, shard.train_ids)
     numbers = tuple(shard.query_numbers)
     deltas = _load_updates(updates, numbers, context.device)
+    plan, micro_batch = noise_plan(context.config.teacher), context.config.model.micro_batch
     if base_losses is None:
-        scores = first_order_scores(
-            context.model(), noise_plan(context.config.teacher), block, deltas, context.config.model.micro_batch
-        )
+        scores = first_order_scores(context.model(), plan, block, deltas, micro_batch)
     else:
         base = _load_base_losses(base_losses)[block.train_ids.cpu()].to(context.device)
         update = {name: delta[0] for name, delta in deltas.items()}
-        scores = exact_scores(
-            context.model(), noise_plan(context.config.teacher), block, base, update, context.config.model.micro_batch
-        )[None]
+        scores = exact_scores(context.model(), plan, block, base, update, micro_batch)[None]
     table = _pair_rows(score_run, shard, block.train_ids.cpu().numpy(), scores.cpu().numpy())
     key = score_run.shard_key(shard)
     commit_table(path, table, tables.SCORES, key=key, started=started, device=str(context.device))

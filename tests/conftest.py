@@ -19,6 +19,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where Prefect keeps its state during the tests."""
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.fixture
 def tiny_model(model_folder: Path) -> DiffusionModel:
     return load_model(model_folder, torch.device("cpu"))

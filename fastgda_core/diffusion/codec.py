@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastgda_core.diffusion.pretrained import load_frozen
 from fastgda_core.errors import UsageError
 
 
@@ -78,12 +79,7 @@ def load_codec(folder: Path, device: torch.device) -> Codec:
         case "AutoencoderKL":
             from diffusers import AutoencoderKL
 
-            vae, info = AutoencoderKL.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
-            )
-            if missing := sorted(info["missing_keys"]):
-                raise UsageError(f"{folder} lacks the weights {', '.join(missing[:5])}: save the model again")
-            return VaeCodec(vae.to(device).eval().requires_grad_(False))
+            return VaeCodec(load_frozen(AutoencoderKL, folder, device, torch_dtype=torch.float32))
         case other:
             raise UsageError(
                 f"{config_path} names the codec {other!r}: known are AutoencoderKL and {PixelUnshuffle.class_name}"

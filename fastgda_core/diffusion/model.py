@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastgda_core.diffusion.codec import Codec, load_codec
+from fastgda_core.diffusion.pretrained import load_frozen
 from fastgda_core.errors import UsageError
 
 PARTS = ("unet", "scheduler", "text_encoder", "tokenizer", "vae")
@@ -101,21 +102,9 @@ def load_model(folder: Path, device: torch.device) -> DiffusionModel:
     if index.get("unet", [None, None])[1] != "UNet2DConditionModel":
         raise UsageError(f"{folder}/model_index.json: the denoiser must be a UNet2DConditionModel")
     try:
-        unet, unet_info = UNet2DConditionModel.from_pretrained(
-            folder / "unet",
-            local_files_only=True,
-            use_safetensors=True,
-            torch_dtype=torch.float32,
-            output_loading_info=True,
-        )
+        unet = load_frozen(UNet2DConditionModel, folder / "unet", device, torch_dtype=torch.float32)
         encoder_class = getattr(transformers, index["text_encoder"][1])
-        text_encoder, text_info = encoder_class.from_pretrained(
-            folder / "text_encoder",
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        text_encoder = load_frozen(encoder_class, folder / "text_encoder", device, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         # Any diffusers scheduler config reads as DDIM's: the noise schedule and the target are what counts.
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
@@ -124,18 +113,12 @@ def load_model(folder: Path, device: torch.device) -> DiffusionModel:
         raise
     except (OSError, AttributeError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"model.folder {folder} does not load: {' '.join(str(error).split())[:300]}") from error
-    for name, info in (("unet", unet_info), ("text_encoder", text_info)):
-        if missing := sorted(info["missing_keys"]):
-            raise UsageError(f"{folder}/{name} lacks the weights {', '.join(missing[:5])}: save the model again")
-    for part in (unet, text_encoder):
-        part.to(device).eval().requires_grad_(False)
     unet.to(memory_format=torch.channels_last)
     return DiffusionModel(unet, scheduler, text_encoder, tokenizer, codec, device)
 
 
 def train_timesteps(folder: Path) -> int:
     """T_train of a model folder's noise schedule, without loading the model."""
-    check_model_folder(folder)
     path = folder / "scheduler" / "scheduler_config.json"
     try:
         return int(json.loads(path.read_text()).get("num_train_timesteps", 1000))

@@ -46,9 +46,10 @@ class NoisePlan:
         """
         if self.timesteps > train_timesteps:
             raise UsageError(f"teacher.timesteps is {self.timesteps} but the model's schedule has {train_timesteps}")
-        if self.first_timestep >= (stride := train_timesteps // self.timesteps):
+        stride = train_timesteps // self.timesteps
+        if self.first_timestep >= stride:
             raise UsageError(f"teacher.first_timestep is {self.first_timestep}: give one below the stride, {stride}")
-        return torch.arange(self.first_timestep, train_timesteps, train_timesteps // self.timesteps)
+        return torch.arange(self.first_timestep, train_timesteps, stride)
 
     def key(self) -> tuple[int, int]:
         return stream_key(self.seed, "training samples")

@@ -30,11 +30,6 @@ def documented(language: str) -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="session")
 def small_demo(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, home: Path) -> Path:
     """A folder in which `fastgda demo` ran on one shard, with little noise; `my_config.yaml` stands there too."""
     folder = tmp_path_factory.mktemp("user")

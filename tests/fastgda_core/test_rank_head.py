@@ -141,7 +141,7 @@ def test_head_gives_unit_vectors_and_an_affine_map_of_their_cosine(head: RankHea
 def test_head_that_starts_from_the_features_has_the_cosines_of_their_principal_axes(samples: int, dims: int) -> None:
     torch.manual_seed(3)
     known = torch.randn(samples, dims) @ torch.randn(dims, dims) + 5
-    queries = known[:10] + 0.1 * torch.randn(10, dims) @ (known[:10] - known.mean(0)).T @ known[:10] / 1e3
+    queries = known[:10] + torch.randn(10, dims)
     head = RankHead(dims).eval()
     start_from_features(head, known)
     centred, mean = known.double().numpy() - known.double().numpy().mean(0), known.double().numpy().mean(0)

@@ -57,7 +57,7 @@ def lay_out(folder: Path, model: Path, **changes: Any) -> Path:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Prefect's state in a folder of the test's own, one thread per process."""
+    """Prefect's state in a folder of the test's own, two threads per process."""
     return {**os.environ, "PREFECT_HOME": str(home / "prefect"), "OMP_NUM_THREADS": "2"}
 
 

@@ -24,11 +24,6 @@ SCORES = "SELECT query_id, train_id, score FROM scores ORDER BY ALL"
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, home: Path) -> Path:
     """The folder of a pipeline that ran to its end."""
     folder = tmp_path_factory.mktemp("shapes")

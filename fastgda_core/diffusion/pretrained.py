@@ -1,0 +1,30 @@
+"""Load one frozen part of a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgda_core.errors import UsageError
+
+
+def load_frozen(kind: Any, folder: Path, device: torch.device, **options: Any) -> Any:
+    """A diffusers or transformers module, frozen and in eval mode; nothing is fetched and no pickle is read.
+
+    Args:
+        kind: its class.
+        folder: what its `save_pretrained` wrote.
+        device: where to put it.
+        options: for `from_pretrained`; diffusers calls the precision `torch_dtype`, transformers `dtype`.
+
+    Raises:
+        UsageError: a weight is not in the file, which `from_pretrained` would draw at random.
+    """
+    module, info = kind.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise UsageError(f"{folder} lacks the weights {', '.join(missing[:5])}: save the model again")
+    return module.to(device).eval().requires_grad_(False)
