@@ -11,9 +11,12 @@ from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from fastgda_core.diffusion.model import model_hash, train_timesteps
+from fastgda_core.teachers.teachers import TEACHERS
 from storage_schemas.commit import input_key
+from tasks.candidates import choose_candidates
 from tasks.config import PipelineConfig, check_sizes
 from tasks.context import Context, Stage
+from tasks.curvature import fit_curvature
 from tasks.evaluation import evaluate_head
 from tasks.features import extract_features
 from tasks.head import build_search_index, train_rank_head
@@ -23,15 +26,9 @@ from tasks.queries import make_queries
 from tasks.report import write_report
 from tasks.samples import encode_latents, ingest_samples
 from tasks.score_plan import ScoreRun, ScoreShard, plan_scores
-from tasks.teacher import (
-    check_against_exact,
-    choose_candidates,
-    compute_base_losses,
-    fit_curvature,
-    noise_plan,
-    score_shard,
-    unlearn_queries,
-)
+from tasks.teacher import compute_base_losses, noise_plan, score_shard
+from tasks.teacher_checks import check_against_exact, check_precision, check_self_consistency, measure_low_rank
+from tasks.unlearning import unlearn_queries
 
 SUBMISSION_WINDOW = 64  # shards in flight: bounds what the coordinator and the server hold at once
 
@@ -61,7 +58,7 @@ class RunSummary:
 def attribution_pipeline(config: PipelineConfig) -> RunSummary:
     """Teach, distil, serve: see the design's first section."""
     context = Context(config, model_hash(config.model.folder))
-    noise_plan(config.teacher).timestep_values(train_timesteps(config.model.folder))  # refused before any work
+    noise_plan(config).timestep_values(train_timesteps(config.model.folder))  # refused before any work
     samples = ingest_samples(context)
     check_sizes(config, samples.rows)
     queries = make_queries(context)
@@ -73,17 +70,24 @@ def attribution_pipeline(config: PipelineConfig) -> RunSummary:
     run = f"{config.name}-{input_key(updates.key, features.key, config.candidates, config.teacher)[:10]}"
     candidates = choose_candidates(context, run, samples, queries)
     score_run = plan_scores(context, candidates, samples, queries)
-    base_losses = compute_base_losses(context, latents) if config.teacher.name == "abu_plus" else None
+    checks = []
+    if not config.teacher.precision.exact:
+        checks.append(check_precision(context, latents, updates, queries))
+    if config.teacher.update_rank is not None:
+        checks.append(measure_low_rank(context, queries, updates))
+    base_losses = None if TEACHERS[config.teacher.name].first_order else compute_base_losses(context, latents)
     scores = score_shards(context, score_run, latents, updates, base_losses)
     ranks = rank_scores(context, score_run)
     exact = check_against_exact(context, score_run, latents, queries, updates) if config.exact_check else None
+    if config.self_consistency:
+        checks.append(check_self_consistency(context, score_run, latents, curvature, queries, updates))
     publish_scores(context, score_run, samples, queries, candidates, ranks, exact)
     head = train_rank_head(context, samples, queries, features, ranks)
     index = build_search_index(context, samples, features, head)
-    metrics = evaluate_head(context, samples, queries, ranks, head, exact)
+    metrics = evaluate_head(context, samples, queries, ranks, head, exact, checks)
     publish_head(context, head, index, metrics)
     stages = [samples, queries, features, query_features, latents, curvature, updates, candidates, base_losses]
-    stages += [scores, ranks, exact, head, index, metrics]
+    stages += [scores, ranks, exact, *checks, head, index, metrics]
     done = [made for made in stages if made is not None]
     return RunSummary(run, [*done, write_report(context, run, done)])
 

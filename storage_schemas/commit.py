@@ -7,6 +7,7 @@ instant leaves work that the next start repeats, never work that it trusts wrong
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -36,14 +37,16 @@ class Manifest(BaseModel):
 
 
 def input_key(*parts: object) -> str:
-    """A 16-digit key of JSON-serialisable inputs (models, dicts, lists, numbers, text)."""
-    document = json.dumps(parts, sort_keys=True, default=_plain, ensure_ascii=True)
+    """A 16-digit key of inputs (models, dataclasses, dicts, lists, numbers, text) and the version of the schemas."""
+    document = json.dumps([SCHEMA_VERSION, *parts], sort_keys=True, default=_plain, ensure_ascii=True)
     return hashlib.sha256(document.encode()).hexdigest()[:16]
 
 
 def _plain(value: object) -> object:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"{type(value).__name__} cannot be part of an input key")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 
 def _schema(*fields: tuple[str, pa.DataType, str]) -> pa.Schema:
@@ -58,12 +58,13 @@ FEATURES = _schema(
 CANDIDATES = _schema(
     ("query_id", pa.string(), "the query"),
     ("train_id", pa.int64(), "a training sample that it is scored against"),
-    ("neighbor_rank", pa.int32(), "1 = nearest in the untuned feature space"),
+    ("neighbor_rank", pa.int32(), "among all samples; 1 = nearest in the untuned feature space"),
     ("similarity", pa.float32(), "cosine in the untuned feature space"),
 )
 
 BASE_LOSSES = _schema(
     ("train_id", pa.int64(), "the training sample"),
+    ("flip", pa.int32(), "1: of its mirrored image"),
     ("base_loss", pa.float64(), "L(z_i, theta_0) under the noise plan"),
 )
 
@@ -84,8 +85,8 @@ RANKS = _schema(
 INDEX_IDS = _schema(("train_id", pa.int64(), "training sample of each vector, in the index's order"))
 
 METRICS = _schema(
-    ("metric", pa.string(), "mAP, AP (one query), spearman, ..."),
-    ("space", pa.string(), "what produced the ranking: untuned, tuned, teacher, chance"),
+    ("metric", pa.string(), "mAP, AP (one query), spearman, relative error"),
+    ("space", pa.string(), "what is compared with the teacher's scores: untuned, tuned, chance, teacher with ..."),
     ("split", pa.string(), "the queries it was measured on"),
     ("cutoff", pa.int32(), "L of mAP(L); 0 where it has none"),
     ("query_id", pa.string(), "one query, or empty for the mean over the split"),

@@ -30,7 +30,7 @@ class Workspace:
         return self.root / "queries" / key / "queries.parquet"
 
     def curvature(self, key: str) -> Path:
-        return self.root / "curvature" / key / "ekfac.safetensors"
+        return self.root / "curvature" / key / "fisher.safetensors"
 
     def updates(self, key: str) -> Path:
         return self.root / "updates" / key
@@ -46,6 +46,9 @@ class Workspace:
 
     def exact_check(self, run: str) -> Path:
         return self.root / "exact_checks" / run
+
+    def teacher_check(self, key: str) -> Path:
+        return self.root / "teacher_checks" / f"{key}.parquet"
 
     def ranks(self, run: str) -> Path:
         return self.root / "ranks" / run / "part-00000.parquet"

@@ -8,10 +8,23 @@ from pathlib import Path
 from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from fastgda_core.curvature.fisher import DAMPING
+from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
 from fastgda_core.features import encoder_names
+from fastgda_core.teachers.teachers import TEACHERS
 
 
 class _Section(BaseModel):
@@ -24,7 +37,11 @@ class DataConfig(_Section):
 
 class ModelConfig(_Section):
     folder: Path = Field(description="diffusers-style model folder, relative to the config file")
-    micro_batch: int = Field(default=64, ge=1, description="denoiser forwards at a time")
+    micro_batch: int = Field(
+        default=64, ge=1, description="denoiser forwards at a time; halves itself where device memory runs out"
+    )
+    flips: bool = Field(default=False, description="it was trained with mirrored images too: the larger score counts")
+    compile: bool = Field(default=False, description="compile the forwards of the exact teachers")
 
 
 class SplitConfig(_Section):
@@ -92,31 +109,79 @@ class CurvatureConfig(_Section):
 
 
 class CandidatesConfig(_Section):
-    policy: Literal["all", "top_k"] = Field(description="all samples, or each query's nearest in the untuned space")
-    k: int | None = Field(default=None, ge=2, description="neighbours per query of policy top_k")
+    policy: Literal["all", "top_k", "pooled"] = Field(
+        description="all samples; each query's nearest in the untuned space; or the nearest of any query, for all"
+    )
+    k: int | None = Field(default=None, ge=2, description="neighbours per query of policies top_k and pooled")
+    scored: int | None = Field(default=None, ge=2, description="of policy top_k: how many of the k, drawn at random")
+    seed: int = Field(default=0, ge=0, description="of that draw")
 
     @model_validator(mode="after")
-    def _k_with_top_k(self) -> Self:
-        if (self.policy == "top_k") != (self.k is not None):
-            raise ValueError("k belongs to policy top_k, and to no other")
+    def _k_with_neighbors(self) -> Self:
+        if (self.policy != "all") != (self.k is not None):
+            raise ValueError("k belongs to policies top_k and pooled, and to no other")
+        if self.scored is not None and (self.policy != "top_k" or self.scored > (self.k or 0)):
+            raise ValueError("scored belongs to policy top_k and is at most k")
         return self
 
 
 class TeacherConfig(_Section):
-    name: Literal["abu_plus", "abu_plus_first_order"] = Field(description="exact loss difference, or its linear part")
+    name: Literal["abu", "abu_plus", "abu_plus_first_order"] = Field(
+        description="exact loss difference with a diagonal or an EK-FAC Fisher, or the latter's linear part"
+    )
+    layers: Literal["cross-attn-kv", "cross-attn", "attn", "all"] = Field(
+        default="cross-attn-kv", description="whose weights the unlearning step moves"
+    )
+    damping: float = Field(default=DAMPING, gt=0, description="of the Fisher, x the layer's mean eigenvalue")
+    precision: Precision = Field(default=Precision.float32, description="of the forwards; tf32, bf16: first order only")
     alpha: float = Field(gt=0, description="step size: Delta theta = (alpha / N) F^-1 grad L")
     training_size: int | None = Field(default=None, ge=1, description="N; default: the samples in the workspace")
-    timesteps: int = Field(default=10, ge=1, description="T of the noise plan")
+    timesteps: int = Field(default=10, ge=1, description="T of the noise plan, evenly spaced")
     first_timestep: int = Field(default=0, ge=0, description="where the grid of T timesteps starts, below T_train / T")
+    timestep_list: tuple[NonNegativeInt, ...] | None = Field(
+        default=None, min_length=1, description="instead of the even grid: the timesteps themselves"
+    )
+    timestep_weights: tuple[PositiveFloat, ...] | None = Field(
+        default=None, description="of each timestep listed: the stretch of the schedule that it stands for"
+    )
     draws: int = Field(default=1, ge=1, description="noise draws per timestep")
+    antithetic: bool = Field(default=False, description="every other draw is the negative of the one before")
     seed: int = Field(default=0, ge=0, description="of the noise plan")
     gradient_pairs: int = Field(default=128, ge=1, description="Monte-Carlo (eps, t) pairs of a query's gradient")
+    update_rank: int | None = Field(
+        default=None, ge=1, description="keep each layer's Delta theta at this rank, and measure the error"
+    )
     shard_samples: int = Field(default=256, ge=1, description="training samples per first-order score shard")
+    shard_queries: int | None = Field(
+        default=None,
+        ge=1,
+        description="queries per first-order score shard; default: all, so that a sample is run once",
+    )
+    loaded_queries: int = Field(default=512, ge=1, description="queries whose Delta theta is on the device at a time")
+
+    @model_validator(mode="after")
+    def _plan_is_whole(self) -> Self:
+        if self.timestep_list is not None:
+            if even := {"timesteps", "first_timestep"} & self.model_fields_set:
+                raise ValueError(f"{min(even)} is of an even grid and timestep_list is not: remove one")
+            if len(set(self.timestep_list)) != len(self.timestep_list):
+                raise ValueError("timestep_list names one twice: remove it")
+        if self.timestep_weights is not None and len(self.timestep_weights) != len(self.timestep_list or ()):
+            raise ValueError("timestep_weights needs as many as timestep_list has")
+        if self.antithetic and self.draws % 2:
+            raise ValueError("antithetic draws come in pairs: make draws even")
+        TEACHERS[self.name].check_precision(self.precision)
+        return self
 
 
 class ExactCheckConfig(_Section):
     queries: int = Field(ge=1, description="test queries that are also scored by the exact teacher")
     candidates: int = Field(ge=3, description="candidates of each, evenly spaced over the first-order ranking")
+
+
+class SelfConsistencyConfig(_Section):
+    queries: int | None = Field(default=None, ge=1, description="test queries that are scored again; default: all")
+    samples: int = Field(default=256, ge=8, description="of their candidates, drawn at random")
 
 
 class HeadConfig(_Section):
@@ -154,6 +219,9 @@ class PipelineConfig(_Section):
     candidates: CandidatesConfig
     teacher: TeacherConfig
     exact_check: ExactCheckConfig | None = Field(default=None, description="audit the first-order scores")
+    self_consistency: SelfConsistencyConfig | None = Field(
+        default=SelfConsistencyConfig(), description="score some pairs under other noise: does the teacher agree?"
+    )
     head: HeadConfig = HeadConfig()
     evaluation: EvaluationConfig
 
@@ -166,6 +234,13 @@ class PipelineConfig(_Section):
                 raise ValueError(
                     f"exact_check.queries is {self.exact_check.queries} but the split has "
                     f"{self.queries.split.test} test queries: lower it"
+                )
+        if self.self_consistency is not None:
+            again = self.self_consistency.queries or 0
+            if again > self.queries.split.test:
+                raise ValueError(
+                    f"self_consistency.queries is {again} but the split has {self.queries.split.test} test queries: "
+                    "lower it"
                 )
         return self
 
@@ -181,6 +256,7 @@ def check_sizes(config: PipelineConfig, samples: int) -> None:
         raise UsageError(
             f'candidates.k is {k} but the workspace has {samples} samples: lower it or set candidates.policy to "all"'
         )
+    k = config.candidates.scored or k
     asked = {
         "evaluation.cutoffs": max(config.evaluation.cutoffs),
         "evaluation.validation_cutoff": config.evaluation.validation_cutoff,

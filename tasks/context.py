@@ -8,8 +8,11 @@ from pathlib import Path
 
 import torch
 
+from fastgda_core.curvature.layers import Layer, select_layers
 from fastgda_core.diffusion.model import DiffusionModel, load_model
+from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
+from fastgda_core.teachers.micro_batch import MicroBatch
 from storage_schemas.commit import committed
 from storage_schemas.workspace import Workspace
 from tasks.config import PipelineConfig
@@ -50,10 +53,41 @@ class Context:
         """The model, loaded once per process."""
         return _load_model(self.config.model.folder, self.model_hash, self.device)
 
+    def teacher_model(self, precision: Precision | None = None) -> DiffusionModel:
+        """The model as the teacher runs it."""
+        config = self.config
+        precision = precision or config.teacher.precision
+        return _teacher_model(config.model.folder, self.model_hash, self.device, precision, config.model.compile)
+
+    def layers(self, model: DiffusionModel) -> dict[str, Layer]:
+        """Those whose weights the unlearning step moves."""
+        return select_layers(model.denoiser, self.config.teacher.layers)
+
+    def micro_batch(self, purpose: str) -> MicroBatch:
+        """Forwards at a time: one size per process and kind of work, so that what once ran out of memory is not tried
+        again."""
+        teacher = self.config.teacher
+        return _micro_batch(
+            self.config.model.micro_batch, self.model_hash, self.device, purpose, teacher.layers, teacher.precision
+        )
+
 
 @functools.lru_cache(maxsize=1)
 def _load_model(folder: Path, _model_hash: str, device: torch.device) -> DiffusionModel:
     return load_model(folder, device)
+
+
+@functools.lru_cache(maxsize=2)
+def _teacher_model(
+    folder: Path, model_hash: str, device: torch.device, precision: Precision, compiled: bool
+) -> DiffusionModel:
+    model = _load_model(folder, model_hash, device).in_precision(precision)
+    return model.compiled() if compiled else model
+
+
+@functools.lru_cache(maxsize=32)
+def _micro_batch(size: int, *_where: object) -> MicroBatch:
+    return MicroBatch(size)
 
 
 def pick_device(name: str) -> torch.device:

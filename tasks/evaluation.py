@@ -24,16 +24,25 @@ from storage_schemas.commit import commit_table, committed, input_key
 from tasks.context import Context, Stage
 from tasks.features import load_features
 from tasks.head import rows_of_split, score_matrix
+from tasks.metric_rows import metric_row, metric_rows
 from tasks.queries import load_queries
 
 
 @task(task_run_name="evaluation", cache_policy=NO_CACHE)
 def evaluate_head(
-    context: Context, samples: Stage, queries: Stage, ranks: Stage, head: Stage, exact: Stage | None
+    context: Context,
+    samples: Stage,
+    queries: Stage,
+    ranks: Stage,
+    head: Stage,
+    exact: Stage | None,
+    checks: list[Stage],
 ) -> Stage:
-    """mAP(L) of the untuned and tuned features and of chance; agreement of the two teachers where it was checked."""
+    """mAP(L) of the untuned and tuned features and of chance, beside what the checks of the teacher found."""
     cutoffs = context.config.evaluation.cutoffs
-    key = input_key("metrics", head.key, ranks.key, cutoffs, exact.key if exact else None)
+    key = input_key(
+        "metrics", head.key, ranks.key, cutoffs, exact.key if exact else None, [check.key for check in checks]
+    )
     path = context.workspace.metrics(key)
     manifest = committed(path, key)
     reused = manifest is not None
@@ -51,7 +60,9 @@ def evaluate_head(
         rows = list(_ranking_rows(scores, rankings, cutoffs, names))
         if exact is not None:
             rows += _teacher_rows(ranks, exact)
-        table = pa.Table.from_pylist(rows, schema=tables.METRICS)
+        table = pa.concat_tables(
+            [pa.Table.from_pylist(rows, schema=tables.METRICS), *(tables.read(c.path, tables.METRICS) for c in checks)]
+        )
         manifest = commit_table(path, table, tables.METRICS, key=key, started=started)
     return Stage("evaluation", key, path, manifest.rows, manifest.seconds, reused)
 
@@ -65,11 +76,9 @@ def _ranking_rows(
         for space, similarity in rankings.items():
             # Samples that the teacher did not rank are no evidence for or against a ranking: they go last, alike.
             precision = average_precision(similarity.masked_fill(~candidates, -torch.inf), relevant)
-            yield _metric("mAP", space, "test", cutoff, precision)
-            for query_id, value in zip(query_ids, precision, strict=True):
-                yield _metric("AP", space, "test", cutoff, value[None], query_id)
+            yield from metric_rows("mAP", space, precision, query_ids, cutoff=cutoff, of_one="AP")
         chance = [expected_random_average_precision(int(count), cutoff) for count in candidates.sum(1)]
-        yield _metric("mAP", "chance", "test", cutoff, torch.tensor(chance, dtype=torch.float64))
+        yield metric_row("mAP", "chance", torch.tensor(chance, dtype=torch.float64), cutoff=cutoff)
 
 
 def _teacher_rows(ranks: Stage, exact: Stage) -> list[dict[str, object]]:
@@ -77,25 +86,10 @@ def _teacher_rows(ranks: Stage, exact: Stage) -> list[dict[str, object]]:
     checked = tables.read_parts(exact.path, tables.SCORES).rename_columns({"score": "exact"})
     first_order = tables.read(ranks.path, tables.RANKS).select(["query_id", "train_id", "score"])
     joined = checked.join(first_order, keys=["query_id", "train_id"])
-    values, rows = [], []
-    for query_id in pc.unique(joined["query_id"]).to_pylist():
+    query_ids = pc.unique(joined["query_id"]).to_pylist()
+    values = []
+    for query_id in query_ids:
         pairs = joined.filter(pc.equal(joined["query_id"], query_id))
         first, second = (torch.from_numpy(pairs[name].to_numpy().copy())[None] for name in ("exact", "score"))
         values.append(spearman(first, second))
-        rows.append(_metric("spearman", "exact vs first order", "test", 0, values[-1], query_id))
-    return [_metric("spearman", "exact vs first order", "test", 0, torch.cat(values)), *rows]
-
-
-def _metric(metric: str, space: str, split: str, cutoff: int, values: Tensor, query_id: str = "") -> dict[str, object]:
-    count = len(values)
-    error = values.std().item() / count**0.5 if count > 1 else 0.0
-    return {
-        "metric": metric,
-        "space": space,
-        "split": split,
-        "cutoff": cutoff,
-        "query_id": query_id,
-        "value": values.mean().item(),
-        "standard_error": error,
-        "queries": count,
-    }
+    return list(metric_rows("spearman", "exact vs first order", torch.cat(values), query_ids))

@@ -85,13 +85,14 @@ def train_denoiser_on(shards: Path, out: Path, training: DenoiserTraining, initi
     with stage("caption embeddings", len(captions)) as advance:
         text = []
         for start in range(0, len(captions), 128):
-            text.append(model.encode_captions(captions[start : start + 128]).cpu())
+            embedded = model.encode_captions(captions[start : start + 128])
+            text.append(embedded["encoder_hidden_states"].cpu())
             advance(len(text[-1]))
-    empty = model.encode_captions([""])[0].cpu()
-    denoiser = model.unet.float().requires_grad_(True)
+    empty = model.encode_captions([""])["encoder_hidden_states"][0].cpu()
+    denoiser = model.denoiser.float().requires_grad_(True)
     with stage("denoiser training", training.steps) as advance:
         trained = train_denoiser(
-            denoiser, model.scheduler, latents, torch.cat(text), owner, empty, training, lambda *_: advance(1)
+            denoiser, model.schedule, latents, torch.cat(text), owner, empty, training, lambda *_: advance(1)
         )
     save_assets(trained, out)
 

@@ -84,6 +84,7 @@ def _render(context: Context, run: str, stages: dict[str, Stage]) -> str:
         cutoffs=cutoffs,
         means=means,
         headline=context.config.evaluation.validation_cutoff,
+        ceiling=means.get(("spearman", "teacher with other noise", 0)),
         agreement=means.get(("spearman", "exact vs first order", 0)),
         loss_curve=_loss_curve(head["history"], head["best_epoch"], context.config.evaluation.validation_cutoff),
         panels=_panels(context, stages, metrics),

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from safetensors.torch import load_file, save_file
 
+from fastgda_core.diffusion.loss import concatenate
 from fastgda_core.errors import UsageError
 from fastgda_core.teachers.training_loss import SampleBlock
 from storage_schemas import tables
@@ -26,6 +27,7 @@ from tasks.progress import console, stage
 from tasks.webdataset_shards import Rejection, find_shards, read_image, scan
 
 LATENT_PART_SAMPLES = 512
+_CONDITION = "condition/"
 
 
 @task(task_run_name="samples", cache_policy=NO_CACHE)
@@ -101,7 +103,7 @@ def sample_images(path: Path, train_ids: list[int]) -> list[Image.Image]:
 @task(task_run_name="latents", cache_policy=NO_CACHE)
 def encode_latents(context: Context, samples: Stage) -> Stage:
     """Latents and caption embeddings of every sample, in parts of 512."""
-    key = input_key("latents", samples.key, context.model_hash)
+    key = input_key("latents", samples.key, context.model_hash, context.config.model.flips)
     folder = context.workspace.latents(key)
     starts = range(0, samples.rows, LATENT_PART_SAMPLES)
     paths = [part(folder, number, "safetensors") for number in range(len(starts))]
@@ -129,20 +131,18 @@ def _encode_part(
     model = context.model()
     captions = samples_table(samples_path)["captions"].take(train_ids).to_pylist()
     flat = [caption for several in captions for caption in several]
-    text, latents = [], []
+    conditions, latents = [], []
     for start in range(0, len(flat), 128):
-        text.append(model.encode_captions(flat[start : start + 128]).cpu())
+        conditions.append(model.encode_captions(flat[start : start + 128]))
     for start in range(0, len(train_ids), 64):
         images = sample_images(samples_path, train_ids[start : start + 64])
-        latents.append(model.encode_images(images).cpu())
+        seen = [images, [ImageOps.mirror(image) for image in images]] if context.config.model.flips else [images]
+        latents.append(torch.stack([model.encode_images(several) for several in seen], dim=1).cpu())
         advance(len(images))
     counts = torch.tensor([len(several) for several in captions])
-    return {
-        "train_ids": torch.tensor(train_ids),
-        "latents": torch.cat(latents).contiguous(),
-        "text": torch.cat(text).contiguous(),
-        "captions_of": counts,
-    }
+    tensors = {"train_ids": torch.tensor(train_ids), "latents": torch.cat(latents), "captions_of": counts}
+    condition = {f"{_CONDITION}{name}": tensor.cpu() for name, tensor in concatenate(conditions).items()}
+    return {name: tensor.contiguous() for name, tensor in {**tensors, **condition}.items()}
 
 
 def load_block(context: Context, latents: Stage, train_ids: list[int]) -> SampleBlock:
@@ -150,18 +150,28 @@ def load_block(context: Context, latents: Stage, train_ids: list[int]) -> Sample
     by_part: dict[int, list[int]] = {}
     for train_id in train_ids:
         by_part.setdefault(train_id // LATENT_PART_SAMPLES, []).append(train_id % LATENT_PART_SAMPLES)
-    pieces: dict[str, list[torch.Tensor]] = {"train_ids": [], "latents": [], "text": [], "captions_of": []}
+    pieces: dict[str, list[torch.Tensor]] = {}
     for number, rows in by_part.items():
         tensors = load_file(part(latents.path, number, "safetensors"))
         chosen = torch.tensor(rows)
         first = torch.cumsum(tensors["captions_of"], 0) - tensors["captions_of"]
-        caption_rows = [torch.arange(first[row], first[row] + tensors["captions_of"][row]) for row in rows]
-        pieces["text"].append(tensors["text"][torch.cat(caption_rows)])
-        for name in ("train_ids", "latents", "captions_of"):
-            pieces[name].append(tensors[name][chosen])
+        caption_rows = torch.cat([torch.arange(first[row], first[row] + tensors["captions_of"][row]) for row in rows])
+        for name, tensor in tensors.items():
+            pieces.setdefault(name, []).append(tensor[caption_rows if name.startswith(_CONDITION) else chosen])
     whole = {name: torch.cat(several) for name, several in pieces.items()}
     counts = whole["captions_of"]
     owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
     number_within = torch.arange(len(owner)) - (torch.cumsum(counts, 0) - counts)[owner]
-    tensors = (whole["train_ids"], whole["latents"], whole["text"], owner, number_within)
-    return SampleBlock(*(tensor.to(context.device) for tensor in tensors))
+    device = context.device
+    condition = {
+        name.removeprefix(_CONDITION): tensor.to(device)
+        for name, tensor in whole.items()
+        if name.startswith(_CONDITION)
+    }
+    return SampleBlock(
+        whole["train_ids"].to(device),
+        whole["latents"].to(device),
+        condition,
+        owner.to(device),
+        number_within.to(device),
+    )

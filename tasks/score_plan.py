@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgda_core.teachers.teachers import TEACHERS
 from storage_schemas import tables
 from storage_schemas.commit import committed, input_key
 from storage_schemas.workspace import Workspace, part
@@ -60,22 +61,22 @@ class ScoreRun:
 
 
 def plan_scores(context: Context, candidates: Stage, samples: Stage, queries: Stage) -> ScoreRun:
-    """Exact teacher: one query and its candidates a shard. First order: all queries and a block of samples."""
+    """Exact teacher: one query and its candidates a shard. First order: a block of queries and a block of samples."""
     query_ids = [query.query_id for query in load_queries(queries)]
     table = tables.read(candidates.path, tables.CANDIDATES)
     row_of = {query_id: row for row, query_id in enumerate(query_ids)}
     rows = [row_of[query_id] for query_id in table["query_id"].to_pylist()]
     is_candidate = np.zeros((len(query_ids), samples.rows), dtype=bool)
     is_candidate[rows, table["train_id"].to_numpy()] = True
-    if context.config.teacher.name == "abu_plus":
-        shards = [
-            ScoreShard(number, [number], np.flatnonzero(mine).tolist()) for number, mine in enumerate(is_candidate)
-        ]
+    config = context.config.teacher
+    if TEACHERS[config.name].first_order:
+        shape = config.shard_queries or len(query_ids), config.shard_samples
     else:
-        pool = np.flatnonzero(is_candidate.any(0))
-        size = context.config.teacher.shard_samples
-        shards = [
-            ScoreShard(number, list(range(len(query_ids))), pool[start : start + size].tolist())
-            for number, start in enumerate(range(0, len(pool), size))
-        ]
+        shape = 1, samples.rows
+    shards: list[ScoreShard] = []
+    for first in range(0, len(query_ids), shape[0]):
+        block = list(range(len(query_ids)))[first : first + shape[0]]
+        pool = np.flatnonzero(is_candidate[block].any(0))
+        for start in range(0, len(pool), shape[1]):
+            shards.append(ScoreShard(len(shards), block, pool[start : start + shape[1]].tolist()))
     return ScoreRun(candidates.key, query_ids, is_candidate, shards)

@@ -20,35 +20,20 @@ SHAPES = ("circle", "square", "cross")
 def save_model(folder: Path, *, prediction_type: str = "epsilon") -> Path:
     """A Stable-Diffusion-shaped folder (VAE, CLIP text encoder, UNet) of a few thousand random weights."""
     torch.manual_seed(0)
-    characters = list("abcdefghijklmnopqrstuvwxyz")
-    words = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True)
-    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
-    vocabulary.write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    merges.write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(vocab=str(vocabulary), merges=str(merges), model_max_length=12)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    vocabulary.unlink()
-    merges.unlink()
+    tokens = save_tokenizer(folder / "tokenizer")
     text = CLIPTextConfig(
-        vocab_size=len(words),
+        vocab_size=tokens,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=12,
-        bos_token_id=len(words) - 2,
-        eos_token_id=len(words) - 1,
+        bos_token_id=tokens - 2,
+        eos_token_id=tokens - 1,
     )
     CLIPTextModel(text).save_pretrained(folder / "text_encoder")
-    AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    ).save_pretrained(folder / "vae")
+    save_vae(folder / "vae")
     UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -72,6 +57,33 @@ def save_model(folder: Path, *, prediction_type: str = "epsilon") -> Path:
     }
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+def save_tokenizer(folder: Path) -> int:
+    """A CLIP tokenizer of single letters, 12 tokens a caption; returns how many words it knows."""
+    characters = list("abcdefghijklmnopqrstuvwxyz")
+    words = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    vocabulary.write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    merges.write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(vocab=str(vocabulary), merges=str(merges), model_max_length=12)
+    vocabulary.unlink()
+    merges.unlink()
+    tokenizer.save_pretrained(folder)
+    return len(words)
+
+
+def save_vae(folder: Path) -> None:
+    """An autoencoder of 16 x 16 pixels to 8 x 8 latents."""
+    AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    ).save_pretrained(folder)
 
 
 def draw(number: int, side: int = 24) -> tuple[bytes, str]:

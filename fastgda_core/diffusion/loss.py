@@ -2,57 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from fastgda_core.errors import UsageError
+from fastgda_core.diffusion.schedule import Schedule
+
+# What the denoiser is conditioned on, one row per caption, by the name of its keyword argument; `a.b` is entry b of
+# the dictionary that it takes as argument a.
+Condition = Mapping[str, Tensor]
 
 
-def add_noise(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """x_t of the forward process, (n, c, h, w), for each sample's own timestep (n,)."""
-    return scheduler.add_noise(clean, noise, timesteps)
+def take(condition: Condition, rows: Tensor | slice) -> dict[str, Tensor]:
+    """Some rows of a condition."""
+    return {name: tensor[rows] for name, tensor in condition.items()}
 
 
-def prediction_target(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the denoiser was trained to output, by the scheduler's `prediction_type`; (n, c, h, w).
-
-    Raises:
-        UsageError: a prediction type other than epsilon, v_prediction or sample.
-    """
-    match scheduler.config.prediction_type:
-        case "epsilon":
-            return noise
-        case "v_prediction":
-            return scheduler.get_velocity(clean, noise, timesteps)
-        case "sample":
-            return clean
-        case other:
-            raise UsageError(
-                f"scheduler prediction_type {other!r} is not supported: use epsilon, v_prediction or sample"
-            )
+def concatenate(conditions: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The rows of several conditions, one after the other."""
+    return {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
 
 
-def denoise(unet: torch.nn.Module, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-    """The denoiser's output, (n, c, h, w); text is (n, tokens, d_text)."""
-    return unet(noisy, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+def denoise(denoiser: torch.nn.Module, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+    """The denoiser's output, (n, c, h, w); where it also learned a variance, that half is left out."""
+    arguments: dict[str, object] = {}
+    for name, tensor in condition.items():
+        argument, _, entry = name.partition(".")
+        if entry:
+            group = arguments.setdefault(argument, {})
+            assert isinstance(group, dict)
+            group[entry] = tensor
+        else:
+            arguments[argument] = tensor
+    return denoiser(noisy, timestep=timesteps, return_dict=False, **arguments)[0][:, : noisy.shape[1]]
 
 
 def per_sample_loss(
-    unet: torch.nn.Module, scheduler: Any, clean: Tensor, text: Tensor, timesteps: Tensor, noise: Tensor
+    denoiser: torch.nn.Module, schedule: Schedule, clean: Tensor, condition: Condition, timesteps: Tensor, noise: Tensor
 ) -> Tensor:
-    """`|| target - model(x_t, c, t) ||^2 / n_elements` of each sample, (n,).
+    """`|| target - model(x_t, c, t) ||^2 / n_elements` of each sample, (n,): the conditional loss, without guidance.
 
     Args:
-        unet: the denoiser.
-        scheduler: a diffusers scheduler; its config says the noise schedule and the target.
+        denoiser: a UNet or a transformer of diffusers.
+        schedule: forward process and target.
         clean: latents, (n, c, h, w).
-        text: caption embeddings, (n, tokens, d_text).
-        timesteps: (n,) integers in [0, num_train_timesteps).
+        condition: of each row.
+        timesteps: (n,) integers in [0, train_timesteps).
         noise: standard normal, (n, c, h, w).
     """
-    noisy = add_noise(scheduler, clean, noise, timesteps)
-    target = prediction_target(scheduler, clean, noise, timesteps)
-    residual = denoise(unet, noisy, timesteps, text) - target
+    noisy = schedule.add_noise(clean, noise, timesteps)
+    residual = denoise(denoiser, noisy, schedule.model_timesteps(timesteps), condition)
+    residual = residual - schedule.target(clean, noise, timesteps)
     return residual.square().flatten(1).mean(1)

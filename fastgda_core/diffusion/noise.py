@@ -30,20 +30,36 @@ MAX_DRAWS = 2**16
 class NoisePlan:
     """Which (timestep, caption, noise draw) triples estimate a training sample's loss.
 
-    `first_timestep` shifts the grid of T timesteps: 0 is the design's, and leaves the noisiest T_train / T out.
+    seed: of the noise.
+    timesteps: T, for the evenly spaced grid; or the timesteps themselves.
+    draws: noise draws at each timestep.
+    first_timestep: shifts the even grid: 0 is the design's, and leaves the noisiest T_train / T out.
+    weights: of each timestep in the mean over timesteps, where they are not spaced evenly; scaled to a mean of 1.
+    antithetic: draw 2k + 1 is the negative of draw 2k: what is odd in the noise cancels (Hammersley & Morton, 1956).
+    flips: the model was trained with mirrored images too; a sample's score is then the larger of the two.
     """
 
     seed: int
-    timesteps: int
+    timesteps: int | tuple[int, ...]
     draws: int
     first_timestep: int = 0
+    weights: tuple[float, ...] | None = None
+    antithetic: bool = False
+    flips: bool = False
 
     def timestep_values(self, train_timesteps: int) -> Tensor:
-        """`arange(first, T_train, T_train // T)`, the timesteps at which a loss is taken.
+        """The timesteps at which a loss is taken: `arange(first, T_train, T_train // T)`, or those listed.
 
         Raises:
             UsageError: the model's schedule has no such grid.
         """
+        if not isinstance(self.timesteps, int):
+            if max(self.timesteps) >= train_timesteps:
+                raise UsageError(
+                    f"teacher.timestep_list has {max(self.timesteps)} but the model's schedule ends at "
+                    f"{train_timesteps - 1}"
+                )
+            return torch.tensor(self.timesteps)
         if self.timesteps > train_timesteps:
             raise UsageError(f"teacher.timesteps is {self.timesteps} but the model's schedule has {train_timesteps}")
         stride = train_timesteps // self.timesteps
@@ -51,8 +67,27 @@ class NoisePlan:
             raise UsageError(f"teacher.first_timestep is {self.first_timestep}: give one below the stride, {stride}")
         return torch.arange(self.first_timestep, train_timesteps, stride)
 
-    def key(self) -> tuple[int, int]:
-        return stream_key(self.seed, "training samples")
+    def timestep_weights(self, count: int) -> Tensor:
+        """w_t of each of the `count` timesteps, (count,) float64, of mean 1."""
+        weights = torch.tensor(self.weights or (1.0,) * count, dtype=torch.float64)
+        return weights / weights.mean()
+
+    def noise(
+        self,
+        train_ids: Tensor,
+        flips: Tensor,
+        captions: Tensor,
+        timesteps: Tensor,
+        draws: Tensor,
+        shape: tuple[int, ...],
+    ) -> Tensor:
+        """Noise of each row of the plan, (n, *shape) float32; see `gaussian_noise`."""
+        key = stream_key(self.seed, "training samples")
+        if not self.antithetic:
+            return gaussian_noise(key, train_ids, timesteps, draws, shape, captions=captions, flips=flips)
+        noise = gaussian_noise(key, train_ids, timesteps, draws // 2, shape, captions=captions, flips=flips)
+        sign = 1 - 2 * (draws % 2)
+        return noise * sign.view(-1, *[1] * len(shape))
 
 
 def stream_key(seed: int, purpose: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Generate images with classifier-free guidance (Ho & Salimans, 2022) and DDIM (Song et al., 2021)."""
+"""Generate images with classifier-free guidance (Ho & Salimans, 2022), by DDIM or by Euler steps of a flow."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import copy
 import torch
 from torch import Tensor
 
-from fastgda_core.diffusion.loss import denoise
+from fastgda_core.diffusion.loss import concatenate, denoise
 from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.noise import gaussian_noise, stream_key
+from fastgda_core.diffusion.schedule import DiffusionSchedule
 
 
 @torch.no_grad()
@@ -21,17 +22,17 @@ def generate(
     The starting noise of query number i is a function of (seed, i) alone, so an image does not
     depend on which others are made with it.
     """
-    scheduler = copy.deepcopy(model.scheduler)
+    scheduler = copy.deepcopy(model.schedule.scheduler)
     scheduler.set_timesteps(steps, device=model.device)
     owners = torch.tensor(numbers, device=model.device)
     zeros = torch.zeros_like(owners)
     latents = gaussian_noise(stream_key(seed, "generation"), owners, zeros, zeros, model.latent_shape)
-    latents = latents * scheduler.init_noise_sigma
-    text = torch.cat([model.encode_captions([""] * len(captions)), model.encode_captions(captions)])
+    # Where DDIM clips the clean image, the noise must follow it: guidance otherwise adds up to noise.
+    options = {"use_clipped_model_output": True} if isinstance(model.schedule, DiffusionSchedule) else {}
+    condition = concatenate([model.encode_captions([""] * len(captions)), model.encode_captions(captions)])
     for timestep in scheduler.timesteps:
-        both = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
-        unconditional, conditional = denoise(model.unet, both, timestep, text).chunk(2)
+        both = torch.cat([latents, latents])
+        unconditional, conditional = denoise(model.denoiser, both, timestep.expand(len(both)), condition).chunk(2)
         guided = unconditional + guidance_scale * (conditional - unconditional)
-        # Where the scheduler clips the clean image, the noise must follow it: guidance otherwise adds up to noise.
-        latents = scheduler.step(guided, timestep, latents, use_clipped_model_output=True).prev_sample
+        latents = scheduler.step(guided, timestep, latents, **options).prev_sample
     return latents

@@ -6,12 +6,12 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgda_core.diffusion.loss import per_sample_loss
+from fastgda_core.diffusion.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class DenoiserTraining:
 
 def train_denoiser(
     unet: torch.nn.Module,
-    scheduler: Any,
+    schedule: Schedule,
     latents: Tensor,
     caption_embeddings: Tensor,
     caption_owner: Tensor,
@@ -42,7 +42,7 @@ def train_denoiser(
 
     Args:
         unet: the denoiser to train, on its device.
-        scheduler: gives the noise schedule and the prediction target.
+        schedule: forward process and target.
         latents: (images, c, h, w).
         caption_embeddings: (captions, tokens, d_text).
         caption_owner: for each caption the row of its image, (captions,), sorted.
@@ -70,11 +70,11 @@ def train_denoiser(
         caption = first_caption[image] + (pick * captions_of[image]).long()
         dropped = torch.rand(training.batch_size, generator=draw) < training.caption_dropout
         text = torch.where(dropped[:, None, None], empty_embedding, caption_embeddings[caption].float())
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (training.batch_size,), generator=draw)
+        timesteps = torch.randint(schedule.train_timesteps, (training.batch_size,), generator=draw)
         clean = latents[image]
         noise = torch.randn(clean.shape, generator=draw)
-        batch = (tensor.to(device) for tensor in (clean, text, timesteps, noise))
-        loss = per_sample_loss(unet, scheduler, *batch).mean()
+        clean, text, timesteps, noise = (tensor.to(device) for tensor in (clean, text, timesteps, noise))
+        loss = per_sample_loss(unet, schedule, clean, {"encoder_hidden_states": text}, timesteps, noise).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

@@ -1,81 +1,127 @@
-"""Gradients of the diffusion loss with respect to layer outputs, without a single weight gradient.
+"""Gradients of the diffusion loss at layer outputs, without a single weight gradient.
 
-For a linear layer s = W a the weight gradient is sum over tokens of (dL/ds) a^T. Cross-attention
-keys and values see a = the caption embedding, the same at every timestep, so dL/ds may be summed
-over timesteps before it meets a: one backward through activations serves everything.
+For a layer s = W a the weight gradient is the sum over positions of (dL/ds) a^T. Where a is the same at every
+timestep, as the caption embedding in cross-attention keys and values, dL/ds may be summed over timesteps
+before it meets a; one backward through activations serves everything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from fastgda_core.diffusion.loss import per_sample_loss
+from fastgda_core.curvature.layers import Layer, output_rows
+from fastgda_core.diffusion.loss import Condition, take
 from fastgda_core.diffusion.model import DiffusionModel
+from fastgda_core.diffusion.precision import multiplying
 from fastgda_core.errors import UsageError
+from fastgda_core.teachers.micro_batch import MicroBatch
 
 
-def cross_attention_kv_layers(unet: nn.Module) -> dict[str, nn.Linear]:
-    """Every `attn2.to_k` / `attn2.to_v` layer by name (design section 4, "Fisher").
+@dataclass
+class _Taps:
+    """What the layers saw and gave in a forward, call by call: a module may be used in several places."""
 
-    Raises:
-        UsageError: the model has none.
-    """
-    layers = {
-        name: module
-        for name, module in unet.named_modules()
-        if isinstance(module, nn.Linear) and name.endswith(("attn2.to_k", "attn2.to_v"))
-    }
-    if not layers:
-        raise UsageError("the model has no cross-attention key/value layers (attn2.to_k, attn2.to_v)")
-    return layers
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 @contextmanager
-def _probes(layers: dict[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
-    """While active, each forward leaves in the yielded dict a zero added to each layer's output, to take grads at."""
-    probes: dict[str, Tensor] = {}
+def _tapped(layers: Mapping[str, Layer]) -> Iterator[_Taps]:
+    """While active, each forward leaves the layers' inputs and outputs, the outputs ready to take gradients at."""
+    taps = _Taps()
 
-    def attach(name: str) -> Callable[..., Tensor]:
-        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            probes[name] = torch.zeros_like(output, requires_grad=True)
-            return output + probes[name]
+    def attach(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad and torch.is_grad_enabled():
+                output.requires_grad_(True)
+            taps.inputs.setdefault(name, []).append(inputs[0].detach())
+            taps.outputs.setdefault(name, []).append(output)
 
         return hook
 
     handles = [layer.register_forward_hook(attach(name)) for name, layer in layers.items()]
     try:
-        yield probes
+        yield taps
     finally:
         for handle in handles:
             handle.remove()
 
 
 def output_gradients(
-    model: DiffusionModel, clean: Tensor, text: Tensor, timesteps: Tensor, noise: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Per-sample losses and their gradients at the outputs of the cross-attention key/value layers.
+    model: DiffusionModel,
+    layers: Mapping[str, Layer],
+    clean: Tensor,
+    condition: Condition,
+    timesteps: Tensor,
+    noise: Tensor,
+) -> tuple[Tensor, dict[str, list[Tensor]], dict[str, Tensor]]:
+    """Per-sample losses, layer inputs and loss gradients at layer outputs.
 
     Args:
         model: the frozen model.
+        layers: by name.
         clean: latents, (n, c, h, w).
-        text: caption embeddings, (n, tokens, d_text).
+        condition: of each row.
         timesteps: (n,).
         noise: (n, c, h, w).
 
     Returns:
-        losses (n,), and dL_i/ds_i by layer name, each (n, tokens, d_out).
+        losses (n,); by layer name its inputs as they came, for `input_rows`; and dL_i/ds_i, (n, positions, d_out), the
+        positions of several calls one after the other.
+
+    Raises:
+        UsageError: a layer takes no part in the forward pass.
     """
-    layers = cross_attention_kv_layers(model.unet)
-    with torch.enable_grad(), _probes(layers) as probes:
-        losses = per_sample_loss(model.unet, model.scheduler, clean, text, timesteps, noise)
-        gradients = torch.autograd.grad(losses.sum(), [probes[name] for name in layers])
-    return losses.detach(), dict(zip(layers, gradients, strict=True))
+    with torch.enable_grad(), _tapped(layers) as taps:
+        losses = model.losses(clean, condition, timesteps, noise)
+        if idle := layers.keys() - taps.outputs.keys():
+            raise UsageError(f"layer {min(idle)} takes no part in the forward pass: choose fewer teacher.layers")
+        with multiplying(model.precision):
+            flat = [output for name in layers for output in taps.outputs[name]]
+            gradients = iter(torch.autograd.grad(losses.sum(), flat))
+    rows = {
+        name: torch.cat([output_rows(layer, next(gradients)) for _ in taps.outputs[name]], dim=1)
+        for name, layer in layers.items()
+    }
+    return losses.detach(), taps.inputs, rows
+
+
+@torch.no_grad()
+def steady_layers(
+    model: DiffusionModel, layers: Mapping[str, Layer], condition: Condition, micro_batch: MicroBatch
+) -> dict[str, str]:
+    """The layers whose input is a function of the caption alone: the same at every timestep and noise.
+
+    Found by looking: one caption goes through the denoiser twice, at both ends of the schedule with other noise.
+
+    Returns:
+        by layer name, the name of the first layer that has the very same input rows.
+    """
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(2, *model.latent_shape, generator=generator).to(model.device) for _ in range(2))
+    timesteps = torch.tensor([0, model.schedule.train_timesteps - 1], device=model.device)
+    captions = take(condition, torch.zeros(2, dtype=torch.long, device=model.device))
+    as_it_is = replace(model, compiled_denoiser=None)  # compiled code does not see hooks that came after it
+
+    def look(stretch: slice) -> dict[str, list[Tensor]]:
+        with _tapped(layers) as taps:
+            as_it_is.losses(clean[stretch], take(captions, stretch), timesteps[stretch], noise[stretch])
+        return taps.inputs
+
+    looks = [inputs for _, inputs in micro_batch.run(2, look)]
+    first_with: dict[tuple[int, bool], str] = {}
+    return {
+        name: first_with.setdefault((seen[0].data_ptr(), layers[name].bias is None), name)
+        for name, seen in looks[-1].items()
+        if len(seen) == 1 and torch.allclose(looks[0][name][0][0], seen[0][-1], rtol=1e-5, atol=1e-6)
+    }
 
 
 def weight_gradient(output_gradient: Tensor, layer_input: Tensor) -> Tensor:
-    """dL/dW per sample, (n, d_out, d_in), from dL/ds (n, tokens, d_out) and a (n, tokens, d_in)."""
-    return torch.einsum("nto,nti->noi", output_gradient, layer_input)
+    """dL/dW per row, (n, d_out, d_in), from dL/ds (n, positions, d_out) and the layer's input rows."""
+    return output_gradient.transpose(1, 2) @ layer_input

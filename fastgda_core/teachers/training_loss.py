@@ -2,92 +2,138 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastgda_core.diffusion.loss import per_sample_loss
+from fastgda_core.diffusion.loss import Condition, take
 from fastgda_core.diffusion.model import DiffusionModel
-from fastgda_core.diffusion.noise import NoisePlan, gaussian_noise
+from fastgda_core.diffusion.noise import NoisePlan
+from fastgda_core.teachers.micro_batch import MicroBatch
 
 
 @dataclass(frozen=True)
 class SampleBlock:
     """Training samples ready for the denoiser; a sample may own several captions.
 
-    train_ids: (n,); latents: (n, c, h, w); text: (m, tokens, d_text), m captions of all samples;
-    owner: (m,), the row of each caption's sample; caption_number: (m,), its number within the sample.
+    train_ids: (n,).
+    latents: (n, f, c, h, w), f = 2 where the mirrored image counts too, else 1.
+    condition: m rows, one for each caption of all samples.
+    owner: (m,) ascending, the row of each caption's sample.
+    caption_number: (m,), its number within the sample.
     """
 
     train_ids: Tensor
     latents: Tensor
-    text: Tensor
+    condition: Condition
     owner: Tensor
     caption_number: Tensor
 
-    def mean_over_captions(self, values: Tensor) -> Tensor:
-        """(..., m) per caption to (..., n) per sample."""
-        sums = values.new_zeros(*values.shape[:-1], len(self.train_ids)).index_add_(-1, self.owner, values)
-        return sums / torch.bincount(self.owner, minlength=len(self.train_ids))
+    @property
+    def flips(self) -> int:
+        return self.latents.shape[1]
+
+    def captions_of(self) -> Tensor:
+        """How many captions each sample has, (n,)."""
+        return torch.bincount(self.owner, minlength=len(self.train_ids))
+
+    def samples(self, chosen: slice) -> SampleBlock:
+        """Some consecutive samples of the block."""
+        start, stop, _ = chosen.indices(len(self.train_ids))
+        first, last = torch.searchsorted(self.owner, torch.tensor([start, stop], device=self.owner.device)).tolist()
+        captions = slice(first, last)
+        return SampleBlock(
+            self.train_ids[chosen],
+            self.latents[chosen],
+            take(self.condition, captions),
+            self.owner[captions] - start,
+            self.caption_number[captions],
+        )
 
 
 @dataclass(frozen=True)
-class PlannedBatch:
-    """Some captions of a block at every planned (timestep, draw), flattened caption-major."""
+class PlanRows:
+    """Every forward that a block's plan asks for: row (caption, flip, timestep, draw), the last counting fastest.
 
-    captions: slice
-    per_caption: int
-    clean: Tensor
-    text: Tensor
-    timesteps: Tensor
-    noise: Tensor
-    train_ids: Tensor
+    caption, sample, flip, timestep, draw: (rows,); share: (rows,) float64, the row's part in its sample's mean.
+    """
+
+    caption: Tensor
+    sample: Tensor
+    flip: Tensor
+    timestep: Tensor
+    draw: Tensor
+    share: Tensor
+    per_caption: int  # rows of one caption and flip
+
+    def __len__(self) -> int:
+        return len(self.caption)
 
 
-def planned_batches(
-    model: DiffusionModel, plan: NoisePlan, block: SampleBlock, micro_batch: int
-) -> Iterator[PlannedBatch]:
-    """Every (caption, timestep, draw) of a block; about `micro_batch` forwards at a time, whole captions each."""
-    timesteps = plan.timestep_values(model.scheduler.config.num_train_timesteps).to(model.device)
-    timesteps = timesteps.repeat_interleave(plan.draws)
-    draws = torch.arange(plan.draws, device=model.device).repeat(len(timesteps) // plan.draws)
-    per_caption = len(timesteps)
-    step = max(1, micro_batch // per_caption)
-    for start in range(0, len(block.owner), step):
-        captions = slice(start, start + step)
-        owner = block.owner[captions]
-        rows = owner.repeat_interleave(per_caption)
-        batch_timesteps = timesteps.repeat(len(owner))
-        train_ids = block.train_ids[rows]
-        noise = gaussian_noise(
-            plan.key(),
-            train_ids,
-            batch_timesteps,
-            draws.repeat(len(owner)),
-            tuple(block.latents.shape[1:]),
-            captions=block.caption_number[captions].repeat_interleave(per_caption),
-        )
-        text = block.text[captions].repeat_interleave(per_caption, dim=0)
-        yield PlannedBatch(captions, per_caption, block.latents[rows], text, batch_timesteps, noise, train_ids)
+def plan_rows(model: DiffusionModel, plan: NoisePlan, block: SampleBlock) -> PlanRows:
+    device = block.owner.device
+    values = plan.timestep_values(model.schedule.train_timesteps)
+    weights = plan.timestep_weights(len(values))
+    grids = torch.meshgrid(
+        torch.arange(len(block.owner)),
+        torch.arange(block.flips),
+        torch.arange(len(values)),
+        torch.arange(plan.draws),
+        indexing="ij",
+    )
+    caption, flip, step, draw = (grid.flatten() for grid in grids)
+    caption = caption.to(device)
+    sample = block.owner[caption]
+    per_caption = len(values) * plan.draws
+    share = weights[step].to(device) / (per_caption * block.captions_of()[sample])
+    return PlanRows(caption, sample, flip.to(device), values[step].to(device), draw.to(device), share, per_caption)
+
+
+def row_inputs(
+    plan: NoisePlan, block: SampleBlock, rows: PlanRows, stretch: slice
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """Latents, condition, timesteps and noise of some rows: what a forward takes."""
+    caption, sample, flip, timestep = (part[stretch] for part in (rows.caption, rows.sample, rows.flip, rows.timestep))
+    noise = plan.noise(
+        block.train_ids[sample],
+        flip,
+        block.caption_number[caption],
+        timestep,
+        rows.draw[stretch],
+        tuple(block.latents.shape[2:]),
+    )
+    return block.latents[sample, flip], take(block.condition, caption), timestep, noise
 
 
 @torch.no_grad()
-def training_losses(model: DiffusionModel, plan: NoisePlan, block: SampleBlock, micro_batch: int) -> Tensor:
+def training_losses(model: DiffusionModel, plan: NoisePlan, block: SampleBlock, micro_batch: MicroBatch) -> Tensor:
     """L(z_i, theta) of each sample of a block under the model's present weights.
 
-    Forwards run in float32, means in float64, so that differences between two sets of weights keep their digits.
+    Forwards run in float32 or better, means in float64, so that differences between two sets of weights keep their
+    digits.
+
+    Args:
+        model: the frozen model.
+        plan: the noise plan.
+        block: the training samples.
+        micro_batch: forwards at a time.
 
     Returns:
-        (n,) float64: the mean over captions, timesteps and draws.
+        (n, f) float64: the weighted mean over captions, timesteps and draws, by flip.
     """
-    per_caption = torch.empty(len(block.owner), dtype=torch.float64, device=model.device)
-    for batch in planned_batches(model, plan, block, micro_batch):
-        losses = per_sample_loss(model.unet, model.scheduler, batch.clean, batch.text, batch.timesteps, batch.noise)
-        check_finite(losses, batch.train_ids, batch.timesteps)
-        per_caption[batch.captions] = losses.double().view(-1, batch.per_caption).mean(1)
-    return block.mean_over_captions(per_caption)
+    rows = plan_rows(model, plan, block)
+    means = torch.zeros(len(block.train_ids) * block.flips, dtype=torch.float64, device=model.device)
+
+    def losses_of(stretch: slice) -> Tensor:
+        losses = model.losses(*row_inputs(plan, block, rows, stretch))
+        check_finite(losses, block.train_ids[rows.sample[stretch]], rows.timestep[stretch])
+        return losses
+
+    for stretch, losses in micro_batch.run(len(rows), losses_of):
+        place = rows.sample[stretch] * block.flips + rows.flip[stretch]
+        means.index_add_(0, place, losses.double() * rows.share[stretch])
+    return means.view(-1, block.flips)
 
 
 def check_finite(losses: Tensor, owners: Tensor, timesteps: Tensor) -> None:

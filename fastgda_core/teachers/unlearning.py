@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from fastgda_core.curvature.ekfac import EkfacFisher
+from fastgda_core.curvature.fisher import Fisher
+from fastgda_core.curvature.layers import Layer, add_to_weights, input_rows
+from fastgda_core.diffusion.loss import Condition
 from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.noise import gaussian_noise, stream_key, uniform
-from fastgda_core.teachers.gradients import cross_attention_kv_layers, output_gradients, weight_gradient
+from fastgda_core.teachers.gradients import output_gradients, weight_gradient
+from fastgda_core.teachers.micro_batch import MicroBatch
 from fastgda_core.teachers.training_loss import check_finite
 
 
+@torch.no_grad()
 def query_gradient(
-    model: DiffusionModel, latent: Tensor, text: Tensor, *, owner: int, seed: int, pairs: int, micro_batch: int
+    model: DiffusionModel,
+    layers: Mapping[str, Layer],
+    latent: Tensor,
+    condition: Condition,
+    *,
+    owner: int,
+    seed: int,
+    pairs: int,
+    micro_batch: MicroBatch,
 ) -> dict[str, Tensor]:
     """grad L(z_hat, theta_0): the mean over `pairs` Monte-Carlo (eps, t) pairs.
 
@@ -25,41 +37,54 @@ def query_gradient(
 
     Args:
         model: the frozen model.
+        layers: those that the update will move.
         latent: of the generated image, (c, h, w).
-        text: embedding of its caption, (tokens, d_text).
+        condition: of its caption, one row.
         owner: a number that stands for the query in the noise stream, in [0, 2^48).
         seed: of the noise stream.
         pairs: how many (eps, t) pairs.
         micro_batch: pairs per forward.
 
     Returns:
-        gradient by layer name, each (d_out, d_in) float32.
+        gradient by layer name, each (d_out, d_in).
     """
-    train_timesteps = model.scheduler.config.num_train_timesteps
+    steps = model.schedule.train_timesteps
     strata = (torch.arange(pairs) + uniform(stream_key(seed, "query timesteps"), owner, pairs)) / pairs
-    timesteps = (strata * train_timesteps).long().clamp_(max=train_timesteps - 1).to(model.device)
+    timesteps = (strata * steps).long().clamp_(max=steps - 1).to(model.device)
+    draws = torch.arange(pairs, device=model.device)
     noise_key = stream_key(seed, "query noise")
-    summed: dict[str, Tensor] = {}
-    for draws in torch.arange(pairs, device=model.device).split(micro_batch):
-        rows = len(draws)
-        batch_timesteps = timesteps[draws]
-        noise = gaussian_noise(noise_key, torch.full_like(draws, owner), batch_timesteps, draws, tuple(latent.shape))
-        losses, gradients = output_gradients(
+
+    def gradients_of(stretch: slice) -> dict[str, Tensor]:
+        rows = len(draws[stretch])
+        owners = torch.full_like(draws[stretch], owner)
+        noise = gaussian_noise(noise_key, owners, timesteps[stretch], draws[stretch], tuple(latent.shape))
+        losses, seen, gradients = output_gradients(
             model,
+            layers,
             latent.expand(rows, *latent.shape),
-            text.expand(rows, *text.shape),
-            batch_timesteps,
+            {name: row.expand(rows, *row.shape[1:]) for name, row in condition.items()},
+            timesteps[stretch],
             noise,
         )
-        check_finite(losses, torch.full_like(draws, owner), batch_timesteps)
-        for name, gradient in gradients.items():
-            summed[name] = summed.get(name, 0) + gradient.sum(0)
-    # The layer's input is the caption embedding in every pair: one contraction at the end.
-    return {name: weight_gradient(total[None], text[None])[0] / pairs for name, total in summed.items()}
+        check_finite(losses, owners, timesteps[stretch])
+        return {
+            name: _summed_weight_gradient(gradient, input_rows(layers[name], seen[name]), model.precision.dtype)
+            for name, gradient in gradients.items()
+        }
+
+    total: dict[str, Tensor] = {}
+    for _, gradients in micro_batch.run(pairs, gradients_of):
+        total = {name: total.get(name, 0) + gradient for name, gradient in gradients.items()}
+    return {name: gradient / pairs for name, gradient in total.items()}
+
+
+def _summed_weight_gradient(gradient: Tensor, seen: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = (tensor.to(dtype).flatten(0, 1)[None] for tensor in (gradient, seen))
+    return weight_gradient(*rows)[0]
 
 
 def unlearning_update(
-    fisher: EkfacFisher, gradient: dict[str, Tensor], *, alpha: float, training_size: int
+    fisher: Fisher, gradient: Mapping[str, Tensor], *, alpha: float, training_size: int
 ) -> dict[str, Tensor]:
     """Delta theta = (alpha / N) F^-1 grad L(z_hat, theta_0), by layer name, each (d_out, d_in).
 
@@ -69,16 +94,47 @@ def unlearning_update(
 
 
 @contextmanager
-def moved(model: DiffusionModel, update: dict[str, Tensor]) -> Iterator[None]:
-    """While active, the model's weights are theta_0 + update."""
-    layers = cross_attention_kv_layers(model.unet)
-    original = {name: layers[name].weight.detach().clone() for name in update}
+def moved(layers: Mapping[str, Layer], update: Mapping[str, Tensor]) -> Iterator[None]:
+    """While active, the layers' weights are theta_0 + update."""
+    original = {
+        parameter: parameter.detach().clone() for name in update for parameter in layers[name].parameters(recurse=False)
+    }
     try:
-        with torch.no_grad():
-            for name, change in update.items():
-                layers[name].weight.add_(change)
+        for name, change in update.items():
+            add_to_weights(layers[name], change)
         yield
     finally:
         with torch.no_grad():
-            for name, weight in original.items():
-                layers[name].weight.copy_(weight)
+            for parameter, value in original.items():
+                parameter.copy_(value)
+
+
+def compress(update: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor], float]:
+    """Each layer's update as the product of two thin matrices, the best of that rank (Eckart & Young, 1936).
+
+    Returns:
+        `<layer>/left` (d_out, r) and `<layer>/right` (r, d_in), or `<layer>` itself where that is smaller; and the
+        relative error of the whole update in the Frobenius norm.
+    """
+    kept: dict[str, Tensor] = {}
+    lost = total = 0.0
+    for name, change in update.items():
+        total += change.double().square().sum().item()
+        if rank * sum(change.shape) >= change.numel():
+            kept[name] = change
+            continue
+        left, values, right = torch.linalg.svd(change, full_matrices=False)
+        kept[f"{name}/left"] = left[:, :rank] * values[:rank]
+        kept[f"{name}/right"] = right[:rank]
+        lost += values[rank:].double().square().sum().item()
+    return kept, (lost / total) ** 0.5 if total else 0.0
+
+
+def expand(kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `compress`, up to its error; leading dimensions are batched."""
+    update = {name: tensor for name, tensor in kept.items() if "/" not in name}
+    for key, left in kept.items():
+        name, _, side = key.partition("/")
+        if side == "left":
+            update[name] = left @ kept[f"{name}/right"]
+    return update

@@ -37,7 +37,7 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, hom
     config = yaml.safe_load(path.read_text())
     config["data"]["shards"] = f"shards/{sorted((folder / 'demo' / 'shards').glob('*.tar'))[0].name}"
     config["curvature"]["samples"] = 32
-    config["teacher"].update(timesteps=1, gradient_pairs=4)
+    config["teacher"].update(timestep_list=[500], timestep_weights=[1], gradient_pairs=4)
     config["exact_check"] = {"queries": 1, "candidates": 8}
     config["head"] = {"epochs": 2}
     path.write_text(yaml.safe_dump(config))

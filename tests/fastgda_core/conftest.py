@@ -1,40 +1,30 @@
 from __future__ import annotations
 
+import gc
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
-from fastgda_core.diffusion.model import DiffusionModel
+from fastgda_core.curvature.fisher import Fisher, fit_fisher
+from fastgda_core.curvature.layers import Layer, select_layers
+from fastgda_core.diffusion.model import DiffusionModel, load_model
 from fastgda_core.diffusion.noise import NoisePlan
-from fastgda_core.teachers.gradients import cross_attention_kv_layers
 from fastgda_core.teachers.training_loss import SampleBlock
-
-CAPTIONS = (
-    "a red circle",
-    "one round red thing",
-    "blue square",
-    "green cross on white",
-    "two crossed green lines",
-    "orange",
-    "a purple square number six",
-    "teal circle",
-    "black cross",
-    "dark crossed lines",
-)
-OWNER = (0, 0, 1, 2, 2, 3, 4, 5, 6, 6)
-CAPTION_NUMBER = (0, 1, 0, 0, 1, 0, 0, 0, 0, 1)
-TRAIN_IDS = (3, 11, 4, 70_000, 2**33 + 3, 5, 8)
+from tests.fastgda_core.blocks import fisher_rows, make_block, random_updates, summed_loss
 
 
-def make_block(model: DiffusionModel) -> SampleBlock:
-    """Seven samples of random latents; three of them have two captions."""
-    generator = torch.Generator().manual_seed(1)
-    return SampleBlock(
-        train_ids=torch.tensor(TRAIN_IDS),
-        latents=torch.randn(len(TRAIN_IDS), *model.latent_shape, generator=generator),
-        text=model.encode_captions(list(CAPTIONS)),
-        owner=torch.tensor(OWNER),
-        caption_number=torch.tensor(CAPTION_NUMBER),
-    )
+@pytest.fixture(scope="session", autouse=True)
+def libraries_are_no_garbage() -> Iterator[None]:
+    """kronfluence collects garbage at each of its steps: spare it the many objects of what is imported."""
+    for heavy in ("diffusers.models.unets.unet_2d_condition", "kronfluence.analyzer"):
+        importlib.import_module(heavy)
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -48,10 +38,24 @@ def plan() -> NoisePlan:
 
 
 @pytest.fixture
-def updates(tiny_model: DiffusionModel) -> dict[str, torch.Tensor]:
-    """Random weight changes of three queries, by layer, each as large as the layer's weights."""
-    generator = torch.Generator().manual_seed(2)
+def layers(tiny_model: DiffusionModel) -> dict[str, Layer]:
+    return select_layers(tiny_model.denoiser, "cross-attn-kv")
+
+
+@pytest.fixture
+def updates(layers: dict[str, Layer]) -> dict[str, torch.Tensor]:
+    return random_updates(layers)
+
+
+@pytest.fixture(scope="session")
+def fishers(model_folder: Path) -> dict[str, Fisher]:
+    """Both kinds, fitted to the gradients of the block's samples."""
+    device = torch.device("cpu")
+    model = load_model(model_folder, device)
+    names = list(select_layers(model.denoiser, "cross-attn-kv"))
+    dataset = TensorDataset(*fisher_rows(model, make_block(model)))
+    loss = summed_loss(model)
     return {
-        name: torch.randn(3, *layer.weight.shape, generator=generator) * layer.weight.std()
-        for name, layer in cross_attention_kv_layers(tiny_model.unet).items()
+        "diagonal": fit_fisher("diagonal", model.denoiser, names, dataset, loss, 64, device),
+        "ekfac": fit_fisher("ekfac", model.denoiser, names, dataset, loss, 64, device),
     }

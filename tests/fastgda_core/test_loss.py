@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from fastgda_core.diffusion.loss import per_sample_loss, prediction_target
+from fastgda_core.diffusion.loss import per_sample_loss
+from fastgda_core.diffusion.schedule import FlowMatchingSchedule, Schedule, load_schedule
 from fastgda_core.errors import UsageError
 
 
@@ -18,10 +22,16 @@ class AffineDenoiser(nn.Module):
         self.gain = nn.Parameter(torch.tensor(0.7))
         self.slope = nn.Parameter(torch.tensor(0.01))
 
-    def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, return_dict: bool) -> tuple[Tensor]:
+    def forward(self, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool) -> tuple[Tensor]:
         assert not return_dict
-        shift = self.slope * t + encoder_hidden_states.mean((1, 2))
+        shift = self.slope * timestep + encoder_hidden_states.mean((1, 2))
         return (self.gain * x + shift[:, None, None, None],)
+
+
+def saved(folder: Path, scheduler_class: type, **config: object) -> Schedule:
+    """The schedule of a scheduler's folder."""
+    scheduler_class(**config).save_pretrained(folder)
+    return load_schedule(folder)
 
 
 @pytest.fixture
@@ -47,20 +57,24 @@ def closed_form_target(prediction_type: str, inputs: dict[str, Tensor]) -> np.nd
     return {"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "sample": clean}[prediction_type]
 
 
-@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DDIMScheduler])
+@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_target_follows_the_prediction_type(
-    scheduler_class: type, prediction_type: str, inputs: dict[str, Tensor]
+    tmp_path: Path, scheduler_class: type, prediction_type: str, inputs: dict[str, Tensor]
 ) -> None:
-    scheduler = scheduler_class(num_train_timesteps=100, prediction_type=prediction_type)
-    target = prediction_target(scheduler, inputs["clean"], inputs["noise"], inputs["timesteps"])
+    options = {"num_train_timesteps": 100, "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": prediction_type}
+    schedule = saved(tmp_path, scheduler_class, **options)
+    target = schedule.target(inputs["clean"], inputs["noise"], inputs["timesteps"])
     np.testing.assert_allclose(target.numpy(), closed_form_target(prediction_type, inputs), atol=1e-5)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_loss_is_the_mean_squared_residual_of_each_sample(prediction_type: str, inputs: dict[str, Tensor]) -> None:
-    scheduler = DDPMScheduler(num_train_timesteps=100, prediction_type=prediction_type)
-    loss = per_sample_loss(AffineDenoiser(), scheduler, **inputs)
+def test_loss_is_the_mean_squared_residual_of_each_sample(
+    tmp_path: Path, prediction_type: str, inputs: dict[str, Tensor]
+) -> None:
+    schedule = saved(tmp_path, DDPMScheduler, num_train_timesteps=100, prediction_type=prediction_type)
+    condition = {"encoder_hidden_states": inputs["text"]}
+    loss = per_sample_loss(AffineDenoiser(), schedule, inputs["clean"], condition, inputs["timesteps"], inputs["noise"])
 
     clean, noise, text = (inputs[name].double().numpy() for name in ("clean", "noise", "text"))
     alpha, sigma = alpha_sigma(inputs["timesteps"])
@@ -73,7 +87,18 @@ def test_loss_is_the_mean_squared_residual_of_each_sample(prediction_type: str, 
     np.testing.assert_allclose(loss.detach().numpy(), expected, rtol=1e-5)
 
 
-def test_unknown_prediction_type_is_named(inputs: dict[str, Tensor]) -> None:
-    scheduler = DDPMScheduler(num_train_timesteps=100, prediction_type="score")
-    with pytest.raises(UsageError, match=r"'score'.*epsilon, v_prediction or sample"):
-        per_sample_loss(AffineDenoiser(), scheduler, **inputs)
+def test_flow_matching_is_read_from_the_class_and_from_the_prediction_type(tmp_path: Path) -> None:
+    schedule = saved(tmp_path, FlowMatchEulerDiscreteScheduler, num_train_timesteps=10)
+    assert isinstance(schedule, FlowMatchingSchedule)
+    np.testing.assert_allclose(schedule.sigmas.numpy(), np.arange(1, 11) / 10, rtol=1e-6)
+    config = {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps({**config, "num_train_timesteps": 10}))
+    shifted = load_schedule(tmp_path)
+    assert isinstance(shifted, FlowMatchingSchedule)
+    even = np.arange(1, 11) / 10
+    np.testing.assert_allclose(shifted.sigmas.numpy(), 3 * even / (1 + 2 * even), rtol=1e-5)
+
+
+def test_unknown_prediction_type_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=rf"{tmp_path}.*'score'.*epsilon, v_prediction, sample"):
+        saved(tmp_path, DDPMScheduler, num_train_timesteps=100, prediction_type="score")

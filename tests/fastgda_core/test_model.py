@@ -12,11 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastgda_core.diffusion.codec import PixelUnshuffle, load_codec
-from fastgda_core.diffusion.model import PARTS, DiffusionModel, load_model, model_hash, square, train_timesteps
+from fastgda_core.diffusion.model import DiffusionModel, load_model, model_hash, square, train_timesteps
 from fastgda_core.diffusion.sampling import generate
 from fastgda_core.errors import UsageError
 
 CPU = torch.device("cpu")
+PARTS = ("unet", "scheduler", "text_encoder", "tokenizer", "vae")
 WEIGHTS = (
     "unet/diffusion_pytorch_model.safetensors",
     "text_encoder/model.safetensors",
@@ -40,10 +41,10 @@ def stripes(widths: list[int], height: int) -> Image.Image:
 def test_loads_a_model_folder_frozen_in_float32(tiny_model: DiffusionModel) -> None:
     assert tiny_model.latent_shape == (4, 8, 8)
     assert tiny_model.resolution == 16
-    for part in (tiny_model.unet, tiny_model.text_encoder):
+    for part in (tiny_model.denoiser, tiny_model.captions.text.encoder):  # type: ignore[attr-defined]
         assert not part.training
         assert all(p.dtype == torch.float32 and not p.requires_grad for p in part.parameters())
-    assert tiny_model.encode_captions(["a red circle", ""]).shape == (2, 12, 16)
+    assert tiny_model.encode_captions(["a red circle", ""])["encoder_hidden_states"].shape == (2, 12, 16)
     images = [stripes([12, 12], 24), stripes([5, 6, 7], 40)]
     latents = tiny_model.encode_images(images)
     assert latents.shape == (2, 4, 8, 8)
@@ -52,9 +53,10 @@ def test_loads_a_model_folder_frozen_in_float32(tiny_model: DiffusionModel) -> N
 
 def test_caption_embedding_does_not_depend_on_its_batch(tiny_model: DiffusionModel) -> None:
     captions = ["a red circle", "", "one two three four five six seven eight nine ten eleven twelve"]
-    together = tiny_model.encode_captions(captions)
+    together = tiny_model.encode_captions(captions)["encoder_hidden_states"]
     for number, caption in enumerate(captions):
-        torch.testing.assert_close(tiny_model.encode_captions([caption])[0], together[number], rtol=1e-5, atol=1e-6)
+        alone = tiny_model.encode_captions([caption])["encoder_hidden_states"]
+        torch.testing.assert_close(alone[0], together[number], rtol=1e-5, atol=1e-6)
 
 
 def test_missing_folder_is_named(tmp_path: Path) -> None:
@@ -81,14 +83,21 @@ def test_part_without_its_config_is_a_usage_error(folder: Path, part: str) -> No
 
 
 def test_schedule_length_is_read_without_loading_the_model(folder: Path, tiny_model: DiffusionModel) -> None:
-    assert train_timesteps(folder) == tiny_model.scheduler.config.num_train_timesteps
+    assert train_timesteps(folder) == tiny_model.schedule.train_timesteps == 100
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"num_train_timesteps": null}'])
 def test_scheduler_config_that_is_none_is_a_usage_error(folder: Path, content: str) -> None:
     (folder / "scheduler" / "scheduler_config.json").write_text(content)
-    with pytest.raises(UsageError, match="no scheduler config"):
+    with pytest.raises(UsageError, match=str(folder)):
         train_timesteps(folder)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"unet": 3}', '{"unet": ["diffusers"]}', "{}"])
+def test_model_index_that_is_none_is_a_usage_error(folder: Path, content: str) -> None:
+    (folder / "model_index.json").write_text(content)
+    with pytest.raises(UsageError, match=f"{folder}/model_index.json"):
+        load_model(folder, CPU)
 
 
 def test_unknown_codec_class_is_named(folder: Path) -> None:

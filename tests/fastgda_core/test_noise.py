@@ -50,6 +50,11 @@ def noise_of(rows: list[tuple[int, ...]], key: tuple[int, int] = KEY, shape: tup
     return gaussian_noise(key, owners, timesteps, draws, shape, captions=captions, flips=flips)
 
 
+def plan_noise(plan: NoisePlan, rows: list[tuple[int, ...]]) -> torch.Tensor:
+    owners, timesteps, draws, captions, flips = torch.tensor(rows).T
+    return plan.noise(owners, flips, captions, timesteps, draws, SHAPE)
+
+
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
 def test_philox_gives_the_known_answers(
     counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
@@ -94,8 +99,9 @@ def test_noise_changes_with_each_thing_it_is_for(place: int) -> None:
 
 def test_noise_changes_with_the_plan_seed_and_the_purpose() -> None:
     one = [(12, 300, 1, 1, 0)]
-    keys = [NoisePlan(seed=seed, timesteps=4, draws=1).key() for seed in (0, 1)] + [stream_key(0, "generation")]
-    first, second, third = (noise_of(one, key) for key in keys)
+    first, second = (plan_noise(NoisePlan(seed=seed, timesteps=4, draws=1), one) for seed in (0, 1))
+    third = noise_of(one, stream_key(0, "generation"))
+    assert torch.equal(first, noise_of(one))
     assert (first == second).float().mean() < 0.05
     assert (first == third).float().mean() < 0.05
 
@@ -149,3 +155,39 @@ def test_plan_may_start_its_timesteps_later() -> None:
 def test_plan_that_the_schedule_cannot_hold_is_refused(timesteps: int, first: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         NoisePlan(seed=0, timesteps=timesteps, draws=1, first_timestep=first).timestep_values(1000)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(row, min_size=1, max_size=9), st.booleans())
+def test_noise_of_a_plan_is_the_same_alone_and_in_any_batch(rows: list[tuple[int, ...]], antithetic: bool) -> None:
+    plan = NoisePlan(seed=3, timesteps=4, draws=2, antithetic=antithetic)
+    together = plan_noise(plan, rows)
+    for number, one in enumerate(rows):
+        assert torch.equal(plan_noise(plan, [one])[0], together[number])
+
+
+def test_antithetic_draws_come_in_pairs_of_opposite_sign() -> None:
+    plan = NoisePlan(seed=3, timesteps=4, draws=5, antithetic=True)
+    draws = plan_noise(plan, [(12, 300, draw, 1, 0) for draw in range(5)])
+    assert torch.equal(draws[1], -draws[0])
+    assert torch.equal(draws[3], -draws[2])
+    # Pairs are independent of each other, and the last draw, without a partner, is new too.
+    for first, second in ((0, 2), (0, 4), (2, 4)):
+        assert (draws[first].abs() == draws[second].abs()).float().mean() < 0.05
+    assert torch.equal(draws[0], plan_noise(NoisePlan(seed=3, timesteps=4, draws=5), [(12, 300, 0, 1, 0)])[0])
+
+
+def test_plan_takes_the_timesteps_that_are_listed() -> None:
+    plan = NoisePlan(seed=0, timesteps=(3, 50, 99), draws=1)
+    assert plan.timestep_values(100).tolist() == [3, 50, 99]
+
+
+def test_listed_timestep_beyond_the_schedule_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"timestep_list has 100 but the model's schedule ends at 99"):
+        NoisePlan(seed=0, timesteps=(3, 100), draws=1).timestep_values(100)
+
+
+def test_weights_keep_their_ratios_and_have_a_mean_of_one() -> None:
+    weights = NoisePlan(seed=0, timesteps=(1, 2, 3), draws=1, weights=(1.0, 2.0, 5.0)).timestep_weights(3)
+    assert weights.tolist() == pytest.approx([3 / 8, 6 / 8, 15 / 8])
+    assert NoisePlan(seed=0, timesteps=4, draws=1).timestep_weights(4).tolist() == [1, 1, 1, 1]

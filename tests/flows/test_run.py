@@ -48,7 +48,8 @@ def test_metrics_stand_in_sql_for_every_cutoff_before_and_after_tuning(finished:
         finished / "workspace", "SELECT space, cutoff, value FROM metrics WHERE metric = 'mAP' AND query_id = ''"
     )
     found = {(row["space"], row["cutoff"]) for row in table.to_pylist()}
-    assert found == {(space, cutoff) for space in ("untuned", "tuned", "chance") for cutoff in (5, 10)}
+    spaces = ("untuned", "tuned", "chance", "teacher with other noise", "teacher with other gradient")
+    assert found == {(space, cutoff) for space in spaces for cutoff in (5, 10)}
     assert all(0 < row["value"] <= 1 for row in table.to_pylist())
 
 
@@ -89,24 +90,64 @@ def test_a_second_run_reuses_everything(finished: Path, home: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in (finished / "workspace").rglob("*.manifest.json")}
 
 
+NEIGHBORS = {"candidates": {"policy": "top_k", "k": 20}}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {"teacher__name": "abu_plus", "exact_check": None, "candidates": {"policy": "top_k", "k": 20}},
-        {"candidates": {"policy": "top_k", "k": 20}},
+        {"teacher__name": "abu", "exact_check": None, **NEIGHBORS},
+        {"teacher__name": "abu_plus", "exact_check": None, "model__flips": True, **NEIGHBORS},
+        {"candidates": {"policy": "top_k", "k": 30, "scored": 20}, "teacher__shard_queries": 3},
+        {"candidates": {"policy": "pooled", "k": 12}, "teacher__loaded_queries": 3, "teacher__update_rank": 4},
     ],
-    ids=["exact teacher, top-k candidates", "first order, top-k candidates"],
+    ids=["diagonal Fisher", "exact teacher, mirrored images", "M of K", "pooled, low rank"],
 )
 def test_other_teachers_and_candidates_give_the_planned_rows(
     tmp_path: Path, model_folder: Path, home: Path, changes: dict[str, object]
 ) -> None:
     fastgda("run", lay_out(tmp_path, model_folder, **changes), home=home)
+    workspace = tmp_path / "workspace"
     counted = query(
-        tmp_path / "workspace",
-        "SELECT count(*) AS n, count(DISTINCT (query_id, train_id)) AS d, "
+        workspace,
+        "SELECT count(*) AS n, count(DISTINCT (query_id, train_id)) AS d, count(DISTINCT train_id) AS pool, "
         "(SELECT count(*) FROM scores JOIN candidates USING (query_id, train_id)) AS planned FROM scores",
+    ).to_pylist()[0]
+    each = counted["pool"] if "pooled" in str(changes) else 20
+    assert counted["n"] == counted["d"] == counted["planned"] == QUERIES * each
+    assert counted["pool"] > 5
+    measured = query(workspace, "SELECT DISTINCT metric, space FROM metrics").to_pylist()
+    assert {"metric": "mAP", "space": "teacher with other noise"} in measured
+    assert ({"metric": "relative error", "space": "low-rank Delta theta"} in measured) == (
+        "teacher__update_rank" in changes
+    )
+
+
+def test_all_layers_in_double_precision_on_a_plan_of_listed_antithetic_timesteps(
+    tmp_path: Path, model_folder: Path, home: Path
+) -> None:
+    changes = {
+        "teacher": {
+            "name": "abu_plus_first_order",
+            "alpha": 1e-4,
+            "layers": "all",
+            "precision": "float64",
+            "timestep_list": [20, 70],
+            "timestep_weights": [60, 40],
+            "draws": 2,
+            "antithetic": True,
+            "gradient_pairs": 4,
+        },
+    }
+    fastgda("run", lay_out(tmp_path, model_folder, **changes), home=home)
+    agreement = query(
+        tmp_path / "workspace",
+        "SELECT space, value FROM metrics WHERE metric = 'spearman' AND query_id = '' ORDER BY space",
     ).to_pylist()
-    assert counted == [{"n": QUERIES * 20, "d": QUERIES * 20, "planned": QUERIES * 20}]
+    found = {row["space"]: row["value"] for row in agreement}
+    assert found["exact vs first order"] > 0.9
+    assert -1 <= found["teacher with other noise"] < 1
+    assert -1 <= found["teacher with other gradient"] < 1
 
 
 def test_killed_at_any_stage_and_started_again_it_finishes_with_the_same_scores(

@@ -22,7 +22,7 @@ from tests.tasks.configs import document
 
 KEY = "0123456789abcdef"
 SAMPLES = 12
-TEACHERS = ("abu_plus", "abu_plus_first_order")
+TEACHERS = ("abu", "abu_plus", "abu_plus_first_order")
 
 
 def png() -> bytes:
@@ -37,11 +37,16 @@ def write_stage(path: Path, schema: pa.Schema, rows: list[dict[str, object]]) ->
 
 
 def plan(
-    root: Path, teacher: str, candidates: list[set[int]], shard_samples: int = 5
+    root: Path, teacher: str, candidates: list[set[int]], shard_samples: int = 5, shard_queries: int | None = None
 ) -> tuple[Context, ScoreRun, list[str]]:
     """A plan of query number n against the training samples `candidates[n]`."""
     config = PipelineConfig.model_validate(
-        document(workspace=str(root), teacher__name=teacher, teacher__shard_samples=shard_samples)
+        document(
+            workspace=str(root),
+            teacher__name=teacher,
+            teacher__shard_samples=shard_samples,
+            teacher__shard_queries=shard_queries,
+        )
     )
     context = Context(config, "model")
     # Not in alphabetical order, so that a plan must go by the table's.
@@ -83,11 +88,16 @@ def pairs_of_shards(run: ScoreRun) -> list[list[tuple[str, int]]]:
 @given(
     candidates=st.lists(st.sets(st.integers(0, SAMPLES - 1), min_size=1), min_size=1, max_size=5),
     shard_samples=st.integers(1, SAMPLES + 1),
+    shard_queries=st.none() | st.integers(1, 6),
 )
 def test_the_shards_of_a_plan_partition_its_pairs(
-    tmp_path_factory: pytest.TempPathFactory, teacher: str, candidates: list[set[int]], shard_samples: int
+    tmp_path_factory: pytest.TempPathFactory,
+    teacher: str,
+    candidates: list[set[int]],
+    shard_samples: int,
+    shard_queries: int | None,
 ) -> None:
-    _, run, query_ids = plan(tmp_path_factory.mktemp("plan"), teacher, candidates, shard_samples)
+    _, run, query_ids = plan(tmp_path_factory.mktemp("plan"), teacher, candidates, shard_samples, shard_queries)
     asked = {(query, train) for query, mine in zip(query_ids, candidates, strict=True) for train in mine}
     of_shards = pairs_of_shards(run)
     occurrences = Counter(pair for pairs in of_shards for pair in pairs)
@@ -110,6 +120,16 @@ def test_the_first_order_teacher_scores_blocks_of_samples_against_all_queries(tm
     _, run, _ = plan(tmp_path, "abu_plus_first_order", [{1, 5, 7}, {1, 11}, {2, 3}], shard_samples=4)
     assert [shard.query_numbers for shard in run.shards] == [[0, 1, 2]] * 2
     assert [shard.train_ids for shard in run.shards] == [[1, 2, 3, 5], [7, 11]]
+
+
+def test_the_first_order_teacher_scores_blocks_of_queries_where_asked(tmp_path: Path) -> None:
+    candidates = [{1, 5, 7}, {1, 11}, {2, 3}]
+    _, run, _ = plan(tmp_path, "abu_plus_first_order", candidates, shard_samples=3, shard_queries=2)
+    assert [(shard.query_numbers, shard.train_ids) for shard in run.shards] == [
+        ([0, 1], [1, 5, 7]),
+        ([0, 1], [11]),
+        ([2], [2, 3]),
+    ]
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)

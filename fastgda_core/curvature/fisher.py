@@ -1,0 +1,230 @@
+"""The mean empirical Fisher of some layers: diagonal, or EK-FAC (George et al., 2018); fitted by kronfluence."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from fastgda_core.errors import UsageError
+
+DAMPING = 0.1  # x the layer's mean eigenvalue: design section 4
+FLOAT64_EIGEN_LIMIT = 4096  # rows of a factor; above, a float64 eigendecomposition takes minutes
+
+FisherKind = Literal["diagonal", "ekfac"]
+
+
+class Fisher(ABC):
+    """F, layer by layer, as something that F + damping can be solved with."""
+
+    kind: FisherKind
+    damping: float  # x the layer's mean eigenvalue
+
+    @abstractmethod
+    def solve(self, name: str, gradient: Tensor) -> Tensor:
+        """(F + damping)^-1 gradient of one layer, (d_out, d_in)."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything it holds, by `<layer>/<what>`."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], damping: float) -> Self:
+        """The inverse of `tensors`."""
+
+    def to(self, device: torch.device) -> Self:
+        return self.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()}, self.damping)
+
+    def save(self, path: Path) -> None:
+        save_file({name: tensor.contiguous() for name, tensor in self.tensors().items()}, path, {"kind": self.kind})
+
+
+@dataclass(frozen=True)
+class DiagonalFisher(Fisher):
+    """Mean squared per-sample gradient of every weight, (d_out, d_in) by layer."""
+
+    layers: dict[str, Tensor]
+    damping: float = DAMPING
+    kind: FisherKind = "diagonal"
+
+    def solve(self, name: str, gradient: Tensor) -> Tensor:
+        diagonal = self.layers[name]
+        return gradient / (diagonal + self.damping * diagonal.mean())
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{name}/diagonal": diagonal for name, diagonal in self.layers.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], damping: float) -> Self:
+        return cls({name.rsplit("/", 1)[0]: tensor for name, tensor in tensors.items()}, damping)
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """Eigenbases of A = E[a a^T] (d_in, d_in) and B = E[g g^T] (d_out, d_out), and Lambda (d_out, d_in).
+
+    Lambda = E[(U_B^T G U_A)^2] over per-sample gradients G: the Fisher's eigenvalues.
+    """
+
+    input_basis: Tensor
+    output_basis: Tensor
+    eigenvalues: Tensor
+
+
+@dataclass(frozen=True)
+class EkfacFisher(Fisher):
+    """U (diag Lambda) U^T with U = U_A kron U_B, by layer."""
+
+    layers: dict[str, LayerFactors]
+    damping: float = DAMPING
+    kind: FisherKind = "ekfac"
+
+    def solve(self, name: str, gradient: Tensor) -> Tensor:
+        factors = self.layers[name]
+        rotated = factors.output_basis.T @ gradient @ factors.input_basis
+        damped = factors.eigenvalues + self.damping * factors.eigenvalues.mean()
+        return factors.output_basis @ (rotated / damped) @ factors.input_basis.T
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}/{what}": getattr(factors, what)
+            for name, factors in self.layers.items()
+            for what in ("input_basis", "output_basis", "eigenvalues")
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], damping: float) -> Self:
+        grouped: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, what = key.rsplit("/", 1)
+            grouped.setdefault(name, {})[what] = tensor
+        return cls({name: LayerFactors(**parts) for name, parts in grouped.items()}, damping)
+
+
+KINDS: dict[str, type[Fisher]] = {"diagonal": DiagonalFisher, "ekfac": EkfacFisher}
+
+
+def load_fisher(path: Path, damping: float = DAMPING) -> Fisher:
+    """Read what `Fisher.save` wrote.
+
+    Raises:
+        UsageError: the file is of no kind that is known here.
+    """
+    with safe_open(path, "pt") as file:
+        kind = (file.metadata() or {}).get("kind", "")
+        if kind not in KINDS:
+            raise UsageError(f"{path} holds no Fisher that is known here: remove it and start the run again")
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    return KINDS[kind].from_tensors(tensors, damping)
+
+
+def fit_fisher(
+    kind: FisherKind,
+    model: nn.Module,
+    layer_names: list[str],
+    dataset: Any,
+    loss: Callable[[nn.Module, Any], Tensor],
+    batch_size: int,
+    device: torch.device,
+) -> Fisher:
+    """Fit the mean empirical Fisher of some layers.
+
+    Args:
+        kind: `diagonal` or `ekfac`.
+        model: anything whose forward `loss` drives; it is copied, not changed.
+        layer_names: linear and convolutional layers, as in `named_modules()`.
+        dataset: a map-style dataset of tensors (or tuples of them), one (training image, eps, t) each.
+        loss: `loss(model, batch)`, the sum over the batch of per-sample losses.
+        batch_size: of the fit.
+        device: where to fit.
+    """
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments
+    from kronfluence.task import Task
+
+    class LossTask(Task):
+        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+            return loss(model, batch)
+
+        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+            return loss(model, batch)
+
+        def get_influence_tracked_modules(self) -> list[str]:
+            return layer_names
+
+    task = LossTask()
+    largest = max(size for name in layer_names for size in model.get_parameter(f"{name}.weight").flatten(1).shape)
+    arguments = FactorArguments(
+        strategy=kind,
+        use_empirical_fisher=True,
+        has_shared_parameters=_used_repeatedly(model, layer_names, dataset, loss, device),
+        lambda_dtype=torch.float64,
+        eigendecomposition_dtype=torch.float64 if largest <= FLOAT64_EIGEN_LIMIT else torch.float32,
+        covariance_max_examples=None,
+        lambda_max_examples=None,
+    )
+    with torch.enable_grad(), tempfile.TemporaryDirectory() as scratch:
+        analyzer = Analyzer(
+            "fisher",
+            prepare_model(copy.deepcopy(model), task),
+            task,
+            cpu=device.type == "cpu",
+            output_dir=scratch,
+            disable_tqdm=True,
+            disable_model_save=True,
+        )
+        analyzer.fit_all_factors(
+            "fisher", dataset, per_device_batch_size=batch_size, factor_args=arguments, overwrite_output_dir=True
+        )
+        factors = analyzer.load_all_factors("fisher")
+    eigenvalues = {
+        name: (factors["lambda_matrix"][name] / factors["num_lambda_processed"][name]).float() for name in layer_names
+    }
+    if kind == "diagonal":
+        return DiagonalFisher(eigenvalues)
+    return EkfacFisher(
+        {
+            name: LayerFactors(
+                factors["activation_eigenvectors"][name].float(),
+                factors["gradient_eigenvectors"][name].float(),
+                eigenvalues[name],
+            )
+            for name in layer_names
+        }
+    )
+
+
+@torch.no_grad()
+def _used_repeatedly(
+    model: nn.Module,
+    layer_names: list[str],
+    dataset: Any,
+    loss: Callable[[nn.Module, Any], Tensor],
+    device: torch.device,
+) -> bool:
+    """Whether one forward goes through a layer more than once: kronfluence has to be told."""
+    from accelerate.utils import send_to_device
+
+    calls: Counter[str] = Counter()
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.update([name]))
+        for name in layer_names
+    ]
+    try:
+        loss(model, send_to_device(default_collate([dataset[0]]), device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(calls.values(), default=0) > 1

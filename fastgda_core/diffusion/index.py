@@ -1,0 +1,69 @@
+"""The index of a diffusers model folder: which parts it has, of which classes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastgda_core.errors import UsageError
+
+DENOISERS = {
+    "unet": ("UNet2DConditionModel",),
+    "transformer": ("PixArtTransformer2DModel", "SD3Transformer2DModel", "DiTTransformer2DModel"),
+}
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+@dataclass(frozen=True)
+class ModelIndex:
+    """What `model_index.json` says: the pipeline's class, that of each part, names of classes where it has any."""
+
+    pipeline: str
+    classes: dict[str, str]
+    labels: dict[str, str]
+    zeros_for_empty_caption: bool
+
+    @property
+    def denoiser_part(self) -> str:
+        return next(part for part in DENOISERS if part in self.classes)
+
+    @property
+    def parts(self) -> list[str]:
+        """The folders that this model needs."""
+        part = self.denoiser_part
+        if self.classes[part] == "DiTTransformer2DModel":
+            return [part, "scheduler", "vae"]
+        encoders = [name for name in TEXT_ENCODERS if name in self.classes] or ["text_encoder"]
+        tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
+        return [part, "scheduler", "vae", *encoders, *tokenizers]
+
+
+def read_index(folder: Path) -> ModelIndex:
+    """`model_index.json` of a model folder, with every part that it needs in place.
+
+    Raises:
+        UsageError: the folder has not the layout of a diffusers text-to-image model that is known here.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"model.folder {folder} does not exist: give a diffusers model folder (with model_index.json)")
+    path = folder / "model_index.json"
+    if not path.exists():
+        raise UsageError(f"model.folder {folder} lacks model_index.json: save the model with save_pretrained()")
+    try:
+        document = json.loads(path.read_text())
+        index = ModelIndex(
+            str(document.get("_class_name")),
+            {part: entry[1] for part, entry in document.items() if isinstance(entry, list) and entry[1]},
+            {str(number): str(names) for number, names in (document.get("id2label") or {}).items()},
+            bool(document.get("force_zeros_for_empty_prompt", False)),
+        )
+    except (OSError, ValueError, AttributeError, IndexError) as error:
+        raise UsageError(f"{path} is no model index: save the model again ({error})") from error
+    denoiser = next((index.classes[part] for part in DENOISERS if part in index.classes), "missing")
+    known = [name for names in DENOISERS.values() for name in names]
+    if denoiser not in known:
+        raise UsageError(f"{path}: the denoiser is {denoiser}: known are {', '.join(known)}")
+    if missing := [name for name in index.parts if not (folder / name).exists()]:
+        raise UsageError(f"model.folder {folder} lacks {', '.join(missing)}: save the model with save_pretrained()")
+    return index

@@ -1,0 +1,58 @@
+"""In which number format the denoiser runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+
+import torch
+
+from fastgda_core.errors import UsageError
+
+
+class Precision(StrEnum):
+    """float64 and float32 are what they say; tf32 and bf16 round the factors of products, and sum in float32."""
+
+    float64 = "float64"
+    float32 = "float32"
+    tf32 = "tf32"
+    bf16 = "bf16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, latents and caption embeddings."""
+        return torch.float64 if self is Precision.float64 else torch.float32
+
+    @property
+    def exact(self) -> bool:
+        """Fine enough for a difference of two losses (design section 4, "First order")."""
+        return self in {Precision.float64, Precision.float32}
+
+
+@contextmanager
+def running(precision: Precision, device: torch.device) -> Iterator[None]:
+    """While active, forwards on `device` run in this precision; their backwards want `multiplying` around them.
+
+    Raises:
+        UsageError: tf32 without a CUDA device.
+    """
+    if precision is Precision.tf32 and device.type != "cuda":
+        raise UsageError("teacher.precision is tf32, which only CUDA devices have: use float32 or bf16")
+    with multiplying(precision), torch.autocast(device.type, torch.bfloat16, enabled=precision is Precision.bf16):
+        yield
+
+
+@contextmanager
+def multiplying(precision: Precision) -> Iterator[None]:
+    """While active, float32 products round their factors to TF32 if and only if the precision is tf32.
+
+    Says so for float32 too: torch lets convolutions run in TF32 unless told otherwise.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = precision is Precision.tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

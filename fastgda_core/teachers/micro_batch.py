@@ -1,0 +1,52 @@
+"""How many forwards at a time: as many as the device has memory for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+
+from fastgda_core.errors import UsageError
+
+T = TypeVar("T")
+
+
+class MicroBatch:
+    """Rows per forward; halves when the device runs out of memory, and stays there for whoever uses it next."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def run(self, rows: int, compute: Callable[[slice], T]) -> Iterator[tuple[slice, T]]:
+        """`compute` of each stretch of 0..rows, with the stretch; it is called again, on less, where memory ran out.
+
+        `compute` must not change anything that outlives a failure.
+
+        Raises:
+            UsageError: not even one row fits.
+        """
+        start = 0
+        while start < rows:
+            stretch = slice(start, min(start + self.size, rows))
+            try:
+                result = compute(stretch)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                if self.size == 1:
+                    raise UsageError(
+                        "the device has too little memory for one forward: free some, or choose fewer teacher.layers"
+                    ) from error
+                self.size = max(1, min(self.size, stretch.stop - stretch.start) // 2)
+            else:
+                yield stretch, result
+                start = stretch.stop
+                continue
+            # Outside the handler: the error's traceback no longer holds the tensors of the failed attempt.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

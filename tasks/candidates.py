@@ -1,0 +1,79 @@
+"""Which training samples a query is scored against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from storage_schemas import tables
+from storage_schemas.commit import commit_table, committed
+from tasks.config import CandidatesConfig
+from tasks.context import Context, Stage
+from tasks.features import load_features
+from tasks.queries import load_queries
+
+QUERIES_AT_ONCE = 64
+
+
+@task(task_run_name="candidates", cache_policy=NO_CACHE)
+def choose_candidates(context: Context, run: str, samples: Stage, queries: Stage) -> Stage:
+    """Each query's candidates, by `candidates.policy`, with their place among its neighbours."""
+    path = context.workspace.candidates(run)
+    manifest = committed(path, run)
+    reused = manifest is not None
+    if manifest is None:
+        started = time.monotonic()
+        sample_features = torch.nn.functional.normalize(load_features(context, samples), dim=1).numpy()
+        query_features = torch.nn.functional.normalize(load_features(context, queries), dim=1).numpy()
+        names = [query.query_id for query in load_queries(queries)]
+        parts = [
+            pa.table(
+                {
+                    "query_id": np.repeat(np.array(names[number : number + 1], dtype=object), len(train_ids)),
+                    "train_id": train_ids,
+                    "neighbor_rank": ranks[train_ids],
+                    "similarity": similarity[train_ids],
+                }
+            )
+            for number, train_ids, ranks, similarity in _chosen(
+                context.config.candidates, query_features, sample_features
+            )
+        ]
+        manifest = commit_table(path, pa.concat_tables(parts), tables.CANDIDATES, key=run, started=started)
+    return Stage("candidates", run, path, manifest.rows, manifest.seconds, reused)
+
+
+def _chosen(
+    config: CandidatesConfig, queries: NDArray[np.float32], samples: NDArray[np.float32]
+) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]]:
+    """Number, candidates (nearest first), rank of every sample and similarity to it, query by query."""
+    pool: NDArray[np.int64] | None = None
+    if config.policy == "pooled":
+        near = [order[: config.k] for _, order, _, _ in _neighbors(queries, samples)]
+        pool = np.unique(np.concatenate(near))
+    for number, order, ranks, similarity in _neighbors(queries, samples):
+        mine = order[: config.k] if pool is None else pool[np.argsort(ranks[pool])]
+        if config.scored is not None:
+            draw = np.random.default_rng([config.seed, number])
+            mine = mine[np.sort(draw.choice(len(mine), config.scored, replace=False))]
+        yield number, mine, ranks, similarity
+
+
+def _neighbors(
+    queries: NDArray[np.float32], samples: NDArray[np.float32]
+) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]]:
+    """Number of each query, all samples nearest first, the rank of each, and the cosines; unit vectors, (., d)."""
+    for start in range(0, len(queries), QUERIES_AT_ONCE):
+        block = queries[start : start + QUERIES_AT_ONCE] @ samples.T
+        for offset, similarity in enumerate(block):
+            order = np.argsort(-similarity, kind="stable")
+            ranks = np.empty(len(order), dtype=np.int32)
+            ranks[order] = np.arange(1, len(order) + 1)
+            yield start + offset, order, ranks, similarity

@@ -1,0 +1,244 @@
+"""How far a teacher can be trusted: against the exact one, against itself under other noise, against float64."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from torch import Tensor
+
+from fastgda_core.curvature.fisher import load_fisher
+from fastgda_core.diffusion.precision import Precision
+from fastgda_core.errors import UsageError
+from fastgda_core.evaluation.ranking_metrics import average_precision, spearman, top_mask
+from fastgda_core.teachers.scores import exact_scores
+from fastgda_core.teachers.teachers import TEACHERS
+from fastgda_core.teachers.training_loss import SampleBlock, training_losses
+from fastgda_core.teachers.unlearning import compress, expand
+from storage_schemas import tables
+from storage_schemas.commit import commit_table, committed, input_key
+from storage_schemas.workspace import part
+from tasks.context import Context, Stage, stage_of_parts
+from tasks.metric_rows import metric_row, metric_rows
+from tasks.progress import stage
+from tasks.queries import Query, load_queries
+from tasks.samples import load_block
+from tasks.score_plan import ScoreRun
+from tasks.teacher import noise_plan
+from tasks.unlearning import QueryUpdates, query_update, relative_errors
+
+OTHER_NOISE, OTHER_GRADIENT = "teacher with other noise", "teacher with other gradient"
+PRECISION_CHECK_SAMPLES = 32
+PRECISION_CHECK_QUERIES = 64
+PRECISION_AGREEMENT = 0.999  # design section 4, "First order"
+
+
+@task(task_run_name="precision check", cache_policy=NO_CACHE)
+def check_precision(context: Context, latents: Stage, updates: Stage, queries: Stage) -> Stage:
+    """First-order scores of a few pairs in the teacher's precision and in float64: refused where they rank apart.
+
+    Raises:
+        UsageError: their rank correlation is below 0.999.
+    """
+    precision = context.config.teacher.precision
+    numbers = list(range(min(queries.rows, PRECISION_CHECK_QUERIES)))
+
+    def rows() -> list[dict[str, object]]:
+        count = min(latents.rows, PRECISION_CHECK_SAMPLES)
+        block = load_block(context, latents, np.unique(np.linspace(0, latents.rows - 1, count).astype(int)).tolist())
+        coarse, fine = (
+            _scores(context, block, QueryUpdates(updates, numbers, len(numbers), context.device), model_precision)
+            for model_precision in (precision, Precision.float64)
+        )
+        agreement = spearman(coarse, fine)
+        if agreement.mean() < PRECISION_AGREEMENT:
+            raise UsageError(
+                f"teacher.precision is {precision}: on this model its scores agree with float64 to a rank correlation "
+                f"of {agreement.mean():.4f} only, where {PRECISION_AGREEMENT} is asked: use float32"
+            )
+        names = [load_queries(queries)[number].query_id for number in numbers]
+        return list(metric_rows("spearman", f"{precision} vs float64", agreement, names))
+
+    return _check(context, "precision check", input_key("precision check", updates.key, precision), rows)
+
+
+def _scores(
+    context: Context,
+    block: SampleBlock,
+    updates: QueryUpdates | list[dict[str, Tensor]],
+    precision: Precision | None = None,
+    seed: int | None = None,
+) -> Tensor:
+    """The configured teacher's scores, (queries, n), on the CPU; under other noise where a seed is given."""
+    teacher, model, plan = (
+        TEACHERS[context.config.teacher.name],
+        context.teacher_model(precision),
+        noise_plan(context.config, seed),
+    )
+    base = None if teacher.first_order else training_losses(model, plan, block, context.micro_batch("losses"))
+    micro_batch = context.micro_batch("gradients" if teacher.first_order else "losses")
+    return teacher.scores(model, context.layers(model), plan, block, updates, base, micro_batch).cpu()
+
+
+@task(task_run_name="self-consistency", cache_policy=NO_CACHE)
+def check_self_consistency(
+    context: Context, score_run: ScoreRun, latents: Stage, curvature: Stage, queries: Stage, updates: Stage
+) -> Stage:
+    """Some pairs again, under another noise plan and with other Monte-Carlo pairs behind the query's gradient.
+
+    Rank correlation and mAP(L) of the teacher with itself: no student can be expected to agree with it better. L is
+    scaled by the share of the candidates that is scored again.
+    """
+    config = context.config.self_consistency
+    assert config is not None
+    chosen = _test_queries(queries, config.queries)
+    key = input_key("self-consistency", score_run.run, curvature.key, config, context.config.evaluation.cutoffs)
+
+    def rows() -> list[dict[str, object]]:
+        seed = context.config.teacher.seed
+        draw = np.random.default_rng(seed)
+        stored = tables.read_parts(context.workspace.scores(score_run.run), tables.SCORES)
+        groups = [chosen] if TEACHERS[context.config.teacher.name].first_order else [[number] for number in chosen]
+        comparisons: list[_Comparison] = []
+        with stage("self-consistency", len(chosen)) as advance:
+            for numbers in groups:
+                pool = np.flatnonzero(score_run.is_candidate[numbers].any(0))
+                train_ids = np.sort(draw.choice(pool, min(config.samples, len(pool)), replace=False))
+                same = QueryUpdates(updates, numbers, len(numbers), context.device)
+                other = _other_updates(context, [load_queries(queries)[n] for n in numbers], curvature, latents.rows)
+                block = load_block(context, latents, train_ids.tolist())
+                again = _scores(context, block, [*same, other], seed=seed + 1)
+                for number, noise, gradient in zip(numbers, *again.split(len(numbers)), strict=True):
+                    query_id = score_run.query_ids[number]
+                    comparisons.append(_comparison(query_id, stored, train_ids, noise, gradient))
+                advance(len(numbers))
+        return _consistency_rows(comparisons, context.config.evaluation.cutoffs)
+
+    return _check(context, "self-consistency", key, rows)
+
+
+def _other_updates(context: Context, queries: list[Query], curvature: Stage, samples: int) -> dict[str, Tensor]:
+    """Delta theta of some queries from other Monte-Carlo pairs, by layer, (queries, d_out, d_in)."""
+    config = context.config.teacher
+    fisher = load_fisher(curvature.path, config.damping).to(context.device)
+    several = [
+        query_update(context, query, fisher, config.training_size or samples, config.seed + 1) for query in queries
+    ]
+    if config.update_rank is not None:
+        several = [expand(compress(update, config.update_rank)[0]) for update in several]
+    return {name: torch.stack([update[name] for update in several]) for name in several[0]}
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """One query's scores of a share of its candidates: as stored, under other noise, with another gradient besides."""
+
+    query_id: str
+    share: float
+    stored: Tensor
+    noise: Tensor
+    gradient: Tensor
+
+    def pair(self, space: str) -> tuple[Tensor, Tensor]:
+        """What is compared, (1, n) each."""
+        first, second = (self.stored, self.noise) if space == OTHER_NOISE else (self.noise, self.gradient)
+        return first[None], second[None]
+
+
+def _comparison(
+    query_id: str, stored: pa.Table, train_ids: NDArray[np.int64], noise: Tensor, gradient: Tensor
+) -> _Comparison:
+    """What is known of the query's candidates among `train_ids`, (n,), whose new scores are given, (n,) each."""
+    mine = stored.filter(pc.equal(stored["query_id"], query_id)).sort_by("train_id")
+    candidates = mine["train_id"].to_numpy()
+    known = np.isin(train_ids, candidates)
+    before = mine["score"].to_numpy()[np.searchsorted(candidates, train_ids[known])]
+    mask = torch.from_numpy(known)
+    return _Comparison(query_id, known.sum() / len(candidates), torch.from_numpy(before), noise[mask], gradient[mask])
+
+
+def _consistency_rows(comparisons: list[_Comparison], cutoffs: list[int]) -> list[dict[str, object]]:
+    names = [comparison.query_id for comparison in comparisons]
+    rows: list[dict[str, object]] = []
+    for space in (OTHER_NOISE, OTHER_GRADIENT):
+        agreement = torch.cat([spearman(*comparison.pair(space)) for comparison in comparisons])
+        rows += metric_rows("spearman", space, agreement, names)
+        for cutoff in cutoffs:
+            precision = []
+            for comparison in comparisons:
+                first, second = comparison.pair(space)
+                positives = top_mask(first, max(1, round(cutoff * comparison.share)))
+                precision.append(average_precision(second, positives))
+            rows += metric_rows("mAP", space, torch.cat(precision), names, cutoff=cutoff, of_one="AP")
+    return rows
+
+
+@task(task_run_name="low-rank error", cache_policy=NO_CACHE)
+def measure_low_rank(context: Context, queries: Stage, updates: Stage) -> Stage:
+    """What `teacher.update_rank` loses of Delta theta, on average over all queries."""
+
+    def rows() -> list[dict[str, object]]:
+        errors = torch.tensor(relative_errors(updates, list(range(queries.rows))))
+        return [metric_row("relative error", "low-rank Delta theta", errors)]
+
+    return _check(context, "low-rank error", input_key("low-rank error", updates.key), rows)
+
+
+@task(task_run_name="exact check", cache_policy=NO_CACHE)
+def check_against_exact(context: Context, score_run: ScoreRun, latents: Stage, queries: Stage, updates: Stage) -> Stage:
+    """Score a few test queries with the exact teacher too, on candidates spread evenly over the first-order ranking."""
+    config = context.config.exact_check
+    assert config is not None
+    run = score_run.run
+    key = input_key("exact check", run, config)
+    folder = context.workspace.exact_check(key)
+    chosen = _test_queries(queries, config.queries)
+    paths = {number: part(folder, number) for number in chosen}
+    missing = [number for number in chosen if committed(paths[number], key) is None]
+    with stage("exact check", len(missing)) as advance:
+        scores = tables.read_parts(context.workspace.scores(run), tables.SCORES) if missing else None
+        model, plan, micro_batch = context.model(), noise_plan(context.config), context.micro_batch("losses")
+        for number in missing:
+            assert scores is not None
+            started = time.monotonic()
+            mine = scores.filter(pc.equal(scores["query_id"], score_run.query_ids[number])).sort_by(
+                [("score", "descending"), ("train_id", "ascending")]
+            )
+            take = np.unique(np.linspace(0, mine.num_rows - 1, config.candidates).round().astype(int))
+            block = load_block(context, latents, sorted(mine["train_id"].take(take).to_pylist()))
+            base = training_losses(model, plan, block, micro_batch)
+            (update,) = QueryUpdates(updates, [number], 1, context.device)
+            one = {name: change[0] for name, change in update.items()}
+            exact = exact_scores(model, context.layers(model), plan, block, base, one, micro_batch)
+            names = [score_run.query_ids[number]] * len(exact)
+            table = pa.table(
+                {"query_id": names, "train_id": block.train_ids.cpu().numpy(), "score": exact.cpu().numpy()}
+            )
+            commit_table(paths[number], table, tables.SCORES, key=key, started=started, device=str(context.device))
+            advance(1)
+    rows = tables.read_parts(folder, tables.SCORES).num_rows
+    return stage_of_parts("exact check", key, folder, list(paths.values()), rows, reused=not missing)
+
+
+def _test_queries(queries: Stage, count: int | None) -> list[int]:
+    return [number for number, query in enumerate(load_queries(queries)) if query.split == "test"][:count]
+
+
+def _check(context: Context, name: str, key: str, rows: Callable[[], list[dict[str, object]]]) -> Stage:
+    """A check whose outcome is some metrics, committed under its key."""
+    path = context.workspace.teacher_check(key)
+    manifest = committed(path, key)
+    reused = manifest is not None
+    if manifest is None:
+        started = time.monotonic()
+        table = pa.Table.from_pylist(rows(), schema=tables.METRICS)
+        manifest = commit_table(path, table, tables.METRICS, key=key, started=started, device=str(context.device))
+    return Stage(name, key, path, manifest.rows, manifest.seconds, reused)

@@ -1,0 +1,322 @@
+"""Every supported denoiser: conditions as its pipeline makes them, losses and scores against plain arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DiTPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtAlphaPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from fastgda_core.curvature.fisher import DiagonalFisher, fit_fisher
+from fastgda_core.curvature.layers import matrix_shape, select_layers
+from fastgda_core.diffusion.captions import PIXART_TOKENS
+from fastgda_core.diffusion.loss import per_sample_loss
+from fastgda_core.diffusion.model import DiffusionModel, load_model
+from fastgda_core.diffusion.noise import NoisePlan
+from fastgda_core.diffusion.precision import Precision
+from fastgda_core.diffusion.sampling import generate
+from fastgda_core.errors import UsageError
+from fastgda_core.teachers.gradients import steady_layers
+from fastgda_core.teachers.micro_batch import MicroBatch
+from fastgda_core.teachers.scores import first_order_scores
+from fastgda_core.teachers.training_loss import SampleBlock, training_losses
+from fastgda_core.teachers.unlearning import moved
+from tests.model_folders import LABELS, SAVE, save_sd3
+
+CAPTIONS = ["red circle", "goldfish", "goldfish"]
+Load = Callable[[str], DiffusionModel]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """A model by the name of its architecture, loaded once."""
+    loaded: dict[str, DiffusionModel] = {}
+
+    def once(name: str) -> DiffusionModel:
+        if name not in loaded:
+            folder = SAVE[name](tmp_path_factory.mktemp(name) / "model")
+            loaded[name] = load_model(folder, torch.device("cpu"))
+        return loaded[name]
+
+    return once
+
+
+def encoders(captions: Any) -> dict[str, Any]:
+    """The text encoders and tokenizers of a caption encoder, under a pipeline's names."""
+    several = getattr(captions, "encoders", None) or getattr(captions, "clips", None) or [captions.text]
+    if getattr(captions, "t5", None) is not None:
+        several = [*several, captions.t5]
+    named: dict[str, Any] = {}
+    for number, text in enumerate(several, start=1):
+        suffix = "" if number == 1 else f"_{number}"
+        named |= {f"text_encoder{suffix}": text.encoder, f"tokenizer{suffix}": text.tokenizer}
+    return named
+
+
+def without_guidance(pipeline: Any, captions: list[str], **options: Any) -> tuple[Tensor, ...]:
+    return pipeline.encode_prompt(captions, device="cpu", do_classifier_free_guidance=False, **options)
+
+
+def test_stable_diffusion_captions(load: Load) -> None:
+    model = load("sd")
+    pipeline = StableDiffusionPipeline(
+        vae=None,
+        unet=model.denoiser,
+        scheduler=model.schedule.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **encoders(model.captions),
+    )
+    expected = without_guidance(pipeline, CAPTIONS, num_images_per_prompt=1)[0]
+    condition = model.encode_captions(CAPTIONS)
+    assert condition.keys() == {"encoder_hidden_states"}
+    torch.testing.assert_close(condition["encoder_hidden_states"], expected, rtol=0, atol=0)
+
+
+def test_sdxl_captions(load: Load) -> None:
+    model = load("sdxl")
+    pipeline = StableDiffusionXLPipeline(
+        vae=None,
+        unet=model.denoiser,
+        scheduler=model.schedule.scheduler,
+        add_watermarker=False,
+        **encoders(model.captions),
+    )
+    text, nothing, pooled, no_pooled = pipeline.encode_prompt(
+        CAPTIONS, device="cpu", do_classifier_free_guidance=True, num_images_per_prompt=1
+    )
+    condition = model.encode_captions([*CAPTIONS, ""])
+    torch.testing.assert_close(condition["encoder_hidden_states"][:3], text, rtol=0, atol=1e-6)
+    torch.testing.assert_close(condition["added_cond_kwargs.text_embeds"][:3], pooled, rtol=0, atol=1e-6)
+    # The folder asks for zeros where nothing is said.
+    torch.testing.assert_close(condition["encoder_hidden_states"][3], nothing[0], rtol=0, atol=0)
+    torch.testing.assert_close(condition["added_cond_kwargs.text_embeds"][3], no_pooled[0], rtol=0, atol=0)
+    ids = pipeline._get_add_time_ids(
+        (16, 16), (0, 0), (16, 16), torch.float32, model.denoiser.config.cross_attention_dim // 2
+    )
+    torch.testing.assert_close(condition["added_cond_kwargs.time_ids"], ids.expand(4, 6), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("t5", [True, False], ids=["with T5", "without T5"])
+def test_sd3_captions(tmp_path: Path, t5: bool) -> None:
+    model = load_model(save_sd3(tmp_path / "model", t5=t5), torch.device("cpu"))
+    parts = {"text_encoder_3": None, "tokenizer_3": None, **encoders(model.captions)}
+    pipeline = StableDiffusion3Pipeline(
+        vae=None, transformer=model.denoiser, scheduler=model.schedule.scheduler, **parts
+    )
+    pipeline.tokenizer_max_length = 12
+    text, _, pooled, _ = without_guidance(pipeline, CAPTIONS, prompt_2=None, prompt_3=None)
+    condition = model.encode_captions(CAPTIONS)
+    torch.testing.assert_close(condition["encoder_hidden_states"], text, rtol=0, atol=1e-6)
+    torch.testing.assert_close(condition["pooled_projections"], pooled, rtol=0, atol=1e-6)
+
+
+def test_pixart_captions(load: Load) -> None:
+    model = load("pixart")
+    pipeline = PixArtAlphaPipeline(
+        vae=None, transformer=model.denoiser, scheduler=model.schedule.scheduler, **encoders(model.captions)
+    )
+    said = ["Red Circle ", "goldfish"]
+    text, mask, _, _ = without_guidance(pipeline, said)
+    assert text.shape[1] == PIXART_TOKENS["PixArtAlphaPipeline"]
+    condition = model.encode_captions(said)
+    torch.testing.assert_close(condition["encoder_hidden_states"], text, rtol=0, atol=1e-6)
+    torch.testing.assert_close(condition["encoder_attention_mask"], mask, rtol=0, atol=0)
+
+
+def test_dit_captions_are_names_of_classes(load: Load) -> None:
+    model = load("dit")
+    pipeline = DiTPipeline(
+        transformer=model.denoiser,
+        vae=None,
+        scheduler=model.schedule.scheduler,
+        id2label={int(number): names for number, names in LABELS.items()},
+    )
+    said = ["Tinca tinca", "goldfish", "red circle", "tench"]
+    assert model.encode_captions(said)["class_labels"].tolist() == pipeline.get_label_ids(said)
+    assert model.encode_captions([""])["class_labels"].tolist() == [len(LABELS)]
+    with pytest.raises(UsageError, match="'unicorn' is no class"):
+        model.encode_captions(["goldfish", "unicorn"])
+
+
+def rows(model: DiffusionModel) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """Latents, condition, timesteps and noise of three forwards."""
+    generator = torch.Generator().manual_seed(4)
+    clean, noise = (torch.randn(3, *model.latent_shape, generator=generator) for _ in range(2))
+    return clean, model.encode_captions(CAPTIONS), torch.tensor([0, 37, 99]), noise
+
+
+def mean_squares(difference: Tensor) -> Tensor:
+    return difference.square().mean((1, 2, 3))
+
+
+def test_flow_matching_loss_of_sd3(load: Load) -> None:
+    model = load("sd3")
+    clean, condition, timesteps, noise = rows(model)
+    # shift 3 on an even grid of 100 (Esser et al., 2024, Eq. 23).
+    even = (timesteps + 1) / 100
+    sigma = (3 * even / (1 + 2 * even))[:, None, None, None]
+    predicted = model.denoiser(
+        (1 - sigma) * clean + sigma * noise,
+        encoder_hidden_states=condition["encoder_hidden_states"],
+        pooled_projections=condition["pooled_projections"],
+        timestep=sigma.flatten() * 100,
+    ).sample
+    expected = mean_squares(predicted - (noise - clean))
+    torch.testing.assert_close(model.losses(clean, condition, timesteps, noise), expected, rtol=1e-5, atol=0)
+
+
+def test_flow_matching_timesteps_are_those_of_the_scheduler(load: Load) -> None:
+    model = load("sd3")
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(model.schedule.scheduler.config)
+    told = model.schedule.model_timesteps(torch.arange(100))
+    torch.testing.assert_close(told, scheduler.timesteps.flip(0), rtol=1e-6, atol=1e-4)
+    noisy = model.schedule.add_noise(torch.ones(1, 4, 8, 8), torch.zeros(1, 4, 8, 8), torch.tensor([99]))
+    assert noisy.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["pixart", "dit"])
+def test_learned_variance_is_left_out_of_the_loss(load: Load, name: str) -> None:
+    model = load(name)
+    clean, condition, timesteps, noise = rows(model)
+    alpha = model.schedule.scheduler.alphas_cumprod[timesteps][:, None, None, None]
+    predicted = model.denoiser(
+        alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, timestep=timesteps, **condition
+    ).sample
+    assert predicted.shape[1] == 8
+    expected = mean_squares(predicted[:, :4] - noise)
+    torch.testing.assert_close(model.losses(clean, condition, timesteps, noise), expected, rtol=1e-5, atol=0)
+
+
+def test_sdxl_loss(load: Load) -> None:
+    model = load("sdxl")
+    clean, condition, timesteps, noise = rows(model)
+    alpha = model.schedule.scheduler.alphas_cumprod[timesteps][:, None, None, None]
+    added = {name.split(".")[1]: tensor for name, tensor in condition.items() if "." in name}
+    predicted = model.denoiser(
+        alpha.sqrt() * clean + (1 - alpha).sqrt() * noise,
+        timesteps,
+        encoder_hidden_states=condition["encoder_hidden_states"],
+        added_cond_kwargs=added,
+    ).sample
+    expected = mean_squares(predicted - noise)
+    torch.testing.assert_close(model.losses(clean, condition, timesteps, noise), expected, rtol=1e-5, atol=0)
+
+
+SELECTED = [
+    *((name, layers) for name in ("sd", "sdxl", "pixart", "sd3") for layers in ("cross-attn-kv", "cross-attn")),
+    *((name, layers) for name in ("sd", "sdxl", "pixart", "sd3", "dit") for layers in ("attn", "all")),
+]
+
+
+@pytest.mark.parametrize(("name", "selection"), SELECTED)
+def test_first_order_scores_equal_a_float64_finite_difference(load: Load, name: str, selection: str) -> None:
+    model = load(name).in_precision(Precision.float64)
+    layers = select_layers(model.denoiser, selection)
+    generator = torch.Generator().manual_seed(5)
+    block = SampleBlock(
+        train_ids=torch.tensor([3, 8]),
+        latents=torch.randn(2, 1, *model.latent_shape, generator=generator),
+        condition=model.encode_captions(CAPTIONS),
+        owner=torch.tensor([0, 0, 1]),
+        caption_number=torch.tensor([0, 1, 0]),
+    )
+    plan = NoisePlan(seed=2, timesteps=2, draws=1, first_timestep=20)
+    update = {
+        name: 0.1 * torch.randn(matrix_shape(layer), dtype=torch.float64, generator=generator)
+        for name, layer in layers.items()
+    }
+    stacked = {name: change[None] for name, change in update.items()}
+    (scores,) = first_order_scores(model, layers, plan, block, [stacked], MicroBatch(4))
+
+    step = 1e-4
+    losses = []
+    for sign in (1, -1):
+        with moved(layers, {name: sign * step * change for name, change in update.items()}):
+            losses.append(training_losses(model, plan, block, MicroBatch(4))[:, 0])
+    slope = (losses[0] - losses[1]) / (2 * step)
+    assert slope.abs().min() > 0
+    assert (scores - slope).norm() / slope.norm() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3", "pixart", "dit"])
+def test_diagonal_fisher_of_all_layers_is_the_mean_squared_gradient(load: Load, name: str) -> None:
+    """Convolutions, biases, layers that one forward goes through twice."""
+    model = load(name)
+    layers = select_layers(model.denoiser, "all")
+    clean, condition, timesteps, noise = rows(model)
+    dataset = TensorDataset(clean, timesteps, noise, *condition.values())
+
+    def loss(denoiser: nn.Module, batch: list[Tensor]) -> Tensor:
+        latents, steps, eps, *values = batch
+        return per_sample_loss(
+            denoiser, model.schedule, latents, dict(zip(condition, values, strict=True)), steps, eps
+        ).sum()
+
+    fisher = fit_fisher("diagonal", model.denoiser, list(layers), dataset, loss, 2, model.device)
+    assert isinstance(fisher, DiagonalFisher)
+    weights = {layer: list(module.parameters(recurse=False)) for layer, module in layers.items()}
+    squares = {layer: torch.zeros(matrix_shape(module)) for layer, module in layers.items()}
+    model.denoiser.requires_grad_(True)
+    try:
+        for row in range(len(clean)):
+            single = model.losses(
+                clean[row : row + 1],
+                {key: value[row : row + 1] for key, value in condition.items()},
+                timesteps[row : row + 1],
+                noise[row : row + 1],
+            )
+            flat = iter(torch.autograd.grad(single.sum(), [w for several in weights.values() for w in several]))
+            for layer, several in weights.items():
+                matrix = torch.cat([next(flat).reshape(len(weight), -1) for weight in several], dim=1)
+                squares[layer] += matrix.square() / len(clean)
+    finally:
+        model.denoiser.requires_grad_(False)
+    for layer, expected in squares.items():
+        found = fisher.layers[layer]
+        assert (found - expected).norm() <= 1e-4 * expected.norm(), layer
+
+
+@pytest.mark.parametrize(
+    ("name", "selection", "steady"),
+    [
+        ("sd", "cross-attn", ("attn2.to_k", "attn2.to_v")),
+        ("sdxl", "cross-attn", ("attn2.to_k", "attn2.to_v")),
+        ("pixart", "all", ("attn2.to_k", "attn2.to_v", "caption_projection.linear_1", "caption_projection.linear_2")),
+        ("sd3", "cross-attn-kv", ()),
+    ],
+)
+def test_layers_that_see_only_the_caption_are_found(
+    load: Load, name: str, selection: str, steady: tuple[str, ...]
+) -> None:
+    model = load(name)
+    layers = select_layers(model.denoiser, selection)
+    found = steady_layers(model, layers, model.encode_captions(CAPTIONS), MicroBatch(2))
+    assert found.keys() == {layer for layer in layers if layer.endswith(steady or ("none",))}
+
+
+def test_dit_has_no_layer_for_the_caption(load: Load) -> None:
+    with pytest.raises(UsageError, match="no cross-attn-kv layer"):
+        select_layers(load("dit").denoiser, "cross-attn-kv")
+
+
+@pytest.mark.parametrize("name", sorted(SAVE))
+def test_images_are_generated(load: Load, name: str) -> None:
+    model = load(name)
+    latents = generate(model, CAPTIONS[:2], [0, 1], seed=0, steps=3, guidance_scale=2.0)
+    assert latents.shape == (2, *model.latent_shape)
+    assert latents.isfinite().all()
+    assert [image.size for image in model.decode_images(latents)] == [(16, 16)] * 2

@@ -1,0 +1,179 @@
+"""Tiny model folders of random weights, one for each architecture: a few thousand weights, real classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+from tests import tiny
+
+TEXT = 16  # width of every text encoder
+LABELS = {"0": "tench, Tinca tinca", "1": "goldfish", "2": "red circle"}
+
+
+def save_sdxl(folder: Path) -> Path:
+    """Two CLIP encoders side by side, pooled text and image size beside the timestep."""
+    _start(folder)
+    _clip(folder, "text_encoder", seed=1, kind=CLIPTextModel)
+    _clip(folder, "text_encoder_2", seed=2)
+    UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=2 * TEXT,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + TEXT,
+    ).save_pretrained(folder / "unet")
+    DDPMScheduler(num_train_timesteps=100).save_pretrained(folder / "scheduler")
+    return _finish(
+        folder,
+        "StableDiffusionXLPipeline",
+        unet="UNet2DConditionModel",
+        text_encoder="CLIPTextModel",
+        text_encoder_2="CLIPTextModelWithProjection",
+        force_zeros_for_empty_prompt=True,
+    )
+
+
+def save_sd3(folder: Path, *, t5: bool = True) -> Path:
+    """Joint attention, two CLIP encoders with or without T5, flow matching."""
+    _start(folder)
+    _clip(folder, "text_encoder", seed=1)
+    _clip(folder, "text_encoder_2", seed=2)
+    if t5:
+        _t5(folder, "text_encoder_3", width=40)
+    SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=40,
+        caption_projection_dim=16,
+        pooled_projection_dim=2 * TEXT,
+        out_channels=4,
+        pos_embed_max_size=8,
+    ).save_pretrained(folder / "transformer")
+    FlowMatchEulerDiscreteScheduler(num_train_timesteps=100, shift=3.0).save_pretrained(folder / "scheduler")
+    return _finish(
+        folder,
+        "StableDiffusion3Pipeline",
+        transformer="SD3Transformer2DModel",
+        text_encoder="CLIPTextModelWithProjection",
+        text_encoder_2="CLIPTextModelWithProjection",
+        text_encoder_3="T5EncoderModel" if t5 else None,
+    )
+
+
+def save_pixart(folder: Path) -> Path:
+    """Cross-attention over T5, a learned variance."""
+    _start(folder)
+    _t5(folder, "text_encoder", width=TEXT)
+    PixArtTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        cross_attention_dim=16,
+        caption_channels=TEXT,
+    ).save_pretrained(folder / "transformer")
+    DDIMScheduler(num_train_timesteps=100).save_pretrained(folder / "scheduler")
+    return _finish(folder, "PixArtAlphaPipeline", transformer="PixArtTransformer2DModel", text_encoder="T5EncoderModel")
+
+
+def save_dit(folder: Path) -> Path:
+    """Captions are the names of classes; a learned variance."""
+    _start(folder)
+    DiTTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_embeds_ada_norm=len(LABELS),
+    ).save_pretrained(folder / "transformer")
+    DDIMScheduler(num_train_timesteps=100).save_pretrained(folder / "scheduler")
+    return _finish(folder, "DiTPipeline", transformer="DiTTransformer2DModel", id2label=LABELS)
+
+
+SAVE = {"sd": tiny.save_model, "sdxl": save_sdxl, "sd3": save_sd3, "pixart": save_pixart, "dit": save_dit}
+
+
+def _start(folder: Path) -> None:
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    tiny.save_vae(folder / "vae")
+
+
+def _clip(folder: Path, part: str, *, seed: int, kind: type = CLIPTextModelWithProjection) -> None:
+    torch.manual_seed(seed)
+    tokens = tiny.save_tokenizer(folder / part.replace("text_encoder", "tokenizer"))
+    config = CLIPTextConfig(
+        vocab_size=tokens,
+        hidden_size=TEXT,
+        projection_dim=TEXT,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        bos_token_id=tokens - 2,
+        eos_token_id=tokens - 1,
+    )
+    kind(config).save_pretrained(folder / part)
+
+
+def _t5(folder: Path, part: str, *, width: int) -> None:
+    words = ["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz", "red", "circle"]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    name = part.replace("text_encoder", "tokenizer")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    ).save_pretrained(folder / name)
+    config = T5Config(
+        vocab_size=len(words), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0, eos_token_id=1
+    )
+    T5EncoderModel(config).save_pretrained(folder / part)
+
+
+def _finish(folder: Path, pipeline: str, **parts: Any) -> Path:
+    index: dict[str, Any] = {"_class_name": pipeline, "vae": ["diffusers", "AutoencoderKL"]}
+    for name, value in parts.items():
+        is_class = name.startswith(("text_encoder", "transformer", "unet"))
+        library = None if value is None else "transformers" if name.startswith("text") else "diffusers"
+        index[name] = [library, value] if is_class else value
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder

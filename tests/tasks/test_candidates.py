@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tasks.candidates import _chosen
+from tasks.config import CandidatesConfig
+
+SAMPLES, QUERIES = 40, 6
+
+
+@pytest.fixture
+def vectors() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Unit vectors of queries and samples."""
+    draw = np.random.default_rng(0)
+    made = (draw.normal(size=(count, 5)).astype(np.float32) for count in (QUERIES, SAMPLES))
+    queries, samples = (vector / np.linalg.norm(vector, axis=1, keepdims=True) for vector in made)
+    return queries, samples
+
+
+def chosen(vectors: tuple[NDArray[np.float32], NDArray[np.float32]], **config: object) -> list[NDArray[np.int64]]:
+    """The candidates of each query, whose neighbour ranks and similarities are checked by the way."""
+    queries, samples = vectors
+    cosines = queries.astype(np.float64) @ samples.T
+    found = []
+    for number, train_ids, ranks, similarity in _chosen(CandidatesConfig.model_validate(config), queries, samples):
+        assert number == len(found)
+        nearer = (cosines[number][None] > cosines[number][train_ids, None]).sum(1)
+        np.testing.assert_array_equal(ranks[train_ids], nearer + 1)
+        np.testing.assert_allclose(similarity[train_ids], cosines[number][train_ids], atol=1e-6)
+        assert (np.diff(ranks[train_ids]) > 0).all()
+        found.append(train_ids)
+    return found
+
+
+def nearest(vectors: tuple[NDArray[np.float32], NDArray[np.float32]], k: int) -> list[set[int]]:
+    queries, samples = vectors
+    return [set(np.argsort(-(samples @ query))[:k].tolist()) for query in queries]
+
+
+def test_all_samples_are_candidates(vectors: tuple[NDArray[np.float32], NDArray[np.float32]]) -> None:
+    assert all(set(mine.tolist()) == set(range(SAMPLES)) for mine in chosen(vectors, policy="all"))
+
+
+def test_top_k_are_the_nearest(vectors: tuple[NDArray[np.float32], NDArray[np.float32]]) -> None:
+    assert [set(mine.tolist()) for mine in chosen(vectors, policy="top_k", k=7)] == nearest(vectors, 7)
+
+
+def test_pooled_are_the_nearest_of_any_query_for_every_query(
+    vectors: tuple[NDArray[np.float32], NDArray[np.float32]],
+) -> None:
+    pool = set.union(*nearest(vectors, 4))
+    assert len(pool) > 4
+    assert all(set(mine.tolist()) == pool for mine in chosen(vectors, policy="pooled", k=4))
+
+
+def test_m_of_k_are_drawn_for_each_query_by_itself(vectors: tuple[NDArray[np.float32], NDArray[np.float32]]) -> None:
+    mine = chosen(vectors, policy="top_k", k=20, scored=5, seed=1)
+    for train_ids, near in zip(mine, nearest(vectors, 20), strict=True):
+        assert len(set(train_ids.tolist())) == 5
+        assert set(train_ids.tolist()) <= near
+    again = chosen(vectors, policy="top_k", k=20, scored=5, seed=1)
+    other = chosen(vectors, policy="top_k", k=20, scored=5, seed=2)
+    assert all(np.array_equal(first, second) for first, second in zip(mine, again, strict=True))
+    assert any(set(first.tolist()) != set(second.tolist()) for first, second in zip(mine, other, strict=True))
+    # The draw of a query does not depend on which others there are.
+    alone = chosen((vectors[0][:3], vectors[1]), policy="top_k", k=20, scored=5, seed=1)
+    assert all(np.array_equal(first, second) for first, second in zip(alone, mine, strict=False))
+    # Over queries every place among the k is drawn now and then: not always the nearest.
+    places = np.concatenate([chosen(vectors, policy="top_k", k=20, scored=5, seed=seed)[0] for seed in range(30)])
+    assert len(set(places.tolist())) == 20
