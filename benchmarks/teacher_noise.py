@@ -119,6 +119,10 @@ def plans(measured: Measured) -> Iterator[Plan]:
         yield even(count, antithetic=True)
     for count in (3, 4, 5, 8, 10):
         yield allocated(measured, count)
+    low, high = int(0.4 * GRID), int(0.925 * GRID)
+    yield Plan(
+        "2 timesteps, 400 and 925 of 1000 (the demo's), antithetic pair", [low, high], [0.78, 0.22], antithetic=True
+    )
 
 
 def agreement(first: Tensor, second: Tensor) -> tuple[float, float]:
