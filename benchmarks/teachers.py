@@ -9,7 +9,6 @@ import argparse
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import tempfile
 import time
@@ -25,12 +24,13 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fastgda_core.curvature.fisher import Fisher, load_fisher
-from fastgda_core.curvature.layers import Layer, matrix_shape
+from fastgda_core.curvature.layers import Layer, input_rows, matrix_shape
 from fastgda_core.diffusion.loss import per_sample_loss
 from fastgda_core.diffusion.model import DiffusionModel, model_hash
 from fastgda_core.diffusion.noise import NoisePlan, gaussian_noise, stream_key, uniform
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.evaluation.ranking_metrics import spearman
+from fastgda_core.teachers.gradients import output_gradients, weight_gradient
 from fastgda_core.teachers.micro_batch import MicroBatch
 from fastgda_core.teachers.scores import exact_scores, first_order_scores
 from fastgda_core.teachers.training_loss import SampleBlock, plan_rows, row_inputs, training_losses
@@ -47,6 +47,7 @@ MICRO_BATCH = 64
 KRONFLUENCE_BATCH = 64
 REPEATS = 3
 ALPHAS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
+TABLES = ("cost", "kronfluence", "noise", "steps")
 PUBLISHED = {"queries": 5_000, "candidates": 10_000, "samples": 118_287}  # MSCOCO
 
 
@@ -300,6 +301,9 @@ def kronfluence_scores(setting: Setting, scratch: Path) -> Tensor:
     contents = {
         "activation_eigenvectors": {name: part.input_basis for name, part in parts.items()},
         "gradient_eigenvectors": {name: part.output_basis for name, part in parts.items()},
+        # Looked for, and not used: EK-FAC has Lambda.
+        "activation_eigenvalues": {name: torch.ones(len(part.input_basis)) for name, part in parts.items()},
+        "gradient_eigenvalues": {name: torch.ones(len(part.output_basis)) for name, part in parts.items()},
         "lambda_matrix": {name: part.eigenvalues for name, part in parts.items()},
         "num_lambda_processed": {name: torch.ones(1, dtype=torch.int64) for name in parts},
     }
@@ -345,46 +349,81 @@ def query_rows(setting: Setting) -> tuple[Tensor, ...]:
 
 def our_scores(setting: Setting, _scratch: Path) -> Tensor:
     """The same from ours: each query's gradient of one pair, its step, then the scores."""
-    updates = query_updates(setting, 1, 1.0, 1)
-    return first_order_scores(setting.model, setting.layers, PLAN, setting.block, [updates], MicroBatch(MICRO_BATCH))
+    model, layers = setting.model, setting.layers
+    clean, text, timesteps, noise = query_rows(setting)
+    updates: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for start in range(0, len(clean), MICRO_BATCH):
+        stretch = slice(start, start + MICRO_BATCH)
+        condition = {"encoder_hidden_states": text[stretch]}
+        _, seen, gradients = output_gradients(
+            model, layers, clean[stretch], condition, timesteps[stretch], noise[stretch]
+        )
+        for name, layer in layers.items():
+            of_rows = weight_gradient(gradients[name], input_rows(layer, seen[name]))
+            updates[name] += [setting.fisher.solve(name, gradient) for gradient in of_rows]
+    stacked = {name: torch.stack(several) for name, several in updates.items()}
+    return first_order_scores(model, layers, PLAN, setting.block, [stacked], MicroBatch(MICRO_BATCH))
 
 
-def measured_alone(name: str, folder: Path, samples: int, result: Path) -> None:
-    """In a process of its own: seconds and the rise of its peak memory while it scores."""
+def measured_alone(name: str, folder: Path, samples: int, times: int, result: Path) -> None:
+    """In a process of its own: seconds and the rise of its peak memory while it scores; each query `times` times."""
     setting = set_up(folder, samples, None)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    setting = replace(
+        setting,
+        query_latents=setting.query_latents.repeat(times, 1, 1, 1),
+        query_captions=setting.query_captions * times,
+    )
     work = {"ours": our_scores, "kronfluence": kronfluence_scores}[name]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = resident("VmRSS")
     with tempfile.TemporaryDirectory() as scratch:
         started = time.monotonic()
         scores = work(setting, Path(scratch))
         seconds = time.monotonic() - started
-    rise = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
-    torch.save({"seconds": seconds, "memory": rise, "scores": scores}, result)
+    torch.save({"seconds": seconds, "memory": resident("VmHWM") - before, "scores": scores}, result)
 
 
-def print_kronfluence(setting: Setting, scratch: Path) -> None:
-    found: dict[str, list[dict[str, Any]]] = {"ours": [], "kronfluence": []}
-    for _ in range(REPEATS):
-        for name, runs in found.items():
-            result = scratch / f"{name}.pt"
-            arguments = (name, setting.folder, len(setting.block.train_ids), result)
-            process = multiprocessing.get_context("spawn").Process(target=measured_alone, args=arguments)
-            process.start()
-            process.join()
-            runs.append(torch.load(result))
-    seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in found.items()}
-    memory = {name: statistics.median(run["memory"] for run in runs) for name, runs in found.items()}
-    agreement = spearman(found["ours"][0]["scores"], found["kronfluence"][0]["scores"])
-    rows, queries = len(plan_rows(setting.model, PLAN, setting.block)), len(setting.query_captions)
-    print(f"\n### First order against kronfluence's pairwise scores: {queries} queries, {rows} forwards\n")
-    print("Same pairs, factors, layers and noise; one Monte-Carlo pair a query, from the factors to the scores.\n")
-    print("| | seconds | peak memory above the loaded model, GB |\n| --- | ---: | ---: |")
-    for name in found:
-        print(f"| {name} | {seconds[name]:.1f} | {memory[name]:.2f} |")
+def resident(which: str) -> float:
+    """GB of this process's memory, now (VmRSS) or at its peak (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(which)).split()[1]) / 2**20
+
+
+def print_kronfluence(setting: Setting, scratch: Path, samples: int) -> None:
+    """Twice as many samples as half as many: what a sample costs beside the queries, which both prepare once."""
+    sizes = (samples // 2, samples)
+    print("\n### First order against kronfluence's pairwise scores\n")
     print(
-        f"| ratio | {seconds['kronfluence'] / seconds['ours']:.2f} x | {memory['kronfluence'] / memory['ours']:.1f} x |"
+        "Same pairs, factors, layers and noise, one Monte-Carlo pair a query, from the factors to the scores; "
+        f"{PLAN.timesteps} timesteps. Seconds are for {sizes[1]} samples, ms a sample for the step from {sizes[0]} to "
+        f"{sizes[1]}: the rest prepares the queries, once. Memory is the peak above the loaded model.\n"
     )
-    print(f"\nLowest rank correlation of any query: {agreement.min():.6f}.")
+    print("| queries | | ours | kronfluence | ratio |\n| ---: | --- | ---: | ---: | ---: |")
+    for times in (1, 10):
+        found: dict[tuple[str, int], list[dict[str, Any]]] = {
+            (name, size): [] for size in sizes for name in ("ours", "kronfluence")
+        }
+        for _ in range(2):
+            for (name, size), runs in found.items():
+                result = scratch / f"{name}.pt"
+                arguments = (name, setting.folder, size, times, result)
+                process = multiprocessing.get_context("spawn").Process(target=measured_alone, args=arguments)
+                process.start()
+                process.join()
+                runs.append(torch.load(result))
+        seconds = {case: min(run["seconds"] for run in runs) for case, runs in found.items()}
+        memory = {case: min(run["memory"] for run in runs) for case, runs in found.items()}
+        whole = [seconds[name, sizes[1]] for name in ("ours", "kronfluence")]
+        each = [
+            1000 * (seconds[name, sizes[1]] - seconds[name, sizes[0]]) / (sizes[1] - sizes[0])
+            for name in ("ours", "kronfluence")
+        ]
+        peak = [memory[name, sizes[1]] for name in ("ours", "kronfluence")]
+        queries = times * len(setting.query_captions)
+        for what, (ours, theirs), digits in (("ms a sample", each, 0), ("seconds", whole, 1), ("GB", peak, 2)):
+            print(f"| {queries} | {what} | {ours:.{digits}f} | {theirs:.{digits}f} | {theirs / ours:.2f} x |")
+        agreement = spearman(*(found[name, sizes[1]][0]["scores"] for name in ("ours", "kronfluence"))).min()
+        print(f"| {queries} | lowest Spearman of a query | | | {agreement:.6f} |")
 
 
 def main() -> None:
@@ -392,6 +431,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--candidates", type=int, default=128)
     parser.add_argument("--pairs", type=int, default=64, help="in a query's gradient")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument("--folder", type=Path, help="where the demo's data lies or is made; default: a temporary one")
     arguments = parser.parse_args()
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "kronfluence"))
@@ -399,11 +439,14 @@ def main() -> None:
         folder = arguments.folder.resolve() if arguments.folder else Path(scratch) / "demo"
         setting = set_up(folder, arguments.samples, arguments.pairs)
         print(f"{os.cpu_count()} cores ({platform.machine()}), no GPU, Python {platform.python_version()}, {packages}.")
-        per_pair = print_exact(setting, arguments.candidates)
-        print_first_order(setting, per_pair)
-        print_kronfluence(setting, Path(scratch))
-        print_noise(setting)
-        print_step_sizes(setting)
+        if "cost" in arguments.tables:
+            print_first_order(setting, print_exact(setting, arguments.candidates))
+        if "kronfluence" in arguments.tables:
+            print_kronfluence(setting, Path(scratch), arguments.candidates)
+        if "noise" in arguments.tables:
+            print_noise(setting)
+        if "steps" in arguments.tables:
+            print_step_sizes(setting)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ def noise_plan(config: PipelineConfig, seed: int | None = None) -> NoisePlan:
         first_timestep=teacher.first_timestep,
         weights=teacher.timestep_weights,
         antithetic=teacher.antithetic,
-        flips=config.model.flips,
     )
 
 

@@ -36,7 +36,6 @@ class NoisePlan:
     first_timestep: shifts the even grid: 0 is the design's, and leaves the noisiest T_train / T out.
     weights: of each timestep in the mean over timesteps, where they are not spaced evenly; scaled to a mean of 1.
     antithetic: draw 2k + 1 is the negative of draw 2k: what is odd in the noise cancels (Hammersley & Morton, 1956).
-    flips: the model was trained with mirrored images too; a sample's score is then the larger of the two.
     """
 
     seed: int
@@ -45,7 +44,6 @@ class NoisePlan:
     first_timestep: int = 0
     weights: tuple[float, ...] | None = None
     antithetic: bool = False
-    flips: bool = False
 
     def timestep_values(self, train_timesteps: int) -> Tensor:
         """The timesteps at which a loss is taken: `arange(first, T_train, T_train // T)`, or those listed.
