@@ -162,8 +162,10 @@ class TeacherConfig(_Section):
     @model_validator(mode="after")
     def _plan_is_whole(self) -> Self:
         if self.timestep_list is not None:
-            if even := {"timesteps", "first_timestep"} & self.model_fields_set:
-                raise ValueError(f"{min(even)} is of an even grid and timestep_list is not: remove one")
+            # By value, not by model_fields_set: a stored config names every setting and must load again.
+            for name in ("timesteps", "first_timestep"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is of an even grid and timestep_list is not: remove one")
             if len(set(self.timestep_list)) != len(self.timestep_list):
                 raise ValueError("timestep_list names one twice: remove it")
         if self.timestep_weights is not None and len(self.timestep_weights) != len(self.timestep_list or ()):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +94,8 @@ def save_sd3(folder: Path, *, t5: bool = True) -> Path:
     )
 
 
-def save_pixart(folder: Path) -> Path:
-    """Cross-attention over T5, a learned variance."""
+def save_pixart(folder: Path, *, sizes: bool = False) -> Path:
+    """Cross-attention over T5, a learned variance; the large model is also told the image's size."""
     _start(folder)
     _t5(folder, "text_encoder", width=TEXT)
     PixArtTransformer2DModel(
@@ -102,10 +104,11 @@ def save_pixart(folder: Path) -> Path:
         in_channels=4,
         out_channels=8,
         num_layers=2,
-        attention_head_dim=8,
+        attention_head_dim=12,  # two heads of it: the size embeddings want a width that three divides
         num_attention_heads=2,
-        cross_attention_dim=16,
+        cross_attention_dim=24,
         caption_channels=TEXT,
+        use_additional_conditions=sizes,
     ).save_pretrained(folder / "transformer")
     DDIMScheduler(num_train_timesteps=100).save_pretrained(folder / "scheduler")
     return _finish(folder, "PixArtAlphaPipeline", transformer="PixArtTransformer2DModel", text_encoder="T5EncoderModel")
@@ -128,7 +131,20 @@ def save_dit(folder: Path) -> Path:
     return _finish(folder, "DiTPipeline", transformer="DiTTransformer2DModel", id2label=LABELS)
 
 
-SAVE = {"sd": tiny.save_model, "sdxl": save_sdxl, "sd3": save_sd3, "pixart": save_pixart, "dit": save_dit}
+SAVE: dict[str, Callable[[Path], Path]] = {
+    "sd": tiny.save_model,
+    "sdxl": save_sdxl,
+    "sd3": save_sd3,
+    "pixart": save_pixart,
+    "pixart-sized": partial(save_pixart, sizes=True),
+    "dit": save_dit,
+}
+
+
+def change_json(path: Path, **values: Any) -> None:
+    """Set entries of a config; None takes one out."""
+    changed = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({name: value for name, value in changed.items() if value is not None}))
 
 
 def _start(folder: Path) -> None:

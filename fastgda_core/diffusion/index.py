@@ -12,6 +12,8 @@ DENOISERS = {
     "unet": ("UNet2DConditionModel",),
     "transformer": ("PixArtTransformer2DModel", "SD3Transformer2DModel", "DiTTransformer2DModel"),
 }
+# What diffusers made of Transformer2DModel, by norm_type: DiT and PixArt were published under that name.
+OLD_TRANSFORMERS = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -54,9 +56,11 @@ def read_index(folder: Path) -> ModelIndex:
         document = json.loads(path.read_text())
         index = ModelIndex(
             str(document.get("_class_name")),
-            {part: entry[1] for part, entry in document.items() if isinstance(entry, list) and entry[1]},
+            _present_names(
+                folder, {p: entry[1] for p, entry in document.items() if isinstance(entry, list) and entry[1]}
+            ),
             {str(number): str(names) for number, names in (document.get("id2label") or {}).items()},
-            bool(document.get("force_zeros_for_empty_prompt", False)),
+            bool(document.get("force_zeros_for_empty_prompt", True)),  # the default of SDXL's pipeline
         )
     except (OSError, ValueError, AttributeError, IndexError) as error:
         raise UsageError(f"{path} is no model index: save the model again ({error})") from error
@@ -67,3 +71,12 @@ def read_index(folder: Path) -> ModelIndex:
     if missing := [name for name in index.parts if not (folder / name).exists()]:
         raise UsageError(f"model.folder {folder} lacks {', '.join(missing)}: save the model with save_pretrained()")
     return index
+
+
+def _present_names(folder: Path, classes: dict[str, str]) -> dict[str, str]:
+    """The same parts, an old transformer under the name of the class that diffusers has for it now."""
+    config = folder / "transformer" / "config.json"
+    if classes.get("transformer") != "Transformer2DModel" or not config.exists():
+        return classes
+    norm_type = json.loads(config.read_text()).get("norm_type")
+    return {**classes, "transformer": OLD_TRANSFORMERS.get(norm_type, "Transformer2DModel")}

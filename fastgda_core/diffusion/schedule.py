@@ -109,7 +109,9 @@ def load_schedule(folder: Path) -> Schedule:
             "flow_prediction"
         )
     # Any other diffusers scheduler config reads as DDIM's: the noise schedule and the target are what counts.
-    return DiffusionSchedule(DDIMScheduler.from_pretrained(folder, local_files_only=True))
+    # DDIM's own default is to clip the clean image: solvers that never do have no such entry, and latents need none.
+    clip = {} if "clip_sample" in config else {"clip_sample": False}
+    return DiffusionSchedule(DDIMScheduler.from_pretrained(folder, local_files_only=True, **clip))
 
 
 def train_timesteps(folder: Path) -> int:

@@ -31,15 +31,19 @@ class _Taps:
 
 
 @contextmanager
-def _tapped(layers: Mapping[str, Layer]) -> Iterator[_Taps]:
-    """While active, each forward leaves the layers' inputs and outputs, the outputs ready to take gradients at."""
+def _tapped(layers: Mapping[str, Layer], samples: int) -> Iterator[_Taps]:
+    """While active, each forward leaves the layers' inputs and outputs, the outputs ready to take gradients at.
+
+    Inputs have one row for each of the samples: where a layer takes several of a sample's numbers as so many rows, as
+    PixArt's embedder of height and width does, these become positions.
+    """
     taps = _Taps()
 
     def attach(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if not output.requires_grad and torch.is_grad_enabled():
                 output.requires_grad_(True)
-            taps.inputs.setdefault(name, []).append(inputs[0].detach())
+            taps.inputs.setdefault(name, []).append(_by_sample(inputs[0].detach(), samples))
             taps.outputs.setdefault(name, []).append(output)
 
         return hook
@@ -77,7 +81,7 @@ def output_gradients(
     Raises:
         UsageError: a layer takes no part in the forward pass.
     """
-    with torch.enable_grad(), _tapped(layers) as taps:
+    with torch.enable_grad(), _tapped(layers, len(clean)) as taps:
         losses = model.losses(clean, condition, timesteps, noise)
         if idle := layers.keys() - taps.outputs.keys():
             raise UsageError(f"layer {min(idle)} takes no part in the forward pass: choose fewer teacher.layers")
@@ -85,7 +89,9 @@ def output_gradients(
             flat = [output for name in layers for output in taps.outputs[name]]
             gradients = iter(torch.autograd.grad(losses.sum(), flat))
     rows = {
-        name: torch.cat([output_rows(layer, next(gradients)) for _ in taps.outputs[name]], dim=1)
+        name: torch.cat(
+            [_by_sample(output_rows(layer, next(gradients)), len(clean)) for _ in taps.outputs[name]], dim=1
+        )
         for name, layer in layers.items()
     }
     return losses.detach(), taps.inputs, rows
@@ -109,7 +115,7 @@ def steady_layers(
     as_it_is = replace(model, compiled_denoiser=None)  # compiled code does not see hooks that came after it
 
     def look(stretch: slice) -> dict[str, list[Tensor]]:
-        with _tapped(layers) as taps:
+        with _tapped(layers, len(clean[stretch])) as taps:
             as_it_is.losses(clean[stretch], take(captions, stretch), timesteps[stretch], noise[stretch])
         return taps.inputs
 
@@ -120,6 +126,10 @@ def steady_layers(
         for name, seen in looks[-1].items()
         if len(seen) == 1 and torch.allclose(looks[0][name][0][0], seen[0][-1], rtol=1e-5, atol=1e-6)
     }
+
+
+def _by_sample(value: Tensor, samples: int) -> Tensor:
+    return value if len(value) == samples else value.reshape(samples, -1, value.shape[-1])
 
 
 def weight_gradient(output_gradient: Tensor, layer_input: Tensor) -> Tensor:

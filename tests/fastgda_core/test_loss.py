@@ -6,7 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch import Tensor, nn
 
 from fastgda_core.diffusion.loss import per_sample_loss
@@ -97,6 +103,22 @@ def test_flow_matching_is_read_from_the_class_and_from_the_prediction_type(tmp_p
     assert isinstance(shifted, FlowMatchingSchedule)
     even = np.arange(1, 11) / 10
     np.testing.assert_allclose(shifted.sigmas.numpy(), 3 * even / (1 + 2 * even), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scheduler_class", "clips"),
+    [(EulerDiscreteScheduler, False), (DPMSolverMultistepScheduler, False), (DDPMScheduler, True)],
+)
+def test_sampling_clips_the_clean_image_only_where_the_config_says_so(
+    tmp_path: Path, scheduler_class: type, clips: bool
+) -> None:
+    """Latents lie outside of [-1, 1]; the config of a solver that never clips does not say so."""
+    scheduler = saved(tmp_path, scheduler_class, num_train_timesteps=100, beta_start=1e-4, beta_end=0.02).scheduler
+    scheduler.set_timesteps(4)
+    noisy, timestep = torch.full((1, 4, 2, 2), 5.0), scheduler.timesteps[1]
+    found = scheduler.step(torch.zeros_like(noisy), timestep, noisy).pred_original_sample
+    expected = 1.0 if clips else 5.0 / alpha_sigma(timestep[None])[0].item()
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
 
 
 def test_unknown_prediction_type_is_named(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from fastgda_core.errors import UsageError
-from tasks.config import SplitConfig, load_config
+from tasks.config import PipelineConfig, SplitConfig, load_config
 from tasks.openmoji import CONFIG, list_openmoji
 from tasks.webdataset_shards import find_shards
 from tests.tasks.configs import ABSENT, document
@@ -40,6 +40,12 @@ def test_the_demo_config_is_valid_and_asks_for_no_training_caption() -> None:
     known = {caption for image in list_openmoji() for caption in image.captions}
     assert len(known) > 3000
     assert known.isdisjoint(caption.lower() for caption in captions)
+
+
+def test_a_stored_config_loads_again_as_it_was() -> None:
+    config = load_config(CONFIG)
+    assert config.teacher.timestep_list is not None
+    assert PipelineConfig.model_validate(config.model_dump(mode="json")) == config
 
 
 def test_a_small_config_is_read_with_its_defaults(tmp_path: Path) -> None:
