@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -45,6 +46,8 @@ from tasks.samples import encode_latents, ingest_samples, load_block
 PLAN = NoisePlan(seed=0, timesteps=10, draws=1)  # the published one
 MICRO_BATCH = 64
 KRONFLUENCE_BATCH = 64
+COMPILED = "ours, compiled"
+SIDES = ("ours", COMPILED, "kronfluence")
 REPEATS = 3
 ALPHAS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 TABLES = ("cost", "kronfluence", "noise", "steps")
@@ -360,8 +363,8 @@ def our_scores(setting: Setting, _scratch: Path) -> Tensor:
         )
         for name, layer in layers.items():
             of_rows = weight_gradient(gradients[name], input_rows(layer, seen[name]))
-            updates[name] += [setting.fisher.solve(name, gradient) for gradient in of_rows]
-    stacked = {name: torch.stack(several) for name, several in updates.items()}
+            updates[name].append(setting.fisher.solve(name, of_rows))
+    stacked = {name: torch.cat(several) for name, several in updates.items()}
     return first_order_scores(model, layers, PLAN, setting.block, [stacked], MicroBatch(MICRO_BATCH))
 
 
@@ -373,7 +376,10 @@ def measured_alone(name: str, folder: Path, samples: int, times: int, result: Pa
         query_latents=setting.query_latents.repeat(times, 1, 1, 1),
         query_captions=setting.query_captions * times,
     )
-    work = {"ours": our_scores, "kronfluence": kronfluence_scores}[name]
+    work = kronfluence_scores if name == "kronfluence" else our_scores
+    if name == COMPILED:
+        setting = replace(setting, model=setting.model.compiled())
+        our_scores(replace(setting, block=setting.block.samples(slice(0, MICRO_BATCH))), Path())  # compiles
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = resident("VmRSS")
     with tempfile.TemporaryDirectory() as scratch:
@@ -396,34 +402,34 @@ def print_kronfluence(setting: Setting, scratch: Path, samples: int) -> None:
     print(
         "Same pairs, factors, layers and noise, one Monte-Carlo pair a query, from the factors to the scores; "
         f"{PLAN.timesteps} timesteps. Seconds are for {sizes[1]} samples, ms a sample for the step from {sizes[0]} to "
-        f"{sizes[1]}: the rest prepares the queries, once. Memory is the peak above the loaded model.\n"
+        f"{sizes[1]}: the rest prepares the queries, once. Compiling is not counted. Memory is the peak above the "
+        "loaded model.\n"
     )
-    print("| queries | | ours | kronfluence | ratio |\n| ---: | --- | ---: | ---: | ---: |")
+    print("| queries | | ours | ours, compiled | kronfluence | against ours | against compiled |")
+    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
     for times in (1, 10):
-        found: dict[tuple[str, int], list[dict[str, Any]]] = {
-            (name, size): [] for size in sizes for name in ("ours", "kronfluence")
-        }
-        for _ in range(2):
+        found: dict[tuple[str, int], list[dict[str, Any]]] = {(name, size): [] for size in sizes for name in SIDES}
+        for _ in range(REPEATS):
             for (name, size), runs in found.items():
-                result = scratch / f"{name}.pt"
+                result = scratch / "result.pt"
                 arguments = (name, setting.folder, size, times, result)
                 process = multiprocessing.get_context("spawn").Process(target=measured_alone, args=arguments)
                 process.start()
                 process.join()
+                if process.exitcode:
+                    raise SystemExit(f"{name} with {size} samples ended with exit code {process.exitcode}")
                 runs.append(torch.load(result))
-        seconds = {case: min(run["seconds"] for run in runs) for case, runs in found.items()}
-        memory = {case: min(run["memory"] for run in runs) for case, runs in found.items()}
-        whole = [seconds[name, sizes[1]] for name in ("ours", "kronfluence")]
-        each = [
-            1000 * (seconds[name, sizes[1]] - seconds[name, sizes[0]]) / (sizes[1] - sizes[0])
-            for name in ("ours", "kronfluence")
-        ]
-        peak = [memory[name, sizes[1]] for name in ("ours", "kronfluence")]
+        whole, half = ([min(run["seconds"] for run in found[name, size]) for name in SIDES] for size in sizes[::-1])
+        each = [1000 * (more - less) / (sizes[1] - sizes[0]) for more, less in zip(whole, half, strict=True)]
         queries = times * len(setting.query_captions)
-        for what, (ours, theirs), digits in (("ms a sample", each, 0), ("seconds", whole, 1), ("GB", peak, 2)):
-            print(f"| {queries} | {what} | {ours:.{digits}f} | {theirs:.{digits}f} | {theirs / ours:.2f} x |")
-        agreement = spearman(*(found[name, sizes[1]][0]["scores"] for name in ("ours", "kronfluence"))).min()
-        print(f"| {queries} | lowest Spearman of a query | | | {agreement:.6f} |")
+        for what, (ours, compiled, theirs), digits in (("ms a sample", each, 0), ("seconds", whole, 1)):
+            values = " | ".join(f"{value:.{digits}f}" for value in (ours, compiled, theirs))
+            print(f"| {queries} | {what} | {values} | {theirs / ours:.2f} x | {theirs / compiled:.2f} x |")
+        ours, theirs = (min(run["memory"] for run in found[name, sizes[1]]) for name in ("ours", "kronfluence"))
+        print(f"| {queries} | GB | {ours:.2f} | | {theirs:.2f} | {theirs / ours:.2f} x | |")
+        scores = {name: found[name, sizes[1]][0]["scores"] for name in SIDES}
+        agreement = [spearman(scores[name], scores["kronfluence"]).min() for name in ("ours", COMPILED)]
+        print(f"| {queries} | lowest Spearman of a query | | | | {agreement[0]:.6f} | {agreement[1]:.6f} |")
 
 
 def main() -> None:
@@ -434,6 +440,7 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument("--folder", type=Path, help="where the demo's data lies or is made; default: a temporary one")
     arguments = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "kronfluence"))
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder.resolve() if arguments.folder else Path(scratch) / "demo"

@@ -41,7 +41,7 @@ class ModelConfig(_Section):
         default=64, ge=1, description="denoiser forwards at a time; halves itself where device memory runs out"
     )
     flips: bool = Field(default=False, description="it was trained with mirrored images too: the larger score counts")
-    compile: bool = Field(default=False, description="compile the forwards of the exact teachers")
+    compile: bool = Field(default=False, description="compile the denoiser: a minute or more per process, then faster")
 
 
 class SplitConfig(_Section):

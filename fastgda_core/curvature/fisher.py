@@ -33,7 +33,7 @@ class Fisher(ABC):
 
     @abstractmethod
     def solve(self, name: str, gradient: Tensor) -> Tensor:
-        """(F + damping)^-1 gradient of one layer, (d_out, d_in)."""
+        """(F + damping)^-1 gradient of one layer, (..., d_out, d_in)."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -149,6 +149,9 @@ def fit_fisher(
         loss: `loss(model, batch)`, the sum over the batch of per-sample losses.
         batch_size: of the fit.
         device: where to fit.
+
+    Raises:
+        UsageError: a layer runs several rows of one sample, as PixArt's embedder of height and width does.
     """
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments
@@ -218,8 +221,14 @@ def _used_repeatedly(
     from accelerate.utils import send_to_device
 
     calls: Counter[str] = Counter()
+
+    def look(name: str, output: Tensor) -> None:
+        calls[name] += 1
+        if len(output) != 1:  # kronfluence would take each row for a sample
+            raise UsageError(f"layer {name} runs {len(output)} rows of one sample: choose fewer teacher.layers")
+
     handles = [
-        model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.update([name]))
+        model.get_submodule(name).register_forward_hook(lambda *given, name=name: look(name, given[2]))
         for name in layer_names
     ]
     try:

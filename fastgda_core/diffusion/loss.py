@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from fastgda_core.diffusion.schedule import Schedule
 # What the denoiser is conditioned on, one row per caption, by the name of its keyword argument; `a.b` is entry b of
 # the dictionary that it takes as argument a.
 Condition = Mapping[str, Tensor]
+Denoiser = Callable[..., tuple[Tensor, ...]]
 
 
 def take(condition: Condition, rows: Tensor | slice) -> dict[str, Tensor]:
@@ -24,7 +25,7 @@ def concatenate(conditions: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
 
 
-def denoise(denoiser: torch.nn.Module, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+def denoise(denoiser: Denoiser, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
     """The denoiser's output, (n, c, h, w); where it also learned a variance, that half is left out."""
     arguments: dict[str, object] = {}
     for name, tensor in condition.items():
@@ -39,12 +40,12 @@ def denoise(denoiser: torch.nn.Module, noisy: Tensor, timesteps: Tensor, conditi
 
 
 def per_sample_loss(
-    denoiser: torch.nn.Module, schedule: Schedule, clean: Tensor, condition: Condition, timesteps: Tensor, noise: Tensor
+    denoiser: Denoiser, schedule: Schedule, clean: Tensor, condition: Condition, timesteps: Tensor, noise: Tensor
 ) -> Tensor:
     """`|| target - model(x_t, c, t) ||^2 / n_elements` of each sample, (n,): the conditional loss, without guidance.
 
     Args:
-        denoiser: a UNet or a transformer of diffusers.
+        denoiser: a UNet or a transformer of diffusers, or what is called as one.
         schedule: forward process and target.
         clean: latents, (n, c, h, w).
         condition: of each row.

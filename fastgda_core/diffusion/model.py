@@ -19,7 +19,7 @@ from fastgda_core.diffusion import schedule
 from fastgda_core.diffusion.captions import CaptionEncoder, load_caption_encoder
 from fastgda_core.diffusion.codec import Codec, load_codec
 from fastgda_core.diffusion.index import read_index
-from fastgda_core.diffusion.loss import Condition, per_sample_loss
+from fastgda_core.diffusion.loss import Condition, Denoiser, per_sample_loss
 from fastgda_core.diffusion.precision import Precision, running
 from fastgda_core.diffusion.pretrained import load_frozen
 from fastgda_core.errors import UsageError
@@ -35,7 +35,8 @@ class DiffusionModel:
     codec: Codec
     device: torch.device
     precision: Precision = Precision.float32
-    compiled_denoiser: Any = None  # for forwards without gradients
+    # Compiled denoisers by what they were compiled for; None: the denoiser is run as it is.
+    compiled_denoisers: dict[Any, Any] | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -52,19 +53,35 @@ class DiffusionModel:
         if precision.dtype is self.precision.dtype:
             return replace(self, precision=precision)
         denoiser = copy.deepcopy(self.denoiser).to(precision.dtype)
-        return replace(self, precision=precision, denoiser=denoiser, compiled_denoiser=None)
+        model = replace(self, precision=precision, denoiser=denoiser)
+        return model if self.compiled_denoisers is None else model.compiled()
 
     def compiled(self) -> DiffusionModel:
-        """The same model with its forwards, where no gradient is asked for, compiled by torch at the first one."""
-        return replace(self, compiled_denoiser=torch.compile(self.denoiser))
+        """The same model; torch compiles it for what it is asked for, when that is asked for first."""
+        return replace(self, compiled_denoisers={})
 
-    def losses(self, clean: Tensor, condition: Condition, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """`per_sample_loss` in the model's precision, (n,)."""
+    def losses(
+        self,
+        clean: Tensor,
+        condition: Condition,
+        timesteps: Tensor,
+        noise: Tensor,
+        denoiser: Denoiser | None = None,
+    ) -> Tensor:
+        """`per_sample_loss` in the model's precision, (n,); of a denoiser that stands in for the model's, if given."""
         dtype = self.precision.dtype
         condition = {name: _cast(tensor, dtype) for name, tensor in condition.items()}
-        forward = self.denoiser if self.compiled_denoiser is None or torch.is_grad_enabled() else self.compiled_denoiser
         with running(self.precision, self.device):
-            return per_sample_loss(forward, self.schedule, clean.to(dtype), condition, timesteps, noise.to(dtype))
+            return per_sample_loss(
+                denoiser or self._denoiser(), self.schedule, clean.to(dtype), condition, timesteps, noise.to(dtype)
+            )
+
+    def _denoiser(self) -> Any:
+        if self.compiled_denoisers is None or torch.is_grad_enabled():
+            return self.denoiser
+        if "forward" not in self.compiled_denoisers:
+            self.compiled_denoisers["forward"] = torch.compile(self.denoiser)
+        return self.compiled_denoisers["forward"]
 
     @torch.no_grad()
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:

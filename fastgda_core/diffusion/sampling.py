@@ -11,6 +11,7 @@ from fastgda_core.diffusion.loss import concatenate, denoise
 from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.noise import gaussian_noise, stream_key
 from fastgda_core.diffusion.schedule import DiffusionSchedule
+from fastgda_core.errors import UsageError
 
 
 @torch.no_grad()
@@ -21,7 +22,15 @@ def generate(
 
     The starting noise of query number i is a function of (seed, i) alone, so an image does not
     depend on which others are made with it.
+
+    Raises:
+        UsageError: the schedule shifts by what only a pipeline knows.
     """
+    if model.schedule.scheduler.config.get("use_dynamic_shifting"):
+        raise UsageError(
+            "the model's scheduler has use_dynamic_shifting, which each pipeline does its own way: generate the "
+            "queries with it and give them as queries.shards"
+        )
     scheduler = copy.deepcopy(model.schedule.scheduler)
     scheduler.set_timesteps(steps, device=model.device)
     owners = torch.tensor(numbers, device=model.device)

@@ -7,9 +7,12 @@ before it meets a; one backward through activations serves everything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,20 +84,108 @@ def output_gradients(
     Raises:
         UsageError: a layer takes no part in the forward pass.
     """
-    with torch.enable_grad(), _tapped(layers, len(clean)) as taps:
-        losses = model.losses(clean, condition, timesteps, noise)
-        if idle := layers.keys() - taps.outputs.keys():
-            raise UsageError(f"layer {min(idle)} takes no part in the forward pass: choose fewer teacher.layers")
+    rows = (clean, condition, timesteps, noise)
+    with torch.enable_grad():
+        if model.compiled_denoisers is None:
+            losses, inputs, outputs = _forward(model, layers, *rows)
+        else:
+            key = ("taps", *layers)
+            if key not in model.compiled_denoisers:
+                model.compiled_denoisers[key] = _CompiledTaps(model.denoiser, layers)
+            losses, inputs, outputs = model.compiled_denoisers[key].forward(model, layers, *rows)
         with multiplying(model.precision):
-            flat = [output for name in layers for output in taps.outputs[name]]
+            flat = [output for name in layers for output in outputs[name]]
             gradients = iter(torch.autograd.grad(losses.sum(), flat))
-    rows = {
-        name: torch.cat(
-            [_by_sample(output_rows(layer, next(gradients)), len(clean)) for _ in taps.outputs[name]], dim=1
-        )
+    by_position = {
+        name: torch.cat([_by_sample(output_rows(layer, next(gradients)), len(clean)) for _ in outputs[name]], dim=1)
         for name, layer in layers.items()
     }
-    return losses.detach(), taps.inputs, rows
+    return losses.detach(), inputs, by_position
+
+
+Tapped = tuple[Tensor, dict[str, list[Tensor]], dict[str, list[Tensor]]]
+
+
+def _forward(
+    model: DiffusionModel,
+    layers: Mapping[str, Layer],
+    clean: Tensor,
+    condition: Condition,
+    timesteps: Tensor,
+    noise: Tensor,
+) -> Tapped:
+    """Losses; by layer, its inputs and outputs."""
+    with _tapped(layers, len(clean)) as taps:
+        losses = model.losses(clean, condition, timesteps, noise)
+    if idle := layers.keys() - taps.outputs.keys():
+        raise UsageError(f"layer {min(idle)} takes no part in the forward pass: choose fewer teacher.layers")
+    return losses, taps.inputs, taps.outputs
+
+
+class _Probed(nn.Module):
+    """A denoiser's twin on the same weights that adds to layers' outputs what it is given, and returns their inputs.
+
+    Compiled code does not see hooks that come and go, nor can it give a gradient at what is inside: here the hooks stay
+    and the gradient is that of an argument.
+    """
+
+    def __init__(self, denoiser: nn.Module, names: Iterable[str]) -> None:
+        super().__init__()
+        shared = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())}
+        self.denoiser = copy.deepcopy(denoiser, shared)
+        self.inputs: dict[str, list[Tensor]] = {}
+        self.added: Mapping[str, list[Tensor]] = {}
+        for name in names:
+            self.denoiser.get_submodule(name).register_forward_hook(partial(self._tap, name))
+
+    def _tap(self, name: str, _layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen = self.inputs[name]
+        seen.append(inputs[0].detach())
+        return output + self.added[name][len(seen) - 1]
+
+    def forward(
+        self, noisy: Tensor, added: Mapping[str, list[Tensor]], **arguments: Any
+    ) -> tuple[tuple[Tensor, ...], dict[str, list[Tensor]]]:
+        self.added, self.inputs = added, {name: [] for name in added}
+        output, inputs = self.denoiser(noisy, **arguments), self.inputs
+        self.added, self.inputs = {}, {}
+        return output, inputs
+
+
+class _CompiledTaps:
+    """`_forward` through compiled code."""
+
+    def __init__(self, denoiser: nn.Module, names: Iterable[str]) -> None:
+        self.denoiser = torch.compile(_Probed(denoiser, names))
+        self.zeros: dict[str, list[Tensor]] = {}  # like the outputs of one row, without the memory
+
+    def forward(
+        self,
+        model: DiffusionModel,
+        layers: Mapping[str, Layer],
+        clean: Tensor,
+        condition: Condition,
+        timesteps: Tensor,
+        noise: Tensor,
+    ) -> Tapped:
+        if not self.zeros:
+            _, _, outputs = _forward(model, layers, clean[:1], take(condition, slice(1)), timesteps[:1], noise[:1])
+            self.zeros = {name: [value.new_zeros(()).expand_as(value) for value in outputs[name]] for name in layers}
+        added = {
+            name: [
+                zero.new_zeros(()).expand(len(clean) * len(zero), *zero.shape[1:]).requires_grad_() for zero in zeros
+            ]
+            for name, zeros in self.zeros.items()
+        }
+        inputs: dict[str, list[Tensor]] = {}
+
+        def probed(noisy: Tensor, **arguments: Any) -> tuple[Tensor, ...]:
+            output, seen = self.denoiser(noisy, added, **arguments)
+            inputs.update({name: [_by_sample(value, len(clean)) for value in values] for name, values in seen.items()})
+            return output
+
+        losses = model.losses(clean, condition, timesteps, noise, probed)
+        return losses, inputs, added
 
 
 @torch.no_grad()
@@ -112,7 +203,7 @@ def steady_layers(
     clean, noise = (torch.randn(2, *model.latent_shape, generator=generator).to(model.device) for _ in range(2))
     timesteps = torch.tensor([0, model.schedule.train_timesteps - 1], device=model.device)
     captions = take(condition, torch.zeros(2, dtype=torch.long, device=model.device))
-    as_it_is = replace(model, compiled_denoiser=None)  # compiled code does not see hooks that came after it
+    as_it_is = replace(model, compiled_denoisers=None)  # compiled code does not see hooks that came after it
 
     def look(stretch: slice) -> dict[str, list[Tensor]]:
         with _tapped(layers, len(clean[stretch])) as taps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from torch.utils.data import TensorDataset
 from fastgda_core.curvature.fisher import DiagonalFisher, fit_fisher
 from fastgda_core.curvature.layers import matrix_shape, select_layers
 from fastgda_core.diffusion.captions import PIXART_TOKENS
-from fastgda_core.diffusion.loss import per_sample_loss
+from fastgda_core.diffusion.loss import per_sample_loss, take
 from fastgda_core.diffusion.model import DiffusionModel, load_model
 from fastgda_core.diffusion.noise import NoisePlan
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.diffusion.sampling import generate
 from fastgda_core.errors import UsageError
-from fastgda_core.teachers.gradients import steady_layers
+from fastgda_core.teachers.gradients import output_gradients, steady_layers
 from fastgda_core.teachers.micro_batch import MicroBatch
 from fastgda_core.teachers.scores import first_order_scores
 from fastgda_core.teachers.training_loss import SampleBlock, training_losses
@@ -300,6 +301,25 @@ def test_first_order_scores_equal_a_float64_finite_difference(load: Load, name: 
     assert (scores - slope).norm() / slope.norm() < 1e-6
 
 
+@pytest.mark.parametrize("name", ["sd", "sd3", "pixart-sized", "dit"])
+def test_compiled_gradients_are_the_plain_ones(load: Load, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Of all layers, some called twice in a forward."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    model = load(name)
+    layers = select_layers(model.denoiser, "all")
+    compiled = model.compiled()
+    for count in (3, 2):
+        clean, condition, timesteps, noise = rows(model)
+        some = (clean[:count], take(condition, slice(count)), timesteps[:count], noise[:count])
+        losses, inputs, gradients = output_gradients(model, layers, *some)
+        found = output_gradients(compiled, layers, *some)
+        torch.testing.assert_close(found[0], losses, rtol=1e-5, atol=0)
+        for layer, expected in gradients.items():
+            assert [seen.shape for seen in found[1][layer]] == [seen.shape for seen in inputs[layer]]
+            assert (found[2][layer] - expected).norm() <= 1e-5 * expected.norm(), layer
+
+
 @pytest.mark.parametrize("name", ["sd", "sd3", "pixart", "dit"])
 def test_diagonal_fisher_of_all_layers_is_the_mean_squared_gradient(load: Load, name: str) -> None:
     """Convolutions, biases, layers that one forward goes through twice."""
@@ -338,6 +358,22 @@ def test_diagonal_fisher_of_all_layers_is_the_mean_squared_gradient(load: Load, 
         assert (found - expected).norm() <= 1e-4 * expected.norm(), layer
 
 
+def test_a_layer_that_runs_several_rows_of_a_sample_gets_no_fisher(load: Load) -> None:
+    """kronfluence would count each of the two numbers of a size as a sample."""
+    model = load("pixart-sized")
+    clean, condition, timesteps, noise = rows(model)
+    dataset = TensorDataset(clean, timesteps, noise, *condition.values())
+
+    def loss(denoiser: nn.Module, batch: list[Tensor]) -> Tensor:
+        latents, steps, eps, *values = batch
+        told = dict(zip(condition, values, strict=True))
+        return per_sample_loss(denoiser, model.schedule, latents, told, steps, eps).sum()
+
+    names = list(select_layers(model.denoiser, "all"))
+    with pytest.raises(UsageError, match=r"resolution_embedder\.linear_1 runs 2 rows of one sample"):
+        fit_fisher("ekfac", model.denoiser, names, dataset, loss, 2, model.device)
+
+
 @pytest.mark.parametrize(
     ("name", "selection", "steady"),
     [
@@ -373,6 +409,14 @@ def test_layers_that_see_only_the_caption_are_found(
 def test_dit_has_no_layer_for_the_caption(load: Load, selection: str) -> None:
     with pytest.raises(UsageError, match=f"no {selection} layer"):
         select_layers(load("dit").denoiser, selection)
+
+
+def test_a_shift_that_only_the_pipeline_knows_is_refused(tmp_path: Path) -> None:
+    folder = save_sd3(tmp_path / "model", t5=False)
+    change_json(folder / "scheduler" / "scheduler_config.json", use_dynamic_shifting=True)
+    model = load_model(folder, torch.device("cpu"))
+    with pytest.raises(UsageError, match=r"use_dynamic_shifting.*queries\.shards"):
+        generate(model, ["goldfish"], [0], seed=0, steps=2, guidance_scale=2.0)
 
 
 @pytest.mark.parametrize("name", sorted(SAVE))

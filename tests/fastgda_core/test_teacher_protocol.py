@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -109,10 +110,11 @@ def test_teachers_of_different_fishers_score_differently(
 
 
 @pytest.fixture
-def compiled(tiny_model: DiffusionModel) -> DiffusionModel:
+def compiled(tiny_model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> DiffusionModel:
     """Compiled by torch up to the point where a back end would make machine code."""
     torch._dynamo.reset()
-    return replace(tiny_model, compiled_denoiser=torch.compile(tiny_model.denoiser, backend="eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    return tiny_model.compiled()
 
 
 def test_compiled_model_scores_as_the_plain_one(
@@ -127,6 +129,8 @@ def test_compiled_model_scores_as_the_plain_one(
             scores.append(TEACHERS[name].scores(model, layers, plan, block, [updates], losses, MicroBatch(40)))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.norm().item())
+    assert compiled.compiled_denoisers is not None
+    assert compiled.compiled_denoisers.keys() == {"forward", ("taps", *layers)}
 
 
 def test_layers_are_as_steady_in_a_compiled_model(
