@@ -215,6 +215,7 @@ def main() -> None:
     """Entry point: exit code 0 done, 1 failed, 2 usage."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message="Dynamo detected a call")  # diffusers under model.compile, harmless
     try:
         app(standalone_mode=True)
     except (UsageError, NotPublished, RefusedStatement) as error:
