@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -217,20 +218,21 @@ def _used_repeatedly(
     loss: Callable[[nn.Module, Any], Tensor],
     device: torch.device,
 ) -> bool:
-    """Whether one forward goes through a layer more than once: kronfluence has to be told."""
+    """Whether one forward goes through a layer more than once: kronfluence has to be told.
+
+    Raises:
+        UsageError: a layer runs several rows of one sample: kronfluence would take each for a sample.
+    """
     from accelerate.utils import send_to_device
 
     calls: Counter[str] = Counter()
 
-    def look(name: str, output: Tensor) -> None:
+    def look(name: str, _layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
         calls[name] += 1
-        if len(output) != 1:  # kronfluence would take each row for a sample
+        if len(output) != 1:
             raise UsageError(f"layer {name} runs {len(output)} rows of one sample: choose fewer teacher.layers")
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda *given, name=name: look(name, given[2]))
-        for name in layer_names
-    ]
+    handles = [model.get_submodule(name).register_forward_hook(partial(look, name)) for name in layer_names]
     try:
         loss(model, send_to_device(default_collate([dataset[0]]), device))
     finally:

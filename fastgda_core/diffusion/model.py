@@ -50,9 +50,8 @@ class DiffusionModel:
 
     def in_precision(self, precision: Precision) -> DiffusionModel:
         """The same model with its denoiser run in `precision`; the weights are shared unless their type changes."""
-        if precision.dtype is self.precision.dtype:
-            return replace(self, precision=precision)
-        denoiser = copy.deepcopy(self.denoiser).to(precision.dtype)
+        same = precision.dtype is self.precision.dtype
+        denoiser = self.denoiser if same else copy.deepcopy(self.denoiser).to(precision.dtype)
         model = replace(self, precision=precision, denoiser=denoiser)
         return model if self.compiled_denoisers is None else model.compiled()
 

@@ -87,12 +87,12 @@ def output_gradients(
     rows = (clean, condition, timesteps, noise)
     with torch.enable_grad():
         if model.compiled_denoisers is None:
-            losses, inputs, outputs = _forward(model, layers, *rows)
+            losses, inputs, outputs = _forward(model, layers, rows)
         else:
             key = ("taps", *layers)
             if key not in model.compiled_denoisers:
-                model.compiled_denoisers[key] = _CompiledTaps(model.denoiser, layers)
-            losses, inputs, outputs = model.compiled_denoisers[key].forward(model, layers, *rows)
+                model.compiled_denoisers[key] = _CompiledTaps(model, layers, rows)
+            losses, inputs, outputs = model.compiled_denoisers[key].forward(model, rows)
         with multiplying(model.precision):
             flat = [output for name in layers for output in outputs[name]]
             gradients = iter(torch.autograd.grad(losses.sum(), flat))
@@ -103,20 +103,14 @@ def output_gradients(
     return losses.detach(), inputs, by_position
 
 
+Rows = tuple[Tensor, Condition, Tensor, Tensor]  # clean, condition, timesteps, noise
 Tapped = tuple[Tensor, dict[str, list[Tensor]], dict[str, list[Tensor]]]
 
 
-def _forward(
-    model: DiffusionModel,
-    layers: Mapping[str, Layer],
-    clean: Tensor,
-    condition: Condition,
-    timesteps: Tensor,
-    noise: Tensor,
-) -> Tapped:
+def _forward(model: DiffusionModel, layers: Mapping[str, Layer], rows: Rows) -> Tapped:
     """Losses; by layer, its inputs and outputs."""
-    with _tapped(layers, len(clean)) as taps:
-        losses = model.losses(clean, condition, timesteps, noise)
+    with _tapped(layers, len(rows[0])) as taps:
+        losses = model.losses(*rows)
     if idle := layers.keys() - taps.outputs.keys():
         raise UsageError(f"layer {min(idle)} takes no part in the forward pass: choose fewer teacher.layers")
     return losses, taps.inputs, taps.outputs
@@ -155,37 +149,27 @@ class _Probed(nn.Module):
 class _CompiledTaps:
     """`_forward` through compiled code."""
 
-    def __init__(self, denoiser: nn.Module, names: Iterable[str]) -> None:
-        self.denoiser = torch.compile(_Probed(denoiser, names))
-        self.zeros: dict[str, list[Tensor]] = {}  # like the outputs of one row, without the memory
+    def __init__(self, model: DiffusionModel, layers: Mapping[str, Layer], rows: Rows) -> None:
+        self.denoiser = torch.compile(_Probed(model.denoiser, layers))
+        clean, condition, timesteps, noise = rows
+        _, _, outputs = _forward(model, layers, (clean[:1], take(condition, slice(1)), timesteps[:1], noise[:1]))
+        # Like the outputs of one row, without the memory.
+        self.zeros = {name: [value.new_zeros(()).expand_as(value) for value in outputs[name]] for name in layers}
 
-    def forward(
-        self,
-        model: DiffusionModel,
-        layers: Mapping[str, Layer],
-        clean: Tensor,
-        condition: Condition,
-        timesteps: Tensor,
-        noise: Tensor,
-    ) -> Tapped:
-        if not self.zeros:
-            _, _, outputs = _forward(model, layers, clean[:1], take(condition, slice(1)), timesteps[:1], noise[:1])
-            self.zeros = {name: [value.new_zeros(()).expand_as(value) for value in outputs[name]] for name in layers}
+    def forward(self, model: DiffusionModel, rows: Rows) -> Tapped:
+        samples = len(rows[0])
         added = {
-            name: [
-                zero.new_zeros(()).expand(len(clean) * len(zero), *zero.shape[1:]).requires_grad_() for zero in zeros
-            ]
+            name: [zero[:1].expand(samples * len(zero), *zero.shape[1:]).requires_grad_() for zero in zeros]
             for name, zeros in self.zeros.items()
         }
         inputs: dict[str, list[Tensor]] = {}
 
         def probed(noisy: Tensor, **arguments: Any) -> tuple[Tensor, ...]:
             output, seen = self.denoiser(noisy, added, **arguments)
-            inputs.update({name: [_by_sample(value, len(clean)) for value in values] for name, values in seen.items()})
+            inputs.update({name: [_by_sample(value, samples) for value in values] for name, values in seen.items()})
             return output
 
-        losses = model.losses(clean, condition, timesteps, noise, probed)
-        return losses, inputs, added
+        return model.losses(*rows, probed), inputs, added
 
 
 @torch.no_grad()

@@ -320,6 +320,19 @@ def test_compiled_gradients_are_the_plain_ones(load: Load, monkeypatch: pytest.M
             assert (found[2][layer] - expected).norm() <= 1e-5 * expected.norm(), layer
 
 
+def test_code_compiled_for_one_precision_does_not_serve_another(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    model = load("sd")
+    layers = select_layers(model.denoiser, "attn")
+    compiled = model.compiled()
+    output_gradients(compiled, layers, *rows(model))
+    _, _, expected = output_gradients(model.in_precision(Precision.bf16), layers, *rows(model))
+    _, _, found = output_gradients(compiled.in_precision(Precision.bf16), layers, *rows(model))
+    for layer, gradient in expected.items():
+        assert found[layer].dtype is gradient.dtype is torch.bfloat16, layer
+
+
 @pytest.mark.parametrize("name", ["sd", "sd3", "pixart", "dit"])
 def test_diagonal_fisher_of_all_layers_is_the_mean_squared_gradient(load: Load, name: str) -> None:
     """Convolutions, biases, layers that one forward goes through twice."""
