@@ -15,7 +15,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from storage_schemas.catalog import query
+from storage_schemas.views import query
 
 GAIN = """
 SELECT max(value) FILTER (space = 'tuned') AS tuned, max(value) FILTER (space = 'untuned') AS untuned,

@@ -16,11 +16,9 @@ os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what fails is rais
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
-import csv
 import json
 import sys
 import warnings
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +27,18 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgda_core.errors import UsageError
-from storage_schemas.catalog import NotPublished, RefusedStatement
+from flows.rows import (
+    FormatOption,
+    MemoryOption,
+    OutputOption,
+    StatementArgument,
+    TableFormat,
+    ThreadsOption,
+    print_query,
+)
+from flows.store import DEFAULT_WORKSPACE, DEMO_FOLDER, WorkspaceOption, ledger_app, store_commands
+from storage_schemas.errors import StoreError
+from storage_schemas.files import FULL_DISK
 
 app = typer.Typer(
     name="fastgda",
@@ -41,17 +50,6 @@ app = typer.Typer(
 )
 out = Console()
 err = Console(stderr=True)
-DEMO_FOLDER = Path("demo")
-
-WorkspaceOption = Annotated[Path, typer.Option(help="Folder of the workspace.", envvar="FASTGDA_WORKSPACE")]
-DEFAULT_WORKSPACE = DEMO_FOLDER / "workspace"
-
-
-class TableFormat(StrEnum):
-    table = "table"
-    csv = "csv"
-    json = "json"
-    parquet = "parquet"
 
 
 @app.command()
@@ -64,7 +62,7 @@ def demo(
     """
     from flows.openmoji import demo as run_demo
 
-    _print_summary(run_demo(folder.resolve()))
+    print_summary(run_demo(folder.resolve()))
     out.print(
         f"\nAsk it something:  fastgda attribute {folder}/workspace/queries/*/images/q0003.png "
         '--caption "a laughing face with sunglasses"',
@@ -82,32 +80,28 @@ def run(config: Annotated[Path, typer.Argument(help="YAML config; see deployment
     from flows.pipeline import attribution_pipeline
     from tasks.config import load_config
 
-    _print_summary(attribution_pipeline(load_config(config)))
+    print_summary(attribution_pipeline(load_config(config)))
 
 
 @app.command()
 def sql(
-    statement: Annotated[str, typer.Argument(help="One SELECT statement; `-` reads it from standard input.")],
+    statement: StatementArgument,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
-    format: Annotated[TableFormat, typer.Option(help="How to print the rows.")] = TableFormat.table,
-    output: Annotated[Path | None, typer.Option(help="File to write; needed for parquet.")] = None,
+    format: FormatOption = TableFormat.table,
+    output: OutputOption = None,
+    memory: MemoryOption = None,
+    threads: ThreadsOption = None,
 ) -> None:
-    """Read-only SQL over samples, queries, candidates, scores, ranks, shards, metrics.
+    """Read-only SQL over samples, queries, scores, ranks, runs, shards, metrics and more; see docs/sql.md.
 
     Example: `fastgda sql "SELECT count(*) FROM scores"`
     """
-    import duckdb
+    from storage_schemas.views import query
 
-    from storage_schemas.catalog import query
+    def run_query(text: str) -> Any:
+        return query(workspace, text, memory_gigabytes=memory, threads=threads)
 
-    if format is TableFormat.parquet and output is None:
-        raise UsageError("--format parquet needs --output FILE")
-    text = sys.stdin.read() if statement == "-" else statement
-    try:
-        rows = query(workspace, text)
-    except duckdb.Error as error:
-        raise UsageError(str(error)) from error
-    _write_rows(rows, format, output)
+    print_query(run_query, statement, format, output)
 
 
 @app.command()
@@ -132,7 +126,7 @@ def attribute(
         picture = decode_image(image.read_bytes())
     except (OSError, BadSample) as error:
         raise UsageError(f"{image}: {error}") from error
-    answers = AttributionService(workspace.resolve()).attribute(picture, caption, k)
+    answers = AttributionService(Path(workspace).resolve()).attribute(picture, caption, k)
     if as_json:
         print(json.dumps([asdict(answer) for answer in answers], indent=2))
         return
@@ -170,7 +164,12 @@ def train_demo_model(
     out.print(f"Sample grid: {grid}", highlight=False, soft_wrap=True)
 
 
-def _print_summary(summary: Any) -> None:
+for command in store_commands:
+    app.command()(command)
+app.add_typer(ledger_app)
+
+
+def print_summary(summary: Any) -> None:
     table = Table("stage", "rows", "seconds", "", title=f"run {summary.run}", title_justify="left")
     for column in table.columns[1:3]:
         column.justify = "right"
@@ -180,37 +179,6 @@ def _print_summary(summary: Any) -> None:
     out.print(f"Report: {summary.report.path}", highlight=False, soft_wrap=True)
 
 
-def _write_rows(rows: Any, format: TableFormat, output: Path | None) -> None:
-    if format is TableFormat.parquet:
-        import pyarrow.parquet as pq
-
-        pq.write_table(rows, output)
-        return
-    stream = output.open("w", newline="", encoding="utf-8") if output else sys.stdout
-    try:
-        if format is TableFormat.json:
-            json.dump(rows.to_pylist(), stream, default=_plain, ensure_ascii=False, indent=2)
-            stream.write("\n")
-        elif format is TableFormat.csv:
-            writer = csv.writer(stream)
-            writer.writerow(rows.column_names)
-            writer.writerows([_plain(value) for value in row.values()] for row in rows.to_pylist())
-        else:
-            table = Table(*rows.column_names)
-            for row in rows.to_pylist():
-                table.add_row(*(str(_plain(value)) for value in row.values()))
-            Console(file=stream).print(table, markup=False)
-    finally:
-        if output:
-            stream.close()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return f"<{len(value)} bytes>"
-    return value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
-
-
 def main() -> None:
     """Entry point: exit code 0 done, 1 failed, 2 usage."""
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -218,10 +186,16 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="Dynamo detected a call")  # diffusers under model.compile, harmless
     try:
         app(standalone_mode=True)
-    except (UsageError, NotPublished, RefusedStatement) as error:
+    except (UsageError, StoreError) as error:
         err.print("[red]error:[/] ", end="")
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        err.print("[red]failed:[/] ", end="")
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
     except _incomplete() as error:
         err.print("[red]failed:[/] ", end="")
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from fastgda_core.diffusion.model import model_hash, train_timesteps
 from fastgda_core.teachers.teachers import TEACHERS
 from storage_schemas.commit import input_key
+from storage_schemas.ledger import kept_ledger
 from tasks.candidates import choose_candidates
 from tasks.config import PipelineConfig, check_sizes
 from tasks.context import Context, Stage
@@ -25,7 +26,7 @@ from tasks.publish import publish_head, publish_scores, rank_scores
 from tasks.queries import make_queries
 from tasks.report import write_report
 from tasks.samples import encode_latents, ingest_samples
-from tasks.score_plan import ScoreRun, ScoreShard, plan_scores
+from tasks.score_plan import ScoreRun, ScoreShard, plan_scores, store_plan
 from tasks.teacher import compute_base_losses, noise_plan, score_shard
 from tasks.teacher_checks import check_against_exact, check_precision, check_self_consistency, measure_low_rank
 from tasks.unlearning import unlearn_queries
@@ -76,12 +77,13 @@ def attribution_pipeline(config: PipelineConfig) -> RunSummary:
     if config.teacher.update_rank is not None:
         checks.append(measure_low_rank(context, queries, updates))
     base_losses = None if TEACHERS[config.teacher.name].first_order else compute_base_losses(context, latents)
+    store_plan(context, score_run, samples, queries, candidates, base_losses)
     scores = score_shards(context, score_run, latents, updates, base_losses)
     ranks = rank_scores(context, score_run)
-    exact = check_against_exact(context, score_run, latents, queries, updates) if config.exact_check else None
+    exact = check_against_exact(context, score_run, ranks, latents, queries, updates) if config.exact_check else None
     if config.self_consistency:
-        checks.append(check_self_consistency(context, score_run, latents, curvature, queries, updates))
-    publish_scores(context, score_run, samples, queries, candidates, ranks, exact)
+        checks.append(check_self_consistency(context, score_run, ranks, latents, curvature, queries, updates))
+    publish_scores(context, score_run, exact)
     head = train_rank_head(context, samples, queries, features, ranks)
     index = build_search_index(context, samples, features, head)
     metrics = evaluate_head(context, samples, queries, ranks, head, exact, checks)
@@ -102,17 +104,19 @@ def score_shards(
     """
     missing = score_run.missing(context.workspace)
     failures: list[str] = []
-    with stage("teacher scores", sum(score_run.pairs_of(shard) for shard in missing)) as advance:
+    pairs = sum(score_run.pairs_of(shard) for shard in missing)
+    with kept_ledger(context.workspace, score_run.run) as refresh, stage("teacher scores", pairs) as advance:
         for shard, future in _in_flight(missing, context, score_run, latents, updates, base_losses):
             result = future.result(raise_on_failure=False)
             if isinstance(result, BaseException):
                 failures.append(f"shard {shard.name}: {type(result).__name__}: {result}")
             else:
                 advance(result)
+            refresh()
     if failures:
         raise RunIncomplete(
             f"run {score_run.run}: {len(failures)} of {len(score_run.shards)} score shards failed; "
-            "start the run again to compute only these\n" + "\n".join(failures)
+            f"`fastgda retry {score_run.run}` computes only these\n" + "\n".join(failures)
         )
     return score_run.stage(context.workspace, reused=not missing)
 

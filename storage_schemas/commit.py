@@ -1,25 +1,82 @@
 """Commit protocol: a file is either absent or whole, and its manifest says what it was made from.
 
-Write under a temporary name, fsync, rename, then the manifest by the same steps. A file counts as
+Write under a temporary name, fsync, take the final name, then the manifest by the same steps. A file counts as
 committed only when a manifest with the asked input key stands beside it, so a crash at any
 instant leaves work that the next start repeats, never work that it trusts wrongly.
+
+A table's file carries its input key within. So when two workers finish the same shard, or one died between file and
+manifest, the file that is there is taken as it stands, after its rows were read once through its page checksums, and
+the second copy is thrown away.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import io
 import json
 import os
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from storage_schemas.tables import SCHEMA_VERSION
+from storage_schemas.files import (
+    AnyPath,
+    create,
+    file_sha256,
+    remove,
+    replace,
+    replace_through,
+    sync_folders,
+    write_atomically,
+)
+from storage_schemas.tables import SCHEMA_VERSION, Table
+
+__all__ = [
+    "Manifest",
+    "TableCommit",
+    "code_version",
+    "commit",
+    "commit_table",
+    "commit_tables",
+    "committed",
+    "file_sha256",
+    "input_key",
+    "manifest_path",
+    "read_manifest",
+    "worker_name",
+    "write_atomically",
+]
+
+
+@functools.cache
+def code_version() -> str:
+    """The release, and the commit where this is a git checkout: `0.1.0+bee9285`."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    return version("fastgda") + (f"+{commit}" if commit else "")
+
+
+def worker_name() -> str:
+    """Host and process: who committed a file."""
+    return f"{os.uname().nodename}:{os.getpid()}"
 
 
 class Manifest(BaseModel):
@@ -32,8 +89,11 @@ class Manifest(BaseModel):
     size: int = Field(ge=0, description="bytes")
     sha256: str = Field(description="of the file")
     schema_version: str = SCHEMA_VERSION
+    code_version: str = Field(default="", description="release and commit that made the file; empty before 0.2")
     seconds: float = Field(default=0.0, description="how long the work behind it took")
     device: str = Field(default="cpu", description="where it ran")
+    worker: str = Field(default="", description="host and process that committed it")
+    committed_at: datetime | None = Field(default=None, description="when, UTC")
 
 
 def input_key(*parts: object) -> str:
@@ -52,86 +112,126 @@ def _plain(value: object) -> object:
     raise TypeError(f"{type(value).__name__} cannot be part of an input key")
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def manifest_path(path: Path) -> Path:
+def manifest_path(path: AnyPath) -> AnyPath:
     return path.with_name(path.name + ".manifest.json")
 
 
-def committed(path: Path, key: str) -> Manifest | None:
-    """The manifest of `path` if it was committed from the inputs behind `key`, else None."""
+def read_manifest(path: AnyPath) -> Manifest | None:
+    """The manifest beside `path`, whether or not the file is there; None where it is absent or unreadable."""
     try:
-        manifest = Manifest.model_validate_json(manifest_path(path).read_bytes())
-        whole = path.stat().st_size == manifest.size
+        return Manifest.model_validate_json(manifest_path(path).read_bytes())
     except (FileNotFoundError, ValidationError):
         return None
-    return manifest if whole and manifest.input_key == key else None
+
+
+def committed(path: AnyPath, key: str) -> Manifest | None:
+    """The manifest of `path` if it was committed from the inputs behind `key`, else None."""
+    manifest = read_manifest(path)
+    if manifest is None or manifest.input_key != key:
+        return None
+    try:
+        return manifest if path.stat().st_size == manifest.size else None
+    except FileNotFoundError:
+        return None
 
 
 def commit(
-    path: Path, write: Callable[[Path], None], *, key: str, rows: int, started: float, device: str = "cpu"
+    path: AnyPath, write: Callable[[Path], None], *, key: str, rows: int, started: float, device: str = "cpu"
 ) -> Manifest:
     """Write one file through `write(temporary path)` and commit it with its manifest.
 
     `started` is the `time.monotonic()` at which the work behind the file began.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    try:
-        write(temporary)
-        manifest = Manifest(
-            input_key=key,
-            rows=rows,
-            size=temporary.stat().st_size,
-            sha256=file_sha256(temporary),
-            seconds=time.monotonic() - started,
-            device=device,
-        )
+    made: list[Manifest] = []
+
+    def look(temporary: Path) -> None:
+        size, digest = temporary.stat().st_size, file_sha256(temporary)
+        made.append(_manifest(key, rows, size, digest, started, device))
         # A manifest never stands beside a file that it does not describe.
-        manifest_path(path).unlink(missing_ok=True)
-        _publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    write_atomically(manifest_path(path), manifest.model_dump_json(indent=2).encode() + b"\n")
-    return manifest
+        remove(manifest_path(path))
+
+    replace_through(path, write, look)
+    sync_folders([path])
+    _write_manifest(path, made[0])
+    sync_folders([path])
+    return made[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class TableCommit:
+    """One table on its way to disk. `started` is the `time.monotonic()` at which the work behind it began."""
+
+    path: AnyPath
+    rows: pa.Table
+    table: Table
+    key: str
+    started: float
+    device: str = "cpu"
 
 
 def commit_table(
-    path: Path, table: pa.Table, schema: pa.Schema, *, key: str, started: float, device: str = "cpu"
+    path: AnyPath, rows: pa.Table, table: Table, *, key: str, started: float, device: str = "cpu"
 ) -> Manifest:
-    """Commit an Arrow table as zstd Parquet, cast to its schema."""
-
-    def write(temporary: Path) -> None:
-        pq.write_table(table.cast(schema), temporary, compression="zstd")
-
-    return commit(path, write, key=key, rows=table.num_rows, started=started, device=device)
+    """Commit rows as Parquet, cast to the table's schema and written with its settings."""
+    return commit_tables([TableCommit(path, rows, table, key, started, device)])[0]
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a small file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
+def commit_tables(batch: Sequence[TableCommit]) -> list[Manifest]:
+    """Commit several tables; each folder is synced once for all of them, which is what makes small shards cheap.
+
+    A crash in the middle leaves some committed and the others not.
+    """
+    manifests = [_commit_one(item) for item in batch]
+    sync_folders(item.path for item in batch)
+    return manifests
+
+
+def _commit_one(item: TableCommit) -> Manifest:
+    content = item.table.encode(item.rows, {"input_key": item.key})
+    digest = hashlib.sha256(content).hexdigest()
+    manifest = _manifest(item.key, item.rows.num_rows, len(content), digest, item.started, item.device)
+    if not create(item.path, content):
+        there = _adopted(item)
+        if there is not None:
+            return there
+        remove(manifest_path(item.path))
+        sync_folders([item.path])
+        replace(item.path, content)
+    _write_manifest(item.path, manifest)
+    return manifest
+
+
+def _adopted(item: TableCommit) -> Manifest | None:
+    """The manifest of the file that another worker left at this place, if it is the same work and whole."""
+    manifest = committed(item.path, item.key)
+    if manifest is not None:
+        return manifest
     try:
-        temporary.write_bytes(content)
-        _publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        content = item.path.read_bytes()
+        found = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+    except (FileNotFoundError, pa.ArrowException, OSError):
+        return None
+    if (found.schema.metadata or {}).get(b"input_key") != item.key.encode():
+        return None
+    digest = hashlib.sha256(content).hexdigest()
+    manifest = _manifest(item.key, found.num_rows, len(content), digest, item.started, item.device)
+    _write_manifest(item.path, manifest)
+    return manifest
 
 
-def _temporary(path: Path) -> Path:
-    # Hidden, so that no glob for the final name sees it; the suffix stays, as writers go by it.
-    return path.with_name(f".{os.getpid()}-{path.name}")
+def _manifest(key: str, rows: int, size: int, digest: str, started: float, device: str) -> Manifest:
+    return Manifest(
+        input_key=key,
+        rows=rows,
+        size=size,
+        sha256=digest,
+        code_version=code_version(),
+        seconds=time.monotonic() - started,
+        device=device,
+        worker=worker_name(),
+        committed_at=datetime.now(UTC),
+    )
 
 
-def _publish(temporary: Path, path: Path) -> None:
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+def _write_manifest(path: AnyPath, manifest: Manifest) -> None:
+    replace(manifest_path(path), manifest.model_dump_json(indent=2).encode() + b"\n")

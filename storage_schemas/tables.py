@@ -1,118 +1,338 @@
-"""Arrow schemas of every table on disk: the only place where a column name is spelled.
+"""Every table on disk: columns, what each means, and how its Parquet files are written.
 
-Each schema carries its version in the metadata; `read` refuses a file of another version.
+The only place where a column name is spelled. Each file carries the schema version in its metadata; `read` refuses
+a file of another version. Version 2 is the only one that this release reads.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from storage_schemas.files import AnyPath, matching
 
 SCHEMA_VERSION = "2"
 
+INSTANT = pa.timestamp("us", tz="UTC")
+TEXTS = pa.list_(pa.field("element", pa.string(), nullable=False))
+NULLABLE = {"finished_at"}
+VECTOR = pa.list_(pa.field("element", pa.float32(), nullable=False))
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """One table: its name in SQL, what a row is, its columns, and the settings of its Parquet files."""
+
+    name: str
+    comment: str
+    schema: pa.Schema
+    sorted_by: tuple[str, ...] = ()
+    """Order of the rows within a file."""
+    dictionary: tuple[str, ...] = ()
+    """Columns of few distinct values."""
+    delta: tuple[str, ...] = ()
+    """Integer columns stored as differences: dense ids, half the bytes and half the time of a dictionary."""
+    row_group_rows: int = 122_880  # DuckDB's: what one of its threads takes at a time
+
+    def rows(self, **columns: Any) -> pa.Table:
+        """A table of these columns, which are exactly those of the schema, in any order.
+
+        Raises:
+            TypeError: a column is missing or unknown.
+        """
+        if columns.keys() != set(self.schema.names):
+            raise TypeError(f"{self.name} has the columns {self.schema.names}, given were {sorted(columns)}")
+        arrays = [pa.array(columns[field.name], type=field.type) for field in self.schema]
+        return pa.Table.from_arrays(arrays, schema=self.schema)
+
+    def encode(self, rows: pa.Table, metadata: Mapping[str, str]) -> pa.Buffer:
+        """The bytes of a Parquet file, with `metadata` beside the schema version."""
+        schema = self.schema.with_metadata({"schema_version": SCHEMA_VERSION, **metadata})
+        if self.sorted_by:
+            rows = rows.take(pc.sort_indices(rows, [(name, "ascending") for name in self.sorted_by]))
+        sink = pa.BufferOutputStream()
+        pq.write_table(
+            rows.cast(schema),
+            sink,
+            compression="zstd",
+            use_dictionary=list(self.dictionary),
+            column_encoding=dict.fromkeys(self.delta, "DELTA_BINARY_PACKED") or None,
+            row_group_size=self.row_group_rows,
+            sorting_columns=[pq.SortingColumn(schema.names.index(name)) for name in self.sorted_by] or None,
+            write_statistics=True,
+            write_page_checksum=True,
+        )
+        return sink.getvalue()
+
 
 def _schema(*fields: tuple[str, pa.DataType, str]) -> pa.Schema:
+    """Columns as (name, type, meaning)."""
     return pa.schema(
-        [pa.field(name, kind, nullable=False, metadata={"comment": comment}) for name, kind, comment in fields],
+        [
+            pa.field(name, kind, nullable=name in NULLABLE, metadata={"comment": comment})
+            for name, kind, comment in fields
+        ],
         metadata={"schema_version": SCHEMA_VERSION},
     )
 
 
-SAMPLES = _schema(
-    ("train_id", pa.int64(), "row number of the training sample, dense from 0 in shard order"),
-    ("key", pa.string(), "WebDataset key: the member's name up to its first dot"),
-    ("shard", pa.string(), "path of the tar that holds the image"),
-    ("offset", pa.int64(), "first byte of the image in the tar"),
-    ("size", pa.int64(), "length of the image in bytes"),
-    ("captions", pa.list_(pa.field("element", pa.string(), nullable=False)), "its captions, the first is the primary"),
-    ("width", pa.int32(), "pixels"),
-    ("height", pa.int32(), "pixels"),
-    ("image_sha256", pa.string(), "sha256 of the image's bytes in the tar"),
+SAMPLES = Table(
+    "samples",
+    "a training sample: where it lies, captions, size",
+    _schema(
+        ("train_id", pa.int64(), "row number of the training sample, dense from 0 in shard order"),
+        ("key", pa.string(), "WebDataset key: the member's name up to its first dot"),
+        ("shard", pa.string(), "path of the tar that holds the image"),
+        ("offset", pa.int64(), "first byte of the image in the tar"),
+        ("size", pa.int64(), "length of the image in bytes"),
+        ("captions", TEXTS, "its captions, the first is the primary"),
+        ("width", pa.int32(), "pixels"),
+        ("height", pa.int32(), "pixels"),
+        ("image_sha256", pa.string(), "sha256 of the image's bytes in the tar"),
+    ),
+    sorted_by=("train_id",),
+    dictionary=("shard",),
+    delta=("train_id", "offset", "size"),
 )
 
-REJECTED_SAMPLES = _schema(
-    ("shard", pa.string(), "path of the tar"),
-    ("key", pa.string(), "WebDataset key; empty where the whole shard is meant"),
-    ("reason", pa.string(), "what is wrong and how to mend it"),
+REJECTED_SAMPLES = Table(
+    "rejected_samples",
+    "something in the tars that could not be used, and why",
+    _schema(
+        ("shard", pa.string(), "path of the tar"),
+        ("key", pa.string(), "WebDataset key; empty where the whole shard is meant"),
+        ("reason", pa.string(), "what is wrong and how to mend it"),
+    ),
+    dictionary=("shard",),
 )
 
-QUERIES = _schema(
-    ("query_id", pa.string(), "identifier of the query"),
-    ("split", pa.string(), "train, validation or test"),
-    ("caption", pa.string(), "the caption it was generated from"),
-    ("image", pa.binary(), "the generated image, PNG"),
-    ("image_sha256", pa.string(), "sha256 of the PNG"),
+QUERIES = Table(
+    "queries",
+    "a generated image with its caption and split",
+    _schema(
+        ("query_id", pa.string(), "identifier of the query"),
+        ("split", pa.string(), "train, validation or test"),
+        ("caption", pa.string(), "the caption it was generated from"),
+        ("image", pa.binary(), "the generated image, PNG"),
+        ("image_sha256", pa.string(), "sha256 of the PNG"),
+    ),
+    dictionary=("split",),
 )
 
-FEATURES = _schema(
-    ("item", pa.string(), "train_id or query_id, as text"),
-    (
-        "feature",
-        pa.list_(pa.field("element", pa.float32(), nullable=False)),
-        "output of the frozen encoder, unnormalised",
+FEATURES = Table(
+    "features",
+    "an item in a feature space",
+    _schema(
+        ("item", pa.string(), "train_id or query_id, as text"),
+        ("feature", VECTOR, "output of the frozen encoder, unnormalised"),
     ),
 )
 
-CANDIDATES = _schema(
-    ("query_id", pa.string(), "the query"),
-    ("train_id", pa.int64(), "a training sample that it is scored against"),
-    ("neighbor_rank", pa.int32(), "among all samples; 1 = nearest in the untuned feature space"),
-    ("similarity", pa.float32(), "cosine in the untuned feature space"),
+CANDIDATES = Table(
+    "candidates",
+    "a training sample that a query is scored against",
+    _schema(
+        ("query_id", pa.string(), "the query"),
+        ("train_id", pa.int64(), "a training sample that it is scored against"),
+        ("neighbor_rank", pa.int32(), "among all samples; 1 = nearest in the untuned feature space"),
+        ("similarity", pa.float32(), "cosine in the untuned feature space"),
+    ),
+    dictionary=("query_id",),
+    delta=("train_id", "neighbor_rank"),
 )
 
-BASE_LOSSES = _schema(
-    ("train_id", pa.int64(), "the training sample"),
-    ("flip", pa.int32(), "1: of its mirrored image"),
-    ("base_loss", pa.float64(), "L(z_i, theta_0) under the noise plan"),
+BASE_LOSSES = Table(
+    "base_losses",
+    "the loss of a training sample under the untouched model",
+    _schema(
+        ("train_id", pa.int64(), "the training sample"),
+        ("flip", pa.int32(), "1: of its mirrored image"),
+        ("base_loss", pa.float64(), "L(z_i, theta_0) under the noise plan"),
+    ),
+    sorted_by=("train_id", "flip"),
+    dictionary=("flip",),
+    delta=("train_id",),
 )
 
-SCORES = _schema(
-    ("query_id", pa.string(), "the query"),
-    ("train_id", pa.int64(), "the training sample"),
-    ("score", pa.float64(), "the teacher's score; higher = more influential"),
+SCORES = Table(
+    "scores",
+    "the teacher's score of a (query, training sample) pair",
+    _schema(
+        ("query_id", pa.string(), "the query"),
+        ("train_id", pa.int64(), "the training sample"),
+        ("score", pa.float64(), "the teacher's score; higher = more influential"),
+    ),
+    sorted_by=("query_id", "train_id"),
+    dictionary=("query_id",),
+    delta=("train_id",),
 )
 
-RANKS = _schema(
-    ("query_id", pa.string(), "the query"),
-    ("train_id", pa.int64(), "the training sample"),
-    ("score", pa.float64(), "the teacher's score; higher = more influential"),
-    ("rank", pa.int32(), "1 = the most influential of the query's candidates"),
-    ("rank_label", pa.float32(), "rank / candidates of the query, in (0, 1]"),
+RANKS = Table(
+    "ranks",
+    "a scored pair with its rank and rank label",
+    _schema(
+        ("query_id", pa.string(), "the query"),
+        ("train_id", pa.int64(), "the training sample"),
+        ("score", pa.float64(), "the teacher's score; higher = more influential"),
+        ("rank", pa.int32(), "1 = the most influential of the query's candidates"),
+        ("rank_label", pa.float32(), "rank / candidates of the query, in (0, 1]"),
+    ),
+    sorted_by=("query_id", "rank"),
+    dictionary=("query_id",),
+    delta=("train_id", "rank"),
 )
 
-INDEX_IDS = _schema(("train_id", pa.int64(), "training sample of each vector, in the index's order"))
+INDEX_IDS = Table(
+    "index_ids",
+    "the training sample behind a vector of an index",
+    _schema(("train_id", pa.int64(), "training sample of each vector, in the index's order")),
+    delta=("train_id",),
+)
 
-METRICS = _schema(
-    ("metric", pa.string(), "mAP, AP (one query), spearman, relative error"),
-    ("space", pa.string(), "what is compared with the teacher's scores: untuned, tuned, chance, teacher with ..."),
-    ("split", pa.string(), "the queries it was measured on"),
-    ("cutoff", pa.int32(), "L of mAP(L); 0 where it has none"),
-    ("query_id", pa.string(), "one query, or empty for the mean over the split"),
-    ("value", pa.float64(), "the figure"),
-    ("standard_error", pa.float64(), "over queries; 0 for a single query"),
-    ("queries", pa.int32(), "how many queries the figure rests on"),
+METRICS = Table(
+    "metrics",
+    "a figure: metric, ranking, split, cutoff, value, standard error",
+    _schema(
+        ("metric", pa.string(), "mAP, AP (one query), spearman, relative error"),
+        ("space", pa.string(), "what is compared with the teacher's scores: untuned, tuned, chance, teacher with ..."),
+        ("split", pa.string(), "the queries it was measured on"),
+        ("cutoff", pa.int32(), "L of mAP(L); 0 where it has none"),
+        ("query_id", pa.string(), "one query, or empty for the mean over the split"),
+        ("value", pa.float64(), "the figure"),
+        ("standard_error", pa.float64(), "over queries; 0 for a single query"),
+        ("queries", pa.int32(), "how many queries the figure rests on"),
+    ),
+    dictionary=("metric", "space", "split", "cutoff"),
 )
 
 
-def read(path: Path, schema: pa.Schema) -> pa.Table:
-    """Read one Parquet file of ours.
+PLAN_SHARDS = Table(
+    "plan_shards",
+    "a score shard as it was planned",
+    _schema(
+        ("shard", pa.int32(), "number of the score shard in its run"),
+        ("input_key", pa.string(), "hash of everything its rows depend on"),
+        ("query_block", pa.int32(), "the block of queries that it scores; see plan_queries"),
+        ("pairs", pa.int64(), "rows that it has when done"),
+    ),
+    sorted_by=("shard",),
+)
+
+PLAN_QUERIES = Table(
+    "plan_queries",
+    "a query of a run: which shards score it, and how many rows it has when they are done",
+    _schema(
+        ("query_id", pa.string(), "the query"),
+        ("query_block", pa.int32(), "the block of queries that are scored together"),
+        ("pairs", pa.int64(), "its candidates"),
+    ),
+)
+
+SHARDS = Table(
+    "shards",
+    "a score shard of a run: the ledger",
+    _schema(
+        ("run", pa.string(), "the run"),
+        ("shard", pa.int32(), "number of the score shard in its run"),
+        ("state", pa.string(), "pending, running, done, failed or quarantined"),
+        ("attempts", pa.int32(), "how often it was started; at least 1 when done"),
+        ("worker", pa.string(), "host:process of the last attempt"),
+        ("device", pa.string(), "where the last attempt ran"),
+        ("error_class", pa.string(), "class of the last attempt's error; empty when there is none"),
+        ("error", pa.string(), "its message"),
+        ("seconds", pa.float64(), "work behind the shard when done, else length of the last attempt"),
+        ("pairs", pa.int64(), "rows planned"),
+        ("rows", pa.int64(), "rows committed"),
+        ("finished_at", INSTANT, "when the last attempt ended, UTC; null before"),
+        ("path", pa.string(), "its file, relative to the workspace"),
+    ),
+    sorted_by=("run", "shard"),
+    dictionary=("run", "state", "worker", "device", "error_class"),
+)
+
+RUNS = Table(
+    "runs",
+    "one execution of a curation plan",
+    _schema(
+        ("run", pa.string(), "the run"),
+        ("name", pa.string(), "the configuration's name"),
+        ("teacher", pa.string(), "the method that scored"),
+        ("state", pa.string(), "planned, running, incomplete, done or published"),
+        ("created_at", INSTANT, "when it was planned, UTC"),
+        ("code_version", pa.string(), "release and commit that planned it"),
+        ("shards", pa.int64(), "score shards planned"),
+        ("done", pa.int64(), "of these, committed, when its ledger was last written"),
+        ("failed", pa.int64(), "failed or quarantined"),
+        ("pairs", pa.int64(), "rows planned"),
+        ("rows", pa.int64(), "rows committed"),
+        ("seconds", pa.float64(), "device seconds behind the rows"),
+        ("config", pa.string(), "the configuration, JSON"),
+    ),
+)
+
+HEADS = Table(
+    "heads",
+    "a trained rank head",
+    _schema(
+        ("head", pa.string(), "its version"),
+        ("run", pa.string(), "the run whose rank labels it learned"),
+        ("snapshot", pa.string(), "exactly which rows those were; empty where its description names none"),
+        ("feature_space", pa.string(), "the frozen encoders below it"),
+        ("best_epoch", pa.int32(), "the epoch that was kept"),
+        ("validation_map", pa.float64(), "mAP of that epoch on the validation queries"),
+        ("served", pa.bool_(), "whether `attribute` answers through it"),
+    ),
+)
+
+INDEXES = Table(
+    "indexes",
+    "one built, immutable FAISS index",
+    _schema(
+        ("index_version", pa.string(), "its version"),
+        ("head", pa.string(), "the rank head that made its vectors; empty where it is not known"),
+        ("vectors", pa.int64(), "training samples in it"),
+        ("size", pa.int64(), "bytes"),
+        ("served", pa.bool_(), "whether `attribute` answers from it"),
+    ),
+)
+
+EXACT_CHECK = Table("exact_check", "a pair that the exact teacher scored too", SCORES.schema)
+
+RUN_SCORES = Table(
+    "run_scores",
+    "a scored pair of any run, published or not, as soon as its shard is committed",
+    pa.schema([pa.field("run", pa.string(), nullable=False, metadata={"comment": "the run"}), *SCORES.schema]),
+)
+
+
+def read(path: AnyPath, table: Table, chosen: pc.Expression | None = None) -> pa.Table:
+    """Read one Parquet file of ours, or the rows that fulfil an expression.
 
     Raises:
-        ValueError: the file is of another schema version.
+        ValueError: the file is of another schema version, or is damaged.
     """
-    table = pq.read_table(path, partitioning=None)
-    version = (table.schema.metadata or {}).get(b"schema_version", b"none").decode()
+    # Bytes first: no name of a folder is taken for a partition, and one call serves disk and object store.
+    source = io.BytesIO(path.read_bytes())
+    try:
+        rows = pq.read_table(source, filters=chosen, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path} is damaged ({error}): `fastgda verify` quarantines what must be made again") from None
+    version = (rows.schema.metadata or {}).get(b"schema_version", b"none").decode()
     if version != SCHEMA_VERSION:
         raise ValueError(
             f"{path} has schema version {version}, this release reads {SCHEMA_VERSION}: "
             "run the stage that wrote it again, or use the release that did"
         )
-    return table.cast(schema)
+    return rows.cast(table.schema)
 
 
-def read_parts(folder: Path, schema: pa.Schema) -> pa.Table:
+def read_parts(folder: AnyPath, table: Table) -> pa.Table:
     """Concatenate `part-*.parquet` of a folder in name order."""
-    parts = sorted(folder.glob("part-*.parquet"))
-    return pa.concat_tables([read(part, schema) for part in parts]) if parts else schema.empty_table()
+    parts = matching(folder, "part-*.parquet")
+    return pa.concat_tables([read(part, table) for part in parts]) if parts else table.schema.empty_table()

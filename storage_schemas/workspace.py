@@ -9,75 +9,127 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from storage_schemas.files import AnyPath, any_path
+
 
 @dataclass(frozen=True)
 class Workspace:
-    root: Path
+    root: AnyPath
 
-    def samples(self, key: str) -> Path:
+    @classmethod
+    def at(cls, location: str | AnyPath) -> Workspace:
+        """By path or URL; a local path is made absolute."""
+        root = any_path(location)
+        return cls(root.resolve() if isinstance(root, Path) else root)
+
+    def relative(self, path: AnyPath) -> str:
+        """How a file of the workspace is named in JSON and Parquet."""
+        return path.relative_to(self.root).as_posix()  # type: ignore[arg-type]  # both are of one kind
+
+    def file(self, relative: str) -> AnyPath:
+        """The inverse of `relative`."""
+        return self.root / relative
+
+    def score_shard(self, run: str, shard: int) -> AnyPath:
+        return part(self.scores(run), shard)
+
+    def samples(self, key: str) -> AnyPath:
         return self.root / "samples" / key / "samples.parquet"
 
-    def rejected_samples(self, key: str) -> Path:
+    def rejected_samples(self, key: str) -> AnyPath:
         return self.root / "samples" / key / "rejected.parquet"
 
-    def latents(self, key: str) -> Path:
+    def latents(self, key: str) -> AnyPath:
         return self.root / "latents" / key
 
-    def features(self, encoder: str, key: str) -> Path:
+    def features(self, encoder: str, key: str) -> AnyPath:
         return self.root / "features" / encoder / key
 
-    def queries(self, key: str) -> Path:
+    def queries(self, key: str) -> AnyPath:
         return self.root / "queries" / key / "queries.parquet"
 
-    def curvature(self, key: str) -> Path:
+    def curvature(self, key: str) -> AnyPath:
         return self.root / "curvature" / key / "fisher.safetensors"
 
-    def updates(self, key: str) -> Path:
+    def updates(self, key: str) -> AnyPath:
         return self.root / "updates" / key
 
-    def base_losses(self, key: str) -> Path:
+    def base_losses(self, key: str) -> AnyPath:
         return self.root / "base_losses" / key
 
-    def candidates(self, run: str) -> Path:
+    def candidates(self, run: str) -> AnyPath:
         return self.root / "candidates" / run / "part-00000.parquet"
 
-    def scores(self, run: str) -> Path:
+    def scores(self, run: str) -> AnyPath:
         return self.root / "scores" / run
 
-    def exact_check(self, run: str) -> Path:
+    def exact_check(self, run: str) -> AnyPath:
         return self.root / "exact_checks" / run
 
-    def teacher_check(self, key: str) -> Path:
+    def teacher_check(self, key: str) -> AnyPath:
         return self.root / "teacher_checks" / f"{key}.parquet"
 
-    def ranks(self, run: str) -> Path:
-        return self.root / "ranks" / run / "part-00000.parquet"
+    def ranks(self, run: str) -> AnyPath:
+        return self.root / "ranks" / run
 
-    def run(self, run: str) -> Path:
-        return self.root / "runs" / f"{run}.json"
+    @property
+    def runs(self) -> AnyPath:
+        return self.root / "runs"
 
-    def head(self, version: str) -> Path:
+    def run(self, run: str) -> AnyPath:
+        """What a run is: `RunRecord`."""
+        return self.runs / run / "run.json"
+
+    def plan_shards(self, run: str) -> AnyPath:
+        return self.runs / run / "plan_shards.parquet"
+
+    def plan_queries(self, run: str) -> AnyPath:
+        return self.runs / run / "plan_queries.parquet"
+
+    def attempts(self, run: str) -> AnyPath:
+        """Folder of one file a worker, which only that worker writes."""
+        return self.runs / run / "attempts"
+
+    def ledger(self, run: str) -> AnyPath:
+        return self.runs / run / "shards.parquet"
+
+    def compaction(self, run: str) -> AnyPath:
+        """The large files that hold all rows of a finished run: `Compaction`."""
+        return self.runs / run / "compaction.json"
+
+    def lake_marker(self, run: str) -> AnyPath:
+        """Is there while the run's shards are registered in a lake, which reads them where they lie."""
+        return self.runs / run / "in_lake"
+
+    def snapshot(self, snapshot: str) -> AnyPath:
+        return self.root / "snapshots" / f"{snapshot}.json"
+
+    def quarantine(self, when: str) -> AnyPath:
+        """Folder of the damaged files that one `fastgda verify` found, under their old relative paths."""
+        return self.root / "quarantine" / when
+
+    def head(self, version: str) -> AnyPath:
         return self.root / "heads" / version
 
-    def index(self, version: str) -> Path:
+    def index(self, version: str) -> AnyPath:
         return self.root / "indexes" / version
 
-    def metrics(self, key: str) -> Path:
+    def metrics(self, key: str) -> AnyPath:
         return self.root / "metrics" / f"{key}.parquet"
 
-    def report(self, run: str) -> Path:
+    def report(self, run: str) -> AnyPath:
         return self.root / "reports" / run / "report.html"
 
     @property
-    def current(self) -> Path:
+    def current(self) -> AnyPath:
         """JSON that names the published run, head, index and metrics; SQL and `attribute` answer from it."""
         return self.root / "current.json"
 
     @property
-    def catalog(self) -> Path:
+    def catalog(self) -> AnyPath:
         return self.root / "catalog.duckdb"
 
 
-def part(folder: Path, number: int, suffix: str = "parquet") -> Path:
+def part(folder: AnyPath, number: int, suffix: str = "parquet") -> AnyPath:
     """Path of one part of a sharded table or tensor."""
     return folder / f"part-{number:05d}.{suffix}"

@@ -13,7 +13,7 @@ from fastgda_core.errors import UsageError
 from fastgda_core.features import concatenate, encoder_names, load_encoder
 from fastgda_core.ranking.head import load_head
 from fastgda_core.search.index import read_index, search
-from storage_schemas.catalog import read_published
+from storage_schemas.snapshots import read_published
 from storage_schemas.workspace import Workspace
 from tasks.config import PipelineConfig
 from tasks.context import pick_device

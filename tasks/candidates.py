@@ -34,13 +34,11 @@ def choose_candidates(context: Context, run: str, samples: Stage, queries: Stage
         query_features = torch.nn.functional.normalize(load_features(context, queries), dim=1).numpy()
         names = [query.query_id for query in load_queries(queries)]
         parts = [
-            pa.table(
-                {
-                    "query_id": np.repeat(np.array(names[number : number + 1], dtype=object), len(train_ids)),
-                    "train_id": train_ids,
-                    "neighbor_rank": ranks[train_ids],
-                    "similarity": similarity[train_ids],
-                }
+            tables.CANDIDATES.rows(
+                query_id=np.repeat(np.array(names[number : number + 1], dtype=object), len(train_ids)),
+                train_id=train_ids,
+                neighbor_rank=ranks[train_ids],
+                similarity=similarity[train_ids],
             )
             for number, train_ids, ranks, similarity in _chosen(
                 context.config.candidates, query_features, sample_features

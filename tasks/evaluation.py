@@ -25,6 +25,7 @@ from tasks.context import Context, Stage
 from tasks.features import load_features
 from tasks.head import rows_of_split, score_matrix
 from tasks.metric_rows import metric_row, metric_rows
+from tasks.publish import load_ranks
 from tasks.queries import load_queries
 
 
@@ -49,7 +50,7 @@ def evaluate_head(
     if manifest is None:
         started = time.monotonic()
         test = rows_of_split(queries, "test")
-        scores = score_matrix(ranks, queries, samples)[test]
+        scores = score_matrix(context, ranks, queries, samples)[test]
         phi = load_features(context, queries)[test], load_features(context, samples)
         head_module = load_head(head.path)
         rankings = {
@@ -59,9 +60,12 @@ def evaluate_head(
         names = [load_queries(queries)[row].query_id for row in test.tolist()]
         rows = list(_ranking_rows(scores, rankings, cutoffs, names))
         if exact is not None:
-            rows += _teacher_rows(ranks, exact)
+            rows += _teacher_rows(context, ranks, exact)
         table = pa.concat_tables(
-            [pa.Table.from_pylist(rows, schema=tables.METRICS), *(tables.read(c.path, tables.METRICS) for c in checks)]
+            [
+                pa.Table.from_pylist(rows, schema=tables.METRICS.schema),
+                *(tables.read(c.path, tables.METRICS) for c in checks),
+            ]
         )
         manifest = commit_table(path, table, tables.METRICS, key=key, started=started)
     return Stage("evaluation", key, path, manifest.rows, manifest.seconds, reused)
@@ -81,10 +85,12 @@ def _ranking_rows(
         yield metric_row("mAP", "chance", torch.tensor(chance, dtype=torch.float64), cutoff=cutoff)
 
 
-def _teacher_rows(ranks: Stage, exact: Stage) -> list[dict[str, object]]:
+def _teacher_rows(context: Context, ranks: Stage, exact: Stage) -> list[dict[str, object]]:
     """Spearman between exact and first-order scores of each checked query, and their mean."""
     checked = tables.read_parts(exact.path, tables.SCORES).rename_columns({"score": "exact"})
-    first_order = tables.read(ranks.path, tables.RANKS).select(["query_id", "train_id", "score"])
+    first_order = load_ranks(context, ranks, pc.unique(checked["query_id"]).to_pylist()).drop_columns(
+        ["rank", "rank_label"]
+    )
     joined = checked.join(first_order, keys=["query_id", "train_id"])
     query_ids = pc.unique(joined["query_id"]).to_pylist()
     values = []

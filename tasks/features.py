@@ -43,7 +43,7 @@ def extract_features(context: Context, items: Stage) -> Stage:
                 started = time.monotonic()
                 numbers = list(range(number * PART_ITEMS, number * PART_ITEMS + sizes[number]))
                 features = _encode(context, encoder, items, numbers, advance)
-                table = pa.table([pa.array([str(n) for n in numbers]), _as_lists(features)], schema=tables.FEATURES)
+                table = tables.FEATURES.rows(item=[str(number) for number in numbers], feature=_as_lists(features))
                 commit_table(part(folder, number), table, tables.FEATURES, key=key, started=started)
         manifests = [committed(part(folder, number), key) for number in range(len(sizes))]
         seconds += sum(manifest.seconds for manifest in manifests if manifest)
@@ -90,4 +90,4 @@ def _encode(
 def _as_lists(features: Tensor) -> pa.ListArray:
     width = features.shape[1]
     offsets = np.arange(len(features) + 1, dtype=np.int32) * width
-    return pa.ListArray.from_arrays(offsets, features.numpy().ravel(), type=tables.FEATURES.field("feature").type)
+    return pa.ListArray.from_arrays(offsets, features.numpy().ravel(), type=tables.VECTOR)

@@ -22,16 +22,17 @@ from storage_schemas.commit import commit, commit_table, committed, input_key
 from tasks.context import Context, Stage
 from tasks.features import load_features
 from tasks.progress import stage
+from tasks.publish import load_ranks, run_behind
 from tasks.queries import load_queries
 
 
-def score_matrix(ranks: Stage, queries: Stage, samples: Stage) -> Tensor:
+def score_matrix(context: Context, ranks: Stage, queries: Stage, samples: Stage) -> Tensor:
     """The teacher's scores, (queries, samples) float64, -inf where a sample is no candidate."""
-    return _matrix(ranks, queries, samples, "score", -torch.inf)
+    return _matrix(context, ranks, queries, samples, "score", -torch.inf)
 
 
-def _matrix(ranks: Stage, queries: Stage, samples: Stage, column: str, missing: float) -> Tensor:
-    table = tables.read(ranks.path, tables.RANKS)
+def _matrix(context: Context, ranks: Stage, queries: Stage, samples: Stage, column: str, missing: float) -> Tensor:
+    table = load_ranks(context, ranks)
     order = pa.array([query.query_id for query in load_queries(queries)])
     rows = pc.index_in(table["query_id"], order).to_numpy()
     matrix = torch.full((queries.rows, samples.rows), missing, dtype=torch.float64)
@@ -58,8 +59,8 @@ def train_rank_head(context: Context, samples: Stage, queries: Stage, features: 
         from fastgda_core.ranking.training import HeadTraining, RankData, train_head
 
         started = time.monotonic()
-        labels = _matrix(ranks, queries, samples, "rank_label", torch.nan).float()
-        scores = score_matrix(ranks, queries, samples)
+        labels = _matrix(context, ranks, queries, samples, "rank_label", torch.nan).float()
+        scores = score_matrix(context, ranks, queries, samples)
         train, validation = rows_of_split(queries, "train"), rows_of_split(queries, "validation")
         query, sample = torch.nonzero(~labels[train].isnan(), as_tuple=True)
         data = RankData(
@@ -75,7 +76,8 @@ def train_rank_head(context: Context, samples: Stage, queries: Stage, features: 
         description = {
             "features": data.sample_features.shape[1],
             "feature_space": config.features.space,
-            "run": context_run(ranks),
+            "run": run_behind(context, ranks),
+            "snapshot": ranks.key,
             "best_epoch": trained.best_epoch,
             "history": [{"loss": loss, "validation_map": value} for loss, value in trained.history],
         }
@@ -92,11 +94,6 @@ def train_rank_head(context: Context, samples: Stage, queries: Stage, features: 
     return Stage("rank head", key, folder, manifest.rows, manifest.seconds, reused)
 
 
-def context_run(ranks: Stage) -> str:
-    """The run whose rank labels these are: the name of their folder."""
-    return ranks.path.parent.name
-
-
 @task(task_run_name="index", cache_policy=NO_CACHE)
 def build_search_index(context: Context, samples: Stage, features: Stage, head: Stage) -> Stage:
     """`index.faiss`, its id map and its manifest: one immutable index version."""
@@ -111,8 +108,13 @@ def build_search_index(context: Context, samples: Stage, features: Stage, head: 
             train_ids = np.arange(samples.rows)
             index = build_index(embeddings, train_ids)
             advance(samples.rows)
-        ids = pa.table({"train_id": train_ids})
-        commit_table(folder / "ids.parquet", ids, tables.INDEX_IDS, key=key, started=started)
+        commit_table(
+            folder / "ids.parquet",
+            tables.INDEX_IDS.rows(train_id=train_ids),
+            tables.INDEX_IDS,
+            key=key,
+            started=started,
+        )
         manifest = commit(
             folder / "index.faiss",
             lambda path: write_index(index, path),

@@ -62,7 +62,7 @@ def make_queries(context: Context) -> Stage:
             rows.append(
                 {"query_id": query_id, "split": split, "caption": caption, "image": png, "image_sha256": digest}
             )
-        table = pa.Table.from_pylist(rows, schema=tables.QUERIES)
+        table = pa.Table.from_pylist(rows, schema=tables.QUERIES.schema)
         manifest = commit_table(path, table, tables.QUERIES, key=key, started=started, device=str(context.device))
     return Stage("queries", file_sha256(path)[:16], path, manifest.rows, manifest.seconds, reused)
 

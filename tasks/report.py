@@ -97,7 +97,7 @@ def _render(context: Context, run: str, stages: dict[str, Stage]) -> str:
 def _panels(context: Context, stages: dict[str, Stage], metrics: list[dict[str, object]]) -> list[QueryPanel]:
     samples, queries = stages["samples"], stages["queries"]
     test = rows_of_split(queries, "test")
-    scores = score_matrix(stages["rank labels"], queries, samples)[test]
+    scores = score_matrix(context, stages["rank labels"], queries, samples)[test]
     phi = load_features(context, queries)[test], load_features(context, samples)
     head = load_head(stages["rank head"].path)
     untuned = torch.nn.functional.normalize(phi[0], dim=1) @ torch.nn.functional.normalize(phi[1], dim=1).T

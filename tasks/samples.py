@@ -48,14 +48,14 @@ def ingest_samples(context: Context) -> Stage:
         rows = [{"train_id": number, **asdict(sample)} for number, sample in enumerate(samples)]
         rejected = commit_table(
             rejected_path,
-            pa.Table.from_pylist([asdict(item) for item in rejections], schema=tables.REJECTED_SAMPLES),
+            pa.Table.from_pylist([asdict(item) for item in rejections], schema=tables.REJECTED_SAMPLES.schema),
             tables.REJECTED_SAMPLES,
             key=key,
             started=started,
         )
         manifest = commit_table(
             samples_path,
-            pa.Table.from_pylist(rows, schema=tables.SAMPLES),
+            pa.Table.from_pylist(rows, schema=tables.SAMPLES.schema),
             tables.SAMPLES,
             key=key,
             started=started,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastgda_core.teachers.teachers import TEACHERS
 from storage_schemas import tables
-from storage_schemas.commit import committed, input_key
-from storage_schemas.workspace import Workspace, part
+from storage_schemas.commit import code_version, input_key
+from storage_schemas.ledger import RunRecord, done_shards, read_ledger, write_plan
+from storage_schemas.workspace import Workspace
 from tasks.context import Context, Stage
 from tasks.queries import load_queries
 
@@ -20,6 +22,7 @@ class ScoreShard:
     """Some training samples against some queries."""
 
     number: int
+    query_block: int
     query_numbers: list[int]
     train_ids: list[int]
 
@@ -49,15 +52,13 @@ class ScoreRun:
 
     def missing(self, workspace: Workspace) -> list[ScoreShard]:
         """The shards that are not committed yet."""
-        folder = workspace.scores(self.run)
-        return [s for s in self.shards if committed(part(folder, s.number), self.shard_key(s)) is None]
+        done = done_shards(workspace, self.run)
+        return [shard for shard in self.shards if shard.number not in done]
 
     def stage(self, workspace: Workspace, *, reused: bool) -> Stage:
         """The finished scores as a stage."""
-        folder = workspace.scores(self.run)
-        manifests = [committed(part(folder, shard.number), self.shard_key(shard)) for shard in self.shards]
-        seconds = sum(manifest.seconds for manifest in manifests if manifest)
-        return Stage("teacher scores", self.run, folder, self.pairs, seconds, reused)
+        seconds = sum(read_ledger(workspace, self.run)["seconds"].to_pylist())
+        return Stage("teacher scores", self.run, workspace.scores(self.run), self.pairs, seconds, reused)
 
 
 def plan_scores(context: Context, candidates: Stage, samples: Stage, queries: Stage) -> ScoreRun:
@@ -74,9 +75,42 @@ def plan_scores(context: Context, candidates: Stage, samples: Stage, queries: St
     else:
         shape = 1, samples.rows
     shards: list[ScoreShard] = []
-    for first in range(0, len(query_ids), shape[0]):
+    for number, first in enumerate(range(0, len(query_ids), shape[0])):
         block = list(range(len(query_ids)))[first : first + shape[0]]
         pool = np.flatnonzero(is_candidate[block].any(0))
         for start in range(0, len(pool), shape[1]):
-            shards.append(ScoreShard(len(shards), block, pool[start : start + shape[1]].tolist()))
+            shards.append(ScoreShard(len(shards), number, block, pool[start : start + shape[1]].tolist()))
     return ScoreRun(candidates.key, query_ids, is_candidate, shards)
+
+
+def store_plan(
+    context: Context, score_run: ScoreRun, samples: Stage, queries: Stage, candidates: Stage, base_losses: Stage | None
+) -> None:
+    """Write down what the run will do, so that its ledger can always be rebuilt."""
+    workspace = context.workspace
+    block_of = {number: shard.query_block for shard in score_run.shards for number in shard.query_numbers}
+    pairs = score_run.is_candidate.sum(axis=1)
+    planned = [(name, block_of[n], pairs[n]) for n, name in enumerate(score_run.query_ids) if n in block_of]
+    names, blocks, counts = zip(*planned, strict=True)
+    record = RunRecord(
+        run=score_run.run,
+        name=context.config.name,
+        teacher=context.config.teacher.name,
+        created_at=datetime.now(UTC),
+        code_version=code_version(),
+        shards=len(score_run.shards),
+        pairs=score_run.pairs,
+        samples=workspace.relative(samples.path),
+        rejected_samples=workspace.relative(samples.path.with_name("rejected.parquet")),
+        queries=workspace.relative(queries.path),
+        candidates=workspace.relative(candidates.path),
+        base_losses=workspace.relative(base_losses.path) if base_losses else None,
+        config=context.config.model_dump(mode="json"),
+    )
+    shards = tables.PLAN_SHARDS.rows(
+        shard=[shard.number for shard in score_run.shards],
+        input_key=[score_run.shard_key(shard) for shard in score_run.shards],
+        query_block=[shard.query_block for shard in score_run.shards],
+        pairs=[score_run.pairs_of(shard) for shard in score_run.shards],
+    )
+    write_plan(workspace, record, shards, tables.PLAN_QUERIES.rows(query_id=names, query_block=blocks, pairs=counts))

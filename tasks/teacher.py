@@ -19,7 +19,8 @@ from fastgda_core.teachers.teachers import TEACHERS
 from fastgda_core.teachers.training_loss import training_losses
 from storage_schemas import tables
 from storage_schemas.commit import commit_table, committed, input_key
-from storage_schemas.workspace import part
+from storage_schemas.ledger import AttemptLog
+from storage_schemas.workspace import Workspace, part
 from tasks.config import PipelineConfig
 from tasks.context import Context, Stage, stage_of_parts
 from tasks.progress import stage
@@ -58,12 +59,10 @@ def compute_base_losses(context: Context, latents: Stage) -> Stage:
             stop = min(starts[number] + BASE_LOSS_PART, latents.rows)
             block = load_block(context, latents, list(range(starts[number], stop)))
             losses = training_losses(context.teacher_model(), plan, block, context.micro_batch("losses")).cpu()
-            table = pa.table(
-                {
-                    "train_id": block.train_ids.cpu().repeat_interleave(block.flips).numpy(),
-                    "flip": np.tile(np.arange(block.flips, dtype=np.int32), len(losses)),
-                    "base_loss": losses.flatten().numpy(),
-                }
+            table = tables.BASE_LOSSES.rows(
+                train_id=block.train_ids.cpu().repeat_interleave(block.flips).numpy(),
+                flip=np.tile(np.arange(block.flips, dtype=np.int32), len(losses)),
+                base_loss=losses.flatten().numpy(),
             )
             commit_table(paths[number], table, tables.BASE_LOSSES, key=key, started=started, device=str(context.device))
             advance(1)
@@ -88,11 +87,26 @@ def score_shard(
     context: Context, score_run: ScoreRun, shard: ScoreShard, latents: Stage, updates: Stage, base_losses: Stage | None
 ) -> int:
     """Score one shard and commit its rows; a shard that is there already costs nothing."""
-    path = part(context.workspace.scores(score_run.run), shard.number)
-    manifest = committed(path, score_run.shard_key(shard))
+    path, key = context.workspace.score_shard(score_run.run, shard.number), score_run.shard_key(shard)
+    manifest = committed(path, key)
     if manifest is not None:
         return manifest.rows
     started = time.monotonic()
+    with _attempt_log(context.workspace, score_run.run).attempt(shard.number, str(context.device)):
+        table = _score(context, score_run, shard, latents, updates, base_losses)
+        commit_table(path, table, tables.SCORES, key=key, started=started, device=str(context.device))
+    return table.num_rows
+
+
+@functools.lru_cache(maxsize=4)
+def _attempt_log(workspace: Workspace, run: str) -> AttemptLog:
+    """One file of attempt records a process and run."""
+    return AttemptLog(workspace, run)
+
+
+def _score(
+    context: Context, score_run: ScoreRun, shard: ScoreShard, latents: Stage, updates: Stage, base_losses: Stage | None
+) -> pa.Table:
     config, model = context.config.teacher, context.teacher_model()
     block = load_block(context, latents, shard.train_ids)
     scores = TEACHERS[config.name].scores(
@@ -104,10 +118,7 @@ def score_shard(
         _load_base_losses(base_losses)[block.train_ids.cpu()].to(context.device) if base_losses else None,
         context.micro_batch("losses" if base_losses else "gradients"),
     )
-    table = _pair_rows(score_run, shard, block.train_ids.cpu().numpy(), scores.cpu().numpy())
-    key = score_run.shard_key(shard)
-    commit_table(path, table, tables.SCORES, key=key, started=started, device=str(context.device))
-    return table.num_rows
+    return _pair_rows(score_run, shard, block.train_ids.cpu().numpy(), scores.cpu().numpy())
 
 
 def _pair_rows(
@@ -117,4 +128,13 @@ def _pair_rows(
     chosen = score_run.is_candidate[np.ix_(shard.query_numbers, train_ids)]
     query, sample = np.nonzero(chosen)
     names = np.array([score_run.query_ids[number] for number in shard.query_numbers], dtype=object)
-    return pa.table({"query_id": names[query], "train_id": train_ids[sample], "score": scores[query, sample]})
+    chosen_scores = scores[query, sample]
+    if not np.isfinite(chosen_scores).all():
+        # They have no rank. A score that is no number comes from the model, not from the machine: trying again is idle.
+        where = int(np.flatnonzero(~np.isfinite(chosen_scores))[0])
+        raise FloatingPointError(
+            f"{np.count_nonzero(~np.isfinite(chosen_scores))} of {len(chosen_scores)} scores are not finite, first "
+            f"that of query {names[query][where]} and train_id {train_ids[sample][where]}: "
+            "use teacher.precision float32 and look at the model's loss on that sample"
+        )
+    return tables.SCORES.rows(query_id=names[query], train_id=train_ids[sample], score=chosen_scores)

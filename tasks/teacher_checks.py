@@ -29,6 +29,7 @@ from storage_schemas.workspace import part
 from tasks.context import Context, Stage, stage_of_parts
 from tasks.metric_rows import metric_row, metric_rows
 from tasks.progress import stage
+from tasks.publish import load_ranks
 from tasks.queries import Query, load_queries
 from tasks.samples import load_block
 from tasks.score_plan import ScoreRun
@@ -90,7 +91,13 @@ def _scores(
 
 @task(task_run_name="self-consistency", cache_policy=NO_CACHE)
 def check_self_consistency(
-    context: Context, score_run: ScoreRun, latents: Stage, curvature: Stage, queries: Stage, updates: Stage
+    context: Context,
+    score_run: ScoreRun,
+    ranks: Stage,
+    latents: Stage,
+    curvature: Stage,
+    queries: Stage,
+    updates: Stage,
 ) -> Stage:
     """Some pairs again, under another noise plan and with other Monte-Carlo pairs behind the query's gradient.
 
@@ -105,7 +112,7 @@ def check_self_consistency(
     def rows() -> list[dict[str, object]]:
         seed = context.config.teacher.seed
         draw = np.random.default_rng(seed)
-        stored = tables.read_parts(context.workspace.scores(score_run.run), tables.SCORES)
+        stored = load_ranks(context, ranks, [score_run.query_ids[number] for number in chosen])
         groups = [chosen] if TEACHERS[context.config.teacher.name].first_order else [[number] for number in chosen]
         comparisons: list[_Comparison] = []
         with stage("self-consistency", len(chosen)) as advance:
@@ -193,7 +200,9 @@ def measure_low_rank(context: Context, queries: Stage, updates: Stage) -> Stage:
 
 
 @task(task_run_name="exact check", cache_policy=NO_CACHE)
-def check_against_exact(context: Context, score_run: ScoreRun, latents: Stage, queries: Stage, updates: Stage) -> Stage:
+def check_against_exact(
+    context: Context, score_run: ScoreRun, ranks: Stage, latents: Stage, queries: Stage, updates: Stage
+) -> Stage:
     """Score a few test queries with the exact teacher too, on candidates spread evenly over the first-order ranking."""
     config = context.config.exact_check
     assert config is not None
@@ -204,7 +213,7 @@ def check_against_exact(context: Context, score_run: ScoreRun, latents: Stage, q
     paths = {number: part(folder, number) for number in chosen}
     missing = [number for number in chosen if committed(paths[number], key) is None]
     with stage("exact check", len(missing)) as advance:
-        scores = tables.read_parts(context.workspace.scores(run), tables.SCORES) if missing else None
+        scores = load_ranks(context, ranks, [score_run.query_ids[number] for number in missing]) if missing else None
         model, plan, micro_batch = context.model(), noise_plan(context.config), context.micro_batch("losses")
         for number in missing:
             assert scores is not None
@@ -219,8 +228,8 @@ def check_against_exact(context: Context, score_run: ScoreRun, latents: Stage, q
             one = {name: change[0] for name, change in update.items()}
             exact = exact_scores(model, context.layers(model), plan, block, base, one, micro_batch)
             names = [score_run.query_ids[number]] * len(exact)
-            table = pa.table(
-                {"query_id": names, "train_id": block.train_ids.cpu().numpy(), "score": exact.cpu().numpy()}
+            table = tables.SCORES.rows(
+                query_id=names, train_id=block.train_ids.cpu().numpy(), score=exact.cpu().numpy()
             )
             commit_table(paths[number], table, tables.SCORES, key=key, started=started, device=str(context.device))
             advance(1)
@@ -239,6 +248,6 @@ def _check(context: Context, name: str, key: str, rows: Callable[[], list[dict[s
     reused = manifest is not None
     if manifest is None:
         started = time.monotonic()
-        table = pa.Table.from_pylist(rows(), schema=tables.METRICS)
+        table = pa.Table.from_pylist(rows(), schema=tables.METRICS.schema)
         manifest = commit_table(path, table, tables.METRICS, key=key, started=started, device=str(context.device))
     return Stage(name, key, path, manifest.rows, manifest.seconds, reused)

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from flows.openmoji import prepare
-from storage_schemas.catalog import query, read_published
+from storage_schemas.snapshots import read_published
+from storage_schemas.views import query
 from storage_schemas.workspace import Workspace
 from tests.flows.pipeline_case import environment, fastgda, lay_out
 
@@ -48,10 +49,11 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, hom
 
 def run_in(folder: Path, command: str, home: Path) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    run = read_published(Workspace(folder / "demo" / "workspace")).run
     return subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
-        env={**environment(home), "PATH": path},
+        env={**environment(home), "PATH": path, "RUN": run},
         capture_output=True,
         text=True,
         check=False,

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from storage_schemas.catalog import query, read_published
+from storage_schemas.snapshots import read_published
+from storage_schemas.views import query
 from storage_schemas.workspace import Workspace
 from tests import tiny
 from tests.flows.pipeline_case import QUERIES, SAMPLES, environment, fastgda, lay_out
@@ -220,3 +222,47 @@ def test_sql_that_writes_or_is_wrong_gets_one_line_and_exit_code_2(finished: Pat
         done = fastgda("sql", statement, "--workspace", finished / "workspace", home=home, check=False)
         assert done.returncode == 2
         assert done.stderr.startswith("error:") and "Traceback" not in done.stderr
+
+
+def test_a_flipped_byte_is_found_and_retry_scores_that_shard_again(
+    tmp_path: Path, model_folder: Path, home: Path, finished: Path
+) -> None:
+    config = lay_out(tmp_path, model_folder)
+    workspace = tmp_path / "workspace"
+    shutil.copytree(finished / "workspace", workspace)
+    fastgda("run", config, home=home)
+    run = read_published(Workspace(workspace)).run
+    shard = Workspace(workspace).score_shard(run, 1)
+    good = shard.read_bytes()
+    shard.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
+    others = {path: path.stat().st_mtime_ns for path in shard.parent.glob("part-*") if path.name[:10] != "part-00001"}
+
+    done = fastgda("verify", "--workspace", workspace, home=home, check=False)
+    assert done.returncode == 1 and "sha256" in " ".join(done.stdout.split())
+    assert not shard.exists() and list((workspace / "quarantine").rglob(shard.name))
+    quarantined = sql(tmp_path, "SELECT shard, error_class FROM shards WHERE state = 'quarantined'", home)
+    assert quarantined == [{"shard": "1", "error_class": "DamagedFile"}]
+
+    fastgda("retry", run, "--workspace", workspace, home=home)
+    assert shard.read_bytes() == good
+    assert others == {path: path.stat().st_mtime_ns for path in others}
+    assert sql(tmp_path, "SELECT state, count(*) AS n FROM shards GROUP BY state", home) == [
+        {"state": "done", "n": "4"}
+    ]
+    assert query(workspace, SCORES).equals(query(finished / "workspace", SCORES))
+    assert fastgda("verify", "--workspace", workspace, home=home).returncode == 0
+
+
+def test_commands_of_the_store_say_what_is_wrong_in_one_line(finished: Path, home: Path) -> None:
+    workspace = finished / "workspace"
+    for arguments in (
+        ["retry", "no-such-run"],
+        ["publish", "no-such-run"],
+        ["retract", "no-such-run"],
+        ["compact", "no-such-run"],
+        ["sql", "@no-such-file.sql"],
+    ):
+        done = fastgda(*arguments, "--workspace", workspace, home=home, check=False)
+        assert done.returncode == 2, arguments
+        assert done.stderr.startswith("error:") and "Traceback" not in done.stderr
+        assert "no-such" in done.stderr

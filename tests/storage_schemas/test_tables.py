@@ -14,12 +14,13 @@ from storage_schemas.commit import commit_table, committed
 from storage_schemas.workspace import part
 
 KEY = "0123456789abcdef"
-ALL_SCHEMAS = [value for value in vars(tables).values() if isinstance(value, pa.Schema)]
+ALL_TABLES = [value for value in vars(tables).values() if isinstance(value, tables.Table)]
 
 
 def scores(rows: list[tuple[str, int, float]]) -> pa.Table:
     return pa.Table.from_pylist(
-        [{"query_id": query, "train_id": train, "score": score} for query, train, score in rows], schema=tables.SCORES
+        [{"query_id": query, "train_id": train, "score": score} for query, train, score in rows],
+        schema=tables.SCORES.schema,
     )
 
 
@@ -39,7 +40,7 @@ def sample(number: int, captions: list[str]) -> dict[str, object]:
 
 def commit_samples(path: Path, captions: list[list[str]]) -> None:
     rows = [sample(number, several) for number, several in enumerate(captions)]
-    table = pa.Table.from_pylist(rows, schema=tables.SAMPLES)
+    table = pa.Table.from_pylist(rows, schema=tables.SAMPLES.schema)
     commit_table(path, table, tables.SAMPLES, key=KEY, started=time.monotonic())
 
 
@@ -49,8 +50,10 @@ def test_a_committed_table_reads_back_with_its_row_count(tmp_path: Path) -> None
     commit_table(path, table, tables.SCORES, key=KEY, started=time.monotonic())
     manifest = committed(path, KEY)
     assert manifest is not None and manifest.rows == 3
-    assert tables.read(path, tables.SCORES).equals(table)
-    assert tables.read(path, tables.SCORES).schema.equals(tables.SCORES)
+    assert tables.read(path, tables.SCORES).equals(
+        table.sort_by([("query_id", "ascending"), ("train_id", "ascending")])
+    )
+    assert tables.read(path, tables.SCORES).schema.equals(tables.SCORES.schema)
 
 
 def test_a_narrower_table_is_cast_to_its_schema(tmp_path: Path) -> None:
@@ -117,7 +120,7 @@ def test_parts_are_concatenated_in_name_order_and_nothing_else_is_read(tmp_path:
     (tmp_path / ".123-part-00001.parquet").write_bytes(b"half a file of a killed writer")
     table = tables.read_parts(tmp_path, tables.SCORES)
     assert table["train_id"].to_pylist() == [0, 0, 2, 2, 10, 10]
-    assert table["query_id"].to_pylist() == ["q", "p"] * 3
+    assert table["query_id"].to_pylist() == ["p", "q"] * 3
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -127,11 +130,62 @@ def test_no_parts_make_an_empty_table_of_the_schema(tmp_path: Path, exists: bool
         folder.mkdir()
     table = tables.read_parts(folder, tables.SCORES)
     assert table.num_rows == 0
-    assert table.schema.equals(tables.SCORES)
+    assert table.schema.equals(tables.SCORES.schema)
 
 
-@pytest.mark.parametrize("schema", ALL_SCHEMAS)
-def test_every_column_of_every_table_is_explained(schema: pa.Schema) -> None:
-    assert len(schema) > 0
+@pytest.mark.parametrize("table", ALL_TABLES, ids=lambda table: table.name)
+def test_every_table_and_column_is_explained(table: tables.Table) -> None:
+    schema = table.schema
+    assert table.comment and len(schema) > 0
     assert all(field.metadata[b"comment"].strip() for field in schema)
     assert len(set(schema.names)) == len(schema.names)
+
+
+@pytest.mark.parametrize("table", ALL_TABLES, ids=lambda table: table.name)
+def test_the_settings_of_a_file_name_columns_that_there_are(table: tables.Table) -> None:
+    named = {*table.sorted_by, *table.dictionary, *table.delta}
+    assert named <= set(table.schema.names)
+    assert not set(table.dictionary) & set(table.delta)
+    table.encode(table.schema.empty_table(), {})
+
+
+def test_a_files_settings_are_those_of_its_table(tmp_path: Path) -> None:
+    path = tmp_path / "part-00000.parquet"
+    table = scores([(f"q{n % 3}", n, 0.5) for n in range(300_000)])
+    commit_table(path, table, tables.SCORES, key=KEY, started=time.monotonic())
+    metadata = pq.read_metadata(path)
+    group = metadata.row_group(0)
+    columns = {group.column(n).path_in_schema: group.column(n) for n in range(group.num_columns)}
+    assert metadata.num_row_groups == 3 and group.num_rows == tables.SCORES.row_group_rows
+    assert [sorting.column_index for sorting in group.sorting_columns] == [0, 1]
+    assert {column.compression for column in columns.values()} == {"ZSTD"}
+    assert columns["query_id"].has_dictionary_page and not columns["score"].has_dictionary_page
+    assert "DELTA_BINARY_PACKED" in columns["train_id"].encodings
+    assert columns["train_id"].statistics.has_min_max
+
+
+def test_rows_within_a_file_are_sorted(tmp_path: Path) -> None:
+    path = tmp_path / "part-00000.parquet"
+    commit_table(path, scores([("b", 1, 0.1), ("a", 2, 0.2), ("a", 1, 0.3)]), tables.SCORES, key=KEY, started=0.0)
+    assert [tuple(row.values()) for row in tables.read(path, tables.SCORES).to_pylist()] == [
+        ("a", 1, 0.3),
+        ("a", 2, 0.2),
+        ("b", 1, 0.1),
+    ]
+
+
+def test_rows_need_exactly_the_columns_of_their_table() -> None:
+    with pytest.raises(TypeError, match=r"scores has the columns .*score.*given were \['query_id', 'train_id'\]"):
+        tables.SCORES.rows(query_id=["q"], train_id=[1])
+    with pytest.raises(TypeError, match="other"):
+        tables.SCORES.rows(query_id=["q"], train_id=[1], score=[0.5], other=[1])
+
+
+def test_a_flipped_byte_is_noticed_by_a_reader(tmp_path: Path) -> None:
+    path = tmp_path / "part-00000.parquet"
+    commit_table(path, scores([("q", n, n * 0.7) for n in range(5000)]), tables.SCORES, key=KEY, started=0.0)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is damaged .* `fastgda verify`"):
+        tables.read(path, tables.SCORES)

@@ -10,31 +10,33 @@ from pathlib import Path
 import pyarrow as pa
 
 from storage_schemas import tables
-from storage_schemas.catalog import Published, ShardRecord, publish, write_ranks
-from storage_schemas.commit import commit, commit_table
+from storage_schemas.commit import commit_table, input_key
+from storage_schemas.ledger import RunRecord, write_plan
+from storage_schemas.snapshots import Published, publish_runs, write_published
+from storage_schemas.tables import Table
 from storage_schemas.workspace import Workspace, part
 
 KEY = "0123456789abcdef"
 QUERIES = ("q0", "q1", "q2")
 
 
-def write_table(path: Path, schema: pa.Schema, rows: list[dict[str, object]]) -> Path:
-    commit_table(path, pa.Table.from_pylist(rows, schema=schema), schema, key=KEY, started=time.monotonic(), device="x")
+def write_table(path: Path, table: Table, rows: list[dict[str, object]], key: str = KEY) -> Path:
+    rows_ = pa.Table.from_pylist(rows, schema=table.schema)
+    commit_table(path, rows_, table, key=key, started=time.monotonic(), device="x")
     return path
 
 
-def publish_run(
+def plan_run(
     root: Path,
     run: str = "run-1",
     *,
     queries: Sequence[str] = QUERIES,
     captions: Sequence[str] = ("a cat", "a dog"),
     samples: int = 4,
-    extras: bool = False,
-) -> Published:
-    """Every query against every sample, in two score shards; `extras` adds metrics and checked pairs."""
+    config: dict[str, object] | None = None,
+) -> RunRecord:
+    """Every query against every sample, one score shard a query, with the tables that SQL shows beside them."""
     workspace = Workspace(root)
-    pairs = [(query, train) for query in queries for train in range(samples)]
     sample_rows: list[dict[str, object]] = [
         {
             "train_id": train,
@@ -54,58 +56,101 @@ def publish_run(
         for query in queries
     ]
     candidate_rows: list[dict[str, object]] = [
-        {"query_id": query, "train_id": train, "neighbor_rank": train + 1, "similarity": 0.5} for query, train in pairs
+        {"query_id": query, "train_id": train, "neighbor_rank": train + 1, "similarity": 0.5}
+        for query in queries
+        for train in range(samples)
     ]
-    score_rows: list[dict[str, object]] = [
-        {"query_id": query, "train_id": train, "score": float(train % 3)} for query, train in pairs
-    ]
-    scores = workspace.scores(run)
-    half = len(pairs) // 2
-    shards = [score_rows[:half], score_rows[half:]]
-    for number, rows in enumerate(shards):
-        write_table(part(scores, number), tables.SCORES, rows)
-    commit(workspace.ranks(run), lambda path: write_ranks(scores, path), key=KEY, rows=len(pairs), started=0.0)
-    exact, metrics = None, None
-    if extras:
-        exact = workspace.exact_check(run)
-        write_table(part(exact, 0), tables.SCORES, score_rows[:2])
-        metrics = write_table(
-            workspace.metrics("m"),
-            tables.METRICS,
-            [
-                {
-                    "metric": "mAP",
-                    "space": "tuned",
-                    "split": "test",
-                    "cutoff": 2,
-                    "query_id": "",
-                    "value": 0.5,
-                    "standard_error": 0.1,
-                    "queries": 3,
-                }
-            ],
-        )
-
-    def relative(path: Path) -> str:
-        return str(path.relative_to(root))
-
-    published = Published(
+    key = input_key(samples, list(captions))
+    record = RunRecord(
         run=run,
+        name="shapes",
         teacher="abu_plus",
         created_at=datetime(2026, 1, 1, tzinfo=UTC),
-        samples=relative(write_table(workspace.samples("k"), tables.SAMPLES, sample_rows)),
-        rejected_samples=relative(write_table(workspace.rejected_samples("k"), tables.REJECTED_SAMPLES, [])),
-        queries=relative(write_table(workspace.queries(run), tables.QUERIES, query_rows)),
-        candidates=relative(write_table(workspace.candidates(run), tables.CANDIDATES, candidate_rows)),
-        scores=relative(scores),
-        ranks=relative(workspace.ranks(run)),
-        exact_check=relative(exact) if exact else None,
-        metrics=relative(metrics) if metrics else None,
-        shards=[
-            ShardRecord(shard=number, path=relative(part(scores, number)), pairs=len(rows))
-            for number, rows in enumerate(shards)
-        ],
-        config={},
+        shards=len(queries),
+        pairs=len(queries) * samples,
+        samples=workspace.relative(write_table(workspace.samples(key), tables.SAMPLES, sample_rows)),
+        rejected_samples=workspace.relative(write_table(workspace.rejected_samples(key), tables.REJECTED_SAMPLES, [])),
+        queries=workspace.relative(write_table(workspace.queries(run), tables.QUERIES, query_rows)),
+        candidates=workspace.relative(write_table(workspace.candidates(run), tables.CANDIDATES, candidate_rows)),
+        config=config or {},
     )
-    publish(workspace, published)
+    numbers = range(len(queries))
+    shards = tables.PLAN_SHARDS.rows(
+        shard=numbers,
+        input_key=[shard_key(run, number) for number in numbers],
+        query_block=numbers,
+        pairs=[samples] * len(queries),
+    )
+    planned = tables.PLAN_QUERIES.rows(query_id=list(queries), query_block=numbers, pairs=[samples] * len(queries))
+    write_plan(workspace, record, shards, planned)
+    return record
+
+
+def shard_key(run: str, shard: int) -> str:
+    return input_key(run, shard)
+
+
+def commit_shard(root: Path, run: str, shard: int, query_id: str, samples: int = 4, shift: float = 0.0) -> None:
+    """The scores 0, 1, 2, 0, ... of one query, all moved by `shift`."""
+    rows: list[dict[str, object]] = [
+        {"query_id": query_id, "train_id": train, "score": float(train % 3) + shift} for train in range(samples)
+    ]
+    write_table(Workspace(root).score_shard(run, shard), tables.SCORES, rows, shard_key(run, shard))
+
+
+def finish_run(
+    root: Path,
+    run: str = "run-1",
+    *,
+    queries: Sequence[str] = QUERIES,
+    captions: Sequence[str] = ("a cat", "a dog"),
+    samples: int = 4,
+    shift: float = 0.0,
+) -> RunRecord:
+    """A planned run all of whose shards are committed."""
+    record = plan_run(root, run, queries=queries, captions=captions, samples=samples)
+    for number, query_id in enumerate(queries):
+        commit_shard(root, run, number, query_id, samples, shift)
+    return record
+
+
+def publish_run(
+    root: Path,
+    run: str = "run-1",
+    *,
+    queries: Sequence[str] = QUERIES,
+    captions: Sequence[str] = ("a cat", "a dog"),
+    samples: int = 4,
+    extras: bool = False,
+) -> Published:
+    """A finished run as readers see it; `extras` adds metrics, base losses and checked pairs."""
+    workspace = Workspace(root)
+    finish_run(root, run, queries=queries, captions=captions, samples=samples)
+    published = publish_runs(workspace, [run])
+    if not extras:
+        return published
+    exact, losses = workspace.exact_check(run), workspace.base_losses(KEY)
+    write_table(
+        part(exact, 0),
+        tables.SCORES,
+        [{"query_id": queries[0], "train_id": train, "score": float(train)} for train in range(2)],
+    )
+    write_table(part(losses, 0), tables.BASE_LOSSES, [{"train_id": 0, "flip": 0, "base_loss": 0.5}])
+    metric: dict[str, object] = {
+        "metric": "mAP",
+        "space": "tuned",
+        "split": "test",
+        "cutoff": 2,
+        "query_id": "",
+        "value": 0.5,
+        "standard_error": 0.1,
+        "queries": 3,
+    }
+    metrics = write_table(workspace.metrics("m"), tables.METRICS, [metric])
+    paths = {
+        name: workspace.relative(path)
+        for name, path in (("exact_check", exact), ("base_losses", losses), ("metrics", metrics))
+    }
+    published = published.model_copy(update=paths)
+    write_published(workspace, published)
     return published

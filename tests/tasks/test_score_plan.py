@@ -14,10 +14,12 @@ from PIL import Image
 
 from storage_schemas import tables
 from storage_schemas.commit import commit_table
+from storage_schemas.ledger import read_ledger
+from storage_schemas.tables import Table
 from storage_schemas.workspace import part
 from tasks.config import PipelineConfig
 from tasks.context import Context, Stage
-from tasks.score_plan import ScoreRun, plan_scores
+from tasks.score_plan import ScoreRun, plan_scores, store_plan
 from tests.tasks.configs import document
 
 KEY = "0123456789abcdef"
@@ -31,8 +33,8 @@ def png() -> bytes:
     return buffer.getvalue()
 
 
-def write_stage(path: Path, schema: pa.Schema, rows: list[dict[str, object]]) -> Stage:
-    commit_table(path, pa.Table.from_pylist(rows, schema=schema), schema, key=KEY, started=time.monotonic())
+def write_stage(path: Path, table: Table, rows: list[dict[str, object]]) -> Stage:
+    commit_table(path, pa.Table.from_pylist(rows, schema=table.schema), table, key=KEY, started=time.monotonic())
     return Stage(path.stem, KEY, path, len(rows), 0.0, False)
 
 
@@ -67,7 +69,9 @@ def plan(
     ]
     chosen = write_stage(context.workspace.candidates(KEY), tables.CANDIDATES, pairs)
     samples = Stage("samples", KEY, root / "unused", SAMPLES, 0.0, False)
-    return context, plan_scores(context, chosen, samples, queries), query_ids
+    run = plan_scores(context, chosen, samples, queries)
+    store_plan(context, run, samples, queries, chosen, None)
+    return context, run, query_ids
 
 
 def pairs_of_shards(run: ScoreRun) -> list[list[tuple[str, int]]]:
@@ -149,8 +153,24 @@ def test_only_shards_that_are_not_committed_are_missing(tmp_path: Path, teacher:
     done = run.shards[1]
     rows = [{"query_id": query, "train_id": train, "score": 0.5} for query, train in pairs_of_shards(run)[1]]
     path = part(context.workspace.scores(run.run), done.number)
-    table = pa.Table.from_pylist(rows, schema=tables.SCORES)
+    table = pa.Table.from_pylist(rows, schema=tables.SCORES.schema)
     commit_table(path, table, tables.SCORES, key=run.shard_key(done), started=time.monotonic())
     assert run.missing(context.workspace) == [shard for shard in run.shards if shard is not done]
     path.write_bytes(path.read_bytes()[:-1])
     assert run.missing(context.workspace) == run.shards
+
+
+def test_the_stored_plan_names_each_shard_and_the_rows_of_each_query(tmp_path: Path) -> None:
+    candidates = [{1, 5}, {0, 3, 8}, {9}]
+    context, run, query_ids = plan(tmp_path, "abu_plus_first_order", candidates, shard_samples=2, shard_queries=2)
+    ledger = read_ledger(context.workspace, run.run).to_pylist()
+    assert [row["pairs"] for row in ledger] == [len(pairs) for pairs in pairs_of_shards(run)]
+    assert {row["state"] for row in ledger} == {"pending"}
+    planned = tables.read(context.workspace.plan_queries(run.run), tables.PLAN_QUERIES).to_pylist()
+    assert [(row["query_id"], row["pairs"]) for row in planned] == [
+        (query_id, len(mine)) for query_id, mine in zip(query_ids, candidates, strict=True)
+    ]
+    shards = tables.read(context.workspace.plan_shards(run.run), tables.PLAN_SHARDS).to_pylist()
+    block_of = {row["query_id"]: row["query_block"] for row in planned}
+    for row, pairs in zip(shards, pairs_of_shards(run), strict=True):
+        assert {block_of[query_id] for query_id, _ in pairs} == {row["query_block"]}

@@ -7,20 +7,30 @@ import sys
 from pathlib import Path
 
 import duckdb
-import numpy as np
-import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from storage_schemas import tables
-from storage_schemas.catalog import NotPublished, RefusedStatement, connect, publish, query, read_published, write_ranks
 from storage_schemas.commit import manifest_path
-from storage_schemas.workspace import Workspace, part
-from tests.storage_schemas.workspaces import publish_run, write_table
+from storage_schemas.ledger import AttemptLog, write_ledger
+from storage_schemas.snapshots import NotPublished, publish_runs, read_published
+from storage_schemas.views import RefusedStatement, connect, query
+from storage_schemas.workspace import Workspace
+from tests.storage_schemas.workspaces import commit_shard, plan_run, publish_run, write_table
 
 ROOT = Path(__file__).parents[2]
-VIEWS = ("samples", "rejected_samples", "queries", "candidates", "scores", "ranks", "exact_check", "metrics")
+VIEWS = (
+    "samples",
+    "rejected_samples",
+    "queries",
+    "candidates",
+    "base_losses",
+    "scores",
+    "ranks",
+    "run_scores",
+    "exact_check",
+    "metrics",
+)
+LOADED = ("shards", "runs", "heads", "indexes")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +60,12 @@ def files_of(root: Path) -> dict[Path, bytes]:
         ("ranks", 12),
         ("exact_check", 2),
         ("metrics", 1),
-        ("shards", 2),
+        ("base_losses", 1),
+        ("run_scores", 12),
+        ("shards", 3),
+        ("runs", 1),
+        ("heads", 0),
+        ("indexes", 0),
     ],
 )
 def test_every_table_is_counted_by_sql(published_root: Path, view: str, count: int) -> None:
@@ -69,7 +84,7 @@ def test_tables_are_joined_by_sql(published_root: Path) -> None:
 
 def test_a_run_without_metrics_has_empty_tables_in_their_place(tmp_path: Path) -> None:
     publish_run(tmp_path)
-    for view in ("metrics", "exact_check"):
+    for view in ("metrics", "exact_check", "base_losses", "heads", "indexes"):
         assert rows(tmp_path, f"SELECT * FROM {view}") == []
 
 
@@ -78,9 +93,11 @@ def test_every_column_of_every_view_is_explained(tmp_path: Path, extras: bool) -
     publish_run(tmp_path, extras=extras)
     columns = rows(tmp_path, "SELECT table_name, column_name, comment FROM duckdb_columns() WHERE NOT internal")
     comments = {(table, column): comment for table, column, comment in columns}
-    assert {table for table, _ in comments} == {*VIEWS, "shards"}
-    unexplained = {place for place, comment in comments.items() if not comment and place[0] != "shards"}
-    assert unexplained == set()
+    assert {table for table, _ in comments} == {*VIEWS, *LOADED}
+    assert {place for place, comment in comments.items() if not comment} == set()
+    for kind in ("view", "table"):
+        statement = f"SELECT {kind}_name, comment FROM duckdb_{kind}s() WHERE NOT internal"
+        assert all(comment for _, comment in rows(tmp_path, statement))
 
 
 def test_an_absent_table_has_the_types_of_a_present_one(tmp_path: Path, published_root: Path) -> None:
@@ -89,24 +106,44 @@ def test_an_absent_table_has_the_types_of_a_present_one(tmp_path: Path, publishe
     assert rows(tmp_path, statement) == rows(published_root, statement)
 
 
-def test_the_ledger_tells_a_missing_shard_from_a_finished_one(tmp_path: Path) -> None:
-    published = publish_run(tmp_path)
-    assert rows(tmp_path, "SELECT shard, state, device, rows FROM shards ORDER BY shard") == [
-        (0, "done", "x", 6),
-        (1, "done", "x", 6),
+def test_the_ledger_stands_in_sql(tmp_path: Path) -> None:
+    publish_run(tmp_path)
+    workspace = Workspace(tmp_path)
+    statement = "SELECT shard, state, device, rows FROM shards ORDER BY shard"
+    assert rows(tmp_path, statement) == [(n, "done", "x", 4) for n in range(3)]
+    path = workspace.score_shard("run-1", 1)
+    manifest_path(path).unlink()
+    path.unlink()
+    with pytest.raises(RuntimeError), AttemptLog(workspace, "run-1").attempt(1, "cuda:0"):
+        raise RuntimeError("CUDA error: device lost")
+    write_ledger(workspace, "run-1")
+    assert rows(tmp_path, "SELECT shard, state, device, rows, error_class, error FROM shards ORDER BY shard") == [
+        (0, "done", "x", 4, "", ""),
+        (1, "failed", "cuda:0", 0, "RuntimeError", "CUDA error: device lost"),
+        (2, "done", "x", 4, "", ""),
     ]
-    manifest_path(tmp_path / published.shards[1].path).unlink()
-    assert rows(tmp_path, "SELECT shard, state, rows FROM shards ORDER BY shard") == [
-        (0, "done", 6),
-        (1, "missing", 0),
-    ]
+
+
+def test_a_first_run_is_seen_while_it_grows(tmp_path: Path) -> None:
+    plan_run(tmp_path)
+    write_ledger(Workspace(tmp_path), "run-1")
+    for number, query_id in enumerate(("q0", "q1", "q2")):
+        assert rows(tmp_path, "SELECT count(*) FROM run_scores") == [(4 * number,)]
+        assert rows(tmp_path, "SELECT count(*) FROM scores") == [(0,)]
+        commit_shard(tmp_path, "run-1", number, query_id)
+    assert rows(tmp_path, "SELECT run, state, shards, done, pairs FROM runs") == [("run-1", "planned", 3, 0, 12)]
+    write_ledger(Workspace(tmp_path), "run-1")
+    assert rows(tmp_path, "SELECT state, done, rows FROM runs") == [("done", 3, 12)]
+    publish_runs(Workspace(tmp_path), ["run-1"])
+    assert rows(tmp_path, "SELECT state, done, rows FROM runs") == [("published", 3, 12)]
+    assert rows(tmp_path, "SELECT count(*) FROM scores") == [(12,)]
 
 
 @pytest.mark.parametrize(
     "statement",
     [
-        "INSERT INTO shards VALUES ('r', 1, 'done', '', 0, 0)",
-        "INSERT INTO shards VALUES ('r', 1, 'done', '', 0, 0) RETURNING run",
+        "INSERT INTO heads VALUES ('h', 'r', 's', 'f', 0, 0, false)",
+        "INSERT INTO heads VALUES ('h', 'r', 's', 'f', 0, 0, false) RETURNING run",
         "UPDATE shards SET rows = 0",
         "DELETE FROM shards",
         "TRUNCATE shards",
@@ -127,7 +164,6 @@ def test_the_ledger_tells_a_missing_shard_from_a_finished_one(tmp_path: Path) ->
         "ATTACH '{root}/catalog.duckdb' AS c",
         "INSTALL httpfs",
         "LOAD httpfs",
-        "PRAGMA database_list",
         "PRAGMA enable_profiling",
         "SET enable_external_access = true",
         "SET threads = 1",
@@ -225,15 +261,15 @@ def test_the_published_run_is_the_latest_and_runs_are_kept(tmp_path: Path) -> No
     second = publish_run(tmp_path, "run-2", samples=7)
     assert read_published(Workspace(tmp_path)) == second
     assert rows(tmp_path, "SELECT count(*) FROM scores") == [(21,)]
-    publish(Workspace(tmp_path), first)
-    publish(Workspace(tmp_path), first)
+    for _ in range(2):
+        assert publish_runs(Workspace(tmp_path), ["run-1"]).snapshot == first.snapshot
     assert rows(tmp_path, "SELECT count(*) FROM scores") == [(12,)]
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["run-1.json", "run-2.json"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["run-1", "run-2"]
 
 
 def test_the_catalog_file_answers_like_a_connection(published_root: Path) -> None:
     with duckdb.connect(str(published_root / "catalog.duckdb"), read_only=True) as catalog:
-        for view in (*VIEWS, "shards"):
+        for view in (*VIEWS, *LOADED):
             statement = f"SELECT count(*) FROM {view}"
             assert catalog.execute(statement).fetchall() == rows(published_root, statement)
     assert not list(published_root.glob(".*"))
@@ -264,50 +300,11 @@ def test_hostile_ids_and_captions_survive(tmp_path: Path) -> None:
     assert rows(tmp_path, "SELECT DISTINCT caption FROM queries") == [(captions[0],)]
 
 
-PAIRS = st.dictionaries(
-    st.tuples(st.sampled_from(["q1", "q'2", "q 3"]), st.integers(0, 2**40)),
-    st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-300]) | st.floats(allow_nan=False),
-    min_size=1,
-    max_size=30,
-)
-
-
-@settings(max_examples=20, deadline=None)
-@given(PAIRS, st.integers(1, 4))
-def test_rank_labels_follow_the_scores(
-    tmp_path_factory: pytest.TempPathFactory, pairs: dict[tuple[str, int], float], parts: int
-) -> None:
-    folder = tmp_path_factory.mktemp("ranks")
-    table: list[dict[str, object]] = [
-        {"query_id": query_id, "train_id": train_id, "score": score} for (query_id, train_id), score in pairs.items()
-    ]
-    for number in range(parts):
-        write_table(part(folder, number), tables.SCORES, table[number::parts])
-    write_ranks(folder, folder / "ranks.parquet")
-    expected = []
-    for query_id in sorted({query_id for query_id, _ in pairs}):
-        mine = [(train_id, score) for (owner, train_id), score in pairs.items() if owner == query_id]
-        ids, values = np.array([train for train, _ in mine]), np.array([score for _, score in mine])
-        for position, row in enumerate(np.lexsort((ids, -values)), start=1):
-            expected.append((query_id, int(ids[row]), float(values[row]), position, np.float32(position / len(mine))))
-    found = tables.read(folder / "ranks.parquet", tables.RANKS)
-    assert [tuple(row.values()) for row in found.to_pylist()] == expected
-
-
-def test_equal_scores_are_ranked_by_train_id(tmp_path: Path) -> None:
-    table: list[dict[str, object]] = [{"query_id": "q", "train_id": n, "score": 1.0} for n in (9, 2, 5)]
-    write_table(part(tmp_path, 0), tables.SCORES, table)
-    write_ranks(tmp_path, tmp_path / "ranks.parquet")
-    found: pa.Table = tables.read(tmp_path / "ranks.parquet", tables.RANKS)
-    assert found["train_id"].to_pylist() == [2, 5, 9]
-    assert found["rank"].to_pylist() == [1, 2, 3]
-
-
 READER = """
 import json, sys
 from pathlib import Path
 import duckdb
-from storage_schemas.catalog import query
+from storage_schemas.views import query
 
 root, stop = Path(sys.argv[1]), Path(sys.argv[2])
 counts, reads = set(), 0
@@ -324,7 +321,8 @@ print(json.dumps({"counts": sorted(counts), "reads": reads}))
 
 def test_readers_never_fail_while_runs_are_published(tmp_path: Path) -> None:
     root, stop = tmp_path / "workspace", tmp_path / "stop"
-    runs = [publish_run(root, "run-1"), publish_run(root, "run-2", samples=10)]
+    for run, samples in (("run-1", 4), ("run-2", 10)):
+        publish_run(root, run, samples=samples)
     reader = subprocess.Popen(
         [sys.executable, "-c", READER, str(root), str(stop)],
         cwd=ROOT,
@@ -336,7 +334,7 @@ def test_readers_never_fail_while_runs_are_published(tmp_path: Path) -> None:
         assert reader.stdout is not None
         assert reader.stdout.readline() == "reading\n"
         for number in range(20):
-            publish(Workspace(root), runs[number % 2])
+            publish_runs(Workspace(root), [f"run-{number % 2 + 1}"])
         stop.touch()
         output, errors = reader.communicate(timeout=60)
     finally:

@@ -1,0 +1,164 @@
+"""Commands that look after the score store: publish, verify, retry, compact."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastgda_core.errors import UsageError
+
+DEMO_FOLDER = Path("demo")
+DEFAULT_WORKSPACE = str(DEMO_FOLDER / "workspace")
+WorkspaceOption = Annotated[str, typer.Option(help="Folder or URL of the workspace.", envvar="FASTGDA_WORKSPACE")]
+RunArgument = Annotated[str, typer.Argument(help='The run\'s name; see `fastgda sql "SELECT run, state FROM runs"`.')]
+
+out = Console()
+ledger_app = typer.Typer(name="ledger", help="The ledger of runs and score shards.", no_args_is_help=True)
+
+
+@ledger_app.command()
+def rebuild(workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
+    """Write the ledger of every run anew, from its plan, manifests and attempt records.
+
+    Example: `fastgda ledger rebuild`
+    """
+    from storage_schemas.ledger import rebuild_ledgers
+    from storage_schemas.workspace import Workspace
+
+    started = time.monotonic()
+    shards = rebuild_ledgers(Workspace.at(workspace))
+    say(f"{len(shards)} runs, {sum(shards.values()):,} shards, {time.monotonic() - started:.1f} s")
+
+
+def retry(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
+    """Only what a run lacks: shards that failed, were quarantined or were never reached, then all that follows.
+
+    Example: `fastgda retry openmoji-1b2c3d4e5f`
+    """
+    from flows.main import print_summary
+    from flows.pipeline import attribution_pipeline
+    from storage_schemas.ledger import read_run
+    from storage_schemas.workspace import Workspace
+    from tasks.config import PipelineConfig
+
+    place = Workspace.at(workspace)
+    record = read_run(place, run)
+    if "teacher" not in record.config:
+        raise UsageError(f"run {run} was imported: its scores cannot be made again here; import its file once more")
+    # The folder given, not the one that the run was planned in: it may be mounted elsewhere now.
+    config = PipelineConfig.model_validate({**record.config, "workspace": str(place.root)})
+    summary = attribution_pipeline(config)
+    print_summary(summary)
+    if summary.run != run:
+        raise UsageError(
+            f"the data or the model of run {run} changed since it was planned: run {summary.run} was made instead"
+        )
+
+
+def publish(
+    runs: Annotated[list[str], typer.Argument(help="A later run's queries replace the same queries of earlier ones.")],
+    add: Annotated[bool, typer.Option("--add", help="Beside the runs that are published already.")] = False,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+) -> None:
+    """Make the rows of some finished runs what readers see, in one step.
+
+    Example: `fastgda publish --add coco-2b3c4d5e6f`
+    """
+    from storage_schemas.snapshots import publish_runs, read_published, read_snapshot
+    from storage_schemas.workspace import Workspace
+
+    place = Workspace.at(workspace)
+    before = read_snapshot(place, read_published(place).snapshot).runs if add else []
+    published = publish_runs(place, [name for name in before if name not in runs] + runs)
+    snapshot = read_snapshot(place, published.snapshot)
+    say(f"published {snapshot.snapshot}: {snapshot.rows:,} rows of {snapshot.queries:,} queries")
+    if published.head is None:
+        say("its rank head is not trained yet: `attribute` answers again after the next training run")
+
+
+def retract(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
+    """Take a run's rows out of what readers see; its files stay.
+
+    Example: `fastgda retract coco-2b3c4d5e6f`
+    """
+    from storage_schemas.snapshots import retract_run
+    from storage_schemas.workspace import Workspace
+
+    published = retract_run(Workspace.at(workspace), run)
+    say(f"published now: {published.snapshot}" if published else "nothing is published now")
+
+
+def compact(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
+    """Rank labels of a finished run, in a few large sorted files; publishing does this too.
+
+    Example: `fastgda compact coco-2b3c4d5e6f`
+    """
+    from storage_schemas.compaction import compact as compact_run
+    from storage_schemas.ledger import read_run
+    from storage_schemas.workspace import Workspace
+    from tasks.progress import stage
+
+    place = Workspace.at(workspace)
+    with stage("rank labels", read_run(place, run).pairs) as advance:
+        parts = compact_run(place, run, advance=advance)
+    say(f"{sum(part.rows for part in parts):,} rows in {len(parts)} files")
+
+
+def vacuum(
+    hours: Annotated[float, typer.Option("--older-than", min=0.0, help="Hours; what is younger stays.")] = 24.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+) -> None:
+    """Delete score shards whose rows lie in large files, and what nothing refers to.
+
+    Example: `fastgda vacuum --dry-run`
+    """
+    from storage_schemas.compaction import vacuum as vacuum_files
+    from storage_schemas.workspace import Workspace
+
+    gone = vacuum_files(Workspace.at(workspace), older_than=timedelta(hours=hours), dry_run=dry_run)
+    say(f"{len(gone):,} files {'would be ' if dry_run else ''}deleted")
+
+
+def verify(workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
+    """Read every committed file and compare it with its checksum; damaged ones are quarantined. Exit code 1 then.
+
+    Example: `fastgda verify`
+    """
+    from storage_schemas.ledger import run_names
+    from storage_schemas.verify import committed_files, duplicated_pairs
+    from storage_schemas.verify import verify as verify_files
+    from storage_schemas.workspace import Workspace
+    from tasks.progress import stage
+
+    place = Workspace.at(workspace)
+    files = len(committed_files(place))
+    with stage("checksums", files) as advance:
+        damages = verify_files(place, advance=advance)
+    twice = {run: count for run in run_names(place) if (count := duplicated_pairs(place, run))}
+    if not damages and not twice:
+        say(f"{files:,} files are what their manifests say; every pair occurs once")
+        return
+    table = Table("what is wrong")
+    table.add_column("file", overflow="fold", ratio=1)
+    table.add_column("moved to", overflow="fold", ratio=1)
+    for damage in damages:
+        table.add_row(damage.reason, damage.path, damage.moved_to)
+    out.print(table)
+    for run, count in twice.items():
+        say(f"run {run}: {count:,} pairs occur more than once")
+    say("`fastgda retry RUN` makes damaged score shards again, `fastgda run CONFIG` everything else")
+    raise typer.Exit(1)
+
+
+def say(text: str) -> None:
+    out.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+store_commands = (retry, publish, retract, compact, vacuum, verify)

@@ -1,0 +1,290 @@
+"""Thousands of small score shards become a few large files of rank labels, sorted by query and rank.
+
+A part holds all rows of some queries, is named after the shards that it was made from, and is never changed. The list
+of a run's parts (`compaction.json`) replaces its shards in one rename, and no shard is deleted before `vacuum`, so a
+reader sees each row once, from the old files or from the new, and a crash leaves parts that the next start finds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage_schemas import tables
+from storage_schemas.commit import commit, committed, input_key, manifest_path, read_manifest
+from storage_schemas.database import duckdb_type, file_list, literal, open_database
+from storage_schemas.errors import StoreError
+from storage_schemas.files import AnyPath, file_sha256, matching, remove, write_atomically
+from storage_schemas.ledger import (
+    Compaction,
+    Part,
+    ShardState,
+    read_compaction,
+    read_ledger,
+    run_names,
+    write_ledger,
+)
+from storage_schemas.workspace import Workspace
+
+PART_ROWS = 4_000_000
+MEMORY_GIGABYTES = 3.0  # of all threads together; what does not fit is spilled
+_WRITER = "FORMAT parquet, COMPRESSION zstd, PARQUET_VERSION v2, DICTIONARY_SIZE_LIMIT 2000"
+# Columns of numbers are not worth a dictionary, and trying one costs a fifth of the time; query_id is far below.
+
+
+class RunUnfinished(StoreError):
+    """Some score shards of the run are not committed."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Queries that will lie in one part, by query_id, each with its block and its rows."""
+
+    number: int
+    queries: list[tuple[str, int, int]]
+
+    @property
+    def rows(self) -> int:
+        return sum(pairs for _, _, pairs in self.queries)
+
+
+def compact(
+    workspace: Workspace,
+    run: str,
+    *,
+    without: frozenset[str] = frozenset(),
+    part_rows: int = PART_ROWS,
+    threads: int | None = None,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> list[Part]:
+    """Rank labels of all rows of a finished run, in large sorted files; what is there already is reused.
+
+    rank 1 = highest score of the query, ties by train_id; rank_label = rank / candidates of the query.
+
+    Args:
+        without: queries whose rows are left out; such parts serve a snapshot only, not the run.
+        advance: called with the rows of each part when it is there.
+
+    Raises:
+        RunUnfinished: shards are missing, or hold other rows than planned.
+    """
+    ledger = read_ledger(workspace, run)
+    state = dict(zip(ledger["shard"].to_pylist(), ledger["state"].to_pylist(), strict=True))
+    open_shards = sorted(shard for shard, is_ in state.items() if is_ != ShardState.done)
+    if open_shards:
+        raise RunUnfinished(
+            f"run {run}: {len(open_shards)} of {len(state)} score shards are not done "
+            f"(first: {open_shards[0]}): `fastgda retry {run}` computes them"
+        )
+    shards = _shards_by_block(workspace, run)
+    groups = list(_groups(workspace, run, without, part_rows))
+    workers = threads or os.cpu_count() or 1
+
+    def build(group: _Group) -> Part:
+        part = _build(workspace, run, group, shards, MEMORY_GIGABYTES / workers)
+        advance(part.rows)
+        return part
+
+    # One thread a part: DuckDB's own threads gain less here, as rows that must stay in order are written by one.
+    with ThreadPoolExecutor(workers) as pool:
+        parts = list(pool.map(build, groups))
+    if not without and read_compaction(workspace, run) != Compaction(parts=parts):
+        content = Compaction(parts=parts).model_dump_json(indent=2).encode() + b"\n"
+        write_atomically(workspace.compaction(run), content)
+    return parts
+
+
+def _shards_by_block(workspace: Workspace, run: str) -> dict[int, list[int]]:
+    plan = tables.read(workspace.plan_shards(run), tables.PLAN_SHARDS).to_pydict()
+    found: dict[int, list[int]] = {}
+    for shard, block in zip(plan["shard"], plan["query_block"], strict=True):
+        found.setdefault(block, []).append(shard)
+    return found
+
+
+def _groups(workspace: Workspace, run: str, without: frozenset[str], part_rows: int) -> Iterator[_Group]:
+    """All queries but those `without`, by query_id, in groups of about `part_rows` rows."""
+    planned = tables.read(workspace.plan_queries(run), tables.PLAN_QUERIES).sort_by("query_id").to_pylist()
+    rows, number = 0, 0
+    group: list[tuple[str, int, int]] = []
+    for query in planned:
+        # Where a part ends depends on all queries of the run, so that leaving some out touches only their parts.
+        if rows and rows + query["pairs"] > part_rows:
+            if group:
+                yield _Group(number, group)
+            rows, number, group = 0, number + 1, []
+        rows += query["pairs"]
+        if query["query_id"] not in without and query["pairs"]:
+            group.append((query["query_id"], query["query_block"], query["pairs"]))
+    if group:
+        yield _Group(number, group)
+
+
+def _build(workspace: Workspace, run: str, group: _Group, shards: dict[int, list[int]], memory: float) -> Part:
+    """One part, made unless it is there."""
+    numbers = sorted({shard for _, block, _ in group.queries for shard in shards[block]})
+    manifests = {shard: read_manifest(workspace.score_shard(run, shard)) for shard in numbers}
+    content = [(shard, manifest.sha256) for shard, manifest in manifests.items() if manifest]
+    key = input_key("ranks", run, group.queries, content)
+    path = workspace.ranks(run) / f"part-{group.number:05d}-{key}.parquet"
+    manifest = committed(path, key)
+    if manifest is None:
+        started = time.monotonic()
+
+        def write(temporary: Path) -> None:
+            _write_ranks(workspace, run, group, shards, temporary, memory)
+            ranks = pq.read_table(temporary, columns=["rank"], partitioning=None)["rank"].to_numpy()
+            if len(ranks) != group.rows:
+                raise RunUnfinished(f"run {run}: {path.name} would hold {len(ranks)} rows, its plan says {group.rows}")
+            # No database promises the order of what it writes; everything that reads parts relies on it.
+            planned = np.concatenate([np.arange(1, pairs + 1) for _, _, pairs in group.queries])
+            if not np.array_equal(ranks, planned):
+                raise RunUnfinished(
+                    f"run {run}: its shards do not hold the planned number of candidates of each query: "
+                    "`fastgda verify`, then `fastgda retry`"
+                )
+
+        manifest = commit(path, write, key=key, rows=group.rows, started=started)
+    return Part(
+        run=run,
+        path=workspace.relative(path),
+        rows=manifest.rows,
+        queries=len(group.queries),
+        first_query=group.queries[0][0],
+        last_query=group.queries[-1][0],
+        sha256=manifest.sha256,
+    )
+
+
+def _write_ranks(
+    workspace: Workspace, run: str, group: _Group, shards: dict[int, list[int]], destination: Path, memory: float
+) -> None:
+    with open_database(workspace, memory_gigabytes=memory, threads=1) as connection:
+        query_ids, _, pairs = zip(*group.queries, strict=True)
+        starts = [0, *itertools.accumulate(pairs[:-1])]
+        numbers = pa.array(range(len(pairs)), pa.int32())
+        planned = pa.table({"query_id": query_ids, "number": numbers, "pairs": pairs, "start": starts})
+        connection.register("given", planned)
+        connection.execute("CREATE TABLE planned AS SELECT * FROM given")
+        # The rows stream past `planned` in their order, however few they are.
+        connection.execute("SET disabled_optimizers = 'join_order,build_side_probe_side'")
+        sources = " UNION ALL ".join(_sources(workspace, run, group, shards, connection))
+        values = {"rank": "place - start", "rank_label": "(place - start) / pairs"}
+        columns = ", ".join(
+            f"{values.get(field.name, field.name)}::{duckdb_type(field.type)} AS {field.name}"
+            for field in tables.RANKS.schema
+        )
+        # One sort: the place in all rows less the place where the query starts is the rank. Numbers stand for the
+        # queries in it, which compare faster than text.
+        connection.execute(f"""
+            COPY (
+                SELECT {columns} FROM (
+                    SELECT number, train_id, score,
+                           row_number() OVER (ORDER BY number, score DESC, train_id) AS place
+                    FROM ({sources}) JOIN planned USING (query_id)
+                ) JOIN planned USING (number)
+            ) TO {literal(str(destination))}
+            ({_WRITER}, KV_METADATA {{schema_version: {literal(tables.SCHEMA_VERSION)}}})
+        """)
+
+
+def _sources(
+    workspace: Workspace, run: str, group: _Group, shards: dict[int, list[int]], connection: duckdb.DuckDBPyConnection
+) -> Iterator[str]:
+    """Where the group's rows lie: in shards, or, for queries whose shards are vacuumed, in earlier parts."""
+    raw: list[AnyPath] = []
+    from_parts: list[str] = []
+    whole: dict[int, bool] = {}
+    for query_id, block, _ in group.queries:
+        if block not in whole:
+            paths = [workspace.score_shard(run, shard) for shard in shards[block]]
+            whole[block] = all(path.exists() for path in paths)
+            raw += paths if whole[block] else []
+        if not whole[block]:
+            from_parts.append(query_id)
+    if raw:
+        chosen = ""
+        if from_parts:  # a shard may hold rows of queries that come from a part
+            connection.execute("CREATE TABLE elsewhere AS SELECT unnest(?) AS query_id", [from_parts])
+            chosen = " WHERE query_id NOT IN (FROM elsewhere)"
+        yield f"SELECT query_id, train_id, score FROM read_parquet({file_list(raw)}){chosen}"
+    if from_parts:
+        compaction = read_compaction(workspace, run)
+        held = [
+            workspace.file(part.path)
+            for part in (compaction.parts if compaction else [])
+            if any(part.first_query <= query_id <= part.last_query for query_id in from_parts)
+        ]
+        connection.execute("CREATE TABLE vacuumed AS SELECT unnest(?) AS query_id", [from_parts])
+        yield (
+            f"SELECT query_id, train_id, score FROM read_parquet({file_list(held)}) WHERE query_id IN (FROM vacuumed)"
+        )
+
+
+def vacuum(workspace: Workspace, *, older_than: timedelta, dry_run: bool = False) -> list[AnyPath]:
+    """Delete what nothing refers to any more; manifests stay, as the ledger counts by them.
+
+    That is: score shards of runs whose rows lie in parts, unless a lake has them, parts that no snapshot and no
+    compaction names, and temporary files of processes that died. Only files that are older than `older_than` go: a
+    reader that started before the compaction may still look at the shards.
+    """
+    before = datetime.now(UTC) - older_than
+    doomed = [path for path in _unreferenced(workspace) if _older(path, before)]
+    if not dry_run:
+        for path in doomed:
+            if isinstance(path, Path) and path.is_dir():  # where a process that died had spilled
+                shutil.rmtree(path)
+                continue
+            remove(path)
+            if path.parent.parent.name == "ranks":
+                remove(manifest_path(path))
+        for run in run_names(workspace):
+            write_ledger(workspace, run)
+    return doomed
+
+
+def _unreferenced(workspace: Workspace) -> Iterator[AnyPath]:
+    named = set()
+    if isinstance(workspace.root, Path):
+        yield from matching(workspace.root, "**/.*")  # ours are hidden until they are whole
+    for path in matching(workspace.root / "snapshots", "*.json"):
+        named |= {part["path"] for part in _json(path)["parts"]}
+    for run in run_names(workspace):
+        compaction = read_compaction(workspace, run)
+        if compaction is not None:
+            named |= {part.path for part in compaction.parts}
+            parts_whole = all(_whole(workspace.file(part.path), part.sha256) for part in compaction.parts)
+            if parts_whole and not workspace.lake_marker(run).exists():
+                yield from matching(workspace.scores(run), "part-*.parquet")
+        yield from (
+            path for path in matching(workspace.ranks(run), "part-*.parquet") if workspace.relative(path) not in named
+        )
+
+
+def _whole(path: AnyPath, sha256: str) -> bool:
+    return path.exists() and file_sha256(path) == sha256
+
+
+def _json(path: AnyPath) -> dict[str, Any]:
+    return dict(json.loads(path.read_bytes()))
+
+
+def _older(path: AnyPath, instant: datetime) -> bool:
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC) < instant
+    except FileNotFoundError:  # a temporary file that was renamed meanwhile
+        return False

@@ -1,0 +1,106 @@
+"""DuckDB in memory over the files of a workspace: a connection, and how paths and types are written in its SQL."""
+
+from __future__ import annotations
+
+import glob
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from storage_schemas.files import FULL_DISK, AnyPath
+from storage_schemas.workspace import Workspace
+
+_NO_EXTENSIONS = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
+
+
+def new_connection(
+    workspace: Workspace,
+    *,
+    memory_gigabytes: float | None = None,
+    threads: int | None = None,
+    spill: str = "",
+    database: str = ":memory:",
+) -> duckdb.DuckDBPyConnection:
+    """A database that can read the workspace, wherever it lies. Without `spill` nothing is written to disk."""
+    config: dict[str, str | bool | int | float | list[str]] = {**_NO_EXTENSIONS, "temp_directory": spill}
+    if memory_gigabytes is not None:
+        config["memory_limit"] = f"{memory_gigabytes * 1000:.0f}MB"
+    if threads is not None:
+        config["threads"] = threads
+    connection = duckdb.connect(database, config=config)
+    connection.execute("SET enable_progress_bar = false")  # it would stand between the rows that a command prints
+    if not isinstance(workspace.root, Path):
+        connection.register_filesystem(workspace.root.fs)
+    return connection
+
+
+@contextmanager
+def open_database(
+    workspace: Workspace, *, memory_gigabytes: float, threads: int
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection for work that may be larger than memory: it spills beside the workspace's files."""
+    local = workspace.root if isinstance(workspace.root, Path) else None
+    with tempfile.TemporaryDirectory(prefix=".spill-", dir=local) as spill:
+        connection = new_connection(workspace, memory_gigabytes=memory_gigabytes, threads=threads, spill=spill)
+        try:
+            yield connection
+        except duckdb.IOException as error:
+            # DuckDB's errors carry no number.
+            for number in FULL_DISK:
+                if os.strerror(number) in str(error):
+                    raise OSError(number, os.strerror(number)) from error
+            raise
+        finally:
+            connection.close()
+
+
+def location(path: AnyPath) -> str:
+    """A path or URL as it stands, for DuckDB."""
+    return str(path) if isinstance(path, Path) else f"{path.protocol}://{path.path.lstrip('/')}"
+
+
+def literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def file_list(paths: Iterable[AnyPath]) -> str:
+    """SQL list of files whose names are taken as they stand, brackets and stars included."""
+    return "[" + ", ".join(literal(glob.escape(location(path))) for path in paths) + "]"
+
+
+def parts_glob(folder: AnyPath) -> str:
+    """SQL literal of all parts of a folder, whose own name is taken as it stands."""
+    return literal(f"{glob.escape(location(folder))}/part-*.parquet")
+
+
+def allowed_folders(root: AnyPath) -> str:
+    """SQL list of the one folder that may be read."""
+    # Paths are compared before globs are resolved: the root is named both as it stands and as views write it.
+    place = location(root)
+    return "[" + ", ".join(literal(f"{name}/") for name in sorted({place, glob.escape(place)})) + "]"
+
+
+_TYPES = {
+    pa.string(): "VARCHAR",
+    pa.binary(): "BLOB",
+    pa.bool_(): "BOOLEAN",
+    pa.int64(): "BIGINT",
+    pa.int32(): "INTEGER",
+    pa.float64(): "DOUBLE",
+    pa.float32(): "FLOAT",
+    pa.timestamp("us", tz="UTC"): "TIMESTAMPTZ",
+}
+
+
+def duckdb_type(arrow: pa.DataType) -> str:
+    return f"{duckdb_type(arrow.value_type)}[]" if pa.types.is_list(arrow) else _TYPES[arrow]
+
+
+def half_the_memory() -> float:
+    """Gigabytes that a person's SQL may take unless told otherwise: half of the machine's."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2e9

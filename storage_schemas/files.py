@@ -1,0 +1,178 @@
+"""Bytes on a local disk or in an object store: whole or absent, and durable when the call returns.
+
+A local file is written under a hidden name, fsynced and then renamed or linked to its own; an object is one PUT,
+which stores show whole or not at all. `AnyPath` is a `pathlib.Path` on disk and a `upath.UPath` for any other URL
+that fsspec knows (`s3://bucket/workspace`, options from the environment, as the store's own client takes them).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+from upath import UPath
+
+AnyPath: TypeAlias = Path | UPath
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+def any_path(location: str | AnyPath) -> AnyPath:
+    """A folder by its path, or by its URL where it has a scheme."""
+    if isinstance(location, str) and "://" in location:
+        found = UPath(location, use_listings_cache=False)  # others write there too
+        return found if not isinstance(found, Path) else Path(found.path)
+    return location if isinstance(location, (Path, UPath)) else Path(location)
+
+
+def file_sha256(path: AnyPath) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # any binary file
+
+
+def write_atomically(path: AnyPath, content: bytes) -> None:
+    """Replace a small file in one step."""
+    replace(path, content)
+    sync_folders([path])
+
+
+def replace(path: AnyPath, content: bytes) -> None:
+    """As `write_atomically`, except that the folder's entry is durable only after `sync_folders`."""
+    if isinstance(path, Path):
+        with _written(path, content) as temporary:
+            temporary.replace(path)
+    else:
+        path.fs.pipe_file(path.path, bytes(content))
+
+
+def create(path: AnyPath, content: bytes) -> bool:
+    """Write a file that is not there yet; False, and nothing is changed, where it is. The first of several wins.
+
+    The folder's entry is durable after `sync_folders`.
+    """
+    if isinstance(path, Path):
+        with _written(path, content) as temporary:
+            try:
+                os.link(temporary, path)  # unlike a rename, it fails where the name is taken
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
+                    raise
+                # A file system without hard links: two that come in the same instant leave the later one.
+                if path.exists():
+                    return False
+                temporary.replace(path)
+        return True
+    try:
+        path.fs.pipe_file(path.path, bytes(content), mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
+def replace_through(path: AnyPath, write: Callable[[Path], None], look: Callable[[Path], None]) -> None:
+    """Replace a file by what `write` puts at a local path; `look` sees the finished file before it takes the name."""
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(path)
+        try:
+            with _full_disk_explained(path):
+                write(temporary)
+                look(temporary)
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / path.name
+        write(local)
+        look(local)
+        path.fs.put_file(str(local), path.path)
+
+
+def sync_folders(paths: Iterable[AnyPath]) -> None:
+    """Make the entries of these files in their folders durable, each folder once."""
+    for folder in {path.parent for path in paths if isinstance(path, Path)}:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def matching(folder: AnyPath, pattern: str) -> list[AnyPath]:
+    """The files below a folder that match a glob, by name; none where there is no folder.
+
+    Hidden ones, which are in the making or were left by a crash, are found by a pattern for hidden names only.
+    """
+    hidden = pattern.rsplit("/", 1)[-1].startswith(".")
+    return sorted((path for path in folder.glob(pattern) if path.name.startswith(".") == hidden), key=str)
+
+
+def move(old: AnyPath, new: AnyPath) -> None:
+    """Give a file another name in the same workspace, if it is there."""
+    try:
+        if isinstance(old, UPath):
+            old.fs.mv(old.path, new.path if isinstance(new, UPath) else str(new))
+        else:
+            new.parent.mkdir(parents=True, exist_ok=True)
+            old.replace(str(new))
+    except FileNotFoundError:
+        return
+
+
+def remove(path: AnyPath) -> None:
+    """Delete a file, if it is there."""
+    path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _written(path: Path, content: bytes) -> Iterator[Path]:
+    """A durable file under a hidden name beside `path`, gone afterwards."""
+    temporary = _temporary(path)
+    try:
+        with _full_disk_explained(path):
+            try:
+                handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            except FileNotFoundError:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            with os.fdopen(handle, "wb", buffering=0) as file:
+                view = memoryview(content)
+                while view:  # one write() takes 2 GiB at most
+                    view = view[file.write(view) :]
+                os.fsync(handle)
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _full_disk_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        what = os.strerror(error.errno)
+        raise OSError(
+            error.errno, f"{what}: make room and start the same command again; what is finished is kept", str(path)
+        ) from error
+
+
+def _temporary(path: Path) -> Path:
+    # Hidden, so that no glob for the final name sees it; the suffix stays, as writers go by it. Host and thread, as
+    # several hosts may share the folder.
+    return path.with_name(f".{_HOST}-{os.getpid()}-{threading.get_ident()}-{path.name}")
+
+
+_HOST = os.uname().nodename[:32]

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from storage_schemas import tables
+from storage_schemas.compaction import RunUnfinished, vacuum
+from storage_schemas.errors import StoreError
+from storage_schemas.ledger import UnknownRun, read_compaction
+from storage_schemas.snapshots import (
+    CannotPublish,
+    NotPublished,
+    publish_runs,
+    read_published,
+    read_ranks,
+    read_snapshot,
+    retract_run,
+    write_published,
+)
+from storage_schemas.views import query
+from storage_schemas.workspace import Workspace
+from tests.storage_schemas.workspaces import commit_shard, finish_run, plan_run, publish_run
+
+
+def scores(root: Path, source: str = "scores") -> dict[str, list[float]]:
+    """Scores of each query by train_id."""
+    rows = query(root, f"SELECT query_id, list(score ORDER BY train_id) AS s FROM {source} GROUP BY query_id")
+    return dict(zip(rows["query_id"].to_pylist(), rows["s"].to_pylist(), strict=True))
+
+
+OLD, NEW = [0.0, 1.0, 2.0, 0.0], [100.0, 101.0, 102.0, 100.0]
+
+
+def test_a_later_run_adds_queries_and_replaces_those_that_it_scored_again(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    publish_run(tmp_path, "first", queries=("q0", "q1", "q2"))
+    finish_run(tmp_path, "second", queries=("q1", "q9"), shift=100.0)
+    assert scores(tmp_path) == {"q0": OLD, "q1": OLD, "q2": OLD}
+    published = publish_runs(workspace, ["first", "second"])
+    assert scores(tmp_path) == {"q0": OLD, "q1": NEW, "q2": OLD, "q9": NEW}
+    snapshot = read_snapshot(workspace, published.snapshot)
+    assert (snapshot.runs, snapshot.rows, snapshot.queries) == (["first", "second"], 16, 4)
+    ranked = query(
+        tmp_path, "SELECT query_id, max(rank) AS r, max(rank_label) AS l FROM ranks GROUP BY ALL"
+    ).to_pylist()
+    assert all((row["r"], row["l"]) == (4, 1.0) for row in ranked) and len(ranked) == 4
+    assert scores(tmp_path, "run_scores WHERE run = 'first'") == {"q0": OLD, "q1": OLD, "q2": OLD}
+    assert {row["query_id"] for row in query(tmp_path, "SELECT query_id FROM queries").to_pylist()} == {
+        "q0",
+        "q1",
+        "q2",
+        "q9",
+    }
+
+
+def test_a_retracted_runs_rows_go_and_those_that_it_replaced_come_back(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    before = publish_run(tmp_path, "first", queries=("q0", "q1"))
+    finish_run(tmp_path, "second", queries=("q1", "q9"), shift=100.0)
+    publish_runs(workspace, ["first", "second"])
+    left = retract_run(workspace, "second")
+    assert left is not None and left.snapshot == before.snapshot
+    assert scores(tmp_path) == {"q0": OLD, "q1": OLD}
+    with pytest.raises(NotPublished, match="run second is not published; the published snapshot holds: first"):
+        retract_run(workspace, "second")
+    assert retract_run(workspace, "first") is None
+    with pytest.raises(NotPublished):
+        read_published(workspace)
+    assert scores(tmp_path) == {}
+    assert scores(tmp_path, "run_scores WHERE run = 'second'") == {"q1": NEW, "q9": NEW}
+
+
+def test_a_part_without_replaced_queries_can_be_made_when_the_shards_are_gone(tmp_path: Path) -> None:
+    from datetime import timedelta
+
+    workspace = Workspace(tmp_path)
+    publish_run(tmp_path, "first", queries=("q0", "q1", "q2"))
+    assert len(vacuum(workspace, older_than=timedelta(0))) == 3
+    assert scores(tmp_path) == {"q0": OLD, "q1": OLD, "q2": OLD}
+    finish_run(tmp_path, "second", queries=("q1",), shift=100.0)
+    publish_runs(workspace, ["first", "second"])
+    assert scores(tmp_path) == {"q0": OLD, "q1": NEW, "q2": OLD}
+
+
+def test_publishing_the_same_rows_again_changes_nothing_and_keeps_what_stands_on_them(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    first = publish_run(tmp_path)
+    served = first.model_copy(update={"head": "heads/h", "index": "indexes/i"})
+    write_published(workspace, served)
+    parts = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("ranks/*/*")}
+    assert publish_runs(workspace, ["run-1"]) == served
+    assert parts == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("ranks/*/*")}
+
+
+def test_a_head_is_not_served_over_rows_that_it_never_saw(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    first = publish_run(tmp_path, "first")
+    write_published(workspace, first.model_copy(update={"head": "heads/h", "index": "indexes/i"}))
+    finish_run(tmp_path, "second", queries=("q9",))
+    assert publish_runs(workspace, ["first", "second"]).head is None
+
+
+def test_a_snapshots_name_and_rows_never_change(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    first = publish_run(tmp_path, "first")
+    rows = read_ranks(workspace, first.snapshot)
+    finish_run(tmp_path, "second", queries=("q0",), shift=100.0)
+    second = publish_runs(workspace, ["first", "second"])
+    assert second.snapshot != first.snapshot
+    assert read_ranks(workspace, first.snapshot).equals(rows)
+    assert read_ranks(workspace, first.snapshot, ["q2", "no such query"])["query_id"].to_pylist() == ["q2"] * 4
+    compaction = read_compaction(workspace, "first")
+    assert compaction is not None and compaction.parts == read_snapshot(workspace, first.snapshot).parts
+
+
+def test_an_unfinished_run_is_not_published(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    first = publish_run(tmp_path, "first")
+    plan_run(tmp_path, "second")
+    commit_shard(tmp_path, "second", 1, "q1")
+    with pytest.raises(
+        RunUnfinished, match=r"run second: 2 of 3 score shards are not done \(first: 0\).*fastgda retry"
+    ):
+        publish_runs(workspace, ["second"])
+    assert read_published(workspace) == first
+
+
+def test_runs_over_different_data_do_not_stand_in_one_snapshot(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    publish_run(tmp_path, "first")
+    finish_run(tmp_path, "second", queries=("q9",), samples=5)
+    with pytest.raises(CannotPublish, match="a train_id would mean two images"):
+        publish_runs(workspace, ["first", "second"])
+
+
+def test_one_query_id_does_not_mean_two_images(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    publish_run(tmp_path, "first")
+    record = finish_run(tmp_path, "second", queries=("q0",))
+    assert record.queries is not None
+    path = workspace.file(record.queries)
+    rows = tables.read(path, tables.QUERIES).to_pylist()
+    table = tables.QUERIES.rows(**{name: [row[name] for row in rows] for name in tables.QUERIES.schema.names})
+    other = table.set_column(4, tables.QUERIES.schema.field(4), [["1" * 64]])
+    path.write_bytes(tables.QUERIES.encode(other, {}))
+    with pytest.raises(CannotPublish, match="query 'q0' of run second has another image"):
+        publish_runs(workspace, ["first", "second"])
+
+
+def test_an_unknown_run_is_named_with_those_that_there_are(tmp_path: Path) -> None:
+    publish_run(tmp_path, "first")
+    with pytest.raises(UnknownRun, match="has no run other; it has: first"):
+        publish_runs(Workspace(tmp_path), ["other"])
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"run": "r", "teacher": "t"}', b"\xff"])
+def test_what_another_release_published_is_refused_with_the_mend(tmp_path: Path, content: bytes) -> None:
+    publish_run(tmp_path)
+    (tmp_path / "current.json").write_bytes(content)
+    with pytest.raises(StoreError, match=r"another release: run `fastgda run CONFIG` again"):
+        query(tmp_path, "SELECT 1")
