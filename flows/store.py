@@ -1,9 +1,10 @@
-"""Commands that look after the score store: publish, verify, retry, compact."""
+"""Commands that look after the score store: publish, verify, retry, compact, export."""
 
 from __future__ import annotations
 
 import time
 from datetime import timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -157,8 +158,52 @@ def verify(workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
     raise typer.Exit(1)
 
 
+class ExportFormat(StrEnum):
+    parquet = "parquet"
+    datasets = "datasets"
+    release = "release"
+
+
+def export(
+    run: RunArgument,
+    output: Annotated[Path, typer.Option(help="File, or folder for `datasets`; it must not exist.")],
+    format: Annotated[
+        ExportFormat, typer.Option(help="One Parquet file, a Hugging Face folder, or the release's pickle.")
+    ] = ExportFormat.parquet,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+) -> None:
+    """One finished run as a single file or folder for other programs.
+
+    Example: `fastgda export coco-2b3c4d5e6f --output scores.parquet`
+    """
+    from storage_schemas.export import export_datasets, export_parquet
+    from storage_schemas.release import export_release
+    from storage_schemas.workspace import Workspace
+
+    write = {"parquet": export_parquet, "datasets": export_datasets, "release": export_release}[format]
+    write(Workspace.at(workspace), run, output)
+    say(f"run {run}: {output}")
+
+
+def import_release(
+    pickle: Annotated[Path, typer.Argument(help="`influence_train.pkl` of the FastGDA release.")],
+    name: Annotated[str, typer.Option(help="Name of the run.")] = "release",
+    teacher: Annotated[str, typer.Option(help="The method that made its scores.")] = "abu_plus",
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+) -> None:
+    """Scores of the FastGDA release as a run of this workspace; the pickle can hold arrays and nothing else.
+
+    Example: `fastgda import-release influence_train.pkl --name coco`
+    """
+    from storage_schemas.release import import_release as import_pickle
+    from storage_schemas.workspace import Workspace
+
+    run = import_pickle(Workspace.at(workspace), pickle, name=name, teacher=teacher)
+    say(f"run {run}; `fastgda publish {run}` shows it to readers")
+
+
 def say(text: str) -> None:
     out.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-store_commands = (retry, publish, retract, compact, vacuum, verify)
+store_commands = (retry, publish, retract, compact, vacuum, verify, export, import_release)
