@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgda_core.errors import UsageError
+from flows.lake import lake_app
 from flows.rows import (
     FormatOption,
     MemoryOption,
@@ -167,6 +168,7 @@ def train_demo_model(
 for command in store_commands:
     app.command()(command)
 app.add_typer(ledger_app)
+app.add_typer(lake_app)
 
 
 def print_summary(summary: Any) -> None:
