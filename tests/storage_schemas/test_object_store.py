@@ -1,0 +1,170 @@
+"""The same store in object stores: a real S3 API on loopback, and fsspec's store in memory."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from moto.server import ThreadedMotoServer
+
+from storage_schemas import tables
+from storage_schemas.commit import committed, manifest_path, read_manifest
+from storage_schemas.compaction import vacuum
+from storage_schemas.export import export_parquet
+from storage_schemas.files import AnyPath, any_path, create, file_sha256
+from storage_schemas.lake import Lake
+from storage_schemas.ledger import AttemptLog, ShardState, done_shards, read_ledger, rebuild_ledgers
+from storage_schemas.snapshots import publish_runs, read_published, retract_run
+from storage_schemas.verify import verify
+from storage_schemas.views import RefusedStatement, query
+from storage_schemas.workspace import Workspace
+from tests.storage_schemas.workspaces import commit_shard, finish_run, plan_run, shard_key
+
+RUN, SAMPLES = "run-1", 4
+QUERIES = ("q0", "it's [x] *", "q\n😀")
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    try:
+        yield f"http://{host}:{port}"
+    finally:
+        server.stop()
+
+
+@pytest.fixture(params=["s3", "memory"])
+def root(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AnyPath:
+    """An empty workspace."""
+    name = f"bucket-{uuid.uuid4().hex[:8]}"
+    if request.param == "memory":
+        return any_path(f"memory://{name}/workspace")
+    for variable, value in (
+        ("AWS_ENDPOINT_URL", request.getfixturevalue("endpoint")),
+        ("AWS_ACCESS_KEY_ID", "test"),
+        ("AWS_SECRET_ACCESS_KEY", "test"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(variable, value)
+    found = any_path(f"s3://{name}/workspace")
+    assert not isinstance(found, Path)
+    type(found.fs).clear_instance_cache()
+    found = any_path(f"s3://{name}/workspace")
+    assert not isinstance(found, Path)
+    found.fs.mkdir(name)
+    return found
+
+
+def counts(root: AnyPath, table: str = "scores") -> dict[str, tuple[int, float]]:
+    rows = query(root, f"SELECT query_id, count(*) AS n, sum(score) AS s FROM {table} GROUP BY ALL").to_pylist()
+    return {row["query_id"]: (row["n"], row["s"]) for row in rows}
+
+
+def test_a_run_is_scored_published_compacted_and_retracted(root: AnyPath) -> None:
+    workspace = Workspace.at(root)
+    plan_run(root, RUN, queries=QUERIES)
+    commit_shard(root, RUN, 1, QUERIES[1])
+    assert done_shards(workspace, RUN) == {1}
+    log = AttemptLog(workspace, RUN, worker="elsewhere:1")
+    log.record(0, ShardState.running, device="cuda:0")
+    log.record(0, ShardState.failed, device="cuda:0", error=MemoryError("out of memory"))
+    assert rebuild_ledgers(workspace) == {RUN: 3}
+    rows = query(root, "SELECT shard, state, attempts, error_class FROM shards ORDER BY shard").to_pylist()
+    assert [(row["state"], row["attempts"], row["error_class"]) for row in rows] == [
+        ("failed", 1, "MemoryError"),
+        ("done", 1, ""),
+        ("pending", 0, ""),
+    ]
+    assert counts(root, "run_scores") == {QUERIES[1]: (SAMPLES, 3.0)}
+    for number in (0, 2):
+        commit_shard(root, RUN, number, QUERIES[number])
+    publish_runs(workspace, [RUN])
+    whole = dict.fromkeys(QUERIES, (SAMPLES, 3.0))
+    assert counts(root) == whole
+    finish_run(root, "run-2", queries=("q0",), shift=10.0)
+    publish_runs(workspace, [RUN, "run-2"])
+    assert counts(root) == whole | {"q0": (SAMPLES, 43.0)}
+    assert len(vacuum(workspace, older_than=timedelta(0))) == 4
+    assert counts(root) == whole | {"q0": (SAMPLES, 43.0)}
+    retract_run(workspace, "run-2")
+    assert counts(root) == whole
+    assert set(read_ledger(workspace, RUN)["state"].to_pylist()) == {"done"}
+    assert verify(workspace) == []
+
+
+def test_the_first_of_two_that_finish_a_shard_wins(root: AnyPath) -> None:
+    path = root / "scores" / "file"
+    won: list[int] = []
+
+    def put(number: int) -> None:
+        if create(path, str(number).encode() * 100):
+            won.append(number)
+
+    threads = [threading.Thread(target=put, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1 and path.read_bytes() == str(won[0]).encode() * 100
+
+
+def test_a_shard_whose_manifest_was_never_put_is_adopted(root: AnyPath) -> None:
+    workspace = Workspace.at(root)
+    plan_run(root, RUN, queries=QUERIES)
+    commit_shard(root, RUN, 0, "q0")
+    path = workspace.score_shard(RUN, 0)
+    before = read_manifest(path)
+    manifest_path(path).unlink()
+    assert done_shards(workspace, RUN) == set()
+    commit_shard(root, RUN, 0, "q0")
+    after = committed(path, shard_key(RUN, 0))
+    assert before is not None and after is not None and after.sha256 == before.sha256 == file_sha256(path)
+
+
+def test_a_damaged_object_is_quarantined_and_made_again(root: AnyPath) -> None:
+    workspace = Workspace.at(root)
+    finish_run(root, RUN, queries=QUERIES)
+    publish_runs(workspace, [RUN])
+    shard = workspace.score_shard(RUN, 1)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(bytes(content))
+    damages = verify(workspace)
+    assert [damage.path for damage in damages] == ["scores/run-1/part-00001.parquet"]
+    assert workspace.file(damages[0].moved_to).read_bytes() == bytes(content)
+    assert query(root, "SELECT state FROM shards WHERE shard = 1")["state"].to_pylist() == ["quarantined"]
+    assert counts(root) == dict.fromkeys(QUERIES, (SAMPLES, 3.0))
+    commit_shard(root, RUN, 1, QUERIES[1])
+    publish_runs(workspace, [RUN])
+    assert verify(workspace) == []
+    assert counts(root) == dict.fromkeys(QUERIES, (SAMPLES, 3.0))
+
+
+def test_sql_reads_the_workspace_and_nothing_else(root: AnyPath, tmp_path: Path) -> None:
+    finish_run(root, RUN, queries=QUERIES)
+    publish_runs(Workspace.at(root), [RUN])
+    other = str(root).replace("/workspace", "/other/x.parquet")
+    any_path(other).write_bytes(tables.METRICS.encode(tables.METRICS.schema.empty_table(), {}))
+    for statement in (f"FROM read_parquet('{other}')", "FROM read_csv('/etc/passwd')"):
+        with pytest.raises(Exception, match="disabled by configuration"):
+            query(root, statement)
+    with pytest.raises(RefusedStatement):
+        query(root, f"COPY (SELECT 1) TO '{other}'")
+    assert read_published(Workspace.at(root)).run == RUN
+    export_parquet(Workspace.at(root), RUN, tmp_path / "out.parquet")
+    assert tables.read(tmp_path / "out.parquet", tables.RANKS).num_rows == len(QUERIES) * SAMPLES
+
+
+def test_a_lake_registers_objects(root: AnyPath, tmp_path: Path) -> None:
+    pytest.importorskip("duckdb_extension_ducklake", reason="needs the extra `lake`")
+    finish_run(root, RUN, queries=QUERIES)
+    lake = Lake(Workspace.at(root), f"sqlite:{tmp_path / 'lake.sqlite'}")
+    assert lake.add(RUN) == 3
+    rows = lake.query("SELECT query_id, count(*) AS n, sum(score) AS s FROM run_scores GROUP BY ALL").to_pylist()
+    assert {row["query_id"]: (row["n"], row["s"]) for row in rows} == dict.fromkeys(QUERIES, (SAMPLES, 3.0))
