@@ -82,7 +82,10 @@ def allowed_folders(root: AnyPath) -> str:
     """SQL list of the one folder that may be read."""
     # Paths are compared before globs are resolved: the root is named both as it stands and as views write it.
     place = location(root)
-    return "[" + ", ".join(literal(f"{name}/") for name in sorted({place, glob.escape(place)})) + "]"
+    names = {place, glob.escape(place)}
+    if not isinstance(root, Path):  # some file systems of fsspec answer with a slash more, which DuckDB 2 compares
+        names |= {name.replace("://", ":///", 1) for name in names}
+    return "[" + ", ".join(literal(f"{name}/") for name in sorted(names)) + "]"
 
 
 _TYPES = {
