@@ -28,6 +28,8 @@ from rich.table import Table
 
 from fastgda_core.errors import UsageError
 from flows.lake import lake_app
+from flows.operations import print_summary, run_commands
+from flows.own_server import start_server, wait_for_server
 from flows.rows import (
     FormatOption,
     MemoryOption,
@@ -61,8 +63,10 @@ def demo(
 
     Example: `fastgda demo`
     """
+    start_server()
     from flows.openmoji import demo as run_demo
 
+    wait_for_server()
     print_summary(run_demo(folder.resolve()))
     out.print(
         f"\nAsk it something:  fastgda attribute {folder}/workspace/queries/*/images/q0003.png "
@@ -70,18 +74,6 @@ def demo(
         highlight=False,
         soft_wrap=True,
     )
-
-
-@app.command()
-def run(config: Annotated[Path, typer.Argument(help="YAML config; see deployments/openmoji.yaml.")]) -> None:
-    """The same on your model (a diffusers folder) and your data (WebDataset shards).
-
-    Example: `fastgda run my_config.yaml`
-    """
-    from flows.pipeline import attribution_pipeline
-    from tasks.config import load_config
-
-    print_summary(attribution_pipeline(load_config(config)))
 
 
 @app.command()
@@ -165,20 +157,10 @@ def train_demo_model(
     out.print(f"Sample grid: {grid}", highlight=False, soft_wrap=True)
 
 
-for command in store_commands:
+for command in (*run_commands, *store_commands):
     app.command()(command)
 app.add_typer(ledger_app)
 app.add_typer(lake_app)
-
-
-def print_summary(summary: Any) -> None:
-    table = Table("stage", "rows", "seconds", "", title=f"run {summary.run}", title_justify="left")
-    for column in table.columns[1:3]:
-        column.justify = "right"
-    for stage in summary.stages:
-        table.add_row(stage.name, f"{stage.rows:,}", f"{stage.seconds:.1f}", "[dim]reused" if stage.reused else "new")
-    out.print(table)
-    out.print(f"Report: {summary.report.path}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -198,13 +180,13 @@ def main() -> None:
         err.print("[red]failed:[/] ", end="")
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
-    except _incomplete() as error:
+    except _explained() as error:
         err.print("[red]failed:[/] ", end="")
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
-def _incomplete() -> tuple[type[BaseException], ...]:
+def _explained() -> tuple[type[BaseException], ...]:
     """The failures that have a message of their own, without importing the flows of commands that run none."""
-    module = sys.modules.get("flows.pipeline")
-    return (module.RunIncomplete,) if module else ()
+    module = sys.modules.get("tasks.make_parts")
+    return (module.RunIncomplete, module.RunCancelled) if module else ()

@@ -12,8 +12,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastgda_core.errors import UsageError
-
 DEMO_FOLDER = Path("demo")
 DEFAULT_WORKSPACE = str(DEMO_FOLDER / "workspace")
 WorkspaceOption = Annotated[str, typer.Option(help="Folder or URL of the workspace.", envvar="FASTGDA_WORKSPACE")]
@@ -35,31 +33,6 @@ def rebuild(workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
     started = time.monotonic()
     shards = rebuild_ledgers(Workspace.at(workspace))
     say(f"{len(shards)} runs, {sum(shards.values()):,} shards, {time.monotonic() - started:.1f} s")
-
-
-def retry(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
-    """Only what a run lacks: shards that failed, were quarantined or were never reached, then all that follows.
-
-    Example: `fastgda retry openmoji-1b2c3d4e5f`
-    """
-    from flows.main import print_summary
-    from flows.pipeline import attribution_pipeline
-    from storage_schemas.ledger import read_run
-    from storage_schemas.workspace import Workspace
-    from tasks.config import PipelineConfig
-
-    place = Workspace.at(workspace)
-    record = read_run(place, run)
-    if "teacher" not in record.config:
-        raise UsageError(f"run {run} was imported: its scores cannot be made again here; import its file once more")
-    # The folder given, not the one that the run was planned in: it may be mounted elsewhere now.
-    config = PipelineConfig.model_validate({**record.config, "workspace": str(place.root)})
-    summary = attribution_pipeline(config)
-    print_summary(summary)
-    if summary.run != run:
-        raise UsageError(
-            f"the data or the model of run {run} changed since it was planned: run {summary.run} was made instead"
-        )
 
 
 def publish(
@@ -206,4 +179,4 @@ def say(text: str) -> None:
     out.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-store_commands = (retry, publish, retract, compact, vacuum, verify, export, import_release)
+store_commands = (publish, retract, compact, vacuum, verify, export, import_release)

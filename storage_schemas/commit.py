@@ -19,7 +19,9 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -50,11 +52,15 @@ __all__ = [
     "committed",
     "file_sha256",
     "input_key",
+    "made_in",
     "manifest_path",
     "read_manifest",
     "worker_name",
     "write_atomically",
 ]
+
+
+QUARANTINED = "quarantined"  # key in the metadata of a Parquet file
 
 
 @functools.cache
@@ -94,6 +100,24 @@ class Manifest(BaseModel):
     device: str = Field(default="cpu", description="where it ran")
     worker: str = Field(default="", description="host and process that committed it")
     committed_at: datetime | None = Field(default=None, description="when, UTC")
+    origin: str = Field(default="", description="the Prefect flow run that it was made in")
+    quarantined: dict[int, str] = Field(
+        default_factory=dict,
+        description="training samples that were left out, and why; `fastgda retry` tries again",
+    )
+
+
+_origin: ContextVar[str] = ContextVar("origin", default="")
+
+
+@contextmanager
+def made_in(flow_run: str) -> Iterator[None]:
+    """Manifests of files that are committed in the block name this flow run."""
+    token = _origin.set(flow_run)
+    try:
+        yield
+    finally:
+        _origin.reset(token)
 
 
 def input_key(*parts: object) -> str:
@@ -136,7 +160,14 @@ def committed(path: AnyPath, key: str) -> Manifest | None:
 
 
 def commit(
-    path: AnyPath, write: Callable[[Path], None], *, key: str, rows: int, started: float, device: str = "cpu"
+    path: AnyPath,
+    write: Callable[[Path], None],
+    *,
+    key: str,
+    rows: int,
+    started: float,
+    device: str = "cpu",
+    quarantined: Mapping[int, str] | None = None,
 ) -> Manifest:
     """Write one file through `write(temporary path)` and commit it with its manifest.
 
@@ -146,7 +177,7 @@ def commit(
 
     def look(temporary: Path) -> None:
         size, digest = temporary.stat().st_size, file_sha256(temporary)
-        made.append(_manifest(key, rows, size, digest, started, device))
+        made.append(_manifest(key, rows, size, digest, started, device, quarantined))
         # A manifest never stands beside a file that it does not describe.
         remove(manifest_path(path))
 
@@ -167,13 +198,21 @@ class TableCommit:
     key: str
     started: float
     device: str = "cpu"
+    quarantined: Mapping[int, str] | None = None
 
 
 def commit_table(
-    path: AnyPath, rows: pa.Table, table: Table, *, key: str, started: float, device: str = "cpu"
+    path: AnyPath,
+    rows: pa.Table,
+    table: Table,
+    *,
+    key: str,
+    started: float,
+    device: str = "cpu",
+    quarantined: Mapping[int, str] | None = None,
 ) -> Manifest:
     """Commit rows as Parquet, cast to the table's schema and written with its settings."""
-    return commit_tables([TableCommit(path, rows, table, key, started, device)])[0]
+    return commit_tables([TableCommit(path, rows, table, key, started, device, quarantined)])[0]
 
 
 def commit_tables(batch: Sequence[TableCommit]) -> list[Manifest]:
@@ -187,9 +226,14 @@ def commit_tables(batch: Sequence[TableCommit]) -> list[Manifest]:
 
 
 def _commit_one(item: TableCommit) -> Manifest:
-    content = item.table.encode(item.rows, {"input_key": item.key})
+    # Which rows were left out stands in the file too: one that is adopted must say so in its new manifest.
+    left_out = {str(train_id): reason for train_id, reason in (item.quarantined or {}).items()}
+    metadata = {"input_key": item.key, **({QUARANTINED: json.dumps(left_out)} if left_out else {})}
+    content = item.table.encode(item.rows, metadata)
     digest = hashlib.sha256(content).hexdigest()
-    manifest = _manifest(item.key, item.rows.num_rows, len(content), digest, item.started, item.device)
+    manifest = _manifest(
+        item.key, item.rows.num_rows, len(content), digest, item.started, item.device, item.quarantined
+    )
     if not create(item.path, content):
         there = _adopted(item)
         if there is not None:
@@ -211,15 +255,19 @@ def _adopted(item: TableCommit) -> Manifest | None:
         found = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
     except (FileNotFoundError, pa.ArrowException, OSError):
         return None
-    if (found.schema.metadata or {}).get(b"input_key") != item.key.encode():
+    metadata = found.schema.metadata or {}
+    if metadata.get(b"input_key") != item.key.encode():
         return None
     digest = hashlib.sha256(content).hexdigest()
-    manifest = _manifest(item.key, found.num_rows, len(content), digest, item.started, item.device)
+    left_out = {int(name): why for name, why in json.loads(metadata.get(QUARANTINED.encode(), b"{}")).items()}
+    manifest = _manifest(item.key, found.num_rows, len(content), digest, item.started, item.device, left_out)
     _write_manifest(item.path, manifest)
     return manifest
 
 
-def _manifest(key: str, rows: int, size: int, digest: str, started: float, device: str) -> Manifest:
+def _manifest(
+    key: str, rows: int, size: int, digest: str, started: float, device: str, quarantined: Mapping[int, str] | None
+) -> Manifest:
     return Manifest(
         input_key=key,
         rows=rows,
@@ -230,6 +278,8 @@ def _manifest(key: str, rows: int, size: int, digest: str, started: float, devic
         device=device,
         worker=worker_name(),
         committed_at=datetime.now(UTC),
+        origin=_origin.get(),
+        quarantined=dict(quarantined or {}),
     )
 
 

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage_schemas import tables
+from storage_schemas.attempts import ShardState
 from storage_schemas.commit import commit, committed, input_key, manifest_path, read_manifest
 from storage_schemas.database import duckdb_type, file_list, literal, open_database
 from storage_schemas.errors import StoreError
@@ -32,7 +33,7 @@ from storage_schemas.files import AnyPath, file_sha256, matching, remove, write_
 from storage_schemas.ledger import (
     Compaction,
     Part,
-    ShardState,
+    quarantined_samples,
     read_compaction,
     read_ledger,
     run_names,
@@ -67,16 +68,19 @@ def compact(
     run: str,
     *,
     without: frozenset[str] = frozenset(),
+    incomplete: bool = False,
     part_rows: int = PART_ROWS,
     threads: int | None = None,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[Part]:
     """Rank labels of all rows of a finished run, in large sorted files; what is there already is reused.
 
-    rank 1 = highest score of the query, ties by train_id; rank_label = rank / candidates of the query.
+    rank 1 = highest score of the query, ties by train_id; rank_label = rank / candidates of the query. Candidates that
+    the run had to leave out have no rank, and the others' ranks close up.
 
     Args:
         without: queries whose rows are left out; such parts serve a snapshot only, not the run.
+        incomplete: take the rows of the shards that are done; such parts serve a snapshot only, too.
         advance: called with the rows of each part when it is there.
 
     Raises:
@@ -85,34 +89,42 @@ def compact(
     ledger = read_ledger(workspace, run)
     state = dict(zip(ledger["shard"].to_pylist(), ledger["state"].to_pylist(), strict=True))
     open_shards = sorted(shard for shard, is_ in state.items() if is_ != ShardState.done)
-    if open_shards:
+    if open_shards and (not incomplete or len(open_shards) == len(state)):
         raise RunUnfinished(
             f"run {run}: {len(open_shards)} of {len(state)} score shards are not done "
             f"(first: {open_shards[0]}): `fastgda retry {run}` computes them"
         )
-    shards = _shards_by_block(workspace, run)
+    shards = _shards_by_block(workspace, run, frozenset(open_shards))
+    left_out = quarantined_samples(workspace, run).num_rows
     groups = list(_groups(workspace, run, without, part_rows))
     workers = threads or os.cpu_count() or 1
 
-    def build(group: _Group) -> Part:
-        part = _build(workspace, run, group, shards, MEMORY_GIGABYTES / workers)
+    def build(group: _Group) -> Part | None:
+        memory = MEMORY_GIGABYTES / workers
+        if open_shards or left_out:
+            group = _counted(workspace, run, group, shards, memory, None if open_shards else left_out)
+        if not group.queries:
+            return None
+        part = _build(workspace, run, group, shards, memory)
         advance(part.rows)
         return part
 
     # One thread a part: DuckDB's own threads gain less here, as rows that must stay in order are written by one.
     with ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(build, groups))
-    if not without and read_compaction(workspace, run) != Compaction(parts=parts):
+        parts = [part for part in pool.map(build, groups) if part is not None]
+    if not without and not open_shards and read_compaction(workspace, run) != Compaction(parts=parts):
         content = Compaction(parts=parts).model_dump_json(indent=2).encode() + b"\n"
         write_atomically(workspace.compaction(run), content)
     return parts
 
 
-def _shards_by_block(workspace: Workspace, run: str) -> dict[int, list[int]]:
+def _shards_by_block(workspace: Workspace, run: str, without: frozenset[int]) -> dict[int, list[int]]:
     plan = tables.read(workspace.plan_shards(run), tables.PLAN_SHARDS).to_pydict()
     found: dict[int, list[int]] = {}
     for shard, block in zip(plan["shard"], plan["query_block"], strict=True):
-        found.setdefault(block, []).append(shard)
+        found.setdefault(block, [])
+        if shard not in without:
+            found[block].append(shard)
     return found
 
 
@@ -132,6 +144,32 @@ def _groups(workspace: Workspace, run: str, without: frozenset[str], part_rows: 
             group.append((query["query_id"], query["query_block"], query["pairs"]))
     if group:
         yield _Group(number, group)
+
+
+def _counted(
+    workspace: Workspace, run: str, group: _Group, shards: dict[int, list[int]], memory: float, left_out: int | None
+) -> _Group:
+    """The group with the candidates that its queries really have.
+
+    Args:
+        left_out: how many samples each query may lack; any number where None.
+
+    Raises:
+        RunUnfinished: a query lacks more.
+    """
+    with open_database(workspace, memory_gigabytes=memory, threads=1) as connection:
+        sources = " UNION ALL ".join(_sources(workspace, run, group, shards, connection))
+        if not sources:
+            return _Group(group.number, [])
+        rows = connection.execute(f"SELECT query_id, count(*) FROM ({sources}) GROUP BY ALL").fetchall()
+    counts = {str(query_id): int(count) for query_id, count in rows}
+    for query_id, _, planned in group.queries:
+        if left_out is not None and planned - counts.get(query_id, 0) > left_out:
+            raise RunUnfinished(
+                f"run {run}: query {query_id} has {counts.get(query_id, 0)} of {planned} candidates, and only "
+                f"{left_out} samples are quarantined: `fastgda verify`, then `fastgda retry`"
+            )
+    return _Group(group.number, [(name, block, counts[name]) for name, block, _ in group.queries if name in counts])
 
 
 def _build(workspace: Workspace, run: str, group: _Group, shards: dict[int, list[int]], memory: float) -> Part:

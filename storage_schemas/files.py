@@ -99,6 +99,22 @@ def replace_through(path: AnyPath, write: Callable[[Path], None], look: Callable
         path.fs.put_file(str(local), path.path)
 
 
+def local_copy(path: AnyPath) -> Path:
+    """A file on this machine's disk: itself, or a copy of an object, fetched once as long as it stays the same."""
+    if isinstance(path, Path):
+        return path
+    info = path.fs.info(path.path)
+    stamp = [str(path), info.get("size"), str(info.get("ETag") or info.get("mtime") or info.get("created"))]
+    name = hashlib.sha256(repr(stamp).encode()).hexdigest()[:32]
+    copy = Path(tempfile.gettempdir()) / f"fastgda-copies-{os.getuid()}" / name / path.name
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary = _temporary(copy)
+        path.fs.get_file(path.path, str(temporary))
+        temporary.replace(copy)
+    return copy
+
+
 def sync_folders(paths: Iterable[AnyPath]) -> None:
     """Make the entries of these files in their folders durable, each folder once."""
     for folder in {path.parent for path in paths if isinstance(path, Path)}:

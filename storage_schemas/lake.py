@@ -28,11 +28,12 @@ import duckdb
 import pyarrow as pa
 
 from storage_schemas import tables
+from storage_schemas.attempts import ShardState
 from storage_schemas.commit import Manifest, read_manifest, worker_name
 from storage_schemas.database import allowed_folders, duckdb_type, half_the_memory, literal, location, new_connection
 from storage_schemas.errors import StoreError
 from storage_schemas.files import remove, write_atomically
-from storage_schemas.ledger import ShardState, read_ledger
+from storage_schemas.ledger import read_ledger
 from storage_schemas.views import RefusedStatement, single_query
 from storage_schemas.workspace import Workspace
 

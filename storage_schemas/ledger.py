@@ -18,35 +18,24 @@ pending again, and nothing else is lost.
 
 from __future__ import annotations
 
-import json
 import os
-import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from enum import StrEnum
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from storage_schemas import tables
-from storage_schemas.commit import Manifest, code_version, read_manifest, worker_name
+from storage_schemas.attempts import Attempt, ShardState, read_attempts
+from storage_schemas.commit import Manifest, code_version, read_manifest
 from storage_schemas.errors import StoreError
-from storage_schemas.files import AnyPath, matching, replace, write_atomically
+from storage_schemas.files import AnyPath, remove, write_atomically
+from storage_schemas.liveness import read_assignment
 from storage_schemas.workspace import Workspace
-
-
-class ShardState(StrEnum):
-    pending = "pending"
-    running = "running"
-    done = "done"
-    failed = "failed"
-    quarantined = "quarantined"
 
 
 class UnknownRun(StoreError):
@@ -70,6 +59,7 @@ class RunRecord(BaseModel):
     queries: str | None = None
     candidates: str | None = None
     base_losses: str | None = Field(default=None, description="folder")
+    origin: str = Field(default="", description="the Prefect flow run that planned it")
     config: dict[str, object] = Field(description="the pipeline's configuration")
 
 
@@ -95,87 +85,7 @@ class Compaction(BaseModel):
     parts: list[Part]
 
 
-class Attempt(BaseModel):
-    """One line of a worker's attempt file: a shard was started, or how that ended."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    shard: int
-    state: ShardState
-    at: datetime
-    worker: str
-    device: str = ""
-    seconds: float = 0.0
-    error_class: str = ""
-    error: str = ""
-
-
 LEDGER_SECONDS = 5.0  # between two refreshes of a running run's ledger, at least
-MAX_ERROR = 2_000  # characters of a message that an attempt record keeps
-
-
-@dataclass
-class AttemptLog:
-    """The attempt records of one worker on one run: a file that nobody else writes.
-
-    A record is one line, appended whole. An object store cannot append, so there the file is put anew with each
-    record.
-    """
-
-    workspace: Workspace
-    run: str
-    worker: str = field(default_factory=worker_name)
-    _lines: list[bytes] = field(default_factory=list, init=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
-
-    def __post_init__(self) -> None:
-        name = "".join(letter if letter.isalnum() else "-" for letter in self.worker)
-        self._path = self.workspace.attempts(self.run) / f"{name}-{uuid.uuid4().hex[:8]}.jsonl"
-
-    @contextmanager
-    def attempt(self, shard: int, device: str) -> Iterator[None]:
-        """Record that `shard` is being worked on, and, when the block fails, by what; success is the manifest's."""
-        started = time.monotonic()
-        self.record(shard, ShardState.running, device=device)
-        try:
-            yield
-        except BaseException as error:
-            seconds = time.monotonic() - started
-            self.record(shard, ShardState.failed, device=device, seconds=seconds, error=error)
-            raise
-
-    def record(
-        self,
-        shard: int,
-        state: ShardState,
-        *,
-        device: str = "",
-        seconds: float = 0.0,
-        error: BaseException | None = None,
-    ) -> None:
-        attempt = Attempt(
-            shard=shard,
-            state=state,
-            at=datetime.now(UTC),
-            worker=self.worker,
-            device=device,
-            seconds=seconds,
-            error_class=type(error).__name__ if error else "",
-            # A file name in a message may have bytes that are no text.
-            error=str(error)[:MAX_ERROR].encode(errors="backslashreplace").decode() if error else "",
-        )
-        line = json.dumps(attempt.model_dump(mode="json")).encode() + b"\n"
-        with self._lock:
-            if isinstance(self._path, Path):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-                try:
-                    os.write(handle, line)
-                finally:
-                    os.close(handle)
-            else:
-                self._lines.append(line)
-                replace(self._path, b"".join(self._lines))
 
 
 def write_plan(workspace: Workspace, record: RunRecord, shards: pa.Table, queries: pa.Table) -> None:
@@ -223,20 +133,76 @@ def read_ledger(workspace: Workspace, run: str) -> pa.Table:
     Raises:
         UnknownRun: there is no such run.
     """
-    read_run(workspace, run)
-    plan = tables.read(workspace.plan_shards(run), tables.PLAN_SHARDS).to_pylist()
-    attempts = _attempts(workspace, run)
-    sizes = _sizes(workspace.scores(run))
-    held = _held_by_parts(workspace, run)
-    rows = [_ledger_row(workspace, run, planned, attempts.get(planned["shard"], []), sizes, held) for planned in plan]
-    return pa.Table.from_pylist(rows, schema=tables.SHARDS.schema)
+    return derive(workspace, run)[0]
 
 
 def write_ledger(workspace: Workspace, run: str) -> pa.Table:
-    """Derive the ledger of a run and put it where SQL looks."""
-    ledger = read_ledger(workspace, run)
+    """Derive the ledger of a run and put it where SQL looks, with the samples that were left out beside it."""
+    ledger, left_out = derive(workspace, run)
     write_atomically(workspace.ledger(run), tables.SHARDS.encode(ledger, {}))
+    path = workspace.quarantined_samples(run)
+    if left_out.num_rows:
+        write_atomically(path, tables.QUARANTINED_SAMPLES.encode(left_out, {}))
+    elif path.exists():
+        remove(path)
     return ledger
+
+
+def quarantined_samples(workspace: Workspace, run: str) -> pa.Table:
+    """The samples that the run's parts could not use, rows of `tables.QUARANTINED_SAMPLES`, as it is at this moment."""
+    return derive(workspace, run)[1]
+
+
+def quarantined_parts(workspace: Workspace, run: str) -> dict[str, list[AnyPath]]:
+    """The committed files that left samples out, by kind of part: what is to be made again once they are mended."""
+    found: dict[str, list[AnyPath]] = {}
+    for kind, folder in _folders(workspace, run).items():
+        for path, manifest in _manifests(folder).items():
+            if manifest.quarantined:
+                found.setdefault(kind, []).append(path)
+    return found
+
+
+def derive(workspace: Workspace, run: str) -> tuple[pa.Table, pa.Table]:
+    """`read_ledger` and `quarantined_samples` in one pass."""
+    read_run(workspace, run)
+    plan = tables.read(workspace.plan_shards(run), tables.PLAN_SHARDS).to_pylist()
+    attempts = read_attempts(workspace, run)
+    listing = _listing(workspace.scores(run))
+    held = _held_by_parts(workspace, run)
+    rows = [_ledger_row(workspace, run, planned, attempts.get(planned["shard"], []), listing, held) for planned in plan]
+    reasons: dict[int, tuple[str, str]] = {}
+    for kind, folder in _folders(workspace, run).items():
+        for manifest in _manifests(folder).values():
+            for train_id, reason in manifest.quarantined.items():
+                reasons.setdefault(train_id, (kind, reason))
+    left_out = [
+        {"run": run, "train_id": train_id, "found_in": kind, "reason": reason}
+        for train_id, (kind, reason) in sorted(reasons.items())
+    ]
+    ledger = pa.Table.from_pylist(rows, schema=tables.SHARDS.schema)
+    return ledger, pa.Table.from_pylist(left_out, schema=tables.QUARANTINED_SAMPLES.schema)
+
+
+_LEAVING_OUT = ("features of samples", "latents", "base losses")
+
+
+def _folders(workspace: Workspace, run: str) -> dict[str, AnyPath]:
+    """Where the parts lie in which a sample can be left out, in the order in which they are made."""
+    try:
+        stages = read_assignment(workspace, run).stages
+    except StoreError:  # imported
+        stages = {}
+    made = {kind: workspace.file(record.path) for kind, record in stages.items() if kind.startswith(_LEAVING_OUT)}
+    return {**made, "scores": workspace.scores(run)}
+
+
+def _manifests(folder: AnyPath) -> dict[AnyPath, Manifest]:
+    """The manifest of every committed part of a folder, by the part's path."""
+    listing = _listing(folder)
+    names = [name.removesuffix(_MANIFEST) for name in sorted(listing) if name.endswith(_MANIFEST)]
+    found = {folder / name: _cached_manifest(folder / name, listing) for name in names}
+    return {path: manifest for path, manifest in found.items() if manifest is not None}
 
 
 @contextmanager
@@ -277,12 +243,12 @@ def _ledger_row(
     run: str,
     planned: dict[str, Any],
     attempts: list[Attempt],
-    sizes: dict[str, int],
+    listing: dict[str, _Entry],
     held: set[int],
 ) -> dict[str, object]:
     shard = planned["shard"]
     path = workspace.score_shard(run, shard)
-    manifest = _manifest_of(path, sizes, planned["input_key"])
+    manifest = _manifest_of(path, listing, planned["input_key"])
     last = attempts[-1] if attempts else None
     starts = sum(attempt.state == ShardState.running for attempt in attempts)
     row: dict[str, object] = {
@@ -299,7 +265,7 @@ def _ledger_row(
         "finished_at": last.at if last and last.state != ShardState.running else None,
         "path": workspace.relative(path),
     }
-    if manifest is not None and (path.name in sizes or planned["query_block"] in held):
+    if manifest is not None and (path.name in listing or planned["query_block"] in held):
         return row | {
             "state": ShardState.done,
             "attempts": max(1, starts),
@@ -316,29 +282,52 @@ def _ledger_row(
     return row | {"state": last.state, "error_class": last.error_class, "error": last.error}
 
 
-def _manifest_of(path: AnyPath, sizes: dict[str, int], key: str) -> Manifest | None:
+_MANIFEST = ".manifest.json"
+_Entry: TypeAlias = tuple[int, str]  # size of a file, and a stamp that changes with its content
+_kept: dict[str, tuple[_Entry, Manifest]] = {}  # by the manifest's path: a refresh reads only what is new
+
+
+def _manifest_of(path: AnyPath, listing: dict[str, _Entry], key: str) -> Manifest | None:
     """The shard's manifest, unless it is of other work or of another file than the one that is there."""
-    if f"{path.name}.manifest.json" not in sizes:
+    manifest = _cached_manifest(path, listing)
+    if manifest is None or manifest.input_key != key:
         return None
+    return manifest if path.name not in listing or listing[path.name][0] == manifest.size else None
+
+
+def _cached_manifest(path: AnyPath, listing: dict[str, _Entry]) -> Manifest | None:
+    entry = listing.get(path.name + _MANIFEST)
+    if entry is None:
+        return None
+    kept = _kept.get(str(path))
+    if kept is not None and kept[0] == entry:
+        return kept[1]
     manifest = read_manifest(path)
-    if manifest is None or manifest.input_key != key or sizes.get(path.name, manifest.size) != manifest.size:
-        return None
+    if manifest is not None:
+        _kept[str(path)] = (entry, manifest)
     return manifest
 
 
-def _sizes(folder: AnyPath) -> dict[str, int]:
-    """Name and size of every file of a folder, in one listing."""
+def _listing(folder: AnyPath) -> dict[str, _Entry]:
+    """Every file of a folder by name, in one listing."""
     if isinstance(folder, Path):
         try:
             with os.scandir(folder) as entries:
-                return {entry.name: entry.stat().st_size for entry in entries}
+                stats = {entry.name: entry.stat() for entry in entries}
         except FileNotFoundError:
             return {}
+        return {name: (stat.st_size, f"{stat.st_ino}-{stat.st_mtime_ns}") for name, stat in stats.items()}
     try:
         listed = folder.fs.ls(folder.path, detail=True, refresh=True)
     except FileNotFoundError:
         return {}
-    return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in listed}
+    return {
+        entry["name"].rsplit("/", 1)[-1]: (
+            entry["size"],
+            str(entry.get("ETag") or entry.get("LastModified") or entry.get("created")),
+        )
+        for entry in listed
+    }
 
 
 def _held_by_parts(workspace: Workspace, run: str) -> set[int]:
@@ -353,21 +342,6 @@ def _held_by_parts(workspace: Workspace, run: str) -> set[int]:
         if not any(part.first_query <= query_id <= part.last_query for part in whole):
             open_blocks.add(block)
     return held - open_blocks
-
-
-def _attempts(workspace: Workspace, run: str) -> dict[int, list[Attempt]]:
-    """The attempt records of each shard, oldest first. A line that a crash cut short is passed over."""
-    found: dict[int, list[Attempt]] = {}
-    for path in matching(workspace.attempts(run), "*.jsonl"):
-        for line in path.read_bytes().splitlines():
-            try:
-                attempt = Attempt.model_validate_json(line)
-            except ValidationError:
-                continue
-            found.setdefault(attempt.shard, []).append(attempt)
-    for several in found.values():
-        several.sort(key=lambda attempt: attempt.at)
-    return found
 
 
 def _alive(worker: str) -> bool:

@@ -96,9 +96,15 @@ def read_snapshot(workspace: Workspace, snapshot: str) -> Snapshot:
 
 
 def make_snapshot(
-    workspace: Workspace, runs: list[str], *, advance: Callable[[int], None] = lambda rows: None
+    workspace: Workspace,
+    runs: list[str],
+    *,
+    incomplete: bool = False,
+    advance: Callable[[int], None] = lambda rows: None,
 ) -> Snapshot:
     """Rank labels of some finished runs together: where several scored a query, the rows of the last one stand.
+
+    `incomplete` takes what there is of a run that is not finished.
 
     Raises:
         CannotPublish: the runs' training samples differ, or one query_id means different images.
@@ -109,10 +115,12 @@ def make_snapshot(
     queries = [_query_ids(workspace, run) for run in runs]
     parts: list[Part] = []
     for place, run in enumerate(runs):
-        whole = compact(workspace, run, advance=advance)
+        whole = compact(workspace, run, incomplete=incomplete, advance=advance)
         replaced = queries[place] & frozenset[str]().union(*queries[place + 1 :])
         # Only the parts that hold replaced queries are made once more.
-        parts += compact(workspace, run, without=replaced, advance=advance) if replaced else whole
+        parts += (
+            compact(workspace, run, without=replaced, incomplete=incomplete, advance=advance) if replaced else whole
+        )
     name = f"{runs[-1]}-{input_key([part.sha256 for part in parts])[:8]}"
     snapshot = Snapshot(
         snapshot=name,
@@ -155,16 +163,18 @@ def publish_runs(
     runs: list[str],
     *,
     exact_check: str | None = None,
+    incomplete: bool = False,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> Published:
     """Make the rows of these runs what readers see, in one step.
 
-    The head, index and metrics that are served stay only where the snapshot stays the same.
+    The head and index that are served stay, as long as a train_id means the same image, until others are promoted.
+    Metrics and the exact check stay only where the snapshot stays the same.
 
     Raises:
         CannotPublish, RunUnfinished: see `make_snapshot`.
     """
-    snapshot = make_snapshot(workspace, runs, advance=advance)
+    snapshot = make_snapshot(workspace, runs, incomplete=incomplete, advance=advance)
     records = [read_run(workspace, run) for run in runs]
     last = records[-1]
     try:
@@ -172,6 +182,7 @@ def publish_runs(
     except NotPublished:
         before = None
     kept = before if before is not None and before.snapshot == snapshot.snapshot else None
+    served = before if before is not None and before.samples == last.samples else None
     published = Published(
         layout_version=LAYOUT_VERSION,
         snapshot=snapshot.snapshot,
@@ -185,8 +196,8 @@ def publish_runs(
         base_losses=last.base_losses,
         exact_check=exact_check if exact_check or kept is None else kept.exact_check,
         metrics=kept.metrics if kept else None,
-        head=kept.head if kept else None,
-        index=kept.index if kept else None,
+        head=served.head if served else None,
+        index=served.index if served else None,
         config=last.config,
     )
     for run in runs:

@@ -256,6 +256,19 @@ SHARDS = Table(
     dictionary=("run", "state", "worker", "device", "error_class"),
 )
 
+QUARANTINED_SAMPLES = Table(
+    "quarantined_samples",
+    "a training sample that a run left out, and why; `fastgda retry` tries it again",
+    _schema(
+        ("run", pa.string(), "the run"),
+        ("train_id", pa.int64(), "the training sample"),
+        ("found_in", pa.string(), "the kind of part that could not use it: features, latents, base losses or scores"),
+        ("reason", pa.string(), "what is wrong"),
+    ),
+    sorted_by=("run", "train_id"),
+    dictionary=("run", "found_in"),
+)
+
 RUNS = Table(
     "runs",
     "one execution of a curation plan",

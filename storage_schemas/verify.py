@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from storage_schemas.attempts import AttemptLog, ShardState
 from storage_schemas.commit import manifest_path, read_manifest
 from storage_schemas.compaction import compact
 from storage_schemas.database import file_list, open_database
 from storage_schemas.files import AnyPath, file_sha256, matching, move
-from storage_schemas.ledger import AttemptLog, ShardState, done_shards, read_run, run_names, write_ledger
+from storage_schemas.ledger import done_shards, read_run, run_names, write_ledger
 from storage_schemas.workspace import Workspace
 
 

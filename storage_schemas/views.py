@@ -191,11 +191,14 @@ def _create_view(connection: duckdb.DuckDBPyConnection, table: Table, selects: I
 
 
 def _load(connection: duckdb.DuckDBPyConnection, workspace: Workspace, state: _State) -> None:
-    """The small tables: ledger, runs, heads, indexes."""
+    """The small tables: ledger, quarantined samples, runs, heads, indexes."""
     ledgers = [workspace.ledger(run) for run in state.runs if workspace.ledger(run).exists()]
     shards = [tables.read(path, tables.SHARDS) for path in ledgers]
+    left_out = [workspace.quarantined_samples(run) for run in state.runs]
+    quarantined = [tables.read(path, tables.QUARANTINED_SAMPLES) for path in left_out if path.exists()]
     loaded = {
         tables.SHARDS: pa.concat_tables([tables.SHARDS.schema.empty_table(), *shards]),
+        tables.QUARANTINED_SAMPLES: pa.concat_tables([tables.QUARANTINED_SAMPLES.schema.empty_table(), *quarantined]),
         tables.RUNS: _run_rows(workspace, state, shards),
         tables.HEADS: _head_rows(workspace, state),
         tables.INDEXES: _index_rows(workspace, state),

@@ -86,16 +86,36 @@ class Workspace:
     def plan_queries(self, run: str) -> AnyPath:
         return self.runs / run / "plan_queries.parquet"
 
-    def attempts(self, run: str) -> AnyPath:
+    def attempts(self, run: str, kind: str = "scores") -> AnyPath:
         """Folder of one file a worker, which only that worker writes."""
-        return self.runs / run / "attempts"
+        return self.runs / run / ("attempts" if kind == "scores" else f"attempts-{kind.replace(' ', '-')}")
 
     def ledger(self, run: str) -> AnyPath:
         return self.runs / run / "shards.parquet"
 
+    def quarantined_samples(self, run: str) -> AnyPath:
+        """What the run's parts left out, as the ledger's last writing found it."""
+        return self.runs / run / "quarantined.parquet"
+
+    def assignment(self, run: str) -> AnyPath:
+        """What the run's workers are to do, with which configuration: `Assignment`, replaced by each coordinator."""
+        return self.runs / run / "assignment.json"
+
+    def control(self, run: str) -> AnyPath:
+        """Is there while the run is to pause or to stop: `Control`."""
+        return self.runs / run / "control.json"
+
+    def beats(self, run: str) -> AnyPath:
+        """Folder of one file a worker process, which it replaces every few seconds: `Beat`."""
+        return self.runs / run / "workers"
+
     def compaction(self, run: str) -> AnyPath:
         """The large files that hold all rows of a finished run: `Compaction`."""
         return self.runs / run / "compaction.json"
+
+    def checks(self, run: str) -> AnyPath:
+        """What is known of the run's teacher: name, key, path and rows of each check."""
+        return self.runs / run / "checks.json"
 
     def lake_marker(self, run: str) -> AnyPath:
         """Is there while the run's shards are registered in a lake, which reads them where they lie."""

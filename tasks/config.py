@@ -5,16 +5,16 @@ from __future__ import annotations
 import glob
 import random
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
+    Discriminator,
     Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -25,17 +25,15 @@ from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
 from fastgda_core.features import encoder_names
 from fastgda_core.teachers.teachers import TEACHERS
+from tasks.config_section import Section
+from tasks.execution_config import ExecutionConfig
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class DataConfig(Section):
+    shards: str = Field(min_length=1, description="glob of WebDataset tars, relative to the config file")
 
 
-class DataConfig(_Section):
-    shards: str = Field(description="glob of WebDataset tars, relative to the config file")
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     folder: Path = Field(description="diffusers-style model folder, relative to the config file")
     micro_batch: int = Field(
         default=64, ge=1, description="denoiser forwards at a time; halves itself where device memory runs out"
@@ -44,7 +42,7 @@ class ModelConfig(_Section):
     compile: bool = Field(default=False, description="compile the denoiser: a minute or more per process, then faster")
 
 
-class SplitConfig(_Section):
+class SplitConfig(Section):
     train: int = Field(ge=1, description="queries that the rank head learns from")
     validation: int = Field(ge=1, description="queries that choose the best epoch")
     test: int = Field(ge=1, description="queries that the metrics are measured on")
@@ -52,6 +50,19 @@ class SplitConfig(_Section):
     @property
     def total(self) -> int:
         return self.train + self.validation + self.test
+
+    def of(self, queries: int) -> SplitConfig:
+        """The split of this many queries.
+
+        Raises:
+            UsageError: it is one of another number.
+        """
+        if queries != self.total:
+            raise UsageError(
+                f"queries.shards holds {queries} usable queries but queries.split adds up to {self.total}: "
+                "make them equal, or give shares"
+            )
+        return self
 
     def assign(self, seed: int) -> list[str]:
         """The split of each query in the order listed: each split is drawn evenly along the list.
@@ -68,10 +79,47 @@ class SplitConfig(_Section):
         return names
 
 
-class QueriesConfig(_Section):
+class SplitShares(Section):
+    validation_share: float = Field(gt=0, lt=1, description="of the queries, at least one; the rest is for training")
+    test_share: float = Field(gt=0, lt=1, description="of the queries, at least one")
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> Self:
+        if self.validation_share + self.test_share >= 1:
+            raise ValueError("validation_share and test_share leave nothing to train on: lower them")
+        return self
+
+    def of(self, queries: int) -> SplitConfig:
+        """The split of this many queries.
+
+        Raises:
+            UsageError: there are fewer than three.
+        """
+        if queries < 3:
+            raise UsageError(f"queries.shards holds {queries} usable queries, and a split needs 3: add some")
+        validation, test = (max(1, round(share * queries)) for share in (self.validation_share, self.test_share))
+        return SplitConfig(train=max(1, queries - validation - test), validation=validation, test=test)
+
+
+def _kind_of_split(given: object) -> str:
+    named = given if isinstance(given, dict) else vars(given)
+    return "shares" if any(str(name).endswith("_share") for name in named) else "counts"
+
+
+Split = Annotated[
+    Annotated[SplitConfig, Tag("counts")] | Annotated[SplitShares, Tag("shares")], Discriminator(_kind_of_split)
+]
+
+
+class QueriesConfig(Section):
     captions: list[str] | None = Field(default=None, description="captions to generate one image each from")
     shards: str | None = Field(default=None, description="or a glob of WebDataset tars of generated images")
-    split: SplitConfig
+    partition: str = Field(
+        default="",
+        pattern=r"^[A-Za-z0-9._-]*$",
+        description="what {partition} in shards stands for, as a date; scheduled runs and backfills set it",
+    )
+    split: Split = Field(description="numbers of queries, or shares of however many there are")
     seed: int = Field(default=0, ge=0, description="of the starting noise and of the split")
     steps: int = Field(default=25, ge=1, description="DDIM steps")
     guidance_scale: float = Field(default=3.0, ge=0, description="classifier-free guidance")
@@ -80,8 +128,10 @@ class QueriesConfig(_Section):
     def _one_source(self) -> Self:
         if (self.captions is None) == (not self.shards):
             raise ValueError("give either captions (images are generated) or shards (images exist), not both")
+        if self.partition and "{partition}" not in (self.shards or ""):
+            raise ValueError("partition is given but shards has no {partition} in it: add it there or remove this")
         if self.captions is not None:
-            if len(self.captions) != self.split.total:
+            if isinstance(self.split, SplitConfig) and len(self.captions) != self.split.total:
                 raise ValueError(
                     f"{len(self.captions)} captions but the split adds up to {self.split.total}: make them equal"
                 )
@@ -92,7 +142,7 @@ class QueriesConfig(_Section):
         return self
 
 
-class FeaturesConfig(_Section):
+class FeaturesConfig(Section):
     space: str = Field(default="efficientnet_lite0+minilm_text", description="encoders joined by '+'")
     batch_size: int = Field(default=64, ge=1, description="items per encoder pass")
 
@@ -103,12 +153,12 @@ class FeaturesConfig(_Section):
         return space
 
 
-class CurvatureConfig(_Section):
+class CurvatureConfig(Section):
     samples: int = Field(default=512, ge=1, description="(training image, eps, t) triples of the Fisher")
     seed: int = Field(default=0, ge=0)
 
 
-class CandidatesConfig(_Section):
+class CandidatesConfig(Section):
     policy: Literal["all", "top_k", "pooled"] = Field(
         description="all samples; each query's nearest in the untuned space; or the nearest of any query, for all"
     )
@@ -125,7 +175,7 @@ class CandidatesConfig(_Section):
         return self
 
 
-class TeacherConfig(_Section):
+class TeacherConfig(Section):
     name: Literal["abu", "abu_plus", "abu_plus_first_order"] = Field(
         description="exact loss difference with a diagonal or an EK-FAC Fisher, or the latter's linear part"
     )
@@ -159,6 +209,10 @@ class TeacherConfig(_Section):
     )
     loaded_queries: int = Field(default=512, ge=1, description="queries whose Delta theta is on the device at a time")
 
+    def science(self) -> dict[str, object]:
+        """What scores depend on; the rest is about memory."""
+        return self.model_dump(mode="json", exclude={"loaded_queries"})
+
     @model_validator(mode="after")
     def _plan_is_whole(self) -> Self:
         if self.timestep_list is not None:
@@ -176,17 +230,17 @@ class TeacherConfig(_Section):
         return self
 
 
-class ExactCheckConfig(_Section):
+class ExactCheckConfig(Section):
     queries: int = Field(ge=1, description="test queries that are also scored by the exact teacher")
     candidates: int = Field(ge=3, description="candidates of each, evenly spaced over the first-order ranking")
 
 
-class SelfConsistencyConfig(_Section):
+class SelfConsistencyConfig(Section):
     queries: int | None = Field(default=None, ge=1, description="test queries that are scored again; default: all")
     samples: int = Field(default=256, ge=8, description="of their candidates, drawn at random")
 
 
-class HeadConfig(_Section):
+class HeadConfig(Section):
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=4096, ge=1, description="pairs")
     learning_rate: float = Field(default=1e-3, gt=0)
@@ -201,17 +255,25 @@ class HeadConfig(_Section):
     seed: int = Field(default=0, ge=0)
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     cutoffs: list[PositiveInt] = Field(min_length=1, description="L of mAP(L)")
     validation_cutoff: int = Field(ge=1, description="L of the mAP that picks the best epoch")
     neighbors: int = Field(default=8, ge=1, description="training images per row of the report")
+    floor: float | None = Field(
+        default=None, gt=0, lt=1, description="tuned mAP(validation_cutoff) below which a head is not promoted"
+    )
+    gain_floor: float | None = Field(
+        default=None, gt=0, description="the same as a multiple of the untuned features' mAP"
+    )
 
 
-class PipelineConfig(_Section):
+class PipelineConfig(Section):
     """Everything one pipeline does, from tar shards to a served index."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$", description="lower-case name; run ids start with it")
-    workspace: Path = Field(description="folder for everything that is made, relative to the config file")
+    workspace: str = Field(
+        min_length=1, description="folder for everything that is made, relative to the config file, or a URL (s3://...)"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the models run")
     data: DataConfig
     model: ModelConfig
@@ -226,23 +288,28 @@ class PipelineConfig(_Section):
     )
     head: HeadConfig = HeadConfig()
     evaluation: EvaluationConfig
+    publish: Literal["alone", "add"] = Field(
+        default="alone", description="a finished run replaces what is published, or joins it"
+    )
+    execution: ExecutionConfig = ExecutionConfig()
 
     @model_validator(mode="after")
     def _check_has_first_order(self) -> Self:
+        split = self.queries.split
+        tests = split.test if isinstance(split, SplitConfig) else None
         if self.exact_check is not None:
             if self.teacher.name != "abu_plus_first_order":
                 raise ValueError("exact_check audits teacher abu_plus_first_order: remove it or change teacher.name")
-            if self.exact_check.queries > self.queries.split.test:
+            if tests is not None and self.exact_check.queries > tests:
                 raise ValueError(
-                    f"exact_check.queries is {self.exact_check.queries} but the split has "
-                    f"{self.queries.split.test} test queries: lower it"
+                    f"exact_check.queries is {self.exact_check.queries} but the split has {tests} test queries: "
+                    "lower it"
                 )
         if self.self_consistency is not None:
             again = self.self_consistency.queries or 0
-            if again > self.queries.split.test:
+            if tests is not None and again > tests:
                 raise ValueError(
-                    f"self_consistency.queries is {again} but the split has {self.queries.split.test} test queries: "
-                    "lower it"
+                    f"self_consistency.queries is {again} but the split has {tests} test queries: lower it"
                 )
         return self
 
@@ -292,7 +359,7 @@ def load_config(path: Path) -> PipelineConfig:
     literal = Path(glob.escape(str(folder)))  # only what the config itself says is a pattern
     return config.model_copy(
         update={
-            "workspace": folder / config.workspace,
+            "workspace": config.workspace if "://" in config.workspace else str(folder / config.workspace),
             "data": DataConfig(shards=str(literal / config.data.shards)),
             "model": config.model.model_copy(update={"folder": folder / config.model.folder}),
             "queries": config.queries.model_copy(
@@ -305,7 +372,7 @@ def load_config(path: Path) -> PipelineConfig:
 def _fault(path: Path, detail: dict[str, object]) -> str:
     location = detail["loc"]
     assert isinstance(location, tuple)
-    field = ".".join(str(step) for step in location) or "config"
+    field = ".".join(str(step) for step in location if step not in ("counts", "shares")) or "config"
     message = str(detail["msg"]).removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
         message = "no such field: correct the spelling or remove it"

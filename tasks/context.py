@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load as load_bytes
+from safetensors.torch import load_file
 
 from fastgda_core.curvature.layers import Layer, select_layers
 from fastgda_core.diffusion.model import DiffusionModel, load_model
@@ -14,6 +19,7 @@ from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
 from fastgda_core.teachers.micro_batch import MicroBatch
 from storage_schemas.commit import committed
+from storage_schemas.files import AnyPath
 from storage_schemas.workspace import Workspace
 from tasks.config import PipelineConfig
 
@@ -24,13 +30,13 @@ class Stage:
 
     name: str
     key: str
-    path: Path
+    path: AnyPath
     rows: int
     seconds: float
     reused: bool
 
 
-def stage_of_parts(name: str, key: str, folder: Path, paths: list[Path], rows: int, *, reused: bool) -> Stage:
+def stage_of_parts(name: str, key: str, folder: AnyPath, paths: list[AnyPath], rows: int, *, reused: bool) -> Stage:
     """The stage that some committed files make up; its seconds are theirs together."""
     manifests = [committed(path, key) for path in paths]
     return Stage(name, key, folder, rows, sum(manifest.seconds for manifest in manifests if manifest), reused)
@@ -43,7 +49,7 @@ class Context:
 
     @property
     def workspace(self) -> Workspace:
-        return Workspace(self.config.workspace)
+        return _workspace(self.config.workspace)
 
     @property
     def device(self) -> torch.device:
@@ -72,6 +78,14 @@ class Context:
         )
 
 
+_workspace = functools.lru_cache(maxsize=8)(Workspace.at)
+
+
+def load_tensors(path: AnyPath) -> dict[str, torch.Tensor]:
+    """A safetensors file, on disk or in an object store."""
+    return load_file(path) if isinstance(path, Path) else load_bytes(path.read_bytes())
+
+
 @functools.lru_cache(maxsize=1)
 def _load_model(folder: Path, _model_hash: str, device: torch.device) -> DiffusionModel:
     return load_model(folder, device)
@@ -91,7 +105,35 @@ def _micro_batch(size: int, *_where: object) -> MicroBatch:
 
 
 def pick_device(name: str) -> torch.device:
-    """Raises UsageError when CUDA is asked for and absent."""
+    """The CPU, or this process's own GPU among those that it can see.
+
+    Raises:
+        UsageError: CUDA is asked for and absent.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError('device is "cuda" but torch sees no GPU: install a CUDA build of torch or set device: auto')
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if torch.cuda.device_count() == 1:
+        return torch.device("cuda:0")
+    return torch.device(f"cuda:{claim_slot('gpu', torch.cuda.device_count())}")
+
+
+@functools.cache
+def claim_slot(name: str, count: int) -> int:
+    """A number below `count` that no other process of this user on this machine holds; it is free when this one ends.
+
+    Raises:
+        UsageError: all are taken.
+    """
+    folder = Path(tempfile.gettempdir()) / f"fastgda-slots-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for number in range(count):
+        handle = os.open(folder / f"{name}-{number}", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+        else:
+            return number  # the handle stays open, and with it the lock, as long as the process lives
+    raise UsageError(f"all {count} GPUs of this machine are held by other processes: lower execution.workers or wait")

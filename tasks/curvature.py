@@ -7,49 +7,63 @@ import time
 from typing import Any
 
 import torch
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from fastgda_core.curvature.fisher import fit_fisher
 from fastgda_core.diffusion.loss import per_sample_loss, take
 from fastgda_core.diffusion.noise import gaussian_noise, stream_key, uniform
+from fastgda_core.interruption import checkpoint
 from fastgda_core.teachers.teachers import TEACHERS
-from storage_schemas.commit import commit, committed, input_key
+from storage_schemas.commit import Manifest, commit, input_key
+from storage_schemas.files import AnyPath
 from tasks.context import Context, Stage
-from tasks.progress import stage
-from tasks.samples import load_block
+from tasks.samples import load_block, unreadable_samples
 
 CURVATURE_BATCH = 32
-PASSES = {"diagonal": 1, "ekfac": 2}  # over the data: Lambda alone, or A and B before it
 
 
-@task(task_run_name="curvature", cache_policy=NO_CACHE)
-def fit_curvature(context: Context, latents: Stage) -> Stage:
-    """The teacher's Fisher over sampled (training image, eps, t)."""
+def curvature_of(context: Context, latents: Stage) -> Stage:
+    """Where the teacher's Fisher lies, or will."""
     config, teacher = context.config.curvature, context.config.teacher
-    kind = TEACHERS[teacher.name].fisher
-    key = input_key("curvature", latents.key, config, kind, teacher.layers)
-    path = context.workspace.curvature(key)
-    manifest = committed(path, key)
-    reused = manifest is not None
-    if manifest is None:
-        started = time.monotonic()
-        with stage("curvature", config.samples) as advance:
-            model = context.model()
-            names, dataset = _curvature_dataset(context, latents)
+    key = input_key("curvature", latents.key, config, TEACHERS[teacher.name].fisher, teacher.layers)
+    return Stage("curvature", key, context.workspace.curvature(key), config.samples, 0.0, True)
 
-            def loss(denoiser: torch.nn.Module, batch: list[Tensor]) -> Tensor:
-                advance(len(batch[0]) / PASSES[kind])
-                clean, timesteps, noise, *condition = batch
-                rows = dict(zip(names, condition, strict=True))
-                return per_sample_loss(denoiser, model.schedule, clean, rows, timesteps, noise).sum()
 
-            layers = list(context.layers(model))
-            fisher = fit_fisher(kind, model.denoiser, layers, dataset, loss, CURVATURE_BATCH, context.device)
-        manifest = commit(path, fisher.save, key=key, rows=config.samples, started=started, device=str(context.device))
-    return Stage("curvature", key, path, manifest.rows, manifest.seconds, reused)
+class CurvatureParts:
+    """The teacher's Fisher over sampled (training image, eps, t): one part."""
+
+    kind = "curvature"
+    count = 1
+
+    def __init__(self, context: Context, latents: Stage, curvature: Stage) -> None:
+        self.context, self.latents, self.stage = context, latents, curvature
+
+    def path(self, number: int) -> AnyPath:
+        return self.stage.path
+
+    def key(self, number: int) -> str:
+        return self.stage.key
+
+    def rows(self, number: int) -> int:
+        return self.stage.rows
+
+    def make(self, number: int) -> Manifest:
+        context, started = self.context, time.monotonic()
+        kind = TEACHERS[context.config.teacher.name].fisher
+        model = context.model()
+        names, dataset = _curvature_dataset(context, self.latents)
+
+        def loss(denoiser: torch.nn.Module, batch: list[Tensor]) -> Tensor:
+            checkpoint()
+            clean, timesteps, noise, *condition = batch
+            rows = dict(zip(names, condition, strict=True))
+            return per_sample_loss(denoiser, model.schedule, clean, rows, timesteps, noise).sum()
+
+        layers = list(context.layers(model))
+        fisher = fit_fisher(kind, model.denoiser, layers, dataset, loss, CURVATURE_BATCH, context.device)
+        path, key, rows = self.path(number), self.key(number), self.rows(number)
+        return commit(path, fisher.save, key=key, rows=rows, started=started, device=str(context.device))
 
 
 def _curvature_dataset(context: Context, latents: Stage) -> tuple[list[str], TensorDataset]:
@@ -61,6 +75,11 @@ def _curvature_dataset(context: Context, latents: Stage) -> tuple[list[str], Ten
         chosen = draw.sample(population, config.samples)
     else:
         chosen = draw.choices(population, k=config.samples)
+    # Others stand in for samples that cannot be read. The Fisher stays as it is when these are mended: it is an
+    # estimate over some samples, and every score of a run has to rest on the same one.
+    bad = unreadable_samples(latents, population)
+    good = [train_id for train_id in population if train_id not in bad]
+    chosen = [draw.choice(good) if train_id in bad else train_id for train_id in chosen]
     block = load_block(context, latents, chosen)
     row = torch.arange(config.samples)
     flip = row % block.flips

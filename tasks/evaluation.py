@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,27 +22,28 @@ from fastgda_core.ranking.head import load_head
 from storage_schemas import tables
 from storage_schemas.commit import commit_table, committed, input_key
 from tasks.context import Context, Stage
-from tasks.features import load_features
+from tasks.features import load_features, load_query_features
 from tasks.head import rows_of_split, score_matrix
 from tasks.metric_rows import metric_row, metric_rows
 from tasks.publish import load_ranks
-from tasks.queries import load_queries
+from tasks.queries import joined_queries
 
 
 @task(task_run_name="evaluation", cache_policy=NO_CACHE)
-def evaluate_head(
+def measure_head(
     context: Context,
     samples: Stage,
-    queries: Stage,
+    queries: Sequence[Stage],
     ranks: Stage,
     head: Stage,
-    exact: Stage | None,
     checks: list[Stage],
 ) -> Stage:
     """mAP(L) of the untuned and tuned features and of chance, beside what the checks of the teacher found."""
     cutoffs = context.config.evaluation.cutoffs
+    exact = next((check for check in checks if check.name == "exact check"), None)
+    others = [check for check in checks if check is not exact]
     key = input_key(
-        "metrics", head.key, ranks.key, cutoffs, exact.key if exact else None, [check.key for check in checks]
+        "metrics", head.key, ranks.key, cutoffs, exact.key if exact else None, [check.key for check in others]
     )
     path = context.workspace.metrics(key)
     manifest = committed(path, key)
@@ -51,20 +52,21 @@ def evaluate_head(
         started = time.monotonic()
         test = rows_of_split(queries, "test")
         scores = score_matrix(context, ranks, queries, samples)[test]
-        phi = load_features(context, queries)[test], load_features(context, samples)
+        phi = load_query_features(context, queries)[test], load_features(context, samples)
         head_module = load_head(head.path)
         rankings = {
             "untuned": torch.nn.functional.normalize(phi[0], dim=1) @ torch.nn.functional.normalize(phi[1], dim=1).T,
             "tuned": head_module(phi[0]) @ head_module(phi[1]).T,
         }
-        names = [load_queries(queries)[row].query_id for row in test.tolist()]
+        several = joined_queries(queries)
+        names = [several[row].query_id for row in test.tolist()]
         rows = list(_ranking_rows(scores, rankings, cutoffs, names))
         if exact is not None:
             rows += _teacher_rows(context, ranks, exact)
         table = pa.concat_tables(
             [
                 pa.Table.from_pylist(rows, schema=tables.METRICS.schema),
-                *(tables.read(c.path, tables.METRICS) for c in checks),
+                *(tables.read(check.path, tables.METRICS) for check in others),
             ]
         )
         manifest = commit_table(path, table, tables.METRICS, key=key, started=started)

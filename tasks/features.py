@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
@@ -17,11 +17,12 @@ from torch import Tensor
 from fastgda_core.features import Encoder, concatenate, encoder_names, load_encoder
 from storage_schemas import tables
 from storage_schemas.commit import commit_table, committed, input_key
+from storage_schemas.files import AnyPath
 from storage_schemas.workspace import part
 from tasks.context import Context, Stage
 from tasks.progress import stage
-from tasks.queries import load_queries
-from tasks.samples import sample_images, samples_table
+from tasks.queries import join_queries, load_queries
+from tasks.samples import readable_images, samples_table
 
 PART_ITEMS = 1024
 
@@ -31,8 +32,7 @@ def extract_features(context: Context, items: Stage) -> Stage:
     """Outputs of every encoder of the feature space for samples or queries, in parts of 1,024."""
     space = context.config.features.space
     seconds, reused = 0.0, True
-    for name in encoder_names(space):
-        folder, key = _folder(context, name, items)
+    for name, (folder, key) in feature_folders(context, items).items():
         sizes = [min(PART_ITEMS, items.rows - start) for start in range(0, items.rows, PART_ITEMS)]
         missing = [number for number in range(len(sizes)) if committed(part(folder, number), key) is None]
         reused &= not missing
@@ -42,9 +42,10 @@ def extract_features(context: Context, items: Stage) -> Stage:
                 assert encoder is not None
                 started = time.monotonic()
                 numbers = list(range(number * PART_ITEMS, number * PART_ITEMS + sizes[number]))
-                features = _encode(context, encoder, items, numbers, advance)
+                features, unreadable = _encode(context, encoder, items, numbers, advance)
                 table = tables.FEATURES.rows(item=[str(number) for number in numbers], feature=_as_lists(features))
-                commit_table(part(folder, number), table, tables.FEATURES, key=key, started=started)
+                path = part(folder, number)
+                commit_table(path, table, tables.FEATURES, key=key, started=started, quarantined=unreadable)
         manifests = [committed(part(folder, number), key) for number in range(len(sizes))]
         seconds += sum(manifest.seconds for manifest in manifests if manifest)
     key = input_key(space, items.key)
@@ -54,24 +55,38 @@ def extract_features(context: Context, items: Stage) -> Stage:
 def load_features(context: Context, items: Stage) -> Tensor:
     """phi of samples or queries in the config's feature space, (items, d) float32."""
     parts = []
-    for name in encoder_names(context.config.features.space):
-        folder, _ = _folder(context, name, items)
+    for folder, _ in feature_folders(context, items).values():
         column = tables.read_parts(folder, tables.FEATURES)["feature"].combine_chunks()
         flat = column.flatten().to_numpy()
         parts.append(torch.from_numpy(flat.reshape(len(column), -1).copy()))
     return concatenate(parts)
 
 
-def _folder(context: Context, encoder: str, items: Stage) -> tuple[Path, str]:
-    key = input_key("features", encoder, items.key)
-    return context.workspace.features(encoder, key), key
+def load_query_features(context: Context, sets: Sequence[Stage]) -> Tensor:
+    """phi of the queries of some sets together, (queries, d), in the order of `join_queries`."""
+    loaded = [load_features(context, several) for several in sets]
+    return torch.stack([loaded[number][row] for number, row in join_queries(sets)])
+
+
+def feature_folders(context: Context, items: Stage) -> dict[str, tuple[AnyPath, str]]:
+    """Folder and input key of each encoder of the config's feature space."""
+    keys = {name: input_key("features", name, items.key) for name in encoder_names(context.config.features.space)}
+    return {name: (context.workspace.features(name, key), key) for name, key in keys.items()}
 
 
 def _encode(
     context: Context, encoder: Encoder, items: Stage, numbers: list[int], advance: Callable[[int], None]
-) -> Tensor:
+) -> tuple[Tensor, dict[int, str]]:
+    """Features of some items, (items, d), and of which samples the image could not be read any more."""
+    unreadable: dict[int, str] = {}
+
+    def sample_images(train_ids: list[int]) -> list[Image.Image]:
+        images, faults = readable_images(items.path, train_ids)
+        unreadable.update(faults)
+        return images
+
     load: Callable[[list[int]], list[Any]] = {
-        ("samples", "image"): lambda batch: sample_images(items.path, batch),
+        ("samples", "image"): sample_images,
         ("samples", "text"): lambda batch: [
             c[0] for c in samples_table(items.path)["captions"].take(batch).to_pylist()
         ],
@@ -84,7 +99,7 @@ def _encode(
         batch = numbers[start : start + size]
         features.append(encoder.encode(load(batch)))
         advance(len(batch))
-    return torch.cat(features)
+    return torch.cat(features), unreadable
 
 
 def _as_lists(features: Tensor) -> pa.ListArray:

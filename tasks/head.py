@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,43 +13,49 @@ import pyarrow.compute as pc
 import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
 from torch import Tensor
 
+from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.ranking_metrics import top_mask
 from fastgda_core.ranking.batches import RankPairs
 from fastgda_core.ranking.head import load_head, save_head
 from fastgda_core.search.index import build_index, write_index
 from storage_schemas import tables
-from storage_schemas.commit import commit, commit_table, committed, input_key
+from storage_schemas.commit import code_version, commit, commit_table, committed, input_key, read_manifest
+from storage_schemas.files import AnyPath, matching
+from storage_schemas.workspace import Workspace
 from tasks.context import Context, Stage
-from tasks.features import load_features
+from tasks.features import load_features, load_query_features
 from tasks.progress import stage
 from tasks.publish import load_ranks, run_behind
-from tasks.queries import load_queries
+from tasks.queries import joined_queries
 
 
-def score_matrix(context: Context, ranks: Stage, queries: Stage, samples: Stage) -> Tensor:
+def score_matrix(context: Context, ranks: Stage, queries: Sequence[Stage], samples: Stage) -> Tensor:
     """The teacher's scores, (queries, samples) float64, -inf where a sample is no candidate."""
     return _matrix(context, ranks, queries, samples, "score", -torch.inf)
 
 
-def _matrix(context: Context, ranks: Stage, queries: Stage, samples: Stage, column: str, missing: float) -> Tensor:
-    table = load_ranks(context, ranks)
-    order = pa.array([query.query_id for query in load_queries(queries)])
-    rows = pc.index_in(table["query_id"], order).to_numpy()
-    matrix = torch.full((queries.rows, samples.rows), missing, dtype=torch.float64)
+def _matrix(
+    context: Context, ranks: Stage, queries: Sequence[Stage], samples: Stage, column: str, missing: float
+) -> Tensor:
+    names = [query.query_id for query in joined_queries(queries)]
+    table = load_ranks(context, ranks, names)
+    rows = pc.index_in(table["query_id"], pa.array(names)).to_numpy()
+    matrix = torch.full((len(names), samples.rows), missing, dtype=torch.float64)
     matrix[torch.from_numpy(rows.copy()).long(), torch.from_numpy(table["train_id"].to_numpy().copy())] = (
         torch.from_numpy(table[column].to_numpy().astype(np.float64))
     )
     return matrix
 
 
-def rows_of_split(queries: Stage, split: str) -> Tensor:
-    return torch.tensor([row for row, query in enumerate(load_queries(queries)) if query.split == split])
+def rows_of_split(queries: Sequence[Stage], split: str) -> Tensor:
+    return torch.tensor([row for row, query in enumerate(joined_queries(queries)) if query.split == split])
 
 
 @task(task_run_name="rank head", cache_policy=NO_CACHE)
-def train_rank_head(context: Context, samples: Stage, queries: Stage, features: Stage, ranks: Stage) -> Stage:
+def fit_rank_head(context: Context, samples: Stage, queries: Sequence[Stage], features: Stage, ranks: Stage) -> Stage:
     """`head.safetensors` and `head.json` of a head version, named after everything it was trained on."""
     config = context.config
     key = input_key("head", ranks.key, features.key, config.head, config.evaluation.validation_cutoff)
@@ -64,7 +72,7 @@ def train_rank_head(context: Context, samples: Stage, queries: Stage, features: 
         train, validation = rows_of_split(queries, "train"), rows_of_split(queries, "validation")
         query, sample = torch.nonzero(~labels[train].isnan(), as_tuple=True)
         data = RankData(
-            query_features=load_features(context, queries),
+            query_features=load_query_features(context, queries),
             sample_features=load_features(context, samples),
             train_pairs=RankPairs(train[query], sample, labels[train[query], sample]),
             validation=validation,
@@ -78,6 +86,8 @@ def train_rank_head(context: Context, samples: Stage, queries: Stage, features: 
             "feature_space": config.features.space,
             "run": run_behind(context, ranks),
             "snapshot": ranks.key,
+            "origin": flow_run.get_id() or "",
+            "code_version": code_version(),
             "best_epoch": trained.best_epoch,
             "history": [{"loss": loss, "validation_map": value} for loss, value in trained.history],
         }
@@ -94,10 +104,64 @@ def train_rank_head(context: Context, samples: Stage, queries: Stage, features: 
     return Stage("rank head", key, folder, manifest.rows, manifest.seconds, reused)
 
 
+def read_head(workspace: Workspace, version: str) -> tuple[Stage, dict[str, Any]]:
+    """A trained head as a stage, and its `head.json`.
+
+    Raises:
+        UsageError: there is no such head.
+    """
+    folder = workspace.head(version)
+    manifest = committed(folder / "head.safetensors", version)
+    if manifest is None:
+        raise UsageError(f'no rank head {version!r}: `fastgda sql "SELECT head FROM heads"` lists them')
+    description = json.loads((folder / "head.json").read_text())
+    return Stage("rank head", version, folder, manifest.rows, manifest.seconds, True), description
+
+
+def latest_head(workspace: Workspace) -> str:
+    """The head that was trained last.
+
+    Raises:
+        UsageError: there is none.
+    """
+    return _latest(matching(workspace.root / "heads", "*/head.safetensors"), "rank head", "train")
+
+
+def latest_index(workspace: Workspace) -> str:
+    """The index that was built last.
+
+    Raises:
+        UsageError: there is none.
+    """
+    return _latest(matching(workspace.root / "indexes", "*/index.faiss"), "index", "index")
+
+
+def _latest(paths: list[AnyPath], what: str, command: str) -> str:
+    made = {path.parent.name: manifest.committed_at for path in paths if (manifest := read_manifest(path))}
+    ages = {version: at for version, at in made.items() if at is not None}
+    if not ages:
+        raise UsageError(f"the workspace has no {what} yet: `fastgda {command} CONFIG` makes one")
+    return max(ages, key=lambda version: ages[version])
+
+
+def read_index_head(workspace: Workspace, version: str) -> tuple[Stage, str]:
+    """A built index as a stage, and the version of the head whose vectors it holds.
+
+    Raises:
+        UsageError: there is no such index.
+    """
+    folder = workspace.index(version)
+    manifest = committed(folder / "index.faiss", version)
+    if manifest is None:
+        raise UsageError(f'no index {version!r}: `fastgda sql "SELECT index_version FROM indexes"` lists them')
+    head = json.loads((folder / "index.json").read_text())["head"]
+    return Stage("index", version, folder, manifest.rows, manifest.seconds, True), head
+
+
 @task(task_run_name="index", cache_policy=NO_CACHE)
 def build_search_index(context: Context, samples: Stage, features: Stage, head: Stage) -> Stage:
-    """`index.faiss`, its id map and its manifest: one immutable index version."""
-    key = input_key("index", head.key, features.key)
+    """`index.faiss`, its id map, which head it is of, and its manifest: one immutable index version."""
+    key = input_key("index", head.key, features.key, "with its head's version")
     folder = context.workspace.index(key)
     manifest = committed(folder / "index.faiss", key)
     reused = manifest is not None
@@ -115,6 +179,8 @@ def build_search_index(context: Context, samples: Stage, features: Stage, head: 
             key=key,
             started=started,
         )
+        text = json.dumps({"head": head.key, "origin": flow_run.get_id() or "", "code_version": code_version()}) + "\n"
+        commit(folder / "index.json", lambda path: path.write_text(text), key=key, rows=1, started=started)
         manifest = commit(
             folder / "index.faiss",
             lambda path: write_index(index, path),

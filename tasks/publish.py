@@ -1,17 +1,19 @@
-"""Rank labels, and the snapshot that readers see."""
+"""Rank labels, the snapshot that readers see, and what is known of the teacher behind it."""
 
 from __future__ import annotations
 
+import json
 import time
 
 import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from storage_schemas.commit import read_manifest
-from storage_schemas.compaction import compact
+from storage_schemas.commit import read_manifest, write_atomically
 from storage_schemas.ledger import read_compaction
 from storage_schemas.snapshots import (
+    NotPublished,
+    Snapshot,
     make_snapshot,
     publish_runs,
     read_published,
@@ -19,19 +21,47 @@ from storage_schemas.snapshots import (
     read_snapshot,
     write_published,
 )
+from storage_schemas.workspace import Workspace
+from tasks.announcements import announce_scores
 from tasks.context import Context, Stage
 from tasks.progress import stage
-from tasks.score_plan import ScoreRun
+from tasks.run_inputs import RunInputs
 
 
 @task(task_run_name="rank labels", cache_policy=NO_CACHE)
-def rank_scores(context: Context, score_run: ScoreRun) -> Stage:
-    """Rank labels of every query's candidates, in the large files that readers see once they are published."""
-    workspace = context.workspace
+def rank_scores(inputs: RunInputs) -> Stage:
+    """Rank labels of every query of one finished run, whether or not readers see it."""
     started = time.time()
-    with stage("rank labels", score_run.pairs if read_compaction(workspace, score_run.run) is None else 0) as advance:
-        compact(workspace, score_run.run, advance=advance)
-    snapshot = make_snapshot(workspace, [score_run.run])
+    return _as_stage(inputs.workspace, make_snapshot(inputs.workspace, [inputs.run]), started)
+
+
+@task(task_run_name="publish", cache_policy=NO_CACHE)
+def publish_scores(inputs: RunInputs, *, incomplete: bool) -> Stage:
+    """Rank labels of the run, alone or beside those that are published already, made what readers see in one step.
+
+    Args:
+        incomplete: publish what there is.
+    """
+    workspace, run, started = inputs.workspace, inputs.run, time.time()
+    runs = [run]
+    if inputs.context.config.publish == "add":
+        runs = [*(other for other in _published_runs(workspace) if other != run), run]
+    rows = sum(inputs.rows("scores", range(inputs.count("scores"))))
+    with stage("rank labels", rows if read_compaction(workspace, run) is None else 0) as advance:
+        published = publish_runs(workspace, runs, incomplete=incomplete, advance=advance)
+    snapshot = read_snapshot(workspace, published.snapshot)
+    announce_scores(inputs, snapshot.snapshot)
+    return _as_stage(workspace, snapshot, started)
+
+
+def _published_runs(workspace: Workspace) -> list[str]:
+    try:
+        return read_snapshot(workspace, read_published(workspace).snapshot).runs
+    except NotPublished:
+        return []
+
+
+def _as_stage(workspace: Workspace, snapshot: Snapshot, started: float) -> Stage:
     manifests = [manifest for part in snapshot.parts if (manifest := read_manifest(workspace.file(part.path)))]
     reused = all(made.committed_at is not None and made.committed_at.timestamp() < started for made in manifests)
     seconds = sum(manifest.seconds for manifest in manifests)
@@ -49,18 +79,25 @@ def run_behind(context: Context, ranks: Stage) -> str:
     return read_snapshot(context.workspace, ranks.key).runs[-1]
 
 
-def publish_scores(context: Context, score_run: ScoreRun, exact: Stage | None) -> None:
-    """Let SQL see the finished scores; what an earlier pass over the same rows published on top of them stays."""
-    workspace = context.workspace
-    publish_runs(workspace, [score_run.run], exact_check=workspace.relative(exact.path) if exact else None)
+def publish_checks(inputs: RunInputs, checks: list[Stage]) -> None:
+    """Keep what the checks of a run's teacher found, for evaluations, and show checked pairs in SQL."""
+    workspace = inputs.workspace
+    named = {check.name: [check.key, workspace.relative(check.path), check.rows] for check in checks}
+    write_atomically(workspace.checks(inputs.run), json.dumps(named, indent=2).encode() + b"\n")
+    exact = next((workspace.relative(check.path) for check in checks if check.name == "exact check"), None)
+    try:
+        published = read_published(workspace)
+    except NotPublished:
+        return
+    if published.run == inputs.run and published.exact_check != exact:
+        write_published(workspace, published.model_copy(update={"exact_check": exact}))
 
 
-def publish_head(context: Context, head: Stage, index: Stage, metrics: Stage) -> None:
-    """Serve a head, its index and its metrics, together."""
+def read_checks(context: Context, run: str) -> list[Stage]:
+    """What is known of a run's teacher; nothing before it was judged."""
     workspace = context.workspace
-    paths = {
-        name: workspace.relative(made.path) for name, made in (("head", head), ("index", index), ("metrics", metrics))
-    }
-    published = read_published(workspace)
-    if published.model_copy(update=paths) != published:
-        write_published(workspace, published.model_copy(update=paths))
+    try:
+        named = json.loads(workspace.checks(run).read_bytes())
+    except FileNotFoundError:
+        return []
+    return [Stage(name, key, workspace.file(path), rows, 0.0, True) for name, (key, path, rows) in named.items()]

@@ -6,7 +6,9 @@ import functools
 import hashlib
 import io
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pyarrow as pa
 from PIL import Image
@@ -16,7 +18,15 @@ from prefect.cache_policies import NO_CACHE
 from fastgda_core.diffusion.sampling import generate
 from fastgda_core.errors import UsageError
 from storage_schemas import tables
-from storage_schemas.commit import commit_table, committed, file_sha256, input_key, write_atomically
+from storage_schemas.commit import (
+    commit_table,
+    committed,
+    file_sha256,
+    input_key,
+    read_manifest,
+    write_atomically,
+)
+from storage_schemas.files import AnyPath
 from tasks.config import QueriesConfig
 from tasks.context import Context, Stage
 from tasks.progress import console, stage
@@ -45,16 +55,17 @@ class Query:
 def make_queries(context: Context) -> Stage:
     """The query set of the config, with its splits, as one table and as PNG files beside it."""
     config = context.config.queries
-    shards = find_shards(config.shards, "queries.shards") if config.shards else []
-    stamps = [(str(shard), shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
-    key = input_key("queries", config, stamps, context.model_hash if config.captions else None)
+    stamps = [(str(shard), shard.stat().st_size, shard.stat().st_mtime_ns) for shard in _shards(config)]
+    # Images that exist depend on no setting of their generation.
+    settings = config.model_dump(mode="json", include=None if config.captions else {"split", "seed"})
+    key = input_key("queries", settings, stamps, context.model_hash if config.captions else None)
     path = context.workspace.queries(key)
     manifest = committed(path, key)
     reused = manifest is not None
     if manifest is None:
         started = time.monotonic()
         found = _generate(context) if config.captions else _collect(config)
-        splits = config.split.assign(config.seed)
+        splits = config.split.of(len(found)).assign(config.seed)
         rows = []
         for (query_id, caption, png), split in zip(found, splits, strict=True):
             write_atomically(path.parent / "images" / f"{query_id.replace('/', '_')}.png", png)
@@ -64,7 +75,14 @@ def make_queries(context: Context) -> Stage:
             )
         table = pa.Table.from_pylist(rows, schema=tables.QUERIES.schema)
         manifest = commit_table(path, table, tables.QUERIES, key=key, started=started, device=str(context.device))
-    return Stage("queries", file_sha256(path)[:16], path, manifest.rows, manifest.seconds, reused)
+    return replace(queries_stage(path), seconds=manifest.seconds, reused=reused)
+
+
+def queries_stage(path: AnyPath) -> Stage:
+    """A committed query set as a stage."""
+    manifest = read_manifest(path)
+    rows = manifest.rows if manifest else tables.read(path, tables.QUERIES).num_rows
+    return Stage("queries", file_sha256(path)[:16], path, rows, 0.0, True)
 
 
 def _generate(context: Context) -> list[tuple[str, str, bytes]]:
@@ -85,17 +103,28 @@ def _generate(context: Context) -> list[tuple[str, str, bytes]]:
     return found
 
 
+def count_queries(config: QueriesConfig) -> int:
+    """How many there will be, at most, without making them."""
+    if config.captions:
+        return len(config.captions)
+    samples, _ = scan(_shards(config), lambda: None)
+    return config.split.of(len(samples)).total
+
+
+def _shards(config: QueriesConfig) -> list[Path]:
+    if config.shards is None:
+        return []
+    if "{partition}" in config.shards and not config.partition:
+        raise UsageError("queries.shards asks for a {partition}: set queries.partition, or run `fastgda backfill`")
+    return find_shards(config.shards.replace("{partition}", config.partition), "queries.shards")
+
+
 def _collect(config: QueriesConfig) -> list[tuple[str, str, bytes]]:
-    shards = find_shards(config.shards or "", "queries.shards")
+    shards = _shards(config)
     with stage("queries", len(shards)) as advance:
         samples, rejections = scan(shards, lambda: advance(1))
     for rejection in rejections:
         console.print(f"query skipped: {describe(rejection)}", markup=False, highlight=False)
-    if len(samples) != config.split.total:
-        raise UsageError(
-            f"queries.shards holds {len(samples)} usable queries but queries.split adds up to {config.split.total}: "
-            "make them equal"
-        )
     return [
         (sample.key, sample.captions[0], _png(read_image(sample.shard, sample.offset, sample.size)))
         for sample in samples
@@ -108,7 +137,22 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-@functools.lru_cache(maxsize=2)
+def join_queries(sets: Sequence[Stage]) -> list[tuple[int, int]]:
+    """Number of the set and row in it of every query of some sets; of queries of one name, the last set's."""
+    place: dict[str, tuple[int, int]] = {}
+    for number, several in enumerate(sets):
+        for row, query in enumerate(load_queries(several)):
+            place[query.query_id] = number, row
+    return sorted(place.values())
+
+
+def joined_queries(sets: Sequence[Stage]) -> list[Query]:
+    """The queries of some sets together, in the order of `join_queries`."""
+    loaded = [load_queries(several) for several in sets]
+    return [loaded[number][row] for number, row in join_queries(sets)]
+
+
+@functools.lru_cache(maxsize=64)
 def load_queries(stage_: Stage) -> tuple[Query, ...]:
     """The queries of a query set, in order."""
     return tuple(

@@ -22,6 +22,7 @@ from storage_schemas.commit import commit, committed, input_key
 from tasks.context import Context, Stage
 from tasks.features import load_features
 from tasks.head import rows_of_split, score_matrix
+from tasks.pictures import loss_curve
 from tasks.queries import Query, load_queries
 from tasks.samples import sample_images, samples_table
 
@@ -77,6 +78,7 @@ def _render(context: Context, run: str, stages: dict[str, Stage]) -> str:
     head = json.loads((stages["rank head"].path / "head.json").read_text())
     cutoffs = context.config.evaluation.cutoffs
     means = {(row["metric"], row["space"], row["cutoff"]): row for row in metrics if not row["query_id"]}
+    curve = loss_curve(head, context.config.evaluation.validation_cutoff, format="svg").decode()
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_TEMPLATE.read_text())
     return template.render(
         run=run,
@@ -86,7 +88,7 @@ def _render(context: Context, run: str, stages: dict[str, Stage]) -> str:
         headline=context.config.evaluation.validation_cutoff,
         ceiling=means.get(("spearman", "teacher with other noise", 0)),
         agreement=means.get(("spearman", "exact vs first order", 0)),
-        loss_curve=_loss_curve(head["history"], head["best_epoch"], context.config.evaluation.validation_cutoff),
+        loss_curve=curve[curve.index("<svg") :],
         panels=_panels(context, stages, metrics),
         stages=list(stages.values()),
         samples=stages["samples"].rows,
@@ -96,8 +98,8 @@ def _render(context: Context, run: str, stages: dict[str, Stage]) -> str:
 
 def _panels(context: Context, stages: dict[str, Stage], metrics: list[dict[str, object]]) -> list[QueryPanel]:
     samples, queries = stages["samples"], stages["queries"]
-    test = rows_of_split(queries, "test")
-    scores = score_matrix(context, stages["rank labels"], queries, samples)[test]
+    test = rows_of_split([queries], "test")
+    scores = score_matrix(context, stages["rank labels"], [queries], samples)[test]
     phi = load_features(context, queries)[test], load_features(context, samples)
     head = load_head(stages["rank head"].path)
     untuned = torch.nn.functional.normalize(phi[0], dim=1) @ torch.nn.functional.normalize(phi[1], dim=1).T
@@ -143,25 +145,3 @@ def _data_url(image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _loss_curve(history: list[dict[str, float]], best_epoch: int, cutoff: int) -> str:
-    """Training loss and validation mAP per epoch, as inline SVG."""
-    from matplotlib.figure import Figure
-
-    epochs = range(1, len(history) + 1)
-    figure = Figure(figsize=(9.6, 2.6), layout="constrained")
-    loss_axis, map_axis = figure.subplots(1, 2)
-    loss_axis.plot(epochs, [point["loss"] for point in history], color="#2b6cb0", marker="o", markersize=3)
-    loss_axis.set(title="Training loss (BCE)", xlabel="epoch")
-    map_axis.plot(epochs, [point["validation_map"] for point in history], color="#2f855a", marker="o", markersize=3)
-    map_axis.axvline(best_epoch + 1, color="#a0aec0", linestyle="--", linewidth=1)
-    map_axis.set(title=f"Validation mAP({cutoff}), epoch kept dashed", xlabel="epoch")
-    for axis in (loss_axis, map_axis):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

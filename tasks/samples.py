@@ -5,24 +5,25 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 
 import pyarrow as pa
 import torch
 from PIL import Image, ImageOps
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from fastgda_core.diffusion.loss import concatenate
-from fastgda_core.errors import UsageError
+from fastgda_core.errors import BadSample, UsageError
+from fastgda_core.interruption import checkpoint
 from fastgda_core.teachers.training_loss import SampleBlock
 from storage_schemas import tables
-from storage_schemas.commit import commit, commit_table, committed, input_key
+from storage_schemas.commit import Manifest, commit, commit_table, committed, input_key, read_manifest
+from storage_schemas.files import AnyPath
 from storage_schemas.workspace import part
-from tasks.context import Context, Stage, stage_of_parts
+from tasks.context import Context, Stage, load_tensors
 from tasks.progress import console, stage
 from tasks.webdataset_shards import Rejection, find_shards, read_image, scan
 
@@ -63,9 +64,13 @@ def ingest_samples(context: Context) -> Stage:
     assert manifest is not None and rejected is not None
     if rejected.rows:
         warn_of_rejections(tables.read(rejected_path, tables.REJECTED_SAMPLES))
-    return Stage(
-        "samples", _content_key(samples_table(samples_path)), samples_path, manifest.rows, manifest.seconds, reused
-    )
+    return replace(samples_stage(samples_path), seconds=manifest.seconds, reused=reused)
+
+
+def samples_stage(path: AnyPath) -> Stage:
+    """A committed table of samples as a stage."""
+    table = samples_table(path)
+    return Stage("samples", _content_key(table), path, table.num_rows, 0.0, True)
 
 
 def _content_key(samples: pa.Table) -> str:
@@ -90,59 +95,97 @@ def warn_of_rejections(table: pa.Table) -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def samples_table(path: Path) -> pa.Table:
+def samples_table(path: AnyPath) -> pa.Table:
     """`samples.parquet`, row number = train_id; its folder is named after its inputs, so it may be kept."""
     return tables.read(path, tables.SAMPLES)
 
 
-def sample_images(path: Path, train_ids: list[int]) -> list[Image.Image]:
+def sample_images(path: AnyPath, train_ids: list[int]) -> list[Image.Image]:
     rows = samples_table(path).select(["shard", "offset", "size"]).take(train_ids).to_pylist()
     return [read_image(**row) for row in rows]
 
 
-@task(task_run_name="latents", cache_policy=NO_CACHE)
-def encode_latents(context: Context, samples: Stage) -> Stage:
-    """Latents and caption embeddings of every sample, in parts of 512."""
+def latents_of(context: Context, samples: Stage) -> Stage:
+    """Where the latents and caption embeddings of the samples lie, or will."""
     key = input_key("latents", samples.key, context.model_hash, context.config.model.flips)
-    folder = context.workspace.latents(key)
-    starts = range(0, samples.rows, LATENT_PART_SAMPLES)
-    paths = [part(folder, number, "safetensors") for number in range(len(starts))]
-    sizes = [min(LATENT_PART_SAMPLES, samples.rows - start) for start in starts]
-    missing = [number for number, path in enumerate(paths) if committed(path, key) is None]
-    with stage("latents", sum(sizes[number] for number in missing)) as advance:
-        for number in missing:
-            started = time.monotonic()
-            train_ids = list(range(starts[number], starts[number] + sizes[number]))
-            tensors = _encode_part(context, samples.path, train_ids, advance)
-            commit(
-                paths[number],
-                functools.partial(save_file, tensors),
-                key=key,
-                rows=sizes[number],
-                started=started,
-                device=str(context.device),
-            )
-    return stage_of_parts("latents", key, folder, paths, samples.rows, reused=not missing)
+    return Stage("latents", key, context.workspace.latents(key), samples.rows, 0.0, True)
 
 
-def _encode_part(
-    context: Context, samples_path: Path, train_ids: list[int], advance: Callable[[int], None]
-) -> dict[str, torch.Tensor]:
-    model = context.model()
-    captions = samples_table(samples_path)["captions"].take(train_ids).to_pylist()
-    flat = [caption for several in captions for caption in several]
-    conditions, latents = [], []
-    for start in range(0, len(flat), 128):
-        conditions.append(model.encode_captions(flat[start : start + 128]))
-    for start in range(0, len(train_ids), 64):
-        images = sample_images(samples_path, train_ids[start : start + 64])
-        seen = [images, [ImageOps.mirror(image) for image in images]] if context.config.model.flips else [images]
-        latents.append(torch.stack([model.encode_images(several) for several in seen], dim=1).cpu())
-        advance(len(images))
-    counts = torch.tensor([len(several) for several in captions])
-    tensors = {"train_ids": torch.tensor(train_ids), "latents": torch.cat(latents), "captions_of": counts}
-    condition = {f"{_CONDITION}{name}": tensor.cpu() for name, tensor in concatenate(conditions).items()}
-    return {name: tensor.contiguous() for name, tensor in {**tensors, **condition}.items()}
+class LatentParts:
+    """Latents and caption embeddings of every sample, in parts of 512."""
+
+    kind = "latents"
+
+    def __init__(self, context: Context, samples: Stage, latents: Stage) -> None:
+        self.context, self.samples, self.stage = context, samples, latents
+        self.count = -(-samples.rows // LATENT_PART_SAMPLES)
+
+    def path(self, number: int) -> AnyPath:
+        return part(self.stage.path, number, "safetensors")
+
+    def key(self, number: int) -> str:
+        return self.stage.key
+
+    def rows(self, number: int) -> int:
+        return min(LATENT_PART_SAMPLES, self.samples.rows - number * LATENT_PART_SAMPLES)
+
+    def make(self, number: int) -> Manifest:
+        started = time.monotonic()
+        first = number * LATENT_PART_SAMPLES
+        tensors, unreadable = self._encode(list(range(first, first + self.rows(number))))
+        return commit(
+            self.path(number),
+            functools.partial(save_file, tensors),
+            key=self.stage.key,
+            rows=self.rows(number),
+            started=started,
+            device=str(self.context.device),
+            quarantined=unreadable,
+        )
+
+    def _encode(self, train_ids: list[int]) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
+        """The tensors of a part; samples that cannot be read any more have latents of NaN, and are named."""
+        model = self.context.model()
+        captions = samples_table(self.samples.path)["captions"].take(train_ids).to_pylist()
+        flat = [caption for several in captions for caption in several]
+        conditions = [model.encode_captions(flat[start : start + 128]) for start in range(0, len(flat), 128)]
+        latents: list[torch.Tensor] = []
+        unreadable: dict[int, str] = {}
+        for start in range(0, len(train_ids), 64):
+            checkpoint()
+            chosen = train_ids[start : start + 64]
+            images, faults = readable_images(self.samples.path, chosen)
+            unreadable |= faults
+            seen = [images, [ImageOps.mirror(i) for i in images]] if self.context.config.model.flips else [images]
+            encoded = torch.stack([model.encode_images(several) for several in seen], dim=1).cpu()
+            encoded[[train_id in faults for train_id in chosen]] = torch.nan
+            latents.append(encoded)
+        counts = torch.tensor([len(several) for several in captions])
+        tensors = {"train_ids": torch.tensor(train_ids), "latents": torch.cat(latents), "captions_of": counts}
+        condition = {f"{_CONDITION}{name}": tensor.cpu() for name, tensor in concatenate(conditions).items()}
+        return {name: tensor.contiguous() for name, tensor in {**tensors, **condition}.items()}, unreadable
+
+
+def unreadable_samples(latents: Stage, train_ids: Iterable[int]) -> dict[int, str]:
+    """Which of these samples have no latents, and why."""
+    wanted = set(train_ids)
+    numbers = sorted({train_id // LATENT_PART_SAMPLES for train_id in wanted})
+    manifests = [read_manifest(part(latents.path, number, "safetensors")) for number in numbers]
+    known = {train_id: why for manifest in manifests if manifest for train_id, why in manifest.quarantined.items()}
+    return {train_id: why for train_id, why in known.items() if train_id in wanted}
+
+
+def readable_images(path: AnyPath, train_ids: list[int]) -> tuple[list[Image.Image], dict[int, str]]:
+    """The images of some samples, grey where one is not what it was when its tar was indexed, and why."""
+    rows = samples_table(path).select(["shard", "offset", "size", "key", "image_sha256"]).take(train_ids).to_pylist()
+    images, faults = [], {}
+    for train_id, row in zip(train_ids, rows, strict=True):
+        try:
+            images.append(read_image(row["shard"], row["offset"], row["size"], row["image_sha256"]))
+        except BadSample as error:
+            faults[train_id] = f"{row['shard']}/{row['key']}: {error}"
+            images.append(Image.new("RGB", (64, 64), "gray"))
+    return images, faults
 
 
 def load_block(context: Context, latents: Stage, train_ids: list[int]) -> SampleBlock:
@@ -152,7 +195,7 @@ def load_block(context: Context, latents: Stage, train_ids: list[int]) -> Sample
         by_part.setdefault(train_id // LATENT_PART_SAMPLES, []).append(train_id % LATENT_PART_SAMPLES)
     pieces: dict[str, list[torch.Tensor]] = {}
     for number, rows in by_part.items():
-        tensors = load_file(part(latents.path, number, "safetensors"))
+        tensors = load_tensors(part(latents.path, number, "safetensors"))
         chosen = torch.tensor(rows)
         first = torch.cumsum(tensors["captions_of"], 0) - tensors["captions_of"]
         caption_rows = torch.cat([torch.arange(first[row], first[row] + tensors["captions_of"][row]) for row in rows])

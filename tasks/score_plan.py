@@ -6,92 +6,103 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from fastgda_core.teachers.teachers import TEACHERS
 from storage_schemas import tables
 from storage_schemas.commit import code_version, input_key
-from storage_schemas.ledger import RunRecord, done_shards, read_ledger, write_plan
+from storage_schemas.ledger import RunRecord, write_plan
 from storage_schemas.workspace import Workspace
 from tasks.context import Context, Stage
 from tasks.queries import load_queries
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScoreShard:
     """Some training samples against some queries."""
 
     number: int
     query_block: int
     query_numbers: list[int]
-    train_ids: list[int]
-
-    @property
-    def name(self) -> str:
-        return f"{self.number:05d}"
+    train_ids: NDArray[np.int64]  # ascending
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreRun:
-    """One execution's pairs: which queries, which candidates, in which shards."""
+    """One execution's pairs: which queries, which candidates, in which shards.
+
+    candidates: of each query, ascending.
+    """
 
     run: str
     query_ids: list[str]
-    is_candidate: NDArray[np.bool_]  # (queries, samples)
+    candidates: list[NDArray[np.int64]]
     shards: list[ScoreShard]
 
     @property
     def pairs(self) -> int:
-        return int(self.is_candidate.sum())
+        return sum(len(mine) for mine in self.candidates)
 
     def pairs_of(self, shard: ScoreShard) -> int:
-        return int(self.is_candidate[np.ix_(shard.query_numbers, shard.train_ids)].sum())
+        return sum(int(self.chosen(number, shard.train_ids).sum()) for number in shard.query_numbers)
+
+    def chosen(self, number: int, train_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of these samples, ascending, the query is scored against."""
+        mine = self.candidates[number]
+        place = np.searchsorted(mine, train_ids)
+        return np.append(mine, -1)[place] == train_ids
+
+    def pool(self, numbers: list[int]) -> NDArray[np.int64]:
+        """The samples that any of these queries is scored against, ascending."""
+        return np.unique(np.concatenate([self.candidates[number] for number in numbers]))
 
     def shard_key(self, shard: ScoreShard) -> str:
-        return input_key(self.run, shard.query_numbers, shard.train_ids)
-
-    def missing(self, workspace: Workspace) -> list[ScoreShard]:
-        """The shards that are not committed yet."""
-        done = done_shards(workspace, self.run)
-        return [shard for shard in self.shards if shard.number not in done]
-
-    def stage(self, workspace: Workspace, *, reused: bool) -> Stage:
-        """The finished scores as a stage."""
-        seconds = sum(read_ledger(workspace, self.run)["seconds"].to_pylist())
-        return Stage("teacher scores", self.run, workspace.scores(self.run), self.pairs, seconds, reused)
+        return input_key(self.run, shard.query_numbers, shard.train_ids.tolist())
 
 
-def plan_scores(context: Context, candidates: Stage, samples: Stage, queries: Stage) -> ScoreRun:
+def plan_scores(context: Context, candidates: Stage, queries: Stage) -> ScoreRun:
     """Exact teacher: one query and its candidates a shard. First order: a block of queries and a block of samples."""
     query_ids = [query.query_id for query in load_queries(queries)]
-    table = tables.read(candidates.path, tables.CANDIDATES)
-    row_of = {query_id: row for row, query_id in enumerate(query_ids)}
-    rows = [row_of[query_id] for query_id in table["query_id"].to_pylist()]
-    is_candidate = np.zeros((len(query_ids), samples.rows), dtype=bool)
-    is_candidate[rows, table["train_id"].to_numpy()] = True
+    chosen = _candidates(candidates, query_ids)
     config = context.config.teacher
     if TEACHERS[config.name].first_order:
-        shape = config.shard_queries or len(query_ids), config.shard_samples
+        shape: tuple[int, int | None] = config.shard_queries or len(query_ids), config.shard_samples
     else:
-        shape = 1, samples.rows
-    shards: list[ScoreShard] = []
+        shape = 1, None
+    run = ScoreRun(candidates.key, query_ids, chosen, [])
     for number, first in enumerate(range(0, len(query_ids), shape[0])):
-        block = list(range(len(query_ids)))[first : first + shape[0]]
-        pool = np.flatnonzero(is_candidate[block].any(0))
-        for start in range(0, len(pool), shape[1]):
-            shards.append(ScoreShard(len(shards), number, block, pool[start : start + shape[1]].tolist()))
-    return ScoreRun(candidates.key, query_ids, is_candidate, shards)
+        block = list(range(first, min(first + shape[0], len(query_ids))))
+        pool = run.pool(block)
+        step = shape[1] or max(1, len(pool))
+        for start in range(0, len(pool), step):
+            run.shards.append(ScoreShard(len(run.shards), number, block, pool[start : start + step]))
+    return run
+
+
+def _candidates(candidates: Stage, query_ids: list[str]) -> list[NDArray[np.int64]]:
+    """The training samples of each query, ascending."""
+    table = tables.read(candidates.path, tables.CANDIDATES)
+    numbers = pc.index_in(table["query_id"], pa.array(query_ids)).to_numpy()
+    train_ids = table["train_id"].to_numpy()
+    order = np.lexsort((train_ids, numbers))
+    ends = np.searchsorted(numbers[order], np.arange(1, len(query_ids)))
+    return np.split(train_ids[order], ends)
 
 
 def store_plan(
-    context: Context, score_run: ScoreRun, samples: Stage, queries: Stage, candidates: Stage, base_losses: Stage | None
+    workspace: Workspace, context: Context, score_run: ScoreRun, stages: dict[str, Stage], origin: str
 ) -> None:
     """Write down what the run will do, so that its ledger can always be rebuilt."""
-    workspace = context.workspace
     block_of = {number: shard.query_block for shard in score_run.shards for number in shard.query_numbers}
-    pairs = score_run.is_candidate.sum(axis=1)
-    planned = [(name, block_of[n], pairs[n]) for n, name in enumerate(score_run.query_ids) if n in block_of]
+    planned = [
+        (name, block_of[number], len(score_run.candidates[number]))
+        for number, name in enumerate(score_run.query_ids)
+        if number in block_of
+    ]
     names, blocks, counts = zip(*planned, strict=True)
+    samples, base_losses = stages["samples"], stages.get("base losses")
     record = RunRecord(
         run=score_run.run,
         name=context.config.name,
@@ -102,9 +113,10 @@ def store_plan(
         pairs=score_run.pairs,
         samples=workspace.relative(samples.path),
         rejected_samples=workspace.relative(samples.path.with_name("rejected.parquet")),
-        queries=workspace.relative(queries.path),
-        candidates=workspace.relative(candidates.path),
+        queries=workspace.relative(stages["queries"].path),
+        candidates=workspace.relative(stages["candidates"].path),
         base_losses=workspace.relative(base_losses.path) if base_losses else None,
+        origin=origin,
         config=context.config.model_dump(mode="json"),
     )
     shards = tables.PLAN_SHARDS.rows(

@@ -15,7 +15,6 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
-from fastgda_core.curvature.fisher import load_fisher
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.ranking_metrics import average_precision, spearman, top_mask
@@ -31,10 +30,10 @@ from tasks.metric_rows import metric_row, metric_rows
 from tasks.progress import stage
 from tasks.publish import load_ranks
 from tasks.queries import Query, load_queries
-from tasks.samples import load_block
-from tasks.score_plan import ScoreRun
-from tasks.teacher import noise_plan
-from tasks.unlearning import QueryUpdates, query_update, relative_errors
+from tasks.run_inputs import RunInputs
+from tasks.samples import load_block, unreadable_samples
+from tasks.teacher import noise_plan, without_bad_samples
+from tasks.unlearning import QueryUpdates, device_fisher, query_update, relative_errors
 
 OTHER_NOISE, OTHER_GRADIENT = "teacher with other noise", "teacher with other gradient"
 PRECISION_CHECK_SAMPLES = 32
@@ -43,22 +42,27 @@ PRECISION_AGREEMENT = 0.999  # design section 4, "First order"
 
 
 @task(task_run_name="precision check", cache_policy=NO_CACHE)
-def check_precision(context: Context, latents: Stage, updates: Stage, queries: Stage) -> Stage:
+def check_precision(inputs: RunInputs) -> Stage:
     """First-order scores of a few pairs in the teacher's precision and in float64: refused where they rank apart.
 
     Raises:
         UsageError: their rank correlation is below 0.999.
     """
+    context, stages = inputs.context, inputs.stages
+    latents, updates, queries = stages["latents"], stages["unlearning steps"], stages["queries"]
     precision = context.config.teacher.precision
     numbers = list(range(min(queries.rows, PRECISION_CHECK_QUERIES)))
 
     def rows() -> list[dict[str, object]]:
         count = min(latents.rows, PRECISION_CHECK_SAMPLES)
-        block = load_block(context, latents, np.unique(np.linspace(0, latents.rows - 1, count).astype(int)).tolist())
-        coarse, fine = (
-            _scores(context, block, QueryUpdates(updates, numbers, len(numbers), context.device), model_precision)
-            for model_precision in (precision, Precision.float64)
-        )
+        train_ids = np.unique(np.linspace(0, latents.rows - 1, count).astype(int))
+
+        def both(chosen: NDArray[np.int64]) -> Tensor:
+            block = load_block(context, latents, chosen.tolist())
+            several = QueryUpdates(updates, numbers, len(numbers), context.device)
+            return torch.stack([_scores(context, block, several, each) for each in (precision, Precision.float64)])
+
+        _, (coarse, fine), _ = without_bad_samples(train_ids, unreadable_samples(latents, train_ids.tolist()), both)
         agreement = spearman(coarse, fine)
         if agreement.mean() < PRECISION_AGREEMENT:
             raise UsageError(
@@ -90,20 +94,15 @@ def _scores(
 
 
 @task(task_run_name="self-consistency", cache_policy=NO_CACHE)
-def check_self_consistency(
-    context: Context,
-    score_run: ScoreRun,
-    ranks: Stage,
-    latents: Stage,
-    curvature: Stage,
-    queries: Stage,
-    updates: Stage,
-) -> Stage:
+def check_self_consistency(inputs: RunInputs, ranks: Stage) -> Stage:
     """Some pairs again, under another noise plan and with other Monte-Carlo pairs behind the query's gradient.
 
     Rank correlation and mAP(L) of the teacher with itself: no student can be expected to agree with it better. L is
     scaled by the share of the candidates that is scored again.
     """
+    context, score_run, stages = inputs.context, inputs.score_run, inputs.stages
+    latents, curvature, queries = stages["latents"], stages["curvature"], stages["queries"]
+    updates = stages["unlearning steps"]
     config = context.config.self_consistency
     assert config is not None
     chosen = _test_queries(queries, config.queries)
@@ -117,7 +116,8 @@ def check_self_consistency(
         comparisons: list[_Comparison] = []
         with stage("self-consistency", len(chosen)) as advance:
             for numbers in groups:
-                pool = np.flatnonzero(score_run.is_candidate[numbers].any(0))
+                mine = stored.filter(pc.is_in(stored["query_id"], pa.array([score_run.query_ids[n] for n in numbers])))
+                pool = np.unique(mine["train_id"].to_numpy())
                 train_ids = np.sort(draw.choice(pool, min(config.samples, len(pool)), replace=False))
                 same = QueryUpdates(updates, numbers, len(numbers), context.device)
                 other = _other_updates(context, [load_queries(queries)[n] for n in numbers], curvature, latents.rows)
@@ -135,7 +135,7 @@ def check_self_consistency(
 def _other_updates(context: Context, queries: list[Query], curvature: Stage, samples: int) -> dict[str, Tensor]:
     """Delta theta of some queries from other Monte-Carlo pairs, by layer, (queries, d_out, d_in)."""
     config = context.config.teacher
-    fisher = load_fisher(curvature.path, config.damping).to(context.device)
+    fisher = device_fisher(context, curvature)
     several = [
         query_update(context, query, fisher, config.training_size or samples, config.seed + 1) for query in queries
     ]
@@ -189,8 +189,9 @@ def _consistency_rows(comparisons: list[_Comparison], cutoffs: list[int]) -> lis
 
 
 @task(task_run_name="low-rank error", cache_policy=NO_CACHE)
-def measure_low_rank(context: Context, queries: Stage, updates: Stage) -> Stage:
+def measure_low_rank(inputs: RunInputs) -> Stage:
     """What `teacher.update_rank` loses of Delta theta, on average over all queries."""
+    context, queries, updates = inputs.context, inputs.stages["queries"], inputs.stages["unlearning steps"]
 
     def rows() -> list[dict[str, object]]:
         errors = torch.tensor(relative_errors(updates, list(range(queries.rows))))
@@ -200,10 +201,10 @@ def measure_low_rank(context: Context, queries: Stage, updates: Stage) -> Stage:
 
 
 @task(task_run_name="exact check", cache_policy=NO_CACHE)
-def check_against_exact(
-    context: Context, score_run: ScoreRun, ranks: Stage, latents: Stage, queries: Stage, updates: Stage
-) -> Stage:
+def check_against_exact(inputs: RunInputs, ranks: Stage) -> Stage:
     """Score a few test queries with the exact teacher too, on candidates spread evenly over the first-order ranking."""
+    context, score_run, stages = inputs.context, inputs.score_run, inputs.stages
+    latents, queries, updates = stages["latents"], stages["queries"], stages["unlearning steps"]
     config = context.config.exact_check
     assert config is not None
     run = score_run.run

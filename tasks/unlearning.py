@@ -7,25 +7,23 @@ import time
 from collections.abc import Iterator
 
 import torch
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgda_core.curvature.fisher import Fisher, load_fisher
+from fastgda_core.errors import NonFiniteLoss, UsageError
 from fastgda_core.teachers.unlearning import compress, expand, query_gradient, unlearning_update
-from storage_schemas.commit import commit, committed, input_key
+from storage_schemas.commit import Manifest, commit, input_key
+from storage_schemas.files import AnyPath, local_copy
 from storage_schemas.workspace import part
-from tasks.context import Context, Stage, stage_of_parts
-from tasks.progress import stage
+from tasks.context import Context, Stage, load_tensors
 from tasks.queries import Query, load_queries
 
 _ERROR = "/relative_error"
 
 
-@task(task_run_name="unlearning steps", cache_policy=NO_CACHE)
-def unlearn_queries(context: Context, latents: Stage, curvature: Stage, queries: Stage) -> Stage:
-    """Delta theta of every query, one file each."""
+def updates_of(context: Context, latents: Stage, curvature: Stage, queries: Stage) -> Stage:
+    """Where every query's Delta theta lies, or will."""
     config = context.config.teacher
     training_size = config.training_size or latents.rows
     key = input_key(
@@ -40,25 +38,58 @@ def unlearn_queries(context: Context, latents: Stage, curvature: Stage, queries:
         config.update_rank,
         config.precision,
     )
-    folder = context.workspace.updates(key)
-    paths = [part(folder, number, "safetensors") for number in range(queries.rows)]
-    missing = [number for number, path in enumerate(paths) if committed(path, key) is None]
-    with stage("unlearning steps", len(missing)) as advance:
-        fisher = load_fisher(curvature.path, config.damping).to(context.device) if missing else None
-        for number in missing:
-            assert fisher is not None
-            started = time.monotonic()
-            update = query_update(context, load_queries(queries)[number], fisher, training_size, config.seed)
-            commit(
-                paths[number],
-                functools.partial(save_file, _stored(update, config.update_rank)),
-                key=key,
-                rows=1,
-                started=started,
-                device=str(context.device),
-            )
-            advance(1)
-    return stage_of_parts("unlearning steps", key, folder, paths, queries.rows, reused=not missing)
+    return Stage("unlearning steps", key, context.workspace.updates(key), queries.rows, 0.0, True)
+
+
+class UpdateParts:
+    """Delta theta of every query, a part each."""
+
+    kind = "unlearning steps"
+
+    def __init__(self, context: Context, latents: Stage, curvature: Stage, queries: Stage, updates: Stage) -> None:
+        self.context, self.curvature, self.queries, self.stage = context, curvature, queries, updates
+        self.training_size = context.config.teacher.training_size or latents.rows
+        self.count = queries.rows
+
+    def path(self, number: int) -> AnyPath:
+        return part(self.stage.path, number, "safetensors")
+
+    def key(self, number: int) -> str:
+        return self.stage.key
+
+    def rows(self, number: int) -> int:
+        return 1
+
+    def make(self, number: int) -> Manifest:
+        """Raises UsageError where the query's gradient is no number: no other sample could stand in for it."""
+        context, config, started = self.context, self.context.config.teacher, time.monotonic()
+        query = load_queries(self.queries)[number]
+        fisher = device_fisher(context, self.curvature)
+        try:
+            update = query_update(context, query, fisher, self.training_size, config.seed)
+        except NonFiniteLoss as error:
+            raise UsageError(
+                f"the loss of query {query.query_id} is no number: look at its image and caption, then take it out of "
+                "the query set or mend it"
+            ) from error
+        return commit(
+            self.path(number),
+            functools.partial(save_file, _stored(update, config.update_rank)),
+            key=self.key(number),
+            rows=1,
+            started=started,
+            device=str(context.device),
+        )
+
+
+def device_fisher(context: Context, curvature: Stage) -> Fisher:
+    """The Fisher on the context's device, loaded once per process."""
+    return _load_fisher(curvature, context.config.teacher.damping, context.device)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_fisher(curvature: Stage, damping: float, device: torch.device) -> Fisher:
+    return load_fisher(local_copy(curvature.path), damping).to(device)
 
 
 def query_update(context: Context, query: Query, fisher: Fisher, training_size: int, seed: int) -> dict[str, Tensor]:
@@ -100,7 +131,7 @@ class QueryUpdates:
 
 @functools.lru_cache(maxsize=1)
 def _load(updates: Stage, numbers: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
-    loaded = [load_file(part(updates.path, number, "safetensors")) for number in numbers]
+    loaded = [load_tensors(part(updates.path, number, "safetensors")) for number in numbers]
     return expand(
         {name: torch.stack([update[name] for update in loaded]).to(device) for name in loaded[0] if name != _ERROR}
     )
@@ -108,4 +139,4 @@ def _load(updates: Stage, numbers: tuple[int, ...], device: torch.device) -> dic
 
 def relative_errors(updates: Stage, numbers: list[int]) -> list[float]:
     """What keeping Delta theta at a low rank lost of each query's, relative in the Frobenius norm."""
-    return [load_file(part(updates.path, number, "safetensors"))[_ERROR].item() for number in numbers]
+    return [load_tensors(part(updates.path, number, "safetensors"))[_ERROR].item() for number in numbers]

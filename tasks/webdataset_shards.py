@@ -82,11 +82,18 @@ def scan(shards: list[Path], on_shard: Callable[[], None]) -> tuple[list[ShardSa
     return samples, rejections
 
 
-def read_image(shard: str, offset: int, size: int) -> Image.Image:
-    """One image by its place in a tar, as RGB on white."""
+def read_image(shard: str, offset: int, size: int, sha256: str | None = None) -> Image.Image:
+    """One image by its place in a tar, as RGB on white.
+
+    Raises:
+        BadSample: its bytes are not those of this digest, or no image.
+    """
     with Path(shard).open("rb") as file:
         file.seek(offset)
-        return decode_image(file.read(size))
+        content = file.read(size)
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise BadSample("the image changed since its tar was indexed: restore the tar")
+    return decode_image(content)
 
 
 def decode_image(content: bytes) -> Image.Image:

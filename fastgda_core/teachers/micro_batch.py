@@ -7,7 +7,8 @@ from typing import TypeVar
 
 import torch
 
-from fastgda_core.errors import UsageError
+from fastgda_core.errors import UsageError, out_of_memory
+from fastgda_core.interruption import checkpoint
 
 T = TypeVar("T")
 
@@ -17,28 +18,31 @@ class MicroBatch:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.halvings = 0
 
     def run(self, rows: int, compute: Callable[[slice], T]) -> Iterator[tuple[slice, T]]:
         """`compute` of each stretch of 0..rows, with the stretch; it is called again, on less, where memory ran out.
 
-        `compute` must not change anything that outlives a failure.
+        `compute` must not change anything that outlives a failure. Before each call the work can be stopped.
 
         Raises:
             UsageError: not even one row fits.
         """
         start = 0
         while start < rows:
+            checkpoint()
             stretch = slice(start, min(start + self.size, rows))
             try:
                 result = compute(stretch)
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 if self.size == 1:
                     raise UsageError(
                         "the device has too little memory for one forward: free some, or choose fewer teacher.layers"
                     ) from error
                 self.size = max(1, min(self.size, stretch.stop - stretch.start) // 2)
+                self.halvings += 1
             else:
                 yield stretch, result
                 start = stretch.stop
@@ -46,7 +50,3 @@ class MicroBatch:
             # Outside the handler: the error's traceback no longer holds the tensors of the failed attempt.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgda_core.diffusion.loss import Condition, take
 from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.noise import NoisePlan
+from fastgda_core.errors import NonFiniteLoss
 from fastgda_core.teachers.micro_batch import MicroBatch
 
 
@@ -137,11 +138,12 @@ def training_losses(model: DiffusionModel, plan: NoisePlan, block: SampleBlock, 
 
 
 def check_finite(losses: Tensor, owners: Tensor, timesteps: Tensor) -> None:
-    """Raise `FloatingPointError` naming sample and timestep of the first loss that is not finite."""
+    """Raise `NonFiniteLoss` with the samples whose loss is not finite, naming the first one and its timestep."""
     bad = (~torch.isfinite(losses)).nonzero().flatten()
     if len(bad):
         first = bad[0]
-        raise FloatingPointError(
+        raise NonFiniteLoss(
             f"loss of sample {owners[first].item()} at timestep {timesteps[first].item()} is {losses[first].item()}: "
-            "check its image and caption, and the model's weights"
+            "check its image and caption, and the model's weights",
+            owners[bad].unique().tolist(),
         )

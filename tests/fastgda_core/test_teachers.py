@@ -10,7 +10,7 @@ from fastgda_core.curvature.layers import Layer, select_layers
 from fastgda_core.diffusion.loss import take
 from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.noise import NoisePlan
-from fastgda_core.errors import UsageError
+from fastgda_core.errors import NonFiniteLoss, UsageError
 from fastgda_core.teachers.micro_batch import MicroBatch
 from fastgda_core.teachers.scores import CONTRACTED_SAMPLES, exact_scores, first_order_scores
 from fastgda_core.teachers.training_loss import SampleBlock, training_losses
@@ -247,11 +247,11 @@ def test_a_loss_that_is_not_finite_names_sample_and_timestep(
     latents[4, 0, 0, 0, 0] = torch.nan
     broken = replace(block, latents=latents)
     message = rf"sample {block.train_ids[4]} at timestep 0 is nan"
-    with pytest.raises(FloatingPointError, match=message):
+    with pytest.raises(NonFiniteLoss, match=message):
         training_losses(tiny_model, plan, broken, MicroBatch(size))
-    with pytest.raises(FloatingPointError, match=message):
+    with pytest.raises(NonFiniteLoss, match=message):
         first_order_scores(tiny_model, layers, plan, broken, [updates], MicroBatch(size))
-    with pytest.raises(FloatingPointError, match=r"sample 77 at timestep \d+ is nan"):
+    with pytest.raises(NonFiniteLoss, match=r"sample 77 at timestep \d+ is nan"):
         query_gradient(
             tiny_model,
             layers,

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from storage_schemas.attempts import MAX_ERROR, AttemptLog, ShardState
 from storage_schemas.commit import manifest_path
 from storage_schemas.compaction import compact, vacuum
 from storage_schemas.ledger import (
-    MAX_ERROR,
-    AttemptLog,
-    ShardState,
     UnknownRun,
     done_shards,
     kept_ledger,

@@ -12,12 +12,13 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from storage_schemas import tables
+from storage_schemas.attempts import AttemptLog, ShardState
 from storage_schemas.commit import committed, manifest_path, read_manifest
 from storage_schemas.compaction import vacuum
 from storage_schemas.export import export_parquet
 from storage_schemas.files import AnyPath, any_path, create, file_sha256
 from storage_schemas.lake import Lake
-from storage_schemas.ledger import AttemptLog, ShardState, done_shards, read_ledger, rebuild_ledgers
+from storage_schemas.ledger import done_shards, read_ledger, rebuild_ledgers
 from storage_schemas.snapshots import publish_runs, read_published, retract_run
 from storage_schemas.verify import verify
 from storage_schemas.views import RefusedStatement, query

@@ -10,8 +10,9 @@ import duckdb
 import pytest
 
 from storage_schemas import tables
+from storage_schemas.attempts import AttemptLog
 from storage_schemas.commit import manifest_path
-from storage_schemas.ledger import AttemptLog, write_ledger
+from storage_schemas.ledger import write_ledger
 from storage_schemas.snapshots import NotPublished, publish_runs, read_published
 from storage_schemas.views import RefusedStatement, connect, query
 from storage_schemas.workspace import Workspace

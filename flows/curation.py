@@ -1,0 +1,95 @@
+"""Curation: which training samples influenced which queries, by the teacher; planned, made part by part, published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date
+
+from prefect import flow
+
+from flows.names import named
+from tasks.candidates import choose_candidates
+from tasks.config import PipelineConfig, check_sizes
+from tasks.context import Stage
+from tasks.features import extract_features
+from tasks.make_parts import RunIncomplete
+from tasks.partitions import PartitionOutcome, in_partition, partition_names, scheduled_partition
+from tasks.plan import RunPlan, begin_run, open_context, run_inputs, run_name, stages_of
+from tasks.publish import publish_scores
+from tasks.queries import make_queries
+from tasks.retry import config_of, release
+from tasks.samples import ingest_samples
+from tasks.teacher_checks import check_precision
+
+
+@dataclass(frozen=True)
+class Curation:
+    """What a curation made: its plan, its stages in order, and the rank labels as they were published."""
+
+    plan: RunPlan
+    stages: list[Stage]
+    ranks: Stage
+
+    @property
+    def run(self) -> str:
+        return self.plan.run
+
+
+def plan_run(config: PipelineConfig) -> RunPlan:
+    """Samples, queries, features and candidates, and from them what the run is to do."""
+    context = open_context(config)
+    samples = ingest_samples(context)
+    check_sizes(config, samples.rows)
+    queries = make_queries(context)
+    features = extract_features(context, samples)
+    query_features = extract_features(context, queries)
+    stages = stages_of(context, samples, queries)
+    candidates = choose_candidates(context, run_name(context, stages, features), samples, queries)
+    inputs = run_inputs(context, stages, candidates)
+    return RunPlan(inputs, [samples, queries, features, query_features, candidates])
+
+
+@flow(name="curate", flow_run_name=named("curate"))
+def curate(config: PipelineConfig) -> Curation:
+    """Plan, curvature, base losses, unlearning steps, score shards, publish; what is there already is reused.
+
+    Raises:
+        RunIncomplete: parts failed for good; nothing is published unless `execution.publish_incomplete` says so.
+        RunCancelled: somebody asked for it.
+    """
+    plan = plan_run(config)
+    parts = begin_run(plan.inputs)
+    stages = [*plan.made, *parts.make_all_before("scores")]
+    if not config.teacher.precision.exact:
+        stages.append(check_precision(plan.inputs))
+    try:
+        stages.append(parts.make("scores"))
+        incomplete = False
+    except RunIncomplete:
+        incomplete = config.execution.publish_incomplete
+        if not incomplete:
+            raise
+    ranks = publish_scores(plan.inputs, incomplete=incomplete)
+    return Curation(plan, [*stages, ranks], ranks)
+
+
+@flow(name="curate partition", flow_run_name=named("curate", "partition"))
+def curate_partition(config: PipelineConfig, partition: str | None = None, days_back: int = 1) -> Curation:
+    """Curate the queries of one partition, by default those of the day before the scheduled start."""
+    return curate(in_partition(config, partition or scheduled_partition(days_back)))
+
+
+@flow(name="backfill", flow_run_name=named("backfill"))
+def backfill(
+    config: PipelineConfig, first: date | None = None, last: date | None = None, partitions: list[str] | None = None
+) -> list[PartitionOutcome]:
+    """Curate several partitions: a range of dates, or those named. One that fails does not stop the others."""
+    names = partition_names(first, last, partitions)
+    return PartitionOutcome.of_all(names, lambda name: curate(in_partition(config, name)).run)
+
+
+@flow(name="retry", flow_run_name="retry {run}")
+def retry(workspace: str, run: str, shards: str = "") -> Curation:
+    """Only what a run lacks: shards that failed or were quarantined, all or some (`0-2,5`), and samples left out."""
+    release(workspace, run, shards)
+    return curate(config_of(workspace, run))

@@ -1,0 +1,17 @@
+"""Steps of `prefect deploy`: what `deployments/prefect.yaml` cannot say by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tasks.config import load_config
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The configuration in a YAML file, checked, with absolute paths, as the parameter `config` of deployed flows.
+
+    Raises:
+        UsageError: a fault in it; one line for each.
+    """
+    return {"config": load_config(Path(path)).model_dump(mode="json")}

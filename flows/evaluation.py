@@ -1,0 +1,52 @@
+"""How good the rank head is against its teacher, how far the teacher itself can be trusted, and what is served."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows.curation import plan_run
+from flows.names import named
+from tasks.announcements import announce_metrics
+from tasks.config import PipelineConfig
+from tasks.context import Stage
+from tasks.evaluation import measure_head
+from tasks.features import extract_features
+from tasks.head import latest_index, read_head, read_index_head
+from tasks.labels import read_labels
+from tasks.plan import begin_run, open_context
+from tasks.promotion import Evaluation, promote
+from tasks.publish import publish_checks, rank_scores, read_checks
+from tasks.teacher_checks import check_against_exact, check_self_consistency, measure_low_rank
+
+
+@flow(name="judge", flow_run_name=named("judge"))
+def judge(config: PipelineConfig) -> list[Stage]:
+    """Whether the teacher of a finished run can be trusted: against the exact one, and against itself."""
+    inputs = plan_run(config).inputs
+    begin_run(inputs)
+    ranks = rank_scores(inputs)
+    checks = []
+    if config.teacher.update_rank is not None:
+        checks.append(measure_low_rank(inputs))
+    if config.exact_check is not None:
+        checks.append(check_against_exact(inputs, ranks))
+    if config.self_consistency is not None:
+        checks.append(check_self_consistency(inputs, ranks))
+    publish_checks(inputs, checks)
+    return checks
+
+
+@flow(name="evaluate", flow_run_name=named("evaluate", "index"))
+def evaluate(config: PipelineConfig, index: str | None = None) -> Evaluation:
+    """Measure an index, by default the newest, on the test queries; past the floors it is promoted, and served."""
+    context = open_context(config)
+    built, head = read_index_head(context.workspace, index or latest_index(context.workspace))
+    trained, description = read_head(context.workspace, head)
+    labels = read_labels(context, description["snapshot"])
+    extract_features(context, labels.samples)
+    labels.extract_query_features(context)
+    checks = read_checks(context, labels.run)
+    metrics = measure_head(context, labels.samples, labels.queries, labels.ranks, trained, checks)
+    evaluation = promote(context, trained, built, metrics)
+    announce_metrics(context, evaluation, trained, labels)
+    return evaluation

@@ -1,0 +1,26 @@
+"""The search index, built from a rank head."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows.names import named
+from tasks.announcements import announce_index
+from tasks.config import PipelineConfig
+from tasks.context import Stage
+from tasks.features import extract_features
+from tasks.head import build_search_index, latest_head, read_head
+from tasks.labels import read_labels
+from tasks.plan import open_context
+
+
+@flow(name="rebuild index", flow_run_name=named("index", "head"))
+def rebuild_index(config: PipelineConfig, head: str | None = None) -> Stage:
+    """An index version from a head, by default the newest; nobody is served from it before it is promoted."""
+    context = open_context(config)
+    trained, description = read_head(context.workspace, head or latest_head(context.workspace))
+    labels = read_labels(context, description["snapshot"])
+    features = extract_features(context, labels.samples)
+    index = build_search_index(context, labels.samples, features, trained)
+    announce_index(context, index, trained)
+    return index

@@ -1,0 +1,35 @@
+"""A job: some parts of a run, made by one process of a work pool, with one device."""
+
+from __future__ import annotations
+
+from prefect import flow
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from tasks.execution_config import ExecutionConfig
+from tasks.fan_out import Order, end_of_job, run_parts
+from tasks.number_ranges import from_ranges
+
+
+@flow(name="make parts", flow_run_name="{kind} {run} {numbers}")
+def make_parts(
+    location: str,
+    run: str,
+    assignment: str,
+    kind: str,
+    numbers: str,
+    timeout: float | None,
+    execution: ExecutionConfig,
+) -> str:
+    """Make these parts one after the other; a coordinator starts it, and reads in the workspace what it got done.
+
+    Args:
+        location: folder or URL of the workspace.
+        assignment: key of the run's assignment, as the coordinator wrote it.
+        numbers: of the parts, as `0-2,5`.
+        timeout: seconds that one part may take; no limit where that is not known.
+    """
+    order = Order(location, run, assignment, kind, execution)
+    seconds = timeout / execution.timeout_factor if timeout is not None else None
+    with ThreadPoolTaskRunner(max_workers=1) as runner:
+        outcome = run_parts(order, from_ranges(numbers), runner, lambda: seconds)
+    return end_of_job(order, outcome)

@@ -1,0 +1,305 @@
+"""Commands that plan, start, watch and stop runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from fastgda_core.errors import UsageError
+from flows.own_server import start_server, wait_for_server
+from flows.store import DEFAULT_WORKSPACE, RunArgument, WorkspaceOption, say
+from storage_schemas.errors import StoreError
+
+ConfigArgument = Annotated[Path, typer.Argument(help="YAML config; see deployments/openmoji.yaml.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+WATCH_SECONDS = 2.0
+
+
+class Runner(StrEnum):
+    local = "local"
+    ray = "ray"
+    dask = "dask"
+    pool = "pool"
+
+
+RunnerOption = Annotated[
+    Runner | None, typer.Option(help="Where parts are made; default: execution.runner of the config.")
+]
+
+out = Console()
+
+
+def read_config(path: Path, runner: Runner | None = None) -> Any:
+    """The configuration, with another runner where one is given."""
+    from tasks.config import PipelineConfig, load_config
+
+    config = load_config(path)
+    if runner is None:
+        return config
+    execution = {**config.execution.model_dump(), "runner": runner.value}
+    return PipelineConfig.model_validate({**config.model_dump(), "execution": execution})
+
+
+def run(config: ConfigArgument, runner: RunnerOption = None) -> None:
+    """The whole pipeline on your model (a diffusers folder) and your data (WebDataset shards).
+
+    Example: `fastgda run my_config.yaml`
+    """
+    start_server()
+    from flows.pipeline import attribution_pipeline
+
+    wait_for_server()
+    print_summary(attribution_pipeline(read_config(config, runner)))
+
+
+def plan(config: ConfigArgument, as_json: JsonOption = False) -> None:
+    """What a run will take, without running it: parts, rows, forward passes, device-hours, cost.
+
+    Example: `fastgda plan my_config.yaml`
+    """
+    from tasks.estimate import estimate
+
+    found = estimate(read_config(config))
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+        return
+    for renderable in found.shown():
+        out.print(renderable, highlight=False, soft_wrap=True)
+
+
+def curate(config: ConfigArgument, runner: RunnerOption = None) -> None:
+    """Score and publish: the part of the pipeline that needs GPUs. A second time it computes only what is missing.
+
+    Example: `fastgda curate my_config.yaml`
+    """
+    start_server()
+    from flows.curation import curate as curation
+
+    wait_for_server()
+    done = curation(read_config(config, runner))
+    print_stages(done.run, done.stages)
+    say(f"published: {done.ranks.key}")
+
+
+def train(
+    config: ConfigArgument,
+    snapshot: Annotated[str | None, typer.Option(help="Whose rank labels; default: the published ones.")] = None,
+) -> None:
+    """Train a rank head on published scores.
+
+    Example: `fastgda train my_config.yaml`
+    """
+    start_server()
+    from flows.training import train_rank_head
+
+    wait_for_server()
+    head = train_rank_head(read_config(config), snapshot)
+    say(f"head {head.key}{' (was there)' if head.reused else ''}: `fastgda index` builds its index")
+
+
+def index(
+    config: ConfigArgument,
+    head: Annotated[str | None, typer.Option(help="Version of the head; default: the newest.")] = None,
+) -> None:
+    """Build the search index of a head; it is served once `fastgda evaluate` promotes it.
+
+    Example: `fastgda index my_config.yaml`
+    """
+    start_server()
+    from flows.indexing import rebuild_index
+
+    wait_for_server()
+    built = rebuild_index(read_config(config), head)
+    say(f"index {built.key}{' (was there)' if built.reused else ''}: `fastgda evaluate` measures and promotes it")
+
+
+def evaluate(
+    config: ConfigArgument,
+    index: Annotated[str | None, typer.Option(help="Version of the index; default: the newest.")] = None,
+) -> None:
+    """Measure an index on the test queries, and serve it if it is good enough. Exit code 1 if it is not.
+
+    Example: `fastgda evaluate my_config.yaml`
+    """
+    start_server()
+    from flows.evaluation import evaluate as evaluation
+
+    wait_for_server()
+    found = evaluation(read_config(config), index)
+    say(f"index {found.index.key}: mAP {found.tuned:.3f} tuned, {found.untuned:.3f} untuned")
+    say(found.refused or "promoted: `fastgda attribute` answers from it")
+    if found.refused:
+        raise typer.Exit(1)
+
+
+def judge(config: ConfigArgument) -> None:
+    """Whether the teacher of a finished run can be trusted: against the exact one, and against itself.
+
+    Example: `fastgda judge my_config.yaml`
+    """
+    start_server()
+    from flows.evaluation import judge as judgement
+    from storage_schemas import tables
+
+    wait_for_server()
+    for check in judgement(read_config(config)):
+        say(f"{check.name}: {check.rows:,} rows")
+        if check.name != "exact check":
+            for row in tables.read(check.path, tables.METRICS).to_pylist():
+                if not row["query_id"]:
+                    cutoff = f"({row['cutoff']})" if row["cutoff"] else ""
+                    say(f"  {row['metric']}{cutoff}, {row['space']}: {row['value']:.3f}")
+
+
+def backfill(
+    config: ConfigArgument,
+    first: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="First day.")] = None,
+    last: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Last day; default: the first.")] = None,
+    partition: Annotated[list[str] | None, typer.Option(help="Or a partition by name; may be repeated.")] = None,
+) -> None:
+    """Curate the queries of several partitions, beside those that are published already.
+
+    Example: `fastgda backfill my_config.yaml --first 2026-11-01 --last 2026-11-07`
+    """
+    start_server()
+    from flows.curation import backfill as backfilling
+
+    wait_for_server()
+    dates = [day.date() if day else None for day in (first, last)]
+    for outcome in backfilling(read_config(config), *dates, partition):
+        say(f"{outcome.partition}: run {outcome.run}")
+
+
+def retry(
+    run: RunArgument,
+    shard: Annotated[list[str] | None, typer.Option(help="Only this shard, or these: 7 or 0-2,5.")] = None,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    runner: RunnerOption = None,
+) -> None:
+    """Only what a run lacks: shards that failed or were never reached, samples left out; then what follows.
+
+    Example: `fastgda retry openmoji-1b2c3d4e5f`
+    """
+    start_server()
+    from flows.pipeline import attribution_pipeline
+    from tasks.retry import config_of, release
+
+    wait_for_server()
+    config = config_of(workspace, run)
+    if runner is not None:
+        execution = config.execution.model_copy(update={"runner": runner.value})
+        config = config.model_copy(update={"execution": execution})
+    release(workspace, run, ",".join(shard or []))
+    summary = attribution_pipeline(config)
+    print_summary(summary)
+    if summary.run != run:
+        raise UsageError(
+            f"the data or the model of run {run} changed since it was planned: run {summary.run} was made instead"
+        )
+
+
+def status(
+    run: Annotated[str | None, typer.Argument(help="The run; default: the one planned last.")] = None,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: JsonOption = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until the run is over.")] = False,
+) -> None:
+    """Progress, speed, time left, device-hours, workers, failures; from the workspace alone, no server is needed.
+
+    Example: `fastgda status`
+    """
+    from storage_schemas.workspace import Workspace
+    from tasks.run_status import RunStatus, execution_of, latest_run, run_status
+    from tasks.status_text import status_table
+
+    place = Workspace.at(workspace)
+    chosen = run or latest_run(place)
+
+    def now() -> RunStatus:
+        return run_status(place, chosen, execution_of(place, chosen))
+
+    if as_json:
+        print(json.dumps(now().as_json(), indent=2))
+    elif not watch:
+        out.print(status_table(now()), highlight=False)
+    else:
+        with Live(console=out, auto_refresh=False) as live:
+            while True:
+                found = now()
+                live.update(status_table(found), refresh=True)
+                if found.state not in ("running", "paused", "planned"):
+                    break
+                time.sleep(WATCH_SECONDS)
+
+
+def pause(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
+    """Stop a run's workers at their next micro-batch; its coordinator waits.
+
+    Example: `fastgda pause openmoji-1b2c3d4e5f`
+    """
+    _ask(run, workspace, "pause")
+    say(f"asked; `fastgda resume {run}` lets it go on")
+
+
+def cancel(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
+    """Stop a run's workers at their next micro-batch, and its coordinator; what is finished is kept.
+
+    Example: `fastgda cancel openmoji-1b2c3d4e5f`
+    """
+    _ask(run, workspace, "cancel")
+    say(f"asked; `fastgda retry {run}` would go on")
+
+
+def _ask(run: str, workspace: str, wish: str) -> None:
+    from storage_schemas.ledger import read_run
+    from storage_schemas.liveness import Wish, ask
+    from storage_schemas.workspace import Workspace
+
+    place = Workspace.at(workspace)
+    read_run(place, run)
+    ask(place, run, Wish(wish))
+
+
+def resume(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
+    """Let a paused run go on.
+
+    Example: `fastgda resume openmoji-1b2c3d4e5f`
+    """
+    from storage_schemas.ledger import read_run
+    from storage_schemas.liveness import Wish, asked, withdraw
+    from storage_schemas.workspace import Workspace
+
+    place = Workspace.at(workspace)
+    read_run(place, run)
+    if asked(place, run) != Wish.pause:
+        raise StoreError(f"run {run} is not paused; `fastgda status {run}` says how it stands")
+    withdraw(place, run)
+    say(f"it goes on, if its coordinator still waits; otherwise `fastgda retry {run}`")
+
+
+def print_summary(summary: Any) -> None:
+    print_stages(summary.run, summary.stages)
+    if summary.refused:
+        say(f"not promoted: {summary.refused}")
+    say(f"Report: {summary.report.path}")
+
+
+def print_stages(run: str, stages: list[Any]) -> None:
+    table = Table("stage", "rows", "seconds", "", title=f"run {run}", title_justify="left")
+    for column in table.columns[1:3]:
+        column.justify = "right"
+    for stage in stages:
+        table.add_row(stage.name, f"{stage.rows:,}", f"{stage.seconds:.1f}", "[dim]reused" if stage.reused else "new")
+    out.print(table)
+
+
+run_commands = (run, plan, curate, judge, train, index, evaluate, backfill, status, retry, pause, resume, cancel)

@@ -1,0 +1,26 @@
+"""The rank head, trained on published rank labels."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows.names import named
+from tasks.announcements import announce_head
+from tasks.config import PipelineConfig
+from tasks.context import Stage
+from tasks.features import extract_features
+from tasks.head import fit_rank_head
+from tasks.labels import read_labels
+from tasks.plan import open_context
+
+
+@flow(name="train rank head", flow_run_name=named("train", "snapshot"))
+def train_rank_head(config: PipelineConfig, snapshot: str | None = None) -> Stage:
+    """A head version from the rank labels of a snapshot, by default the published one."""
+    context = open_context(config)
+    labels = read_labels(context, snapshot)
+    features = extract_features(context, labels.samples)
+    labels.extract_query_features(context)
+    head = fit_rank_head(context, labels.samples, labels.queries, features, labels.ranks)
+    announce_head(context, head, labels)
+    return head

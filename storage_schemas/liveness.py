@@ -1,0 +1,141 @@
+"""What a run's processes tell each other while it is under way: assignment, signs of life, a wish to stop.
+
+Small files in the run's folder, each written by one side only and replaced whole, so that any number of hosts can look
+at them, whether or not a Prefect server runs.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from storage_schemas.commit import input_key
+from storage_schemas.errors import StoreError
+from storage_schemas.files import matching, remove, write_atomically
+from storage_schemas.workspace import Workspace
+
+
+class PartsRecord(BaseModel):
+    """One kind of part that a run is made of: where its files lie and what they depend on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    key: str
+    path: str = Field(description="relative to the workspace")
+    rows: int = Field(ge=0)
+
+
+class Assignment(BaseModel):
+    """`runs/<run>/assignment.json`: all that a worker needs to know of a run beside its plan."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: str
+    config: dict[str, object] = Field(description="the pipeline's configuration")
+    model_hash: str
+    stages: dict[str, PartsRecord]
+    execution: dict[str, object] = Field(default_factory=dict, description="how its coordinator carries it out")
+    generation: int = Field(default=0, description="grows when finished parts were thrown away to be made again")
+    origin: str = Field(default="", description="the Prefect flow run of the coordinator")
+
+    @property
+    def key(self) -> str:
+        """Changes with anything that a worker would do otherwise."""
+        return input_key(self.run, self.config, self.model_hash, self.stages, self.generation)
+
+
+class Wish(StrEnum):
+    pause = "pause"
+    cancel = "cancel"
+
+
+class Control(BaseModel):
+    """`runs/<run>/control.json`: somebody wants the run's workers to stop; `fastgda resume` removes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    wish: Wish
+    at: datetime
+
+
+class Beat(BaseModel):
+    """`runs/<run>/workers/<worker>.json`: a worker process is alive, and what it is at.
+
+    A reader on another host goes by `beat`, which grows, and not by the clock.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    worker: str = Field(description="host:process")
+    job: str = Field(default="", description="the Prefect flow run that it works in")
+    device: str = ""
+    beat: int = Field(ge=0, description="how often it has told")
+    at: datetime = Field(description="by the worker's clock, UTC")
+    kind: str = Field(default="", description="kind of the part that it is at; empty between parts")
+    number: int = Field(default=-1, description="number of that part")
+    part_seconds: float = Field(default=0.0, description="how long it has been at it")
+    parts: int = Field(default=0, description="finished by this process")
+    rows: int = Field(default=0, description="in them")
+    seconds: float = Field(default=0.0, description="spent on them")
+    device_memory: int = Field(default=0, description="bytes of device memory held at most")
+    out_of_memory: int = Field(default=0, description="how often a micro-batch was halved")
+    ended: bool = Field(default=False, description="it has left by itself")
+
+
+def write_assignment(workspace: Workspace, assignment: Assignment) -> None:
+    """Replace the run's assignment where it differs."""
+    content = assignment.model_dump_json(indent=2).encode() + b"\n"
+    path = workspace.assignment(assignment.run)
+    try:
+        if path.read_bytes() == content:
+            return
+    except FileNotFoundError:
+        pass
+    write_atomically(path, content)
+
+
+def read_assignment(workspace: Workspace, run: str) -> Assignment:
+    """Raises StoreError where the run has none, as one that was imported."""
+    try:
+        return Assignment.model_validate_json(workspace.assignment(run).read_bytes())
+    except FileNotFoundError:
+        raise StoreError(
+            f"run {run} was imported or is of an earlier release: nothing can be computed for it"
+        ) from None
+
+
+def ask(workspace: Workspace, run: str, wish: Wish) -> None:
+    """Tell the run's workers and its coordinator to pause or to stop."""
+    control = Control(wish=wish, at=datetime.now(UTC))
+    write_atomically(workspace.control(run), control.model_dump_json().encode() + b"\n")
+
+
+def asked(workspace: Workspace, run: str) -> Wish | None:
+    """What the run's processes are asked for at this moment."""
+    try:
+        return Control.model_validate_json(workspace.control(run).read_bytes()).wish
+    except FileNotFoundError:
+        return None
+
+
+def withdraw(workspace: Workspace, run: str) -> None:
+    """Let the run go on."""
+    remove(workspace.control(run))
+
+
+def write_beat(workspace: Workspace, run: str, beat: Beat) -> None:
+    name = "".join(letter if letter.isalnum() else "-" for letter in beat.worker)
+    write_atomically(workspace.beats(run) / f"{name}.json", beat.model_dump_json().encode() + b"\n")
+
+
+def read_beats(workspace: Workspace, run: str) -> list[Beat]:
+    """The last beat of every process that ever worked on the run."""
+    found = []
+    for path in matching(workspace.beats(run), "*.json"):
+        try:
+            found.append(Beat.model_validate_json(path.read_bytes()))
+        except (FileNotFoundError, ValidationError):
+            continue
+    return found

@@ -1,0 +1,90 @@
+"""What a person sees of a run in Prefect: a live table, what failed, pictures, curves, links."""
+
+from __future__ import annotations
+
+import base64
+import re
+import time
+from types import TracebackType
+from typing import Self
+from uuid import UUID
+
+import httpx
+from prefect.artifacts import Artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
+from prefect.exceptions import PrefectException
+from prefect.runtime import flow_run
+
+from fastgda_core.errors import UsageError
+from storage_schemas.errors import StoreError
+from tasks.context import Context
+from tasks.run_status import run_status
+from tasks.status_text import status_markdown
+
+UPDATE_SECONDS = 10.0
+_UNREACHABLE = (httpx.HTTPError, PrefectException, ConnectionError)
+
+
+def artifact_key(*words: str) -> str:
+    """Prefect's keys have lower-case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
+
+
+def publish_markdown(key: str, text: str, description: str) -> UUID | None:
+    """A new version of an artifact; None where there is no flow run or no server to hear of it."""
+    if flow_run.get_id() is None:
+        return None
+    try:
+        made = Artifact(type="markdown", key=artifact_key(key), data=text, description=description).create()
+    except _UNREACHABLE:
+        return None
+    return made.id
+
+
+def publish_image(key: str, picture: bytes, description: str) -> None:
+    """A JPEG or PNG as an artifact; the picture itself, as no store may be reachable from a browser."""
+    if flow_run.get_id() is None:
+        return
+    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
+    url = f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+    try:
+        Artifact(type="image", key=artifact_key(key), data=url, description=description).create()
+    except _UNREACHABLE:
+        return
+
+
+class Board:
+    """The run's progress as one artifact, replaced in place while the block runs; a server that is away is no fault."""
+
+    def __init__(self, context: Context, run: str) -> None:
+        self.context, self.run = context, run
+        self.artifact: UUID | None = None
+        self.due = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.artifact is not None or flow_run.get_id() is not None:
+            self.update(now=True)
+
+    def update(self, *, now: bool = False) -> None:
+        """Show how the run stands, if the last time is long enough ago."""
+        started = time.monotonic()
+        if not now and started < self.due:
+            return
+        try:
+            text = status_markdown(run_status(self.context.workspace, self.run, self.context.config.execution))
+        except (StoreError, UsageError, OSError):
+            return
+        # Of a large run it takes a while to say how it stands: a twentieth of the time at most.
+        self.due = time.monotonic() + max(UPDATE_SECONDS, 20 * (time.monotonic() - started))
+        if self.artifact is None:
+            self.artifact = publish_markdown(f"progress {self.run}", text, f"Progress of run {self.run}")
+            return
+        try:
+            with get_client(sync_client=True) as client:
+                client.update_artifact(self.artifact, ArtifactUpdate(data=text))
+        except _UNREACHABLE:
+            return

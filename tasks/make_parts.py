@@ -1,0 +1,194 @@
+"""A stage of a run, part by part: what is missing is made, wherever the configuration says."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+
+from storage_schemas.attempts import ShardState, read_attempts
+from storage_schemas.commit import committed, read_manifest
+from storage_schemas.ledger import kept_ledger, read_ledger
+from storage_schemas.liveness import Wish, asked
+from tasks import cancellation, events
+from tasks.artifacts import Board
+from tasks.context import Stage
+from tasks.cost import median_seconds
+from tasks.fan_out import Failure, Order, Outcome, quarantine_deadly, run_parts
+from tasks.jobs import JobPool
+from tasks.progress import console, stage
+from tasks.run_inputs import RunInputs
+from tasks.runners import task_runner
+from tasks.worker import coordinate_here
+
+PAUSE_LOOK_SECONDS = 1.0
+SAMPLE_PARTS = 9  # whose seconds tell what a part takes
+
+
+class RunIncomplete(RuntimeError):
+    """Some parts failed after their retries; the finished ones are kept."""
+
+    def __init__(self, run: str, kind: str, count: int, failures: list[Failure]) -> None:
+        self.run, self.failures = run, failures
+        shown = [str(failure) for failure in failures[:20]]
+        more = [f"and {len(failures) - 20} more"] if len(failures) > 20 else []
+        lines = [
+            f"run {run}: {len(failures)} of {count} parts of {kind!r} failed; "
+            f"`fastgda retry {run}` computes only these",
+            *shown,
+            *more,
+        ]
+        super().__init__("\n".join(lines))
+
+
+class RunCancelled(RuntimeError):
+    """Somebody asked for the run to stop; what is finished is kept."""
+
+
+@dataclass(frozen=True)
+class Makers:
+    """Makes the parts of one run.
+
+    assignment: key of the assignment that workers load.
+    part_seconds: estimate of what one part takes, by kind.
+    """
+
+    inputs: RunInputs
+    assignment: str
+    part_seconds: dict[str, float]
+
+    def make_all_before(self, kind: str) -> list[Stage]:
+        """The stages that lead to this kind, in order."""
+        kinds = self.inputs.kinds()
+        return [self.make(each) for each in kinds[: kinds.index(kind)]]
+
+    def make(self, kind: str) -> Stage:
+        """The stage of this kind, complete.
+
+        Raises:
+            RunIncomplete: parts failed for good.
+            RunCancelled: somebody asked for it.
+        """
+        inputs = self.inputs
+        missing = inputs.missing(kind)
+        before = inputs.stages[kind]
+        if not missing:
+            return self._made(before, reused=True)
+        failures = self._given_up(kind)
+        todo = [number for number in missing if number not in failures]
+        with self._watched(kind, todo) as watch:
+            while todo:
+                outcome = self._round(kind, todo, watch)
+                failures |= outcome.failures
+                if outcome.stopped:
+                    self._wait_until_resumed(watch)
+                left = [number for number in inputs.missing(kind) if number not in failures]
+                if outcome.worker_lost:
+                    failures |= quarantine_deadly(
+                        inputs.workspace, inputs.run, kind, left, self.inputs.context.config.execution.max_deaths
+                    )
+                    left = [number for number in left if number not in failures]
+                elif not outcome.stopped and left == todo:
+                    raise RuntimeError(f"run {inputs.run}: {kind} {left[0]:05d} was made and is not there")
+                todo = left
+        if failures:
+            several = [failures[number] for number in sorted(failures)]
+            events.announce(events.RUN_INCOMPLETE, inputs.context, "run", inputs.run, parts=kind, failed=len(several))
+            raise RunIncomplete(inputs.run, kind, inputs.count(kind), several)
+        return self._made(before, reused=False)
+
+    def _given_up(self, kind: str) -> dict[int, Failure]:
+        """Parts that were quarantined before, which only `fastgda retry` takes up again."""
+        found = {}
+        for number, attempts in read_attempts(self.inputs.workspace, self.inputs.run, kind).items():
+            if attempts and attempts[-1].state == ShardState.quarantined:
+                found[number] = Failure(kind, number, attempts[-1].error_class, attempts[-1].error)
+        return found
+
+    def _round(self, kind: str, todo: list[int], watch: Watch) -> Outcome:
+        config, inputs = self.inputs.context.config, self.inputs
+        execution = config.execution
+        order = Order(str(inputs.workspace.root), inputs.run, self.assignment, kind, execution)
+        coordinate_here(inputs.run)
+        if execution.runner == "pool":
+            missing = functools.partial(inputs.missing, kind)
+            return JobPool(inputs.workspace, order, watch.part_seconds, missing).make(todo, watch.tick)
+        with task_runner(config) as runner:
+            return run_parts(order, todo, runner, watch.part_seconds, finished=watch.finished, tick=watch.tick)
+
+    @contextmanager
+    def _watched(self, kind: str, todo: list[int]) -> Iterator[Watch]:
+        """Progress bar, ledger and board, kept up to date while the block runs."""
+        inputs = self.inputs
+        rows = sum(inputs.rows(kind, todo))
+        ledger = kept_ledger(inputs.workspace, inputs.run) if kind == "scores" else nullcontext(lambda: None)
+        title = "teacher scores" if kind == "scores" else kind
+        with Board(inputs.context, inputs.run) as board, ledger as refresh, stage(title, rows) as advance:
+            yield Watch(inputs, kind, set(todo), self.part_seconds.get(kind), advance, refresh, board)
+
+    def _wait_until_resumed(self, watch: Watch) -> None:
+        """Raises RunCancelled unless it is a pause, which ends when somebody resumes the run."""
+        inputs = self.inputs
+        if asked(inputs.workspace, inputs.run) == Wish.pause:
+            console.print(f"paused: `fastgda resume {inputs.run}` goes on", highlight=False)
+        while (wish := asked(inputs.workspace, inputs.run)) == Wish.pause and not cancellation.requested():
+            watch.tick()
+            time.sleep(PAUSE_LOOK_SECONDS)
+        if wish == Wish.cancel or cancellation.requested():
+            raise RunCancelled(
+                f"run {inputs.run} was cancelled; what is finished is kept, and `fastgda retry {inputs.run}` goes on"
+            )
+
+    def _made(self, before: Stage, *, reused: bool) -> Stage:
+        inputs, kind = self.inputs, before.name
+        if kind == "scores":
+            seconds = sum(read_ledger(inputs.workspace, inputs.run)["seconds"].to_pylist())
+            return replace(before, name="teacher scores", seconds=seconds, reused=reused)
+        parts = inputs.parts(kind)
+        manifests = [committed(parts.path(number), parts.key(number)) for number in range(parts.count)]
+        return replace(before, seconds=sum(made.seconds for made in manifests if made), reused=reused)
+
+
+@dataclass
+class Watch:
+    """Follows a stage while it is made."""
+
+    inputs: RunInputs
+    kind: str
+    left: set[int]
+    estimate: float | None
+    advance: Callable[[int], None]
+    refresh: Callable[[], None]
+    board: Board
+    looked: float = 0.0
+    sample: list[int] = field(default_factory=list)
+    measured: float | None = None
+
+    def finished(self, number: int) -> None:
+        if number in self.left:
+            self.left.discard(number)
+            self.advance(sum(self.inputs.rows(self.kind, [number])))
+            self._measure(number)
+
+    def _measure(self, number: int) -> None:
+        """What a part takes, from the first few that were made."""
+        if len(self.sample) < SAMPLE_PARTS:
+            self.sample.append(number)
+            manifests = [read_manifest(self.inputs.path(self.kind, each)) for each in self.sample]
+            self.measured = median_seconds(manifest for manifest in manifests if manifest)
+
+    def part_seconds(self) -> float | None:
+        """What one part takes, as far as is known by now: measured, or else by estimate."""
+        return self.measured if self.measured is not None else self.estimate
+
+    def tick(self) -> bool:
+        """Look around; False when somebody wants the run to stop."""
+        self.refresh()
+        self.board.update()
+        if self.inputs.context.config.execution.runner == "pool" and time.monotonic() - self.looked > 5:
+            for number in self.left - set(self.inputs.missing(self.kind)):
+                self.finished(number)
+            self.looked = time.monotonic()
+        return asked(self.inputs.workspace, self.inputs.run) is None and not cancellation.requested()

@@ -1,0 +1,76 @@
+"""Pictures for artifacts: PNG and JPEG bytes."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from storage_schemas.snapshots import read_ranks
+from storage_schemas.workspace import Workspace
+from tasks.context import Stage
+from tasks.queries import load_queries
+from tasks.samples import readable_images
+
+TILE, GAP, LABEL = 88, 8, 20
+
+
+def attribution_sheet(
+    workspace: Workspace, snapshot: str, samples: Stage, queries: Stage, shown_queries: int, shown_samples: int
+) -> bytes:
+    """JPEG: a row for each of some queries, spread over the set, with its most influential training images."""
+    every = load_queries(queries)
+    step = max(1, len(every) // shown_queries)
+    chosen = [every[number] for number in range(0, len(every), step)][:shown_queries]
+    ranks = read_ranks(workspace, snapshot, [query.query_id for query in chosen]).to_pylist()
+    width = (shown_samples + 1) * (TILE + GAP) + 2 * GAP
+    sheet = Image.new("RGB", (width, len(chosen) * (TILE + LABEL + GAP) + GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for row, query in enumerate(chosen):
+        top = GAP + row * (TILE + LABEL + GAP)
+        pen.text((GAP, top), f"{query.query_id}: {query.caption}"[:110], fill="#2d3748", font=font)
+        mine = sorted((r["rank"], r["train_id"]) for r in ranks if r["query_id"] == query.query_id)[:shown_samples]
+        images, _ = readable_images(samples.path, [train_id for _, train_id in mine])
+        for column, image in enumerate([query.image, *images]):
+            left = GAP + column * (TILE + GAP) + (GAP if column else 0)
+            sheet.paste(_tile(image), (left, top + LABEL))
+        right = 2 * GAP + TILE - GAP // 2 + GAP // 2
+        pen.line((right, top + LABEL, right, top + LABEL + TILE), fill="#a0aec0", width=2)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def _tile(image: Image.Image) -> Image.Image:
+    tile = Image.new("RGB", (TILE, TILE), "#edf2f7")
+    small = image.copy()
+    small.thumbnail((TILE, TILE))
+    if max(small.size) < TILE:  # tiny training images are shown as large as the others
+        scale = TILE / max(small.size)
+        small = small.resize((round(small.width * scale), round(small.height * scale)), Image.Resampling.NEAREST)
+    tile.paste(small, ((TILE - small.width) // 2, (TILE - small.height) // 2))
+    return tile
+
+
+def loss_curve(head: dict[str, Any], cutoff: int, *, format: str = "png") -> bytes:
+    """Training loss and validation mAP per epoch, from a `head.json`; PNG or SVG."""
+    from matplotlib.figure import Figure
+
+    history, best_epoch = head["history"], head["best_epoch"]
+    epochs = range(1, len(history) + 1)
+    figure = Figure(figsize=(9.6, 2.6), layout="constrained")
+    loss_axis, map_axis = figure.subplots(1, 2)
+    loss_axis.plot(epochs, [point["loss"] for point in history], color="#2b6cb0", marker="o", markersize=3)
+    loss_axis.set(title="Training loss (BCE)", xlabel="epoch")
+    map_axis.plot(epochs, [point["validation_map"] for point in history], color="#2f855a", marker="o", markersize=3)
+    map_axis.axvline(best_epoch + 1, color="#a0aec0", linestyle="--", linewidth=1)
+    map_axis.set(title=f"Validation mAP({cutoff}), epoch kept dashed", xlabel="epoch")
+    for axis in (loss_axis, map_axis):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    buffer = io.BytesIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type")) if format == "svg" else None
+    figure.savefig(buffer, format=format, metadata=metadata, dpi=110)
+    return buffer.getvalue()

@@ -1,0 +1,198 @@
+"""How a run stands, from the files of its workspace alone: with or without a Prefect server, from any machine."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+
+from storage_schemas.attempts import ShardState, read_attempts
+from storage_schemas.errors import StoreError
+from storage_schemas.ledger import derive, read_run, run_names
+from storage_schemas.liveness import Beat, Wish, asked, read_assignment, read_beats
+from storage_schemas.workspace import Workspace
+from tasks.execution_config import ExecutionConfig
+
+ALIVE_SECONDS = 60.0  # after its last beat a worker is taken for gone
+RECENT = timedelta(minutes=10)  # throughput is that of the last minutes
+
+
+@dataclass(frozen=True)
+class FailedShard:
+    """A shard that is failed or quarantined, and why."""
+
+    shard: int
+    state: str
+    attempts: int
+    worker: str
+    error_class: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """A part that its worker is at for much longer than the others took."""
+
+    kind: str
+    number: int
+    worker: str
+    seconds: float
+    median: float
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A training sample that the run could not use."""
+
+    train_id: int
+    found_in: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Counts are of score shards and their rows; seconds are those of devices."""
+
+    run: str
+    name: str
+    teacher: str
+    state: str
+    wish: str
+    created_at: str
+    shards: dict[str, int]
+    rows: int
+    pairs: int
+    rows_per_second: float
+    seconds_left: float | None
+    device_hours: float
+    cost: float | None
+    currency: str
+    failed_attempts: dict[str, int]
+    workers: list[dict[str, object]]
+    stragglers: list[Straggler]
+    failures: list[FailedShard]
+    left_out: list[LeftOut]
+
+    def as_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def run_status(workspace: Workspace, run: str, execution: ExecutionConfig | None = None) -> RunStatus:
+    """Raises UnknownRun, naming those that there are."""
+    execution = execution or ExecutionConfig()
+    record = read_run(workspace, run)
+    ledger_rows, left_out = derive(workspace, run)
+    ledger = ledger_rows.to_pylist()
+    states = Counter(str(row["state"]) for row in ledger)
+    done = [row for row in ledger if row["state"] == ShardState.done]
+    rows = sum(row["rows"] for row in done)
+    now = datetime.now(UTC)
+    beats = [
+        beat for beat in read_beats(workspace, run) if not beat.ended and _seconds_since(beat, now) < ALIVE_SECONDS
+    ]
+    speed = _rows_per_second(done, now) if beats else 0.0
+    hours = sum(row["seconds"] for row in done) / 3600
+    failed = [row for row in ledger if row["state"] in (ShardState.failed, ShardState.quarantined)]
+    wish = asked(workspace, run)
+    attempts = [attempt for several in read_attempts(workspace, run).values() for attempt in several]
+    price = execution.price_per_device_hour
+    return RunStatus(
+        run=run,
+        name=record.name,
+        teacher=record.teacher,
+        state=_state(states, len(ledger), bool(beats), wish),
+        wish=wish or "",
+        created_at=record.created_at.isoformat(timespec="seconds"),
+        shards={state: states.get(state, 0) for state in ShardState},
+        rows=rows,
+        pairs=record.pairs,
+        rows_per_second=speed,
+        seconds_left=(record.pairs - rows) / speed if speed and states[ShardState.done] < len(ledger) else None,
+        device_hours=hours,
+        cost=hours * price if price is not None else None,
+        currency=execution.currency,
+        failed_attempts=dict(Counter(a.error_class for a in attempts if a.state == ShardState.failed)),
+        workers=[_worker(beat, now) for beat in beats],
+        stragglers=_stragglers(done, beats, now, execution.straggler_factor),
+        failures=[
+            FailedShard(r["shard"], r["state"], r["attempts"], r["worker"], r["error_class"], r["error"])
+            for r in failed
+        ],
+        left_out=[LeftOut(row["train_id"], row["found_in"], row["reason"]) for row in left_out.to_pylist()],
+    )
+
+
+def latest_run(workspace: Workspace) -> str:
+    """The run that was planned last.
+
+    Raises:
+        StoreError: there is none.
+    """
+    records = [read_run(workspace, run) for run in run_names(workspace)]
+    if not records:
+        raise StoreError(f"{workspace.root} has no run yet: `fastgda curate CONFIG` plans one")
+    return max(records, key=lambda record: record.created_at).run
+
+
+def execution_of(workspace: Workspace, run: str) -> ExecutionConfig:
+    """How the run's last coordinator carried it out."""
+    try:
+        return ExecutionConfig.model_validate(read_assignment(workspace, run).execution)
+    except StoreError:  # imported
+        return ExecutionConfig()
+
+
+def _state(states: Counter[str], shards: int, alive: bool, wish: Wish | None) -> str:
+    if states[ShardState.done] == shards:
+        return "done"
+    if wish is not None:
+        return "paused" if wish == Wish.pause else "cancelled"
+    if alive:
+        return "running"
+    if states[ShardState.failed] or states[ShardState.quarantined]:
+        return "incomplete"
+    return "stopped" if states[ShardState.done] else "planned"
+
+
+def _rows_per_second(done: list[dict[str, object]], now: datetime) -> float:
+    """Of the last minutes, or of as long as it has been going on."""
+    ends = [(row["finished_at"], row["rows"], row["seconds"]) for row in done if row["finished_at"] is not None]
+    recent = [(at, rows, seconds) for at, rows, seconds in ends if now - at < RECENT]
+    if not recent:
+        return 0.0
+    first = min(at - timedelta(seconds=seconds) for at, _, seconds in recent)
+    return sum(rows for _, rows, _ in recent) / max((now - max(first, now - RECENT)).total_seconds(), 1e-3)
+
+
+def _seconds_since(beat: Beat, now: datetime) -> float:
+    return (now - beat.at).total_seconds()
+
+
+def _worker(beat: Beat, now: datetime) -> dict[str, object]:
+    return {
+        "worker": beat.worker,
+        "device": beat.device,
+        "at": f"{beat.kind} {beat.number:05d}" if beat.kind else "",
+        "part_seconds": round(beat.part_seconds, 1),
+        "parts": beat.parts,
+        "rows": beat.rows,
+        "device_memory": beat.device_memory,
+        "out_of_memory": beat.out_of_memory,
+        "seconds_silent": round(_seconds_since(beat, now), 1),
+        "flow_run": beat.job,
+    }
+
+
+def _stragglers(done: list[dict[str, object]], beats: list[Beat], now: datetime, factor: float) -> list[Straggler]:
+    """Of the score shards under way, those that take much longer than the median of the finished ones."""
+    if len(done) < 5:
+        return []
+    median = statistics.median(float(row["seconds"]) for row in done)  # type: ignore[arg-type]
+    limit = max(factor * median, 2 * 5.0)  # beats are some seconds apart
+    found = []
+    for beat in beats:
+        seconds = beat.part_seconds + _seconds_since(beat, now)
+        if beat.kind == "scores" and seconds > limit:
+            found.append(Straggler(beat.kind, beat.number, beat.worker, seconds, median))
+    return found

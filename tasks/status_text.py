@@ -1,0 +1,138 @@
+"""A run's status as Markdown for Prefect, and as a table for a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tasks.run_status import RunStatus
+
+BAR = 24
+SHOWN = 20  # failures, samples: more than that nobody reads
+
+
+def duration(seconds: float | None) -> str:
+    """`2 d 3 h`, `4 h 5 min`, `6 min 7 s`, `8 s`."""
+    if seconds is None:
+        return "unknown"
+    whole = round(seconds)
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
+def facts(status: RunStatus) -> list[tuple[str, str]]:
+    """What is said of a run, as (name, value)."""
+    share = status.rows / status.pairs if status.pairs else 1.0
+    filled = round(BAR * share)
+    shards = ", ".join(f"{count:,} {state}" for state, count in status.shards.items() if count)
+    found = [
+        ("state", status.state),
+        ("rows", f"{'█' * filled}{'░' * (BAR - filled)} {share:.1%}  {status.rows:,} of {status.pairs:,}"),
+        ("shards", shards),
+        ("speed", f"{status.rows_per_second:,.1f} rows/s"),
+        ("time left", duration(status.seconds_left) if status.state == "running" else "-"),
+        ("device-hours", f"{status.device_hours:.3f}"),
+    ]
+    if status.cost is not None:
+        found.append(("cost", f"{status.cost:,.2f} {status.currency}"))
+    if status.failed_attempts:
+        found.append(("failed attempts", ", ".join(f"{n} {name}" for name, n in status.failed_attempts.items())))
+    return found
+
+
+def remedies(status: RunStatus) -> list[str]:
+    """What to do about what is wrong."""
+    found = []
+    if status.failures or (status.left_out and status.state == "done") or status.state in ("stopped", "cancelled"):
+        found.append(f"fastgda retry {status.run}")
+    if status.state == "paused":
+        found.append(f"fastgda resume {status.run}")
+    return found
+
+
+def status_markdown(status: RunStatus) -> str:
+    """For an artifact."""
+    lines = [f"## {status.run}", "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {value} |" for name, value in facts(status)]
+    if status.workers:
+        lines += ["", "| worker | device | at | for | parts | rows |", "| --- | --- | --- | ---: | ---: | ---: |"]
+        lines += [
+            f"| {w['worker']} | {w['device']} | {w['at'] or '-'} | {duration(float(str(w['part_seconds'])))} "
+            f"| {w['parts']} | {int(str(w['rows'])):,} |"
+            for w in status.workers
+        ]
+    if status.stragglers:
+        lines += ["", "**Slow**", ""]
+        lines += [
+            f"- {s.kind} {s.number:05d} on {s.worker}: {duration(s.seconds)}, others took {duration(s.median)}"
+            for s in status.stragglers
+        ]
+    if status.failures:
+        lines += [
+            "",
+            "### Failed",
+            "",
+            "| shard | state | attempts | worker | why |",
+            "| ---: | --- | ---: | --- | --- |",
+        ]
+        lines += [
+            f"| {f.shard} | {f.state} | {f.attempts} | {f.worker} | {_cell(f'{f.error_class}: {f.error}')} |"
+            for f in status.failures[:SHOWN]
+        ]
+        if len(status.failures) > SHOWN:
+            lines.append(f"| | | | | and {len(status.failures) - SHOWN} more |")
+    if status.left_out:
+        lines += ["", "### Samples left out", "", "| train_id | found in | why |", "| ---: | --- | --- |"]
+        lines += [f"| {s.train_id} | {s.found_in} | {_cell(s.reason)} |" for s in status.left_out[:SHOWN]]
+    for command in remedies(status):
+        lines += ["", "```", command, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")[:300]
+
+
+def status_table(status: RunStatus) -> RenderableType:
+    """For a terminal."""
+    colors = {"done": "green", "running": "cyan", "incomplete": "red", "paused": "yellow", "cancelled": "yellow"}
+    about = Table.grid(padding=(0, 2))
+    about.add_column(style="dim")
+    about.add_column()
+    for name, value in facts(status):
+        about.add_row(name, Text(value, style=colors.get(value, "") if name == "state" else ""))
+    parts: list[RenderableType] = [Text(status.run, style="bold"), about]
+    if status.workers:
+        workers = Table("worker", "device", "at", "for", "parts", "rows", title="workers", title_justify="left")
+        for w in status.workers:
+            at, seconds = str(w["at"]) or "-", duration(float(str(w["part_seconds"])))
+            workers.add_row(str(w["worker"]), str(w["device"]), at, seconds, str(w["parts"]), f"{w['rows']:,}")
+        parts.append(workers)
+    for s in status.stragglers:
+        parts.append(
+            Text(
+                f"slow: {s.kind} {s.number:05d} on {s.worker}: {duration(s.seconds)}, others {duration(s.median)}",
+                "yellow",
+            )
+        )
+    if status.failures:
+        failed = Table("shard", "state", "attempts", "worker", title="failed", title_justify="left")
+        failed.add_column("why", overflow="fold")
+        for f in status.failures[:SHOWN]:
+            failed.add_row(str(f.shard), f.state, str(f.attempts), f.worker, Text(f"{f.error_class}: {f.error}"))
+        parts.append(failed)
+        if len(status.failures) > SHOWN:
+            parts.append(Text(f"and {len(status.failures) - SHOWN} more"))
+    if status.left_out:
+        left = Table("train_id", "found in", title="samples left out", title_justify="left")
+        left.add_column("why", overflow="fold")
+        for sample in status.left_out[:SHOWN]:
+            left.add_row(str(sample.train_id), sample.found_in, Text(sample.reason))
+        parts.append(left)
+    parts += [Text(f"  {command}", "bold") for command in remedies(status)]
+    return Group(*parts)

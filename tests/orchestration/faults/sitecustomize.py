@@ -1,0 +1,76 @@
+"""Faults for worker processes: this folder on PYTHONPATH makes their device, network and data fail now and then.
+
+Nothing in the product knows of it: after `tasks.teacher` is imported, what it calls is wrapped. FAULTS names a folder;
+`faults.json` in it holds probabilities of each fault per micro-batch, and the train_id whose loss is no number. A hang
+happens once for each file `hang-*` in it, which it takes away.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != "tasks.teacher":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def then_patch(module):
+            execute(module)
+            _patch()
+
+        spec.loader.exec_module = then_patch
+        return spec
+
+
+def _patch() -> None:
+    import torch
+
+    from fastgda_core.teachers import scores
+
+    folder = Path(os.environ["FAULTS"])
+    chance = random.Random(os.getpid())
+    gradients, check = scores.output_gradients, scores.check_finite
+
+    def settings() -> dict:
+        try:
+            return json.loads((folder / "faults.json").read_text())
+        except FileNotFoundError:
+            return {}
+
+    def output_gradients(model, layers, clean, *rest):
+        faults = settings()
+        if len(clean) > 1 and chance.random() < faults.get("out_of_memory", 0):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if chance.random() < faults.get("connection", 0):
+            raise ConnectionResetError(104, "Connection reset by peer")
+        if chance.random() < faults.get("device", 0):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if chance.random() < faults.get("slow", 0):
+            time.sleep(faults.get("slow_seconds", 1.0))
+        for hang in folder.glob("hang-*"):
+            try:
+                hang.unlink()
+            except FileNotFoundError:
+                continue
+            time.sleep(3600)
+        return gradients(model, layers, clean, *rest)
+
+    def check_finite(losses, owners, timesteps):
+        return check(losses.masked_fill(owners == settings().get("nan", -1), torch.nan), owners, timesteps)
+
+    scores.output_gradients, scores.check_finite = output_gradients, check_finite
+
+
+if "FAULTS" in os.environ:
+    sys.meta_path.insert(0, _AfterImport())
