@@ -58,17 +58,17 @@ def curate(config: PipelineConfig) -> Curation:
         RunCancelled: somebody asked for it.
     """
     plan = plan_run(config)
-    parts = begin_run(plan.inputs)
-    stages = [*plan.made, *parts.make_all_before("scores")]
-    if not config.teacher.precision.exact:
-        stages.append(check_precision(plan.inputs))
-    try:
-        stages.append(parts.make("scores"))
-        incomplete = False
-    except RunIncomplete:
-        incomplete = config.execution.publish_incomplete
-        if not incomplete:
-            raise
+    with begin_run(plan.inputs) as parts:
+        stages = [*plan.made, *parts.make_all_before("scores")]
+        if not config.teacher.precision.exact:
+            stages.append(check_precision(plan.inputs))
+        try:
+            stages.append(parts.make("scores"))
+            incomplete = False
+        except RunIncomplete:
+            incomplete = config.execution.publish_incomplete
+            if not incomplete:
+                raise
     ranks = publish_scores(plan.inputs, incomplete=incomplete)
     return Curation(plan, [*stages, ranks], ranks)
 

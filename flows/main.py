@@ -28,6 +28,8 @@ from rich.table import Table
 
 from fastgda_core.errors import UsageError
 from flows.lake import lake_app
+from flows.lineage import lineage
+from flows.monitoring import metrics
 from flows.operations import print_summary, run_commands
 from flows.own_server import start_server, wait_for_server
 from flows.rows import (
@@ -157,7 +159,7 @@ def train_demo_model(
     out.print(f"Sample grid: {grid}", highlight=False, soft_wrap=True)
 
 
-for command in (*run_commands, *store_commands):
+for command in (*run_commands, lineage, *store_commands, metrics):
     app.command()(command)
 app.add_typer(ledger_app)
 app.add_typer(lake_app)

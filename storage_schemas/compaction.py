@@ -33,9 +33,8 @@ from storage_schemas.files import AnyPath, file_sha256, matching, remove, write_
 from storage_schemas.ledger import (
     Compaction,
     Part,
-    quarantined_samples,
+    derive,
     read_compaction,
-    read_ledger,
     run_names,
     write_ledger,
 )
@@ -86,7 +85,7 @@ def compact(
     Raises:
         RunUnfinished: shards are missing, or hold other rows than planned.
     """
-    ledger = read_ledger(workspace, run)
+    ledger, samples_left_out = derive(workspace, run)
     state = dict(zip(ledger["shard"].to_pylist(), ledger["state"].to_pylist(), strict=True))
     open_shards = sorted(shard for shard, is_ in state.items() if is_ != ShardState.done)
     if open_shards and (not incomplete or len(open_shards) == len(state)):
@@ -95,7 +94,7 @@ def compact(
             f"(first: {open_shards[0]}): `fastgda retry {run}` computes them"
         )
     shards = _shards_by_block(workspace, run, frozenset(open_shards))
-    left_out = quarantined_samples(workspace, run).num_rows
+    left_out = samples_left_out.num_rows
     groups = list(_groups(workspace, run, without, part_rows))
     workers = threads or os.cpu_count() or 1
 

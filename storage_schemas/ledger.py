@@ -278,7 +278,7 @@ def _ledger_row(
     if last is None:
         return row | {"state": ShardState.pending}
     if last.state == ShardState.running:
-        return row | {"state": ShardState.running if _alive(last.worker) else ShardState.pending}
+        return row | {"state": ShardState.running if process_lives(last.worker) else ShardState.pending}
     return row | {"state": last.state, "error_class": last.error_class, "error": last.error}
 
 
@@ -344,7 +344,7 @@ def _held_by_parts(workspace: Workspace, run: str) -> set[int]:
     return held - open_blocks
 
 
-def _alive(worker: str) -> bool:
+def process_lives(worker: str) -> bool:
     """Whether the process behind host:pid may still run; one on another host is given the benefit of the doubt."""
     host, _, pid = worker.rpartition(":")
     if host != os.uname().nodename or not pid.isdigit():

@@ -22,11 +22,11 @@ import pyarrow.compute as pc
 from storage_schemas import tables
 from storage_schemas.attempts import Attempt, ShardState, read_attempts
 from storage_schemas.commit import read_manifest
-from storage_schemas.database import file_list, new_connection
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, matching
-from storage_schemas.ledger import Part, RunRecord, read_compaction, read_ledger, read_run, run_names
+from storage_schemas.ledger import RunRecord, read_ledger, read_run, run_names
 from storage_schemas.liveness import Assignment, read_assignment
+from storage_schemas.pairs import planned_shard, ranked_pair, select_rows, shard_of_pair
 from storage_schemas.snapshots import NotPublished, Published, read_published, read_snapshot
 from storage_schemas.workspace import Workspace
 
@@ -396,15 +396,15 @@ def _pair(workspace: Workspace, run: str, block: int, query_id: str, train_id: i
     shards = {row["shard"]: row["pairs"] for row in _plan(workspace, run, tables.PLAN_SHARDS, chosen)}
     queries = [row["query_id"] for row in _plan(workspace, run, tables.PLAN_QUERIES, chosen)]
     record = _tried("run.json", lambda: read_run(workspace, run), facts)
-    facts |= _tried("rank", lambda: _ranked(workspace, run, query_id, train_id), facts) or {}
+    facts |= _tried("rank", lambda: _known(ranked_pair(workspace, run, query_id, train_id)), facts) or {}
     shard = None
-    if scored := _tried("shard_files", lambda: _scored(workspace, run, shards, query_id, train_id), facts):
+    if scored := _tried("shard_files", lambda: shard_of_pair(workspace, run, shards, query_id, train_id), facts):
         shard, score = scored
         facts = {"score": str(score)} | facts
     elif record is not None and record.candidates is not None:
         candidates = workspace.file(record.candidates)
         shard = _tried(
-            "candidates_file", lambda: _planned(workspace, candidates, shards, queries, query_id, train_id), facts
+            "candidates_file", lambda: planned_shard(workspace, candidates, shards, queries, query_id, train_id), facts
         )
     if shard is None and not facts:
         raise UnknownName(f"run {run} has no pair of query {query_id!r:.100} and training sample {train_id}")
@@ -421,75 +421,10 @@ def _pair(workspace: Workspace, run: str, block: int, query_id: str, train_id: i
     return Node("scored pair", f"{run}/{query_id}:{train_id}", facts, behind)
 
 
-def _ranked(workspace: Workspace, run: str, query_id: str, train_id: int) -> Facts:
-    """As the published snapshot has it; as the run alone has it, where that holds other rows of the query or none."""
-    published, compaction = _published(workspace), read_compaction(workspace, run)
-    snapshot = read_snapshot(workspace, published.snapshot) if published else None
-    places: list[tuple[str, list[Part]]] = [(snapshot.snapshot, snapshot.parts)] if snapshot else []
-    places += [(f"run {run} alone", compaction.parts)] if compaction else []
-    for name, parts in places:
-        mine = [part for part in parts if part.run == run and part.first_query <= query_id <= part.last_query]
-        rows = _select(
-            workspace,
-            [workspace.file(part.path) for part in mine],
-            "SELECT score, rank, candidates, rank_label FROM (SELECT *, count(*) OVER () AS candidates FROM {files} "
-            "WHERE query_id = ?) WHERE train_id = ?",
-            [query_id, train_id],
-        )
-        for score, rank, candidates, label in rows:
-            place = {"rank": rank, "candidates": candidates, "rank_label": f"{label:.6g}"}
-            return _known({"score": score, **place, "ranked_in": name})
-    return {}
-
-
-def _scored(
-    workspace: Workspace, run: str, shards: Iterable[int], query_id: str, train_id: int
-) -> tuple[int, float] | None:
-    """The shard whose file holds the pair, and its score there."""
-    numbers = {workspace.score_shard(run, shard).name: shard for shard in shards}
-    paths = [path for path in matching(workspace.scores(run), "part-*.parquet") if path.name in numbers]
-    statement = "SELECT filename, score FROM {files} WHERE query_id = ? AND train_id = ?"
-    rows = _select(workspace, paths, statement, [query_id, train_id])
-    return (numbers[rows[0][0].rsplit("/", 1)[-1]], rows[0][1]) if rows else None
-
-
-def _planned(
-    workspace: Workspace,
-    candidates: AnyPath,
-    shards: dict[int, int],
-    queries: list[str],
-    query_id: str,
-    train_id: int,
-) -> int | None:
-    """The shard of a pair by counting: the shards of a block take its samples in ascending order."""
-    statement = """
-        SELECT count(*), count(*) FILTER (train_id <= $train_id),
-               count(*) FILTER (train_id = $train_id AND query_id = $query_id)
-        FROM {files} WHERE query_id IN (SELECT unnest($queries))
-    """
-    values = {"query_id": query_id, "train_id": train_id, "queries": queries}
-    total, before, mine = _select(workspace, [candidates], statement, values)[0]
-    if mine and total == sum(shards.values()):
-        for shard, pairs in sorted(shards.items()):
-            before -= pairs
-            if before <= 0:
-                return shard
-    return None
-
-
 def _query(workspace: Workspace, queries: str, query_id: str) -> Node:
     facts: Facts = {"path": queries}
     statement = "SELECT caption, split, image_sha256 FROM {files} WHERE query_id = ?"  # its images stay unread
-    found = _tried("file", lambda: _select(workspace, [workspace.file(queries)], statement, [query_id]), facts)
+    found = _tried("file", lambda: select_rows(workspace, [workspace.file(queries)], statement, [query_id]), facts)
     for caption, split, digest in found or []:
         facts |= _known({"caption": caption, "split": split, "image_sha256": digest})
     return Node("query", query_id, facts)
-
-
-def _select(workspace: Workspace, paths: list[AnyPath], statement: str, values: object) -> list[tuple[Any, ...]]:
-    """Rows of a statement over the Parquet files that stand where it says {files}; none of no files."""
-    if not paths:
-        return []
-    files = f"read_parquet({file_list(paths)}, filename = true, hive_partitioning = false)"
-    with new_connection(workspace, memory_gigabytes=1.0, threads=2) as connection:
-        return list(connection.execute(statement.format(files=files), values).fetchall())

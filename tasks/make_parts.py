@@ -7,6 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, Self
+
+from prefect.task_runners import TaskRunner
 
 from storage_schemas.attempts import ShardState, read_attempts
 from storage_schemas.commit import committed, read_manifest
@@ -47,9 +51,9 @@ class RunCancelled(RuntimeError):
     """Somebody asked for the run to stop; what is finished is kept."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Makers:
-    """Makes the parts of one run.
+    """Makes the parts of one run, inside a `with` block, for the length of which worker processes are kept.
 
     assignment: key of the assignment that workers load.
     part_seconds: estimate of what one part takes, by kind.
@@ -58,6 +62,25 @@ class Makers:
     inputs: RunInputs
     assignment: str
     part_seconds: dict[str, float]
+    _runner: TaskRunner[Any] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._end_workers()
+
+    def _workers(self) -> TaskRunner[Any]:
+        """The task runner, started when it is first needed: its processes keep the model from one stage to the next."""
+        if self._runner is None:
+            runner = task_runner(self.inputs.context.config)
+            self._runner = runner.__enter__()
+        return self._runner
+
+    def _end_workers(self) -> None:
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.__exit__(None, None, None)
 
     def make_all_before(self, kind: str) -> list[Stage]:
         """The stages that lead to this kind, in order."""
@@ -115,8 +138,11 @@ class Makers:
         if execution.runner == "pool":
             missing = functools.partial(inputs.missing, kind)
             return JobPool(inputs.workspace, order, watch.part_seconds, missing).make(todo, watch.tick)
-        with task_runner(config) as runner:
-            return run_parts(order, todo, runner, watch.part_seconds, finished=watch.finished, tick=watch.tick)
+        workers = self._workers()
+        outcome = run_parts(order, todo, workers, watch.part_seconds, finished=watch.finished, tick=watch.tick)
+        if outcome.worker_lost:
+            self._end_workers()
+        return outcome
 
     @contextmanager
     def _watched(self, kind: str, todo: list[int]) -> Iterator[Watch]:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 from storage_schemas.attempts import ShardState, read_attempts
 from storage_schemas.errors import StoreError
-from storage_schemas.ledger import derive, read_run, run_names
+from storage_schemas.ledger import derive, process_lives, read_run, run_names
 from storage_schemas.liveness import Beat, Wish, asked, read_assignment, read_beats
 from storage_schemas.workspace import Workspace
 from tasks.execution_config import ExecutionConfig
@@ -88,9 +88,7 @@ def run_status(workspace: Workspace, run: str, execution: ExecutionConfig | None
     done = [row for row in ledger if row["state"] == ShardState.done]
     rows = sum(row["rows"] for row in done)
     now = datetime.now(UTC)
-    beats = [
-        beat for beat in read_beats(workspace, run) if not beat.ended and _seconds_since(beat, now) < ALIVE_SECONDS
-    ]
+    beats = [beat for beat in read_beats(workspace, run) if _lives(beat, now)]
     speed = _rows_per_second(done, now) if beats else 0.0
     hours = sum(row["seconds"] for row in done) / 3600
     failed = [row for row in ledger if row["state"] in (ShardState.failed, ShardState.quarantined)]
@@ -163,6 +161,11 @@ def _rows_per_second(done: list[dict[str, object]], now: datetime) -> float:
         return 0.0
     first = min(at - timedelta(seconds=seconds) for at, _, seconds in recent)
     return sum(rows for _, rows, _ in recent) / max((now - max(first, now - RECENT)).total_seconds(), 1e-3)
+
+
+def _lives(beat: Beat, now: datetime) -> bool:
+    """Whether the process behind a beat may still be at work."""
+    return not beat.ended and _seconds_since(beat, now) < ALIVE_SECONDS and process_lives(beat.worker)
 
 
 def _seconds_since(beat: Beat, now: datetime) -> float:

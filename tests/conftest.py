@@ -4,6 +4,7 @@ import os
 
 os.environ.update(PREFECT_SERVER_ANALYTICS_ENABLED="false", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from fastgda_core.diffusion.model import DiffusionModel, load_model
 from tests import tiny
+from tests.prefect_processes import prefect_server
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +22,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where Prefect keeps its state during the tests."""
-    return tmp_path_factory.mktemp("home")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where Prefect keeps its state during the tests, with a server that commands share, as its start takes seconds."""
+    folder = tmp_path_factory.mktemp("home")
+    with prefect_server(folder / "server") as server:
+        (folder / "server_url").write_text(server.url)
+        yield folder
 
 
 @pytest.fixture

@@ -57,14 +57,20 @@ def lay_out(folder: Path, model: Path, **changes: Any) -> Path:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Prefect's state in a folder of the test's own, two threads per process."""
-    return {**os.environ, "PREFECT_HOME": str(home / "prefect"), "OMP_NUM_THREADS": "2"}
+    """Prefect's state in a folder of the test's own, with the server that serves it, two threads per process."""
+    found = {**os.environ, "PREFECT_HOME": str(home / "prefect"), "OMP_NUM_THREADS": "2"}
+    url = home / "server_url"
+    return {**found, "PREFECT_API_URL": url.read_text()} if url.exists() else found
 
 
-def fastgda(*arguments: str | Path, home: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+def fastgda(
+    *arguments: str | Path, home: Path, check: bool = True, extra: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run the real command in a process of its own."""
     command = [str(Path(sys.executable).with_name("fastgda")), *map(str, arguments)]
-    done = subprocess.run(command, env=environment(home), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env={**environment(home), **(extra or {})}, capture_output=True, text=True, check=False
+    )
     if check and done.returncode:
         raise AssertionError(f"fastgda {arguments[0]} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done

@@ -1,8 +1,9 @@
 """Faults for worker processes: this folder on PYTHONPATH makes their device, network and data fail now and then.
 
 Nothing in the product knows of it: after `tasks.teacher` is imported, what it calls is wrapped. FAULTS names a folder;
-`faults.json` in it holds probabilities of each fault per micro-batch, and the train_id whose loss is no number. A hang
-happens once for each file `hang-*` in it, which it takes away.
+`faults.json` in it holds probabilities of each fault per micro-batch, and train_ids: whose loss is no number (`nan`),
+at whose sight the process dies (`deadly`), or the code fails (`bug`). A hang happens once for each file `hang-*` in the
+folder, which it takes away.
 """
 
 from __future__ import annotations
@@ -67,6 +68,11 @@ def _patch() -> None:
         return gradients(model, layers, clean, *rest)
 
     def check_finite(losses, owners, timesteps):
+        present = set(owners.tolist())
+        if settings().get("deadly") in present:
+            os._exit(9)
+        if settings().get("bug") in present:
+            raise KeyError("a bug")
         return check(losses.masked_fill(owners == settings().get("nan", -1), torch.nan), owners, timesteps)
 
     scores.output_gradients, scores.check_finite = output_gradients, check_finite

@@ -1,0 +1,239 @@
+"""Runs that fail, pause, stop and go on, through the real command on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage_schemas.ledger import run_names
+from storage_schemas.snapshots import NotPublished, read_published
+from storage_schemas.views import query
+from storage_schemas.workspace import Workspace
+from tests.flows.pipeline_case import QUERIES, SAMPLES, environment, fastgda, lay_out
+from tests.orchestration.chaos_case import FAULTS
+from tests.prefect_processes import ROOT
+
+SHARDS = 15  # of four samples
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, home: Path) -> Path:
+    """A folder whose curation was left alone, in this machine's one process."""
+    folder = tmp_path_factory.mktemp("calm")
+    fastgda("curate", small(folder, model_folder), home=home)
+    return folder
+
+
+def small(folder: Path, model: Path, **execution: Any) -> Path:
+    return lay_out(
+        folder,
+        model,
+        teacher__shard_samples=4,
+        features={"space": "pixel"},
+        exact_check=None,
+        execution={"retry_delay": 0.05, **execution},
+    )
+
+
+def with_faults(folder: Path, **faults: Any) -> dict[str, str]:
+    """Environment of a process in which these faults happen."""
+    folder.mkdir(exist_ok=True)
+    (folder / "faults.json").write_text(json.dumps(faults))
+    return {"FAULTS": str(folder), "PYTHONPATH": f"{FAULTS}:{ROOT}"}
+
+
+def shard_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("workspace/scores/*/part-*.parquet"))}
+
+
+def the_run(folder: Path) -> str:
+    (run,) = run_names(Workspace(folder / "workspace"))
+    return run
+
+
+def status(folder: Path, home: Path) -> dict[str, Any]:
+    done = fastgda("status", "--json", "--workspace", folder / "workspace", home=home)
+    return json.loads(done.stdout)
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    deadline = time.monotonic() + 90
+    while not what():
+        assert time.monotonic() < deadline, "it never came"
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.1)
+
+
+def test_a_second_execution_makes_nothing(calm: Path, home: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (calm / "workspace").rglob("*.manifest.json")}
+    done = fastgda("curate", calm / "config.yaml", home=home)
+    assert " new " not in done.stdout and "reused" in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (calm / "workspace").rglob("*.manifest.json")}
+
+
+def test_without_a_server_a_command_has_its_own_which_ends_with_it(calm: Path, tmp_path: Path) -> None:
+    nothing = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    command = [str(Path(sys.executable).with_name("fastgda")), "curate", str(calm / "config.yaml")]
+    marked = {**nothing, "PREFECT_HOME": str(tmp_path / "prefect"), "OMP_NUM_THREADS": "2"}
+    process = subprocess.Popen(command, env=marked, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def servers() -> int:
+        found = 0
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                environ, arguments = (folder / "environ").read_bytes(), (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            found += str(tmp_path).encode() in environ and b"create_app" in arguments
+        return found
+
+    wait_for(lambda: servers() == 1, process)
+    process.kill()
+    process.wait()
+    wait_for(lambda: servers() == 0)
+    subprocess.run(command, env=marked, check=True, capture_output=True)
+    assert servers() == 0
+
+
+@pytest.mark.parametrize(
+    "execution",
+    [
+        {"runner": "ray", "workers": 2},
+        pytest.param({"runner": "local", "workers": 2}, marks=pytest.mark.slow),
+        pytest.param({"runner": "dask", "workers": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_other_runners_write_the_same_bytes(
+    calm: Path, tmp_path: Path, model_folder: Path, home: Path, execution: dict[str, Any]
+) -> None:
+    # As many threads as in the other processes: another number rounds otherwise in the last digit.
+    prefix = "DASK_DISTRIBUTED__NANNY__PRE_SPAWN_ENVIRON__"
+    threads = {f"{prefix}{name}_NUM_THREADS": "2" for name in ("OMP", "MKL", "OPENBLAS")}
+    fastgda("curate", small(tmp_path, model_folder, **execution), home=home, extra=threads)
+    assert len(shard_files(calm)) == SHARDS
+    assert shard_files(tmp_path) == shard_files(calm)
+    workers = query(tmp_path / "workspace", "SELECT count(DISTINCT worker) AS n FROM shards").to_pylist()[0]["n"]
+    assert workers >= 1 and the_run(tmp_path) == the_run(calm)
+
+
+def test_a_paused_run_stops_within_a_micro_batch_and_goes_on_when_it_is_resumed(
+    calm: Path, tmp_path: Path, model_folder: Path, home: Path
+) -> None:
+    config = small(tmp_path, model_folder)
+    slow = with_faults(tmp_path / "faults", slow=1.0, slow_seconds=0.5)
+    command = [str(Path(sys.executable).with_name("fastgda")), "curate", str(config)]
+    process = subprocess.Popen(
+        command, env={**environment(home), **slow}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: len(shard_files(tmp_path)) >= 3, process)
+    workspace = tmp_path / "workspace"
+    fastgda("pause", the_run(tmp_path), "--workspace", workspace, home=home)
+    time.sleep(2.5)
+    at_rest = shard_files(tmp_path)
+    assert status(tmp_path, home)["state"] == "paused"
+    time.sleep(2)
+    assert shard_files(tmp_path) == at_rest and len(at_rest) < SHARDS
+    assert process.poll() is None
+    fastgda("resume", the_run(tmp_path), "--workspace", workspace, home=home)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, output + errors
+    assert shard_files(tmp_path) == shard_files(calm)
+
+
+def test_a_cancelled_run_keeps_what_is_finished_and_retry_goes_on(
+    calm: Path, tmp_path: Path, model_folder: Path, home: Path
+) -> None:
+    config = small(tmp_path, model_folder)
+    slow = with_faults(tmp_path / "faults", slow=1.0, slow_seconds=0.5)
+    command = [str(Path(sys.executable).with_name("fastgda")), "curate", str(config)]
+    process = subprocess.Popen(
+        command, env={**environment(home), **slow}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: len(shard_files(tmp_path)) >= 3, process)
+    run, workspace = the_run(tmp_path), tmp_path / "workspace"
+    fastgda("cancel", run, "--workspace", workspace, home=home)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "was cancelled" in errors and f"fastgda retry {run}" in errors.replace("\n", " ")
+    kept = shard_files(tmp_path)
+    assert 3 <= len(kept) < SHARDS
+    assert status(tmp_path, home)["state"] == "cancelled"
+    with pytest.raises(NotPublished):
+        read_published(Workspace(workspace))
+    fastgda("retry", run, "--workspace", workspace, home=home)
+    assert shard_files(tmp_path) == shard_files(calm)
+
+
+def test_a_shard_that_kills_its_workers_is_quarantined_and_its_neighbours_are_done(
+    calm: Path, tmp_path: Path, model_folder: Path, home: Path
+) -> None:
+    deadly = with_faults(tmp_path / "faults", deadly=21)
+    config = small(tmp_path, model_folder, workers=2, max_deaths=2)
+    done = fastgda("curate", config, home=home, check=False, extra=deadly)
+    assert done.returncode == 1, done.stderr
+    run = the_run(tmp_path)
+    assert f"run {run}: 1 of {SHARDS} parts of 'scores' failed" in done.stderr
+    assert "scores 00005: WorkerLost: 2 worker processes died over it" in done.stderr
+    found = status(tmp_path, home)
+    assert found["state"] == "incomplete"
+    assert found["shards"]["quarantined"] == 1 and found["shards"]["done"] == SHARDS - 1
+    assert [failure["shard"] for failure in found["failures"]] == [5]
+    again = fastgda("curate", config, home=home, check=False)
+    assert again.returncode == 1 and "WorkerLost" in again.stderr, "it is not tried again by itself"
+    fastgda("retry", run, "--shard", "5", "--workspace", tmp_path / "workspace", home=home)
+    assert shard_files(tmp_path) == shard_files(calm)
+
+
+def test_a_bug_fails_its_shard_at_once_and_nothing_is_published_unless_asked(
+    tmp_path: Path, model_folder: Path, home: Path
+) -> None:
+    bug = with_faults(tmp_path / "faults", bug=21)
+    done = fastgda("curate", small(tmp_path, model_folder), home=home, check=False, extra=bug)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "scores 00005: KeyError: 'a bug'" in done.stderr
+    workspace = tmp_path / "workspace"
+    found = query(workspace, "SELECT state, max(attempts) AS tries, count(*) AS n FROM shards GROUP BY 1").to_pylist()
+    assert {row["state"]: row["n"] for row in found} == {"done": SHARDS - 1, "failed": 1}
+    assert {row["tries"] for row in found} == {1}, "a bug is not tried again"
+    with pytest.raises(NotPublished):
+        read_published(Workspace(workspace))
+    config = small(tmp_path, model_folder, publish_incomplete=True)
+    fastgda("curate", config, home=home, extra=bug)
+    rows = query(workspace, "SELECT count(*) AS n, max(rank) AS worst, max(rank_label) AS label FROM ranks").to_pylist()
+    assert rows == [{"n": QUERIES * (SAMPLES - 4), "worst": SAMPLES - 4, "label": 1.0}]
+    unknown = fastgda("retry", the_run(tmp_path), "--shard", "99", "--workspace", workspace, home=home, check=False)
+    assert unknown.returncode == 2 and "has no shard 99: it has 15" in unknown.stderr.replace("\n", " ")
+
+
+def test_a_failure_that_passes_is_retried_with_backoff(
+    calm: Path, tmp_path: Path, model_folder: Path, home: Path
+) -> None:
+    broken = with_faults(tmp_path / "faults", connection=0.3)
+    fastgda("curate", small(tmp_path, model_folder, retries=20), home=home, extra=broken)
+    assert shard_files(tmp_path) == shard_files(calm)
+    failed = status(tmp_path, home)["failed_attempts"]
+    assert failed.keys() == {"ConnectionResetError"} and failed["ConnectionResetError"] >= 1
+
+
+def test_a_sample_whose_loss_is_no_number_is_named_and_the_rest_goes_on(
+    calm: Path, tmp_path: Path, model_folder: Path, home: Path
+) -> None:
+    fastgda("curate", small(tmp_path, model_folder), home=home, extra=with_faults(tmp_path / "faults", nan=21))
+    workspace = tmp_path / "workspace"
+    counted = query(workspace, "SELECT count(*) AS n, count(*) FILTER (train_id = 21) AS bad FROM scores").to_pylist()
+    assert counted == [{"n": QUERIES * (SAMPLES - 1), "bad": 0}]
+    (left_out,) = status(tmp_path, home)["left_out"]
+    assert left_out["train_id"] == 21 and left_out["found_in"] == "scores" and "is nan" in left_out["reason"]
+    fastgda("retry", the_run(tmp_path), "--workspace", workspace, home=home)
+    assert shard_files(tmp_path) == shard_files(calm)
+    assert query(workspace, "SELECT count(*) AS n FROM scores").to_pylist() == [{"n": QUERIES * SAMPLES}]
+    assert status(tmp_path, home)["left_out"] == []
