@@ -114,6 +114,7 @@ def attribute(
     from dataclasses import asdict
 
     from fastgda_core.errors import BadSample
+    from storage_schemas.workspace import Workspace
     from tasks.attribute import AttributionService
     from tasks.webdataset_shards import decode_image
 
@@ -121,7 +122,7 @@ def attribute(
         picture = decode_image(image.read_bytes())
     except (OSError, BadSample) as error:
         raise UsageError(f"{image}: {error}") from error
-    answers = AttributionService(Path(workspace).resolve()).attribute(picture, caption, k)
+    answers = AttributionService(Workspace.at(workspace)).attribute(picture, caption, k)
     if as_json:
         print(json.dumps([asdict(answer) for answer in answers], indent=2))
         return

@@ -115,6 +115,22 @@ def local_copy(path: AnyPath) -> Path:
     return copy
 
 
+def local_files(folder: AnyPath, names: Iterable[str]) -> Path:
+    """A folder on this machine's disk that holds these files of a folder: itself, or one with copies of the objects."""
+    if isinstance(folder, Path):
+        return folder
+    copies = [local_copy(folder / name) for name in names]
+    together = copies[0].parent.with_name(hashlib.sha256(repr(copies).encode()).hexdigest()[:32])
+    together.mkdir(exist_ok=True, mode=0o700)
+    for copy in copies:
+        place = together / copy.name
+        if not place.exists():
+            temporary = _temporary(place)
+            temporary.write_bytes(copy.read_bytes())
+            temporary.replace(place)
+    return together
+
+
 def sync_folders(paths: Iterable[AnyPath]) -> None:
     """Make the entries of these files in their folders durable, each folder once."""
     for folder in {path.parent for path in paths if isinstance(path, Path)}:

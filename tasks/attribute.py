@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from fastgda_core.errors import UsageError
 from fastgda_core.features import concatenate, encoder_names, load_encoder
-from fastgda_core.ranking.head import load_head
 from fastgda_core.search.index import read_index, search
+from storage_schemas.files import local_copy
 from storage_schemas.snapshots import read_published
 from storage_schemas.workspace import Workspace
 from tasks.config import PipelineConfig
 from tasks.context import pick_device
+from tasks.head import load_trained_head
 from tasks.samples import samples_table
 
 
@@ -35,16 +36,19 @@ class Attribution:
 class AttributionService:
     """The published encoders, head and index, loaded once; each call is one encoder pass and one search."""
 
-    def __init__(self, workspace: Path) -> None:
-        published = read_published(Workspace(workspace))
-        if published.head is None or published.index is None:
-            raise UsageError(f"{workspace} has scores but no index yet: let the run finish")
+    def __init__(self, workspace: Workspace) -> None:
+        published = read_published(workspace)
+        if published.head is None or published.index is None or published.samples is None:
+            raise UsageError(f"{workspace.root} has scores but no index yet: let the run finish")
         config = PipelineConfig.model_validate(published.config)
         self.device = pick_device(config.device)
-        self.encoders = [load_encoder(name, self.device) for name in encoder_names(config.features.space)]
-        self.head = load_head(workspace / published.head)
-        self.index = read_index(workspace / published.index / "index.faiss")
-        self.samples = samples_table(workspace / published.samples)
+        head = workspace.file(published.head)
+        # The head's own space: a run that was published since may have been configured with another.
+        space = json.loads((head / "head.json").read_text())["feature_space"]
+        self.encoders = [load_encoder(name, self.device) for name in encoder_names(space)]
+        self.head = load_trained_head(head)
+        self.index = read_index(local_copy(workspace.file(published.index) / "index.faiss"))
+        self.samples = samples_table(workspace.file(published.samples))
 
     @torch.no_grad()
     def embed(self, image: Image.Image, caption: str) -> Tensor:

@@ -18,12 +18,11 @@ from fastgda_core.evaluation.ranking_metrics import (
     spearman,
     top_mask,
 )
-from fastgda_core.ranking.head import load_head
 from storage_schemas import tables
 from storage_schemas.commit import commit_table, committed, input_key
 from tasks.context import Context, Stage
 from tasks.features import load_features, load_query_features
-from tasks.head import rows_of_split, score_matrix
+from tasks.head import load_trained_head, rows_of_split, score_matrix
 from tasks.metric_rows import metric_row, metric_rows
 from tasks.publish import load_ranks
 from tasks.queries import joined_queries
@@ -53,7 +52,7 @@ def measure_head(
         test = rows_of_split(queries, "test")
         scores = score_matrix(context, ranks, queries, samples)[test]
         phi = load_query_features(context, queries)[test], load_features(context, samples)
-        head_module = load_head(head.path)
+        head_module = load_trained_head(head.path)
         rankings = {
             "untuned": torch.nn.functional.normalize(phi[0], dim=1) @ torch.nn.functional.normalize(phi[1], dim=1).T,
             "tuned": head_module(phi[0]) @ head_module(phi[1]).T,

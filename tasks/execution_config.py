@@ -35,7 +35,7 @@ class ExecutionConfig(Section):
         default=None, ge=1, description="processes of runners local, ray and dask; default: one per GPU, else one"
     )
     pools: tuple[PoolConfig, ...] = Field(
-        default=(PoolConfig(),), min_length=1, description="of runner pool: one or several, for several kinds of GPU"
+        default=(PoolConfig(),), description="of runner pool: one or several, for several kinds of GPU"
     )
     window: int = Field(default=64, ge=1, description="parts submitted ahead of those that are finished")
     job_minutes: float = Field(
@@ -67,6 +67,8 @@ class ExecutionConfig(Section):
             raise ValueError(f"address belongs to runners ray and dask, not to {self.runner}: remove it")
         if self.workers is not None and self.runner == "pool":
             raise ValueError("workers belongs to runners local, ray and dask; of runner pool, set pools.slots")
+        if not self.pools:
+            raise ValueError("pools is empty: name a deployment of `make parts`, or remove it")
         deployments = [(pool.deployment, pool.queue) for pool in self.pools]
         if len(set(deployments)) != len(deployments):
             raise ValueError("pools names a deployment twice: add up its slots")

@@ -19,11 +19,11 @@ from torch import Tensor
 from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.ranking_metrics import top_mask
 from fastgda_core.ranking.batches import RankPairs
-from fastgda_core.ranking.head import load_head, save_head
+from fastgda_core.ranking.head import RankHead, load_head, save_head
 from fastgda_core.search.index import build_index, write_index
 from storage_schemas import tables
 from storage_schemas.commit import code_version, commit, commit_table, committed, input_key, read_manifest
-from storage_schemas.files import AnyPath, matching
+from storage_schemas.files import AnyPath, local_files, matching
 from storage_schemas.workspace import Workspace
 from tasks.context import Context, Stage
 from tasks.features import load_features, load_query_features
@@ -104,6 +104,11 @@ def fit_rank_head(context: Context, samples: Stage, queries: Sequence[Stage], fe
     return Stage("rank head", key, folder, manifest.rows, manifest.seconds, reused)
 
 
+def load_trained_head(folder: AnyPath) -> RankHead:
+    """A head version, from disk or from an object store."""
+    return load_head(local_files(folder, ("head.json", "head.safetensors")))
+
+
 def read_head(workspace: Workspace, version: str) -> tuple[Stage, dict[str, Any]]:
     """A trained head as a stage, and its `head.json`.
 
@@ -168,7 +173,7 @@ def build_search_index(context: Context, samples: Stage, features: Stage, head: 
     if manifest is None:
         started = time.monotonic()
         with stage("index", samples.rows) as advance:
-            embeddings = load_head(head.path)(load_features(context, samples)).numpy()
+            embeddings = load_trained_head(head.path)(load_features(context, samples)).numpy()
             train_ids = np.arange(samples.rows)
             index = build_index(embeddings, train_ids)
             advance(samples.rows)

@@ -16,12 +16,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
-from fastgda_core.ranking.head import load_head
 from storage_schemas import tables
 from storage_schemas.commit import commit, committed, input_key
 from tasks.context import Context, Stage
 from tasks.features import load_features
-from tasks.head import rows_of_split, score_matrix
+from tasks.head import load_trained_head, rows_of_split, score_matrix
 from tasks.pictures import loss_curve
 from tasks.queries import Query, load_queries
 from tasks.samples import sample_images, samples_table
@@ -101,7 +100,7 @@ def _panels(context: Context, stages: dict[str, Stage], metrics: list[dict[str, 
     test = rows_of_split([queries], "test")
     scores = score_matrix(context, stages["rank labels"], [queries], samples)[test]
     phi = load_features(context, queries)[test], load_features(context, samples)
-    head = load_head(stages["rank head"].path)
+    head = load_trained_head(stages["rank head"].path)
     untuned = torch.nn.functional.normalize(phi[0], dim=1) @ torch.nn.functional.normalize(phi[1], dim=1).T
     tuned = head(phi[0]) @ head(phi[1]).T
     cutoff, k = context.config.evaluation.validation_cutoff, context.config.evaluation.neighbors

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from prefect.runtime import flow_run
 
-from fastgda_core.errors import Stopped, TransientError, device_lost
+from fastgda_core.errors import Remedy, Stopped, TransientError, device_lost, remedy
 from fastgda_core.interruption import checked_by
 from storage_schemas.attempts import AttemptLog
 from storage_schemas.commit import Manifest, made_in, worker_name
@@ -130,8 +130,10 @@ class Worker:
         self._tell(beat=self._state.beat + 1, at=datetime.now(UTC), part_seconds=seconds, ended=ended)
         try:
             write_beat(self.workspace, self.run, self._state)
-        except OSError:
-            return  # the next one may get through; work that cannot commit fails by itself
+        except Exception as error:
+            if remedy(error) is not Remedy.retry:
+                raise
+            # The next one may get through; work that cannot commit fails by itself.
 
     def end(self) -> None:
         """Say that this process is done with the run for now."""

@@ -33,6 +33,7 @@ class Prefect:
     host: str = "127.0.0.1"
     port: int = field(default_factory=free_port)
     database: str | None = None
+    prefix: tuple[str, ...] = ()  # before each command: `ip netns exec HOST`
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -46,6 +47,7 @@ class Prefect:
             "PREFECT_HOME": str(self.folder / "prefect"),
             "PREFECT_API_URL": self.url,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "3",  # a minute by default
             "DO_NOT_TRACK": "1",
             "OMP_NUM_THREADS": "1",
             "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -55,7 +57,7 @@ class Prefect:
         """A process in a group of its own, so that it can be killed with all that it started, or without."""
         log = (self.folder / f"{name}.log").open("ab")
         self.processes[name] = subprocess.Popen(
-            command,
+            (*self.prefix, *command),
             env={**self.environment, **(extra or {})},
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
@@ -71,12 +73,21 @@ class Prefect:
         self.start("server", str(BIN / "prefect"), *arguments, extra=extra)
         deadline = time.monotonic() + WAIT
         while True:
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                    return
-            except OSError:
-                assert time.monotonic() < deadline, self.log("server")
-                time.sleep(0.3)
+            if self._answers():
+                return
+            assert time.monotonic() < deadline, self.log("server")
+            time.sleep(0.3)
+
+    def _answers(self) -> bool:
+        ask = f"import urllib.request; urllib.request.urlopen('{self.url}/health', timeout=5)"
+        if self.prefix:  # another host
+            done = subprocess.run([*self.prefix, sys.executable, "-c", ask], capture_output=True, check=False)
+            return done.returncode == 0
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                return True
+        except OSError:
+            return False
 
     def start_worker(self, name: str, pool: str, *, extra: Mapping[str, str] | None = None, limit: int = 1) -> None:
         arguments = ("worker", "start", "--pool", pool, "--name", name, "--limit", str(limit))
@@ -85,7 +96,7 @@ class Prefect:
 
     def prefect(self, *arguments: str, extra: Mapping[str, str] | None = None) -> str:
         done = subprocess.run(
-            [str(BIN / "prefect"), "--no-prompt", *arguments],
+            [*self.prefix, str(BIN / "prefect"), "--no-prompt", *arguments],
             env={**self.environment, **(extra or {})},
             capture_output=True,
             text=True,
@@ -114,10 +125,12 @@ class Prefect:
 
 
 @contextmanager
-def prefect_server(folder: Path, *, database: str | None = None, host: str = "127.0.0.1") -> Iterator[Prefect]:
+def prefect_server(
+    folder: Path, *, database: str | None = None, host: str = "127.0.0.1", prefix: tuple[str, ...] = ()
+) -> Iterator[Prefect]:
     """A running server; everything that was started through it is gone afterwards."""
     folder.mkdir(parents=True, exist_ok=True)
-    server = Prefect(folder, host=host, database=database)
+    server = Prefect(folder, host=host, database=database, prefix=prefix)
     server.start_server()
     try:
         yield server

@@ -1,0 +1,72 @@
+"""A changed setting recomputes exactly what depends on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tasks.config import PipelineConfig
+from tasks.context import Context, Stage
+from tasks.plan import run_name, stages_of
+from tests.tasks.configs import document
+
+EVERYTHING = {"latents", "curvature", "unlearning steps", "base losses", "run"}
+
+
+def keys(root: Path, samples: str = "s", queries: str = "q", model: str = "m", **changes: object) -> dict[str, str]:
+    """Key of each stage that leads to scores, and the run's name."""
+    config = PipelineConfig.model_validate(document(workspace=str(root), **changes))
+    context = Context(config, model)
+    stages = stages_of(
+        context,
+        Stage("samples", samples, root / "samples", 12, 0.0, True),
+        Stage("queries", queries, root / "queries", 3, 0.0, True),
+    )
+    features = Stage("features of samples", f"{config.features.space} {samples}", root, 12, 0.0, True)
+    found = {name: stage.key for name, stage in stages.items() if name not in ("samples", "queries")}
+    return {**found, "run": run_name(context, stages, features)}
+
+
+CASES: list[tuple[dict[str, object], set[str]]] = [
+    ({"samples": "other"}, EVERYTHING),
+    ({"model": "other"}, EVERYTHING),
+    ({"model__flips": True}, EVERYTHING),
+    ({"queries": "other"}, {"unlearning steps", "run"}),
+    ({"curvature__samples": 7}, {"curvature", "unlearning steps", "run"}),
+    ({"teacher__layers": "attn"}, {"curvature", "unlearning steps", "run"}),
+    ({"teacher__alpha": 1e-4}, {"unlearning steps", "run"}),
+    ({"teacher__damping": 0.5}, {"unlearning steps", "run"}),
+    ({"teacher__gradient_pairs": 7}, {"unlearning steps", "run"}),
+    ({"teacher__training_size": 7}, {"unlearning steps", "run"}),
+    ({"teacher__timesteps": 5}, {"base losses", "run"}),
+    ({"teacher__draws": 2}, {"base losses", "run"}),
+    ({"teacher__seed": 1}, {"unlearning steps", "base losses", "run"}),
+    ({"teacher__precision": "float64"}, {"unlearning steps", "base losses", "run"}),
+    ({"candidates__policy": "top_k", "candidates__k": 5}, {"run"}),
+    ({"features__space": "pixel"}, {"run"}),
+    ({"teacher__loaded_queries": 7}, set()),
+    ({"model__micro_batch": 7}, set()),
+    ({"device": "auto"}, set()),
+    ({"execution__runner": "ray", "execution__workers": 3}, set()),
+    ({"execution__forwards_per_second": 3.0}, set()),
+    ({"head__epochs": 3}, set()),
+    ({"evaluation__floor": 0.5}, set()),
+    ({"publish": "add"}, set()),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), CASES, ids=[str(changes) for changes, _ in CASES])
+def test_a_setting_changes_the_keys_of_what_depends_on_it_and_no_others(
+    tmp_path: Path, changes: dict[str, object], expected: set[str]
+) -> None:
+    sections = {"curvature": {}, "features": {"space": "pixel+minilm_text"}, "execution": {}, "head": {}}
+    before = keys(tmp_path, **sections)
+    after = keys(tmp_path, **sections, **changes)  # type: ignore[arg-type]
+    assert {name for name in before if before[name] != after[name]} == expected
+
+
+def test_no_two_of_these_configurations_share_a_key(tmp_path: Path) -> None:
+    sections = {"curvature": {}, "features": {"space": "pixel+minilm_text"}, "execution": {}, "head": {}}
+    changing = [keys(tmp_path, **sections, **changes) for changes, expected in CASES if "run" in expected]  # type: ignore[arg-type]
+    assert len({found["run"] for found in changing}) == len(changing)
