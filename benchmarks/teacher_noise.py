@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from stages import make_curvature, make_latents
 from torch import Tensor
 
 from fastgda_core.curvature.fisher import load_fisher
@@ -32,9 +33,8 @@ from fastgda_core.teachers.scores import first_order_scores
 from flows.openmoji import prepare
 from tasks.config import PipelineConfig, load_config
 from tasks.context import Context
-from tasks.curvature import fit_curvature
 from tasks.queries import load_queries, make_queries
-from tasks.samples import encode_latents, ingest_samples, load_block
+from tasks.samples import ingest_samples, load_block
 from tasks.unlearning import query_update
 
 GRID = 20  # timesteps measured
@@ -179,8 +179,8 @@ def run(config: PipelineConfig, count: int) -> None:
     context = Context(config, model_hash(config.model.folder))
     samples = ingest_samples.fn(context)
     queries = make_queries.fn(context)
-    latents = encode_latents.fn(context, samples)
-    curvature = fit_curvature.fn(context, latents)
+    latents = make_latents(context, samples)
+    curvature = make_curvature(context, latents)
     training_size = config.teacher.training_size or samples.rows
     train_ids = np.random.default_rng(11).choice(samples.rows, min(count, samples.rows), replace=False)
     block = load_block(context, latents, np.sort(train_ids).tolist())

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from stages import make_curvature, make_latents
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -39,9 +40,8 @@ from fastgda_core.teachers.unlearning import moved, query_gradient, unlearning_u
 from flows.openmoji import prepare
 from tasks.config import load_config
 from tasks.context import Context
-from tasks.curvature import fit_curvature
 from tasks.queries import load_queries, make_queries
-from tasks.samples import encode_latents, ingest_samples, load_block
+from tasks.samples import ingest_samples, load_block
 
 PLAN = NoisePlan(seed=0, timesteps=10, draws=1)  # the published one
 MICRO_BATCH = 64
@@ -78,7 +78,7 @@ def set_up(folder: Path, samples: int, pairs: int | None) -> Setting:
     context = Context(config, model_hash(config.model.folder))
     ingested = ingest_samples.fn(context)
     queries = load_queries(make_queries.fn(context))
-    latents = encode_latents.fn(context, ingested)
+    latents = make_latents(context, ingested)
     model = context.model()
     chosen = np.random.default_rng(3).choice(ingested.rows, samples, replace=False)
     setting = Setting(
@@ -86,7 +86,7 @@ def set_up(folder: Path, samples: int, pairs: int | None) -> Setting:
         model,
         context.layers(model),
         load_block(context, latents, np.sort(chosen).tolist()),
-        load_fisher(fit_curvature.fn(context, latents).path),
+        load_fisher(make_curvature(context, latents).path),
         model.encode_images([query.image for query in queries]),
         [query.caption for query in queries],
     )

@@ -10,7 +10,7 @@ from typing import Self
 from uuid import UUID
 
 import httpx
-from prefect.artifacts import Artifact
+from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.exceptions import PrefectException
@@ -36,10 +36,10 @@ def publish_markdown(key: str, text: str, description: str) -> UUID | None:
     if flow_run.get_id() is None:
         return None
     try:
-        made = Artifact(type="markdown", key=artifact_key(key), data=text, description=description).create()
+        made = create_markdown_artifact(text, key=artifact_key(key), description=description)
     except _UNREACHABLE:
         return None
-    return made.id
+    return made if isinstance(made, UUID) else None
 
 
 def publish_image(key: str, picture: bytes, description: str) -> None:
@@ -49,7 +49,7 @@ def publish_image(key: str, picture: bytes, description: str) -> None:
     kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
     url = f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
     try:
-        Artifact(type="image", key=artifact_key(key), data=url, description=description).create()
+        create_image_artifact(url, key=artifact_key(key), description=description)
     except _UNREACHABLE:
         return
 

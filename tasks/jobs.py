@@ -34,6 +34,7 @@ from tasks.progress import console
 
 POLL_SECONDS = 2.0
 SHORTEST_JOB = 60.0  # seconds of work: below it, the start of a process costs more than the job
+PROBE_PARTS = 4  # in a job while nothing is known of how long a part takes
 IDLE_JOBS = 5  # in a row that end before they start a part: then no worker can do this
 UNTAKEN_SECONDS = 60.0  # after which somebody is told that no worker takes a job
 HUNG_FACTOR = 1.5  # x the time limit of a part, after which its job is ended from outside
@@ -157,14 +158,15 @@ class JobPool:
 
     def _size(self, pool: PoolConfig, waiting: int) -> int:
         """Parts in the next job: as many as others can wait for, fewer towards the end, so that all end at once."""
+        slots = sum(each.slots for each in self.order.execution.pools)
+        share = math.ceil(waiting / (2 * slots))
         known = self.part_seconds()
         if known is None:
-            return 1  # the first ones show what a part takes
+            return min(PROBE_PARTS, share)
         seconds = max(known, 1e-3) / pool.speed
         longest = max(1, int(60 * self.order.execution.job_minutes / seconds))
         shortest = min(longest, max(1, int(SHORTEST_JOB / seconds)))
-        slots = sum(each.slots for each in self.order.execution.pools)
-        return min(longest, max(shortest, math.ceil(waiting / (2 * slots))))
+        return min(longest, max(shortest, share))
 
     def _ended(self, client: SyncPrefectClient) -> Iterator[_Job]:
         """Jobs that are over, or whose worker is gone; these are taken off the list."""

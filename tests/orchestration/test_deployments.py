@@ -49,7 +49,7 @@ def mailbox() -> Iterator[tuple[str, list[dict[str, str]]]]:
 def config(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
     """Queries that come in partitions, and a floor that no head of two epochs can pass."""
     folder = tmp_path_factory.mktemp("user")
-    path = lay_out(folder, model_folder, shards=4)
+    path = lay_out(folder, model_folder, shards=4, forwards_per_second=50)
     for name, numbers in zip(DAYS, (range(100, 108), range(108, 116)), strict=True):
         members = [(f"{name}-{member}", content) for member, content in tiny.sample_members(numbers)]
         tiny.write_tar(folder / "generated" / name / "0.tar", members)

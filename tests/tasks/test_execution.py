@@ -163,7 +163,7 @@ def test_jobs_are_as_long_as_others_can_wait_and_shorter_towards_the_end(tmp_pat
     assert jobs._size(slow, 1000) == 10
     assert jobs._size(fast, 40) == 5, "a part of what is left, so that all end at once"
     assert jobs._size(fast, 4) == 2, "but a minute of work at least"
-    assert job_pool(tmp_path, None)._size(PoolConfig(), 1000) == 1, "the first show what a part takes"
+    assert job_pool(tmp_path, None)._size(PoolConfig(), 1000) == 4, "the first show what a part takes"
 
 
 def test_the_time_limit_follows_from_what_a_part_is_known_to_take() -> None:
