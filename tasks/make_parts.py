@@ -64,6 +64,9 @@ class Makers:
     part_seconds: dict[str, float]
     _runner: TaskRunner[Any] | None = None
 
+    def __post_init__(self) -> None:
+        self._board = Board(self.inputs.context, self.inputs.run)
+
     def __enter__(self) -> Self:
         return self
 
@@ -151,8 +154,8 @@ class Makers:
         rows = sum(inputs.rows(kind, todo))
         ledger = kept_ledger(inputs.workspace, inputs.run) if kind == "scores" else nullcontext(lambda: None)
         title = "teacher scores" if kind == "scores" else kind
-        with Board(inputs.context, inputs.run) as board, ledger as refresh, stage(title, rows) as advance:
-            yield Watch(inputs, kind, set(todo), self.part_seconds.get(kind), advance, refresh, board)
+        with self._board, ledger as refresh, stage(title, rows) as advance:
+            yield Watch(inputs, kind, set(todo), self.part_seconds.get(kind), advance, refresh, self._board)
 
     def _wait_until_resumed(self, watch: Watch) -> None:
         """Raises RunCancelled unless it is a pause, which ends when somebody resumes the run."""

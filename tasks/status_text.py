@@ -34,10 +34,11 @@ def facts(status: RunStatus) -> list[tuple[str, str]]:
         ("state", status.state),
         ("rows", f"{'█' * filled}{'░' * (BAR - filled)} {share:.1%}  {status.rows:,} of {status.pairs:,}"),
         ("shards", shards),
-        ("speed", f"{status.rows_per_second:,.1f} rows/s"),
-        ("time left", duration(status.seconds_left) if status.state == "running" else "-"),
         ("device-hours", f"{status.device_hours:.3f}"),
     ]
+    if status.state == "running":
+        left = ("speed", f"{status.rows_per_second:,.1f} rows/s"), ("time left", duration(status.seconds_left))
+        found[-1:-1] = left
     if status.cost is not None:
         found.append(("cost", f"{status.cost:,.2f} {status.currency}"))
     if status.failed_attempts:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 import yaml
 
+from storage_schemas.commit import manifest_path
 from storage_schemas.snapshots import read_published
 from storage_schemas.views import query
 from storage_schemas.workspace import Workspace
@@ -159,6 +160,7 @@ def test_a_run_that_failed_is_retried_from_the_server(server: Prefect, config: P
     run = read_published(workspace).run
     shard = workspace.score_shard(run, 1)
     shard.unlink()
+    manifest_path(shard).unlink()
     server.prefect(
         *("deployment", "run", "retry/retry", "--params", json.dumps({"workspace": str(workspace.root), "run": run})),
         "--watch",
