@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from storage_schemas import tables
 from storage_schemas.attempts import ShardState
-from storage_schemas.commit import commit, committed, input_key, manifest_path, read_manifest
+from storage_schemas.commit import commit, committed, input_key, manifest_path
 from storage_schemas.database import duckdb_type, file_list, literal, open_database
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, file_sha256, matching, remove, write_atomically
@@ -34,6 +34,7 @@ from storage_schemas.ledger import (
     Compaction,
     Part,
     derive,
+    folder_manifests,
     read_compaction,
     run_names,
     write_ledger,
@@ -174,8 +175,10 @@ def _counted(
 def _build(workspace: Workspace, run: str, group: _Group, shards: dict[int, list[int]], memory: float) -> Part:
     """One part, made unless it is there."""
     numbers = sorted({shard for _, block, _ in group.queries for shard in shards[block]})
-    manifests = {shard: read_manifest(workspace.score_shard(run, shard)) for shard in numbers}
-    content = [(shard, manifest.sha256) for shard, manifest in manifests.items() if manifest]
+    manifests = folder_manifests(workspace.scores(run))
+    content = [
+        (shard, manifest.sha256) for shard in numbers if (manifest := manifests.get(workspace.score_shard(run, shard)))
+    ]
     key = input_key("ranks", run, group.queries, content)
     path = workspace.ranks(run) / f"part-{group.number:05d}-{key}.parquet"
     manifest = committed(path, key)

@@ -136,6 +136,12 @@ def read_ledger(workspace: Workspace, run: str) -> pa.Table:
     return derive(workspace, run)[0]
 
 
+def ledger_as_written(workspace: Workspace, run: str) -> pa.Table:
+    """The ledger as its coordinator last wrote it, which costs one small file; derived where there is none."""
+    path = workspace.ledger(run)
+    return tables.read(path, tables.SHARDS) if path.exists() else read_ledger(workspace, run)
+
+
 def write_ledger(workspace: Workspace, run: str) -> pa.Table:
     """Derive the ledger of a run and put it where SQL looks, with the samples that were left out beside it."""
     ledger, left_out = derive(workspace, run)
@@ -157,7 +163,7 @@ def quarantined_parts(workspace: Workspace, run: str) -> dict[str, list[AnyPath]
     """The committed files that left samples out, by kind of part: what is to be made again once they are mended."""
     found: dict[str, list[AnyPath]] = {}
     for kind, folder in _folders(workspace, run).items():
-        for path, manifest in _manifests(folder).items():
+        for path, manifest in folder_manifests(folder).items():
             if manifest.quarantined:
                 found.setdefault(kind, []).append(path)
     return found
@@ -173,7 +179,7 @@ def derive(workspace: Workspace, run: str) -> tuple[pa.Table, pa.Table]:
     rows = [_ledger_row(workspace, run, planned, attempts.get(planned["shard"], []), listing, held) for planned in plan]
     reasons: dict[int, tuple[str, str]] = {}
     for kind, folder in _folders(workspace, run).items():
-        for manifest in _manifests(folder).values():
+        for manifest in folder_manifests(folder).values():
             for train_id, reason in manifest.quarantined.items():
                 reasons.setdefault(train_id, (kind, reason))
     left_out = [
@@ -197,8 +203,8 @@ def _folders(workspace: Workspace, run: str) -> dict[str, AnyPath]:
     return {**made, "scores": workspace.scores(run)}
 
 
-def _manifests(folder: AnyPath) -> dict[AnyPath, Manifest]:
-    """The manifest of every committed part of a folder, by the part's path."""
+def folder_manifests(folder: AnyPath) -> dict[AnyPath, Manifest]:
+    """The manifest of every committed part of a folder, by the part's path; only what is new is read."""
     listing = _listing(folder)
     names = [name.removesuffix(_MANIFEST) for name in sorted(listing) if name.endswith(_MANIFEST)]
     found = {folder / name: _cached_manifest(folder / name, listing) for name in names}

@@ -105,7 +105,7 @@ def _micro_batch(size: int, *_where: object) -> MicroBatch:
 
 
 def pick_device(name: str) -> torch.device:
-    """The CPU, or this process's own GPU among those that it can see.
+    """The CPU, or a GPU: this process's own where it holds one, else the first that it can see.
 
     Raises:
         UsageError: CUDA is asked for and absent.
@@ -114,9 +114,23 @@ def pick_device(name: str) -> torch.device:
         raise UsageError('device is "cuda" but torch sees no GPU: install a CUDA build of torch or set device: auto')
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if torch.cuda.device_count() == 1:
-        return torch.device("cuda:0")
-    return torch.device(f"cuda:{claim_slot('gpu', torch.cuda.device_count())}")
+    return torch.device(f"cuda:{_held[0] if _held else 0}")
+
+
+_held: list[int] = []
+
+
+def hold_device() -> None:
+    """Take a GPU of this machine for this process, as long as it lives, where it can see several.
+
+    For processes that make parts; a coordinator, which encodes a few images, shares the first one with them. A Ray
+    worker, a container or a pod sees only what was given to it.
+
+    Raises:
+        UsageError: all are taken.
+    """
+    if not _held and torch.cuda.is_available() and torch.cuda.device_count() > 1:
+        _held.append(claim_slot("gpu", torch.cuda.device_count()))
 
 
 @functools.cache

@@ -25,9 +25,10 @@ from fastgda_core.errors import Remedy, Stopped, device_lost, remedy
 from storage_schemas.attempts import AttemptLog, ShardState, deaths, read_attempts
 from storage_schemas.commit import committed
 from storage_schemas.workspace import Workspace
+from tasks.context import hold_device
 from tasks.execution_config import ExecutionConfig
 from tasks.run_inputs import load_inputs
-from tasks.worker import worker_on
+from tasks.worker import coordinator_here, worker_on
 
 TICK_SECONDS = 1.0
 
@@ -86,6 +87,8 @@ def make_part(
     location: str, run: str, assignment: str, kind: str, number: int, timeout: float | None
 ) -> PartReference | State[None]:
     """Make and commit one part; one that is there already costs nothing."""
+    if not coordinator_here(run):
+        hold_device()
     inputs = load_inputs(location, run, assignment)
     parts = inputs.parts(kind)
     path, key = parts.path(number), parts.key(number)

@@ -14,7 +14,7 @@ from prefect.task_runners import TaskRunner
 
 from storage_schemas.attempts import ShardState, read_attempts
 from storage_schemas.commit import committed, read_manifest
-from storage_schemas.ledger import kept_ledger, read_ledger
+from storage_schemas.ledger import kept_ledger, ledger_as_written
 from storage_schemas.liveness import Wish, asked
 from tasks import cancellation, events
 from tasks.artifacts import Board
@@ -24,7 +24,7 @@ from tasks.fan_out import Failure, Order, Outcome, quarantine_deadly, run_parts
 from tasks.jobs import JobPool
 from tasks.progress import console, stage
 from tasks.run_inputs import RunInputs
-from tasks.runners import task_runner
+from tasks.runners import submission, task_runner
 from tasks.worker import coordinate_here
 
 PAUSE_LOOK_SECONDS = 1.0
@@ -142,7 +142,8 @@ class Makers:
             missing = functools.partial(inputs.missing, kind)
             return JobPool(inputs.workspace, order, watch.part_seconds, missing).make(todo, watch.tick)
         workers = self._workers()
-        outcome = run_parts(order, todo, workers, watch.part_seconds, finished=watch.finished, tick=watch.tick)
+        with submission(config):
+            outcome = run_parts(order, todo, workers, watch.part_seconds, finished=watch.finished, tick=watch.tick)
         if outcome.worker_lost:
             self._end_workers()
         return outcome
@@ -173,7 +174,7 @@ class Makers:
     def _made(self, before: Stage, *, reused: bool) -> Stage:
         inputs, kind = self.inputs, before.name
         if kind == "scores":
-            seconds = sum(read_ledger(inputs.workspace, inputs.run)["seconds"].to_pylist())
+            seconds = sum(ledger_as_written(inputs.workspace, inputs.run)["seconds"].to_pylist())
             return replace(before, name="teacher scores", seconds=seconds, reused=reused)
         parts = inputs.parts(kind)
         manifests = [committed(parts.path(number), parts.key(number)) for number in range(parts.count)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +28,17 @@ def task_runner(config: PipelineConfig) -> TaskRunner[Any]:
     if workers == 1:
         return ThreadPoolTaskRunner(max_workers=1)
     return ProcessPoolTaskRunner(max_workers=workers)
+
+
+def submission(config: PipelineConfig) -> AbstractContextManager[object]:
+    """What has to be said where parts are handed to the task runner: in a Ray cluster with GPUs, each takes one."""
+    if config.execution.runner != "ray" or config.device == "cpu":
+        return nullcontext()
+    import ray
+    from prefect_ray.context import remote_options
+
+    gpus = config.device == "cuda" or ray.cluster_resources().get("GPU", 0) > 0
+    return remote_options(num_gpus=1) if gpus else nullcontext()
 
 
 def _ray(address: str | None, workers: int, gpus: int) -> TaskRunner[Any]:
