@@ -18,10 +18,10 @@ import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.filters import FlowRunFilterTags as Tags
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectException
-from prefect.states import Cancelling, Crashed
+from prefect.states import Cancelled, Cancelling, Crashed
 
 from fastgda_core.errors import UsageError
 from storage_schemas.attempts import Attempt, ShardState, read_attempts
@@ -91,7 +91,7 @@ class JobPool:
                     if not outcome.stopped:
                         self._start(waiting)
                     time.sleep(POLL_SECONDS)
-                    for job in self._ended(client):
+                    for job in self._ended(client, stopping=outcome.stopped):
                         back = self._settle(job, outcome)
                         waiting.extendleft(reversed(back))
                     if self._idle >= IDLE_JOBS:
@@ -168,8 +168,11 @@ class JobPool:
         shortest = min(longest, max(1, int(SHORTEST_JOB / seconds)))
         return min(longest, max(shortest, share))
 
-    def _ended(self, client: SyncPrefectClient) -> Iterator[_Job]:
-        """Jobs that are over, or whose worker is gone; these are taken off the list."""
+    def _ended(self, client: SyncPrefectClient, *, stopping: bool) -> Iterator[_Job]:
+        """Jobs that are over, or whose worker is gone; these are taken off the list.
+
+        Those that work stop by themselves when the run is to stop; those that wait for a worker are called off.
+        """
         try:
             ids = [job.flow_run for job in self._jobs]
             chosen = FlowRunFilter(id=FlowRunFilterId(any_=ids))
@@ -180,12 +183,15 @@ class JobPool:
         for job in list(self._jobs):
             flow_run = found.get(job.flow_run)
             state = flow_run.state if flow_run else None
-            if state is None or state.is_final() or (state.is_running() and self._is_lost(client, job, beats)):
+            started = state is not None and (state.is_running() or state.is_cancelling())
+            if state is None or state.is_final() or (started and self._is_lost(client, job, beats)):
                 self._jobs.remove(job)
                 yield job
-            elif not state.is_running():
+            elif not started:
                 job.beat_changed = time.monotonic()  # it waits for a worker
                 self._tell_untaken(job)
+                if stopping:
+                    self._force(client, job, Cancelled(message="the run is to stop"))
 
     def _is_lost(self, client: SyncPrefectClient, job: _Job, beats: dict[str, Beat]) -> bool:
         """Whether nothing has been heard of the job's process for too long, or it hangs over a part."""
@@ -198,15 +204,19 @@ class JobPool:
         if hung and not silent:
             if not job.ending:
                 job.ending = True
-                client.set_flow_run_state(job.flow_run, Cancelling(message="it hangs over a part"), force=True)
+                self._force(client, job, Cancelling(message="it hangs over a part"))
             return False
         if silent:
-            client.set_flow_run_state(
-                job.flow_run,
-                Crashed(message=f"no sign of life for {self.order.execution.lost_after:.0f} s"),
-                force=True,
-            )
+            message = f"no sign of life for {self.order.execution.lost_after:.0f} s"
+            self._force(client, job, Crashed(message=message))
         return silent
+
+    def _force(self, client: SyncPrefectClient, job: _Job, state: State[None]) -> None:
+        """Say in Prefect how a job stands; what becomes of its parts does not hang on it."""
+        try:
+            client.set_flow_run_state(job.flow_run, state, force=True)
+        except _UNREACHABLE:
+            return
 
     def _settle(self, job: _Job, outcome: Outcome) -> list[int]:
         """Note what a finished job left undone; returns the parts that are to be tried again."""
@@ -244,7 +254,4 @@ class JobPool:
 
     def _end_all(self, client: SyncPrefectClient) -> None:
         for job in self._jobs:
-            try:
-                client.set_flow_run_state(job.flow_run, Cancelling(message="its coordinator ended"), force=True)
-            except _UNREACHABLE:
-                continue
+            self._force(client, job, Cancelling(message="its coordinator ended"))
