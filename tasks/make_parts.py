@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from prefect.task_runners import TaskRunner
 
+from storage_schemas import tables
 from storage_schemas.attempts import ShardState, read_attempts
 from storage_schemas.commit import committed, read_manifest
 from storage_schemas.ledger import kept_ledger, ledger_as_written
@@ -28,6 +29,7 @@ from tasks.runners import submission, task_runner
 from tasks.worker import coordinate_here
 
 PAUSE_LOOK_SECONDS = 1.0
+MOST_LEFT_OUT = 0.1  # of the samples
 SAMPLE_PARTS = 9  # whose seconds tell what a part takes
 
 
@@ -45,6 +47,10 @@ class RunIncomplete(RuntimeError):
             *more,
         ]
         super().__init__("\n".join(lines))
+
+
+class RunRefused(RuntimeError):
+    """What was made cannot be right."""
 
 
 class RunCancelled(RuntimeError):
@@ -101,6 +107,7 @@ class Makers:
         missing = inputs.missing(kind)
         before = inputs.stages[kind]
         if not missing:
+            self._check_left_out(kind)
             return self._made(before, reused=True)
         failures = self._given_up(kind)
         todo = [number for number in missing if number not in failures]
@@ -123,7 +130,21 @@ class Makers:
             several = [failures[number] for number in sorted(failures)]
             events.announce(events.RUN_INCOMPLETE, inputs.context, "run", inputs.run, parts=kind, failed=len(several))
             raise RunIncomplete(inputs.run, kind, inputs.count(kind), several)
+        self._check_left_out(kind)
         return self._made(before, reused=False)
+
+    def _check_left_out(self, kind: str) -> None:
+        """Raises RunRefused where so many samples were left out of the scores that they cannot be to blame."""
+        inputs = self.inputs
+        path = inputs.workspace.quarantined_samples(inputs.run)
+        if kind != "scores" or not path.exists():
+            return
+        reasons, samples = tables.read(path, tables.QUARANTINED_SAMPLES)["reason"], inputs.stages["samples"].rows
+        if len(reasons) > max(2, MOST_LEFT_OUT * samples):
+            raise RunRefused(
+                f"run {inputs.run}: {len(reasons):,} of {samples:,} samples had to be left out, the first because: "
+                f"{reasons[0].as_py()}: look at the model and the tars, then `fastgda retry {inputs.run}`"
+            )
 
     def _given_up(self, kind: str) -> dict[int, Failure]:
         """Parts that were quarantined before, which only `fastgda retry` takes up again."""

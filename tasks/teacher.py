@@ -27,6 +27,7 @@ from tasks.score_plan import ScoreRun, ScoreShard
 from tasks.unlearning import QueryUpdates
 
 BASE_LOSS_PART = 512
+FEW_SAMPLES = 2  # of which nothing can be said about the model
 
 
 def noise_plan(config: PipelineConfig, seed: int | None = None) -> NoisePlan:
@@ -76,8 +77,8 @@ class BaseLossParts:
             model, plan = context.teacher_model(), noise_plan(context.config)
             return training_losses(model, plan, block, context.micro_batch("losses")).cpu()
 
-        known = unreadable_samples(self.latents, train_ids.tolist())
-        good, losses, bad = without_bad_samples(train_ids, known, losses_of)
+        known, flips = unreadable_samples(self.latents, train_ids.tolist()), 2 if context.config.model.flips else 1
+        good, losses, bad = without_bad_samples(train_ids, known, losses_of, torch.empty(0, flips, dtype=torch.float64))
         whole = torch.full((len(train_ids), losses.shape[1]), torch.nan, dtype=torch.float64)
         whole[torch.from_numpy(np.isin(train_ids, good))] = losses
         table = tables.BASE_LOSSES.rows(
@@ -116,7 +117,10 @@ class ScoreParts:
         known = unreadable_samples(self.latents, shard.train_ids.tolist())
         if self.base_losses is not None:
             known |= _without_base_loss(self.base_losses, shard.train_ids)
-        good, scores, bad = without_bad_samples(shard.train_ids, known, lambda chosen: self._scores(shard, chosen))
+        nothing = torch.empty(len(shard.query_numbers), 0, dtype=torch.float64)
+        good, scores, bad = without_bad_samples(
+            shard.train_ids, known, lambda chosen: self._scores(shard, chosen), nothing
+        )
         rows = _pair_rows(self.score_run, shard, good, scores.numpy())
         path, key, device = self.path(number), self.key(number), str(self.context.device)
         return commit_table(path, rows, tables.SCORES, key=key, started=started, device=device, quarantined=bad)
@@ -143,25 +147,29 @@ class ScoreParts:
 
 
 def without_bad_samples(
-    train_ids: NDArray[np.int64], known: Mapping[int, str], compute: Callable[[NDArray[np.int64]], Tensor]
+    train_ids: NDArray[np.int64],
+    known: Mapping[int, str],
+    compute: Callable[[NDArray[np.int64]], Tensor],
+    nothing: Tensor,
 ) -> tuple[NDArray[np.int64], Tensor, dict[int, str]]:
     """`compute` of those samples whose losses are numbers: which those are, its result, and why the others are not.
 
     Args:
         train_ids: ascending.
         known: some of them that have none, and why.
+        nothing: the result where none of them has one.
 
     Raises:
-        NonFiniteLoss: more than half of them have none: the model is to blame, not they.
+        NonFiniteLoss: more than half of several have none: the model is to blame, not they.
     """
     found: dict[int, str] = {}
     while True:
         good = train_ids[~np.isin(train_ids, list(known) + list(found))]
         try:
-            return good, compute(good), {**known, **found}
+            return good, compute(good) if len(good) else nothing, {**known, **found}
         except NonFiniteLoss as error:
             found |= dict.fromkeys(error.train_ids, str(error))
-            if 2 * len(found) > len(train_ids):
+            if len(found) > max(FEW_SAMPLES, len(train_ids) // 2):
                 raise
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from storage_schemas.ledger import run_names
 from storage_schemas.snapshots import NotPublished, read_published
@@ -237,3 +238,28 @@ def test_a_sample_whose_loss_is_no_number_is_named_and_the_rest_goes_on(
     assert shard_files(tmp_path) == shard_files(calm)
     assert query(workspace, "SELECT count(*) AS n FROM scores").to_pylist() == [{"n": QUERIES * SAMPLES}]
     assert status(tmp_path, home)["left_out"] == []
+
+
+def test_a_shard_of_one_bad_sample_is_empty_and_a_model_at_fault_is_told_from_its_samples(
+    tmp_path: Path, model_folder: Path, home: Path
+) -> None:
+    config = small(tmp_path, model_folder)
+    document = yaml.safe_load(config.read_text())
+    document["teacher"]["shard_samples"] = 1
+    config.write_text(yaml.safe_dump(document))
+    fastgda("curate", config, home=home, extra=with_faults(tmp_path / "faults", nan=21))
+    workspace = tmp_path / "workspace"
+    empty = query(workspace, "SELECT shard, rows, state FROM shards WHERE rows = 0").to_pylist()
+    assert empty == [{"shard": 21, "rows": 0, "state": "done"}]
+    assert query(workspace, "SELECT count(*) AS n FROM scores").to_pylist() == [{"n": QUERIES * (SAMPLES - 1)}]
+    broken = small(tmp_path / "broken", model_folder)
+    document["workspace"] = "workspace"
+    broken.write_text(yaml.safe_dump(document))
+    done = fastgda(
+        "curate", broken, home=home, check=False, extra=with_faults(tmp_path / "faults", nan=list(range(30)))
+    )
+    for again in (done, fastgda("curate", broken, home=home, check=False)):
+        assert again.returncode == 1
+        assert "30 of 60 samples had to be left out" in again.stderr.replace("\n", " ")
+    with pytest.raises(NotPublished):
+        read_published(Workspace(tmp_path / "broken" / "workspace"))
