@@ -88,11 +88,9 @@ def remedy(error: BaseException) -> Remedy:
         return Remedy.smaller
     if isinstance(error, BadSample):
         return Remedy.quarantine
-    if isinstance(error, UsageError):
-        return Remedy.stop
     if _passes(error):
         return Remedy.retry
-    cause = error.__cause__
+    cause = error.__cause__  # a request may be refused because a network or a pipe failed under it
     return remedy(cause) if cause is not None and cause is not error else Remedy.stop
 
 

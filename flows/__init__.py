@@ -1,0 +1,19 @@
+"""Composition and the command line.
+
+The environment is set before Prefect, transformers or diffusers are imported, in commands and in jobs alike.
+"""
+
+import os
+
+# Nothing is sent anywhere and no hub is asked.
+os.environ.update(
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    DO_NOT_TRACK="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_OFFLINE="1",
+    PYTORCH_ENABLE_MPS_FALLBACK="1",
+)
+# Bars of libraries would stand between ours; and a job whose worker died has nobody left to print them to.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")

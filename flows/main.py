@@ -4,18 +4,7 @@ from __future__ import annotations
 
 import os
 
-# Before Prefect, transformers or diffusers are imported: nothing is sent anywhere and no hub is asked.
-os.environ.update(
-    PREFECT_SERVER_ANALYTICS_ENABLED="false",
-    DO_NOT_TRACK="1",
-    HF_HUB_DISABLE_TELEMETRY="1",
-    HF_HUB_OFFLINE="1",
-    PYTORCH_ENABLE_MPS_FALLBACK="1",
-)
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what fails is raised, and said once, by us
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TQDM_DISABLE", "1")
 import json
 import sys
 import warnings

@@ -76,6 +76,7 @@ def _raised_from(error: Exception, cause: Exception) -> Exception:
         (OSError(errno.ENOSPC, "disk full"), Remedy.stop),
         (FileNotFoundError("gone"), Remedy.stop),
         (UsageError("alpha"), Remedy.stop),
+        (_raised_from(UsageError("model.folder does not load"), BrokenPipeError(errno.EPIPE, "pipe")), Remedy.retry),
         (KeyError("bug"), Remedy.stop),
     ],
     ids=repr,
