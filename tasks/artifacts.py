@@ -23,7 +23,8 @@ from tasks.run_status import run_status
 from tasks.status_text import status_markdown
 
 UPDATE_SECONDS = 10.0
-_UNREACHABLE = (httpx.HTTPError, PrefectException, ConnectionError)
+# A client of Prefect that cannot reach its server at all raises a plain RuntimeError.
+_UNREACHABLE = (httpx.HTTPError, PrefectException, ConnectionError, RuntimeError)
 
 
 def artifact_key(*words: str) -> str:

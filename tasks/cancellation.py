@@ -27,7 +27,7 @@ def requested() -> bool:
             with get_client(sync_client=True) as client:
                 state = client.read_flow_run(UUID(own)).state
             found = state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED)
-        except (httpx.HTTPError, PrefectException):
+        except (httpx.HTTPError, PrefectException, RuntimeError):  # it is away: what it says later counts
             found = False
         _looked[own] = (time.monotonic(), found)
     return found

@@ -82,7 +82,8 @@ class JobPool:
         outcome = Outcome()
         self._known = {number: len(several) for number, several in self._attempts().items()}
         with get_client(sync_client=True) as client:
-            self._adopt(client)
+            while not self._adopt(client):
+                time.sleep(POLL_SECONDS)  # the server is away
             held = {number for job in self._jobs for number in job.numbers}
             waiting = deque(number for number in numbers if number not in held)
             try:
@@ -108,15 +109,20 @@ class JobPool:
     def _tags(self) -> list[str]:
         return ["fastgda", f"run:{self.order.run}", f"kind:{self.order.kind}"]
 
-    def _adopt(self, client: SyncPrefectClient) -> None:
-        """Jobs that a coordinator of this run left under way when it died."""
+    def _adopt(self, client: SyncPrefectClient) -> bool:
+        """Take over the jobs that a coordinator of this run left under way when it died; False where nobody answers."""
         chosen = FlowRunFilter(
             tags=Tags(all_=self._tags()),
             state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED)),
         )
-        for found in client.read_flow_runs(flow_run_filter=chosen, limit=200):
+        try:
+            under_way = client.read_flow_runs(flow_run_filter=chosen, limit=200)
+        except _UNREACHABLE:
+            return False
+        for found in under_way:
             numbers = from_ranges(str(found.parameters.get("numbers", "")))
             self._jobs.append(_Job(found.id, found.name, self._pool_of(found), numbers))
+        return True
 
     def _pool_of(self, flow_run: FlowRun) -> PoolConfig:
         named = [pool for pool in self.order.execution.pools if pool.queue == flow_run.work_queue_name]

@@ -66,7 +66,7 @@ def status(folder: Path, home: Path) -> dict[str, Any]:
 
 
 def wait_for(what: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not what():
         assert time.monotonic() < deadline, "it never came"
         assert process is None or process.poll() is None, process.communicate()
