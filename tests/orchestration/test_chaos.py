@@ -94,7 +94,11 @@ def test_every_planned_row_but_those_of_quarantined_samples_whatever_dies(
     with prefect_server(tmp_path / "server") as server:
         server.deploy(config)
         fastgda = [str(BIN / "fastgda")]
-        subprocess.run([*fastgda, "plan", str(config)], check=True, capture_output=True, env=server.environment)
+        planned_by = {**server.environment, "PYTHONFAULTHANDLER": "1"}
+        plan = subprocess.run(
+            [*fastgda, "plan", str(config)], check=False, capture_output=True, text=True, env=planned_by
+        )
+        assert plan.returncode == 0, plan.stderr
         whole = rot(user / "data" / "shapes-0.tar", tiny.draw(ROTTEN)[0])
         likely = {"out_of_memory": 0.1, "connection": 0.03, "device": 0.004, "slow": 0.1, "slow_seconds": 0.5}
         (faults / "faults.json").write_text(json.dumps({**likely, "nan": NOT_A_NUMBER}))
