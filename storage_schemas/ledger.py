@@ -154,11 +154,6 @@ def write_ledger(workspace: Workspace, run: str) -> pa.Table:
     return ledger
 
 
-def quarantined_samples(workspace: Workspace, run: str) -> pa.Table:
-    """The samples that the run's parts could not use, rows of `tables.QUARANTINED_SAMPLES`, as it is at this moment."""
-    return derive(workspace, run)[1]
-
-
 def quarantined_parts(workspace: Workspace, run: str) -> dict[str, list[AnyPath]]:
     """The committed files that left samples out, by kind of part: what is to be made again once they are mended."""
     found: dict[str, list[AnyPath]] = {}
@@ -170,7 +165,7 @@ def quarantined_parts(workspace: Workspace, run: str) -> dict[str, list[AnyPath]
 
 
 def derive(workspace: Workspace, run: str) -> tuple[pa.Table, pa.Table]:
-    """`read_ledger` and `quarantined_samples` in one pass."""
+    """The ledger, rows of `tables.SHARDS`, and the samples left out, rows of `tables.QUARANTINED_SAMPLES`."""
     read_run(workspace, run)
     plan = tables.read(workspace.plan_shards(run), tables.PLAN_SHARDS).to_pylist()
     attempts = read_attempts(workspace, run)

@@ -20,6 +20,7 @@ from storage_schemas.workspace import Workspace
 from tasks.config import PipelineConfig
 from tasks.context import Context
 from tasks.samples import samples_table
+from tasks.teacher import BASE_LOSS_PART
 
 GRADIENT_FORWARDS = 2.1  # one forward and backward to the chosen layers, in forwards (benchmarks/RESULTS.md)
 FISHER_PASSES = {"diagonal": 1, "ekfac": 2}  # over the data: Lambda alone, or A and B before it
@@ -64,7 +65,7 @@ def costs(config: PipelineConfig, size: Size) -> list[KindCost]:
         KindCost("unlearning steps", queries, queries, queries * teacher.gradient_pairs * GRADIENT_FORWARDS),
     ]
     if not method.first_order:
-        found.append(KindCost("base losses", -(-size.samples // 512), size.samples, size.samples * noises))
+        found.append(KindCost("base losses", -(-size.samples // BASE_LOSS_PART), size.samples, size.samples * noises))
         return [*found, KindCost("scores", queries, pairs, pairs * noises)]
     block = min(teacher.shard_queries or queries, queries)
     blocks = -(-queries // block)

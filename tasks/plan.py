@@ -85,7 +85,7 @@ def begin_run(inputs: RunInputs) -> Makers:
     workspace, run, context = inputs.workspace, inputs.run, inputs.context
     origin = flow_run.get_id() or ""
     if not workspace.run(run).exists():
-        store_plan(workspace, context, inputs.score_run, inputs.stages, origin)
+        store_plan(context, inputs.score_run, inputs.stages, origin)
     assignment = inputs.assignment(_generation(workspace, run), origin)
     write_assignment(workspace, assignment)
     withdraw(workspace, run)

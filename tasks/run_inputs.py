@@ -124,17 +124,13 @@ class RunInputs:
         )
 
 
-def load_inputs(location: str, run: str, assignment: str) -> RunInputs:
+@functools.lru_cache(maxsize=1)
+def load_inputs(location: str, run: str, _assignment: str) -> RunInputs:
     """The run's inputs as of the assignment with this key, loaded once per process.
 
     Raises:
         StoreError: the run has no assignment.
     """
-    return _load(location, run, assignment)
-
-
-@functools.lru_cache(maxsize=1)
-def _load(location: str, run: str, _assignment: str) -> RunInputs:
     teacher.forget()  # what an earlier assignment left in memory may have been made again since
     workspace = Workspace.at(location)
     found = read_assignment(workspace, run)

@@ -14,7 +14,6 @@ from fastgda_core.teachers.teachers import TEACHERS
 from storage_schemas import tables
 from storage_schemas.commit import code_version, input_key
 from storage_schemas.ledger import RunRecord, write_plan
-from storage_schemas.workspace import Workspace
 from tasks.context import Context, Stage
 from tasks.queries import load_queries
 
@@ -91,10 +90,9 @@ def _candidates(candidates: Stage, query_ids: list[str]) -> list[NDArray[np.int6
     return np.split(train_ids[order], ends)
 
 
-def store_plan(
-    workspace: Workspace, context: Context, score_run: ScoreRun, stages: dict[str, Stage], origin: str
-) -> None:
+def store_plan(context: Context, score_run: ScoreRun, stages: dict[str, Stage], origin: str) -> None:
     """Write down what the run will do, so that its ledger can always be rebuilt."""
+    workspace = context.workspace
     block_of = {number: shard.query_block for shard in score_run.shards for number in shard.query_numbers}
     planned = [
         (name, block_of[number], len(score_run.candidates[number]))

@@ -71,7 +71,7 @@ def plan(
     samples = Stage("samples", KEY, context.workspace.samples(KEY), SAMPLES, 0.0, False)
     run = plan_scores(context, chosen, queries)
     stages = {"samples": samples, "queries": queries, "candidates": chosen}
-    store_plan(context.workspace, context, run, stages, "")
+    store_plan(context, run, stages, "")
     return context, run, query_ids
 
 
