@@ -218,14 +218,14 @@ def status(
     Example: `fastgda status`
     """
     from storage_schemas.workspace import Workspace
-    from tasks.run_status import RunStatus, execution_of, latest_run, run_status
+    from tasks.run_status import RunStatus, latest_run, run_status
     from tasks.status_text import status_table
 
     place = Workspace.at(workspace)
     chosen = run or latest_run(place)
 
     def now() -> RunStatus:
-        return run_status(place, chosen, execution_of(place, chosen))
+        return run_status(place, chosen)
 
     if as_json:
         print(json.dumps(now().as_json(), indent=2))

@@ -174,7 +174,7 @@ def derive(workspace: Workspace, run: str) -> tuple[pa.Table, pa.Table]:
     rows = [_ledger_row(workspace, run, planned, attempts.get(planned["shard"], []), listing, held) for planned in plan]
     reasons: dict[int, tuple[str, str]] = {}
     for kind, folder in _folders(workspace, run).items():
-        for manifest in folder_manifests(folder).values():
+        for manifest in _manifests(folder, listing if kind == "scores" else _listing(folder)).values():
             for train_id, reason in manifest.quarantined.items():
                 reasons.setdefault(train_id, (kind, reason))
     left_out = [
@@ -200,7 +200,10 @@ def _folders(workspace: Workspace, run: str) -> dict[str, AnyPath]:
 
 def folder_manifests(folder: AnyPath) -> dict[AnyPath, Manifest]:
     """The manifest of every committed part of a folder, by the part's path; only what is new is read."""
-    listing = _listing(folder)
+    return _manifests(folder, _listing(folder))
+
+
+def _manifests(folder: AnyPath, listing: dict[str, _Entry]) -> dict[AnyPath, Manifest]:
     names = [name.removesuffix(_MANIFEST) for name in sorted(listing) if name.endswith(_MANIFEST)]
     found = {folder / name: _cached_manifest(folder / name, listing) for name in names}
     return {path: manifest for path, manifest in found.items() if manifest is not None}

@@ -16,6 +16,8 @@ from storage_schemas.errors import StoreError
 from storage_schemas.files import matching, remove, write_atomically
 from storage_schemas.workspace import Workspace
 
+BEAT_SECONDS = 5.0  # between two signs of life of a worker
+
 
 class PartsRecord(BaseModel):
     """One kind of part that a run is made of: where its files lie and what they depend on."""

@@ -18,7 +18,7 @@ from prefect.runtime import flow_run
 
 from fastgda_core.errors import UsageError
 from storage_schemas.errors import StoreError
-from tasks.context import Context
+from storage_schemas.workspace import Workspace
 from tasks.run_status import run_status
 from tasks.status_text import status_markdown
 
@@ -58,8 +58,8 @@ def publish_image(key: str, picture: bytes, description: str) -> None:
 class Board:
     """The run's progress as one artifact, replaced in place while the block runs; a server that is away is no fault."""
 
-    def __init__(self, context: Context, run: str) -> None:
-        self.context, self.run = context, run
+    def __init__(self, workspace: Workspace, run: str) -> None:
+        self.workspace, self.run = workspace, run
         self.artifact: UUID | None = None
         self.due = 0.0
 
@@ -76,7 +76,7 @@ class Board:
         if not now and started < self.due:
             return
         try:
-            text = status_markdown(run_status(self.context.workspace, self.run, self.context.config.execution))
+            text = status_markdown(run_status(self.workspace, self.run))
         except (StoreError, UsageError, OSError):
             return
         # Of a large run it takes a while to say how it stands: a twentieth of the time at most.

@@ -71,7 +71,7 @@ class Makers:
     _runner: TaskRunner[Any] | None = None
 
     def __post_init__(self) -> None:
-        self._board = Board(self.inputs.context, self.inputs.run)
+        self._board = Board(self.inputs.workspace, self.inputs.run)
 
     def __enter__(self) -> Self:
         return self

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from storage_schemas.attempts import ShardState, read_attempts
 from storage_schemas.errors import StoreError
 from storage_schemas.ledger import derive, process_lives, read_run, run_names
-from storage_schemas.liveness import Beat, Wish, asked, read_assignment, read_beats
+from storage_schemas.liveness import BEAT_SECONDS, Beat, Wish, asked, read_assignment, read_beats
 from storage_schemas.workspace import Workspace
 from tasks.execution_config import ExecutionConfig
 
@@ -78,9 +78,9 @@ class RunStatus:
         return asdict(self)
 
 
-def run_status(workspace: Workspace, run: str, execution: ExecutionConfig | None = None) -> RunStatus:
+def run_status(workspace: Workspace, run: str) -> RunStatus:
     """Raises UnknownRun, naming those that there are."""
-    execution = execution or ExecutionConfig()
+    execution = _execution_of(workspace, run)
     record = read_run(workspace, run)
     ledger_rows, left_out = derive(workspace, run)
     ledger = ledger_rows.to_pylist()
@@ -133,7 +133,7 @@ def latest_run(workspace: Workspace) -> str:
     return max(records, key=lambda record: record.created_at).run
 
 
-def execution_of(workspace: Workspace, run: str) -> ExecutionConfig:
+def _execution_of(workspace: Workspace, run: str) -> ExecutionConfig:
     """How the run's last coordinator carried it out."""
     try:
         return ExecutionConfig.model_validate(read_assignment(workspace, run).execution)
@@ -192,7 +192,7 @@ def _stragglers(done: list[dict[str, object]], beats: list[Beat], now: datetime,
     if len(done) < 5:
         return []
     median = statistics.median(float(row["seconds"]) for row in done)  # type: ignore[arg-type]
-    limit = max(factor * median, 2 * 5.0)  # beats are some seconds apart
+    limit = max(factor * median, 2 * BEAT_SECONDS)
     found = []
     for beat in beats:
         seconds = beat.part_seconds + _seconds_since(beat, now)

@@ -20,11 +20,10 @@ from fastgda_core.errors import Remedy, Stopped, TransientError, device_lost, re
 from fastgda_core.interruption import checked_by
 from storage_schemas.attempts import AttemptLog
 from storage_schemas.commit import Manifest, made_in, worker_name
-from storage_schemas.liveness import Beat, Wish, asked, write_beat
+from storage_schemas.liveness import BEAT_SECONDS, Beat, Wish, asked, write_beat
 from storage_schemas.workspace import Workspace
 from tasks.context import Context
 
-BEAT_SECONDS = 5.0
 LOST_DEVICE = 75  # exit code of a process that may not use its device again (EX_TEMPFAIL)
 LOOK_SECONDS = {True: 0.5, False: 2.0}  # between two looks for a wish to stop: on disk, in an object store
 
