@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -45,9 +47,17 @@ def open_context(config: PipelineConfig) -> Context:
     Raises:
         UsageError: its model or its noise plan cannot be used; before any work.
     """
-    context = Context(config, model_hash(config.model.folder))
+    files = sorted(path for path in config.model.folder.rglob("*") if path.is_file())
+    stamps = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    context = Context(config, _model_hash(config.model.folder, stamps))
     noise_plan(config).timestep_values(train_timesteps(config.model.folder))
     return context
+
+
+@functools.lru_cache(maxsize=4)
+def _model_hash(folder: Path, _stamps: tuple[tuple[Path, int, int], ...]) -> str:
+    """Gigabytes are read once per process, however many flows ask, as long as no file changes."""
+    return model_hash(folder)
 
 
 def stages_of(context: Context, samples: Stage, queries: Stage) -> dict[str, Stage]:

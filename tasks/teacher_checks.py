@@ -216,9 +216,10 @@ def check_against_exact(inputs: RunInputs, ranks: Stage) -> Stage:
     missing = [number for number in chosen if committed(paths[number], key) is None]
     with stage("exact check", len(missing)) as advance:
         scores = load_ranks(context, ranks, [score_run.query_ids[number] for number in missing]) if missing else None
-        model, plan, micro_batch = context.model(), noise_plan(context.config), context.micro_batch("losses")
+        plan, micro_batch = noise_plan(context.config), context.micro_batch("losses")
         for number in missing:
             assert scores is not None
+            model = context.model()  # loaded once, and not at all where nothing is missing
             started = time.monotonic()
             mine = scores.filter(pc.equal(scores["query_id"], score_run.query_ids[number])).sort_by(
                 [("score", "descending"), ("train_id", "ascending")]
