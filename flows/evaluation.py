@@ -13,7 +13,7 @@ from tasks.evaluation import measure_head
 from tasks.features import extract_features
 from tasks.head import latest_index, read_head, read_index_head
 from tasks.labels import read_labels
-from tasks.plan import begin_run, open_context
+from tasks.plan import open_context
 from tasks.promotion import Evaluation, promote
 from tasks.publish import publish_checks, rank_scores, read_checks
 from tasks.teacher_checks import check_against_exact, check_self_consistency, measure_low_rank
@@ -23,7 +23,6 @@ from tasks.teacher_checks import check_against_exact, check_self_consistency, me
 def judge(config: PipelineConfig) -> list[Stage]:
     """Whether the teacher of a finished run can be trusted: against the exact one, and against itself."""
     inputs = plan_run(config).inputs
-    begin_run(inputs)
     ranks = rank_scores(inputs)
     checks = []
     if config.teacher.update_rank is not None:

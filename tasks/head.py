@@ -115,12 +115,27 @@ def read_head(workspace: Workspace, version: str) -> tuple[Stage, dict[str, Any]
     Raises:
         UsageError: there is no such head.
     """
-    folder = workspace.head(version)
-    manifest = committed(folder / "head.safetensors", version)
+    return _read(workspace.head(version) / "head.safetensors", version, "rank head", "SELECT head FROM heads")
+
+
+def read_index_head(workspace: Workspace, version: str) -> tuple[Stage, str]:
+    """A built index as a stage, and the version of the head whose vectors it holds.
+
+    Raises:
+        UsageError: there is no such index.
+    """
+    path = workspace.index(version) / "index.faiss"
+    stage_, description = _read(path, version, "index", "SELECT index_version FROM indexes")
+    return stage_, description["head"]
+
+
+def _read(path: AnyPath, version: str, what: str, listing: str) -> tuple[Stage, dict[str, Any]]:
+    """The stage that a committed file is of, and the JSON file that describes it."""
+    manifest = committed(path, version)
     if manifest is None:
-        raise UsageError(f'no rank head {version!r}: `fastgda sql "SELECT head FROM heads"` lists them')
-    description = json.loads((folder / "head.json").read_text())
-    return Stage("rank head", version, folder, manifest.rows, manifest.seconds, True), description
+        raise UsageError(f'no {what} {version!r}: `fastgda sql "{listing}"` lists them')
+    description = json.loads(path.with_suffix(".json").read_text())
+    return Stage(what, version, path.parent, manifest.rows, manifest.seconds, True), description
 
 
 def latest_head(workspace: Workspace) -> str:
@@ -147,20 +162,6 @@ def _latest(paths: list[AnyPath], what: str, command: str) -> str:
     if not ages:
         raise UsageError(f"the workspace has no {what} yet: `fastgda {command} CONFIG` makes one")
     return max(ages, key=lambda version: ages[version])
-
-
-def read_index_head(workspace: Workspace, version: str) -> tuple[Stage, str]:
-    """A built index as a stage, and the version of the head whose vectors it holds.
-
-    Raises:
-        UsageError: there is no such index.
-    """
-    folder = workspace.index(version)
-    manifest = committed(folder / "index.faiss", version)
-    if manifest is None:
-        raise UsageError(f'no index {version!r}: `fastgda sql "SELECT index_version FROM indexes"` lists them')
-    head = json.loads((folder / "index.json").read_text())["head"]
-    return Stage("index", version, folder, manifest.rows, manifest.seconds, True), head
 
 
 @task(task_run_name="index", cache_policy=NO_CACHE)

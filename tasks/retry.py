@@ -71,7 +71,7 @@ def release(location: str, run: str, shards: str = "") -> int:
         for number in sorted(numbers):
             log.record(number, ShardState.pending)
     withdraw(workspace, run)
-    if short:
+    if any(short.values()):
         found = read_assignment(workspace, run)
         write_assignment(workspace, found.model_copy(update={"generation": found.generation + 1}))
     return sum(map(len, short.values())) + sum(map(len, given_up.values()))

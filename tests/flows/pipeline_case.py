@@ -16,10 +16,10 @@ SAMPLES = 60
 QUERIES = 8
 
 
-def lay_out(folder: Path, model: Path, **changes: Any) -> Path:
+def lay_out(folder: Path, model: Path, *, samples: int = SAMPLES, **changes: Any) -> Path:
     """Two tars of drawn shapes and a config beside them; returns the config's path."""
     tiny.write_tar(folder / "data" / "shapes-0.tar", tiny.sample_members(range(40)))
-    tiny.write_tar(folder / "data" / "shapes-1.tar", tiny.sample_members(range(40, SAMPLES)))
+    tiny.write_tar(folder / "data" / "shapes-1.tar", tiny.sample_members(range(40, samples)))
     config: dict[str, Any] = {
         "name": "shapes",
         "workspace": "workspace",

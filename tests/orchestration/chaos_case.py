@@ -6,9 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from tests import tiny
+from tests.flows import pipeline_case
 
 SAMPLES, QUERIES = 63, 8
 FAULTS = Path(__file__).parent / "faults"
@@ -16,40 +14,22 @@ FAULTS = Path(__file__).parent / "faults"
 
 def lay_out(folder: Path, model: Path, *, shards: int, **execution: Any) -> Path:
     """Two tars and a config whose curation has about this many shards; returns the config's path."""
-    tiny.write_tar(folder / "data" / "shapes-0.tar", tiny.sample_members(range(40)))
-    tiny.write_tar(folder / "data" / "shapes-1.tar", tiny.sample_members(range(40, SAMPLES)))
-    config = {
-        "name": "chaos",
-        "workspace": "workspace",
-        "device": "cpu",
-        "data": {"shards": "data/*.tar"},
-        "model": {"folder": str(model), "micro_batch": 8},
-        "queries": {
-            "captions": [f"a {color} shape" for color in tiny.COLORS],
-            "steps": 3,
-            "split": {"train": 4, "validation": 2, "test": 2},
-        },
-        "features": {"space": "pixel"},
-        "curvature": {"samples": 16},
-        "candidates": {"policy": "all"},
-        "teacher": {
-            "name": "abu_plus_first_order",
-            "alpha": 1e-4,
-            "timesteps": 4,
-            "gradient_pairs": 4,
-            "shard_samples": 2 if shards > SAMPLES // 2 else max(1, SAMPLES // shards),
-            "shard_queries": 1 if shards > SAMPLES else None,
-        },
-        "self_consistency": None,
-        "head": {"epochs": 2},
-        "evaluation": {"cutoffs": [5, 10], "validation_cutoff": 10, "neighbors": 4},
-        "execution": {"runner": "pool", "pools": [{"slots": 2}], **execution},
-    }
-    if shards >= 500:
-        config["teacher"]["shard_samples"] = 1
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
+    shape = {"shard_samples": 1, "shard_queries": 1}
+    if shards <= SAMPLES:
+        shape = {"shard_samples": 2 if shards > SAMPLES // 2 else SAMPLES // shards}
+    return pipeline_case.lay_out(
+        folder,
+        model,
+        samples=SAMPLES,
+        name="chaos",
+        model__micro_batch=8,
+        features={"space": "pixel"},
+        curvature={"samples": 16},
+        teacher={"name": "abu_plus_first_order", "alpha": 1e-4, "timesteps": 4, "gradient_pairs": 4, **shape},
+        exact_check=None,
+        self_consistency=None,
+        execution={"runner": "pool", "pools": [{"slots": 2}], **execution},
+    )
 
 
 def rot(tar: Path, content: bytes) -> bytes:
