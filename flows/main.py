@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what fails is raised, and said once, by us
+import gc
 import json
 import sys
 import warnings
@@ -176,6 +177,8 @@ def main() -> None:
         err.print("[red]failed:[/] ", end="")
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
+    finally:
+        gc.freeze()  # else the interpreter goes through all of torch once more as it ends, for a second
 
 
 def _explained() -> tuple[type[BaseException], ...]:

@@ -93,12 +93,17 @@ def test_publishing_the_same_rows_again_changes_nothing_and_keeps_what_stands_on
     assert parts == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("ranks/*/*")}
 
 
-def test_a_head_is_not_served_over_rows_that_it_never_saw(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("samples", "served"), [(4, "heads/h"), (5, None)])
+def test_a_head_is_served_over_new_rows_until_a_train_id_may_mean_another_image(
+    tmp_path: Path, samples: int, served: str | None
+) -> None:
     workspace = Workspace(tmp_path)
     first = publish_run(tmp_path, "first")
     write_published(workspace, first.model_copy(update={"head": "heads/h", "index": "indexes/i"}))
-    finish_run(tmp_path, "second", queries=("q9",))
-    assert publish_runs(workspace, ["first", "second"]).head is None
+    finish_run(tmp_path, "second", queries=("q9",), samples=samples)
+    published = publish_runs(workspace, ["first", "second"] if served else ["second"])
+    assert published.snapshot != first.snapshot
+    assert published.head == served and (published.index is None) == (served is None)
 
 
 def test_a_snapshots_name_and_rows_never_change(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ VIEWS = (
     "exact_check",
     "metrics",
 )
-LOADED = ("shards", "runs", "heads", "indexes")
+LOADED = ("shards", "quarantined_samples", "runs", "heads", "indexes")
 
 
 @pytest.fixture(scope="module")
