@@ -9,8 +9,10 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/fastgda demo
 
+# Tests that kill workers and watch clocks come last: they mostly wait, and would wait in vain beside others that count.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --ignore tests/orchestration
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/orchestration
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

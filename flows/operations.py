@@ -49,16 +49,22 @@ def read_config(path: Path, runner: Runner | None = None) -> Any:
     return PipelineConfig.model_validate({**config.model_dump(), "execution": execution})
 
 
+def _begin(path: Path, runner: Runner | None = None) -> Any:
+    """The configuration, checked while a server starts and before the flows and what they need are loaded."""
+    start_server()
+    return read_config(path, runner)
+
+
 def run(config: ConfigArgument, runner: RunnerOption = None) -> None:
     """The whole pipeline on your model (a diffusers folder) and your data (WebDataset shards).
 
     Example: `fastgda run my_config.yaml`
     """
-    start_server()
+    checked = _begin(config, runner)
     from flows.pipeline import attribution_pipeline
 
     wait_for_server()
-    print_summary(attribution_pipeline(read_config(config, runner)))
+    print_summary(attribution_pipeline(checked))
 
 
 def plan(config: ConfigArgument, as_json: JsonOption = False) -> None:
@@ -81,11 +87,11 @@ def curate(config: ConfigArgument, runner: RunnerOption = None) -> None:
 
     Example: `fastgda curate my_config.yaml`
     """
-    start_server()
+    checked = _begin(config, runner)
     from flows.curation import curate as curation
 
     wait_for_server()
-    done = curation(read_config(config, runner))
+    done = curation(checked)
     print_stages(done.run, done.stages)
     say(f"published: {done.ranks.key}")
 
@@ -98,11 +104,11 @@ def train(
 
     Example: `fastgda train my_config.yaml`
     """
-    start_server()
+    checked = _begin(config)
     from flows.training import train_rank_head
 
     wait_for_server()
-    head = train_rank_head(read_config(config), snapshot)
+    head = train_rank_head(checked, snapshot)
     say(f"head {head.key}{' (was there)' if head.reused else ''}: `fastgda index` builds its index")
 
 
@@ -114,11 +120,11 @@ def index(
 
     Example: `fastgda index my_config.yaml`
     """
-    start_server()
+    checked = _begin(config)
     from flows.indexing import rebuild_index
 
     wait_for_server()
-    built = rebuild_index(read_config(config), head)
+    built = rebuild_index(checked, head)
     say(f"index {built.key}{' (was there)' if built.reused else ''}: `fastgda evaluate` measures and promotes it")
 
 
@@ -130,11 +136,11 @@ def evaluate(
 
     Example: `fastgda evaluate my_config.yaml`
     """
-    start_server()
+    checked = _begin(config)
     from flows.evaluation import evaluate as evaluation
 
     wait_for_server()
-    found = evaluation(read_config(config), index)
+    found = evaluation(checked, index)
     say(f"index {found.index.key}: mAP {found.tuned:.3f} tuned, {found.untuned:.3f} untuned")
     say(found.refused or "promoted: `fastgda attribute` answers from it")
     if found.refused:
@@ -146,12 +152,12 @@ def judge(config: ConfigArgument) -> None:
 
     Example: `fastgda judge my_config.yaml`
     """
-    start_server()
+    checked = _begin(config)
     from flows.evaluation import judge as judgement
     from storage_schemas import tables
 
     wait_for_server()
-    for check in judgement(read_config(config)):
+    for check in judgement(checked):
         say(f"{check.name}: {check.rows:,} rows")
         if check.name != "exact check":
             for row in tables.read(check.path, tables.METRICS).to_pylist():
@@ -170,12 +176,12 @@ def backfill(
 
     Example: `fastgda backfill my_config.yaml --first 2026-11-01 --last 2026-11-07`
     """
-    start_server()
+    checked = _begin(config)
     from flows.curation import backfill as backfilling
 
     wait_for_server()
     dates = [day.date() if day else None for day in (first, last)]
-    for outcome in backfilling(read_config(config), *dates, partition):
+    for outcome in backfilling(checked, *dates, partition):
         say(f"{outcome.partition}: run {outcome.run}")
 
 

@@ -62,6 +62,8 @@ def run_in(folder: Path, command: str, home: Path) -> subprocess.CompletedProces
 
 # What cannot run inside the tests: this test run itself, and the full demo, which has a test of its own.
 BY_HAND = ("make ", ". .venv/bin/activate", "fastgda demo", "python benchmarks/")
+# What embeds the captions of the whole demo; tests/tasks/test_openmoji_model.py does the same with a few.
+MINUTES = "fastgda train-demo-model"
 COMMANDS = [
     (document, line.split("  #")[0].strip())
     for document, line in documented("sh")
@@ -69,7 +71,13 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize(("document", "command"), COMMANDS, ids=[command[:60] for _, command in COMMANDS])
+@pytest.mark.parametrize(
+    ("document", "command"),
+    [
+        pytest.param(*found, id=found[1][:60], marks=pytest.mark.slow if found[1].startswith(MINUTES) else ())
+        for found in COMMANDS
+    ],
+)
 def test_documented_command_runs(small_demo: Path, home: Path, document: str, command: str) -> None:
     shortened = re.sub(r"--steps \d+", "--steps 2", command)
     done = run_in(small_demo, shortened, home)

@@ -113,7 +113,7 @@ def test_each_process_has_a_device_of_its_own_and_gives_it_back_when_it_dies(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     context = multiprocessing.get_context("spawn")
-    claimed, leave = context.Queue(), context.Event()
+    claimed, after, leave = context.Queue(), context.Queue(), context.Event()
     workers = [context.Process(target=_claim, args=(2, claimed, leave)) for _ in range(3)]
     for worker in workers:
         worker.start()
@@ -123,9 +123,10 @@ def test_each_process_has_a_device_of_its_own_and_gives_it_back_when_it_dies(
     for worker in workers:
         worker.kill()
         worker.join()
-    later = context.Process(target=_claim, args=(2, claimed, leave))
+    # In a queue of its own: a killed process may still hold the lock of the other one.
+    later = context.Process(target=_claim, args=(2, after, leave))
     later.start()
-    assert claimed.get(timeout=60) == 0
+    assert after.get(timeout=60) == 0
     later.kill()
     later.join()
 
