@@ -102,6 +102,7 @@ def test_every_planned_row_but_those_of_quarantined_samples_whatever_dies(
         whole = rot(user / "data" / "shapes-0.tar", tiny.draw(ROTTEN)[0])
         likely = {"out_of_memory": 0.1, "connection": 0.03, "device": 0.004, "slow": 0.1, "slow_seconds": 0.5}
         (faults / "faults.json").write_text(json.dumps({**likely, "nan": NOT_A_NUMBER}))
+        (faults / "reset-1").touch()  # so that there is one however few shards there are
         chaos = Chaos(server, config, faults, chance)
         coming = list(itertools.islice(itertools.cycle(BLOWS), blows))
         struck, due = 0, time.monotonic() + 25

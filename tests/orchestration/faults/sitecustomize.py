@@ -2,8 +2,8 @@
 
 Nothing in the product knows of it: after `tasks.teacher` is imported, what it calls is wrapped. FAULTS names a folder;
 `faults.json` in it holds probabilities of each fault per micro-batch, and train_ids: whose loss is no number (`nan`),
-at whose sight the process dies (`deadly`), or the code fails (`bug`). A hang happens once for each file `hang-*` in the
-folder, which it takes away.
+at whose sight the process dies (`deadly`), or the code fails (`bug`). A hang or a reset connection happens once for each
+file `hang-*` or `reset-*` in the folder, which it takes away.
 """
 
 from __future__ import annotations
@@ -49,6 +49,15 @@ def _patch() -> None:
         except FileNotFoundError:
             return {}
 
+    def taken(pattern: str) -> bool:
+        for file in folder.glob(pattern):
+            try:
+                file.unlink()
+            except FileNotFoundError:
+                continue
+            return True
+        return False
+
     def output_gradients(model, layers, clean, *rest):
         faults = settings()
         if len(clean) > 1 and chance.random() < faults.get("out_of_memory", 0):
@@ -59,12 +68,10 @@ def _patch() -> None:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if chance.random() < faults.get("slow", 0):
             time.sleep(faults.get("slow_seconds", 1.0))
-        for hang in folder.glob("hang-*"):
-            try:
-                hang.unlink()
-            except FileNotFoundError:
-                continue
+        if taken("hang-*"):
             time.sleep(3600)
+        if taken("reset-*"):
+            raise ConnectionResetError(104, "Connection reset by peer")
         return gradients(model, layers, clean, *rest)
 
     def check_finite(losses, owners, timesteps):
