@@ -2,8 +2,8 @@
 
 Nothing in the product knows of it: after `tasks.teacher` is imported, what it calls is wrapped. FAULTS names a folder;
 `faults.json` in it holds probabilities of each fault per micro-batch, and train_ids: whose loss is no number (`nan`),
-at whose sight the process dies (`deadly`), or the code fails (`bug`). A hang or a reset connection happens once for each
-file `hang-*` or `reset-*` in the folder, which it takes away.
+at whose sight the process dies (`deadly`), or the code fails (`bug`). A hang or a reset connection happens once for
+each file `hang-*` or `reset-*` in the folder, which it takes away.
 """
 
 from __future__ import annotations
