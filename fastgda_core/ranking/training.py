@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import logging
+import queue
 import tempfile
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fastgda_core.evaluation.ranking_metrics import average_precision
-from fastgda_core.ranking.batches import RankBatch, RankBatches, RankPairs
+from fastgda_core.ranking.batches import RankBatches, RankPairs
 from fastgda_core.ranking.head import RankHead, start_from_features
+from fastgda_core.ranking.losses import LOSSES, LossName, rank_loss
+
+ENCODE_ROWS = 16_384
+PREFETCHED = 4
+LATEST = "latest"
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadTraining:
     """Hyperparameters of the rank head; the defaults are the paper's.
 
+    loss: see `fastgda_core.ranking.losses`.
+    input_norm: a LayerNorm before the first layer.
     initialization: "xavier", or "features" (see `start_from_features`).
     rank_offset: weighs a pair by 1 / (pi + rank_offset), so that the head of the ranking counts; None weighs all alike.
+    patience: epochs without a better validation mAP after which training ends; None: never.
+    devices, strategy: Lightning's own ("auto", 4; "ddp_spawn", ...).
+    resident: features are copied to the device at once; else they stay where they are, a memory map say, and the rows
+        of the next batches are fetched ahead.
     """
 
     epochs: int = 10
@@ -34,9 +48,15 @@ class HeadTraining:
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     outside_probability: float = 0.1
+    loss: LossName = "bce"
+    input_norm: bool = False
     initialization: Literal["xavier", "features"] = "xavier"
     rank_offset: float | None = None
+    patience: int | None = None
     seed: int = 0
+    devices: int | str = 1
+    strategy: str = "auto"
+    resident: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,83 +85,204 @@ class TrainedHead:
     history: list[tuple[float, float]] = field(default_factory=list)
 
 
+@dataclass  # not frozen: Lightning moves batches to the device field by field
+class FeatureBatch:
+    """phi of a batch's queries, (q, d), and samples, (s, d), and the label of each pair, (q, s), NaN where none."""
+
+    queries: Tensor
+    samples: Tensor
+    label: Tensor
+
+
+class FeatureBatches(IterableDataset[FeatureBatch]):
+    """The batches of an epoch with their features, fetched ahead by a thread unless they are on the device."""
+
+    def __init__(self, batches: RankBatches, queries: Tensor, samples: Tensor, *, ahead: bool) -> None:
+        self.batches, self.queries, self.samples, self.ahead = batches, queries, samples, ahead
+
+    def __iter__(self) -> Iterator[FeatureBatch]:
+        found = (
+            FeatureBatch(self.queries[batch.queries], self.samples[batch.samples], batch.label)
+            for batch in self.batches
+        )
+        return fetched_ahead(found) if self.ahead else found
+
+
+def fetched_ahead(items: Iterable[Any], count: int = PREFETCHED) -> Iterator[Any]:
+    """The same items, made by a thread that is up to `count` ahead; what it raises is raised here."""
+    waiting: queue.Queue[Any] = queue.Queue(count)
+    left = threading.Event()
+    end = object()
+
+    def hand_over(item: Any) -> bool:
+        while not left.is_set():
+            try:
+                waiting.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def make() -> None:
+        try:
+            for item in items:
+                if not hand_over(item):
+                    return
+            hand_over(end)
+        except BaseException as error:
+            hand_over(error)
+
+    threading.Thread(target=make, daemon=True).start()
+    try:
+        while (item := waiting.get()) is not end:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        left.set()
+
+
+class RankDataModule(lightning.LightningDataModule):
+    """Pairs and features on the trainer's device, and batches of them."""
+
+    def __init__(self, data: RankData, training: HeadTraining) -> None:
+        super().__init__()
+        self.data, self.training_options = data, training
+
+    def setup(self, stage: str) -> None:
+        assert self.trainer is not None
+        device = self.trainer.strategy.root_device if self.training_options.resident else torch.device("cpu")
+        self.query_features = self.data.query_features.to(device)
+        self.sample_features = self.data.sample_features.to(device)
+        self.pairs = self.data.train_pairs.to(device)
+
+    def train_dataloader(self) -> DataLoader[FeatureBatch]:
+        trainer, options = self.trainer, self.training_options
+        assert trainer is not None
+        module = trainer.lightning_module
+        assert isinstance(module, RankModule)
+        batches = RankBatches(
+            self.pairs,
+            options.batch_size,
+            options.outside_probability,
+            options.seed,
+            lambda: len(module.history),  # trainer.current_epoch is late when training goes on from a checkpoint
+            trainer.global_rank,
+            trainer.world_size,
+        )
+        ahead = not options.resident
+        return DataLoader(
+            FeatureBatches(batches, self.query_features, self.sample_features, ahead=ahead), batch_size=None
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(torch.zeros(1)))  # one step, which ranks all samples for all queries
+
+
 class RankModule(lightning.LightningModule):
-    """BCE of sigmoid(scale * cos + bias) against the rank label; validation is mAP(L) on held-out queries."""
+    """A loss of the cosines against the teacher's ranking; validation is mAP(L) on held-out queries."""
 
     def __init__(self, data: RankData, training: HeadTraining, on_epoch: Callable[[], None]) -> None:
         super().__init__()
-        self.head = RankHead(data.sample_features.shape[1])
+        loss = LOSSES[training.loss]
+        self.head = RankHead(
+            data.sample_features.shape[1], input_norm=training.input_norm, outputs=loss.outputs, scale=loss.scale
+        )
         if training.initialization == "features":
             start_from_features(self.head, data.sample_features)
         self.data = data
         self.training_options = training
         self.on_epoch = on_epoch
-        self.losses: list[float] = []
         self.history: list[tuple[float, float]] = []
 
-    def on_fit_start(self) -> None:
-        self.query_features = self.data.query_features.to(self.device)
-        self.sample_features = self.data.sample_features.to(self.device)
+    def on_train_batch_start(self, _batch: FeatureBatch, index: int) -> None:
+        if index == 0:
+            # Dropout, like the batches, depends on the seed and the epoch alone: a resumed training is the same one.
+            torch.manual_seed(self.training_options.seed * 100_003 + len(self.history))
+            self.total, self.steps = torch.zeros((), dtype=torch.float64, device=self.device), 0
 
-    def training_step(self, batch: RankBatch, _index: int) -> Tensor:
-        # F.embedding, unlike indexing, sums gradients in one order: the same seed gives the same head, bit for bit.
-        queries = F.embedding(batch.query, self.head(self.query_features))
-        samples = F.embedding(batch.position, self.head(self.sample_features[batch.samples]))
-        losses = F.binary_cross_entropy_with_logits(
-            self.head.rank_logits(queries, samples), batch.label, reduction="none"
-        )
-        offset = self.training_options.rank_offset
-        weight = torch.ones_like(losses) if offset is None else 1 / (batch.label + offset)
-        loss = (losses * weight).sum() / weight.sum()
-        self.losses.append(loss.item())
+    def training_step(self, batch: FeatureBatch, _index: int) -> Tensor:
+        encoded = self.head(torch.cat([batch.queries, batch.samples]))
+        queries, samples = encoded.split([len(batch.queries), len(batch.samples)])
+        outputs = self.head.affine(queries @ samples.T)
+        loss = rank_loss(self.training_options.loss, outputs, batch.label, self.training_options.rank_offset)
+        self.total += loss.detach()
+        self.steps += 1
         return loss
 
     def validation_step(self, _batch: Tensor, _index: int) -> None:
-        queries = self.head(self.query_features[self.data.validation])
-        similarity = (queries @ self.head(self.sample_features).T).cpu()
+        features = self.trainer.datamodule  # type: ignore[attr-defined]
+        queries = self.head(features.query_features[self.data.validation].to(self.device))
+        similarity = torch.cat(
+            [
+                (queries @ self.head(rows.to(self.device)).T).cpu()
+                for rows in features.sample_features.split(ENCODE_ROWS)
+            ],
+            dim=1,
+        )
         similarity[~self.data.candidates] = -torch.inf
         mean_average_precision = average_precision(similarity, self.data.relevant).mean()
         self.log("validation_map", mean_average_precision, batch_size=1)
-        self.history.append((sum(self.losses) / max(1, len(self.losses)), mean_average_precision.item()))
-        self.losses.clear()
+        self.history.append(((self.total / max(1, self.steps)).item(), mean_average_precision.item()))
         self.on_epoch()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["history"] = list(self.history)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.history = [tuple(epoch) for epoch in checkpoint["history"]]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         options = self.training_options
-        return torch.optim.AdamW(self.head.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+        return torch.optim.AdamW(
+            self.head.parameters(),
+            lr=options.learning_rate,
+            weight_decay=options.weight_decay,
+            fused=self.device.type == "cuda",
+        )
 
 
-def train_head(data: RankData, training: HeadTraining, on_epoch: Callable[[], None] = lambda: None) -> TrainedHead:
+def train_head(
+    data: RankData,
+    training: HeadTraining,
+    on_epoch: Callable[[], None] = lambda: None,
+    checkpoints: Path | None = None,
+) -> TrainedHead:
     """Fit a rank head; the epoch with the best validation mAP wins.
 
     Args:
         data: features, labels and validation queries.
         training: hyperparameters.
         on_epoch: called after each epoch.
+        checkpoints: folder of what this training needs to go on; it goes on from there if it was begun before.
     """
     lightning.seed_everything(training.seed, verbose=False)
     module = RankModule(data, training, on_epoch)
-    batches = RankBatches(
-        data.train_pairs, len(data.sample_features), training.batch_size, training.outside_probability, training.seed
-    )
-    with tempfile.TemporaryDirectory() as scratch, _quiet():
-        best = ModelCheckpoint(dirpath=scratch, monitor="validation_map", mode="max", save_weights_only=True)
+    with tempfile.TemporaryDirectory() as scratch, _quiet(), _fast_matmul():
+        folder = checkpoints or Path(scratch)
+        best = ModelCheckpoint(folder, "best", monitor="validation_map", mode="max", enable_version_counter=False)
+        every = ModelCheckpoint(folder, LATEST, enable_version_counter=False)
+        stop = [EarlyStopping("validation_map", mode="max", patience=training.patience)] if training.patience else []
         trainer = lightning.Trainer(
             max_epochs=training.epochs,
             accelerator="auto",
-            devices=1,
+            devices=training.devices,
+            strategy=training.strategy,
             logger=False,
-            callbacks=[best],
+            callbacks=[best, every, *stop],
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
             default_root_dir=scratch,
         )
-        trainer.fit(module, DataLoader(batches, batch_size=None), DataLoader(TensorDataset(torch.zeros(1))))
+        latest = folder / f"{LATEST}.ckpt"
+        trainer.fit(module, datamodule=RankDataModule(data, training), ckpt_path=latest if latest.exists() else None)
+        # From the files, as the training may have happened in other processes.
+        history = torch.load(latest, map_location="cpu", weights_only=True)["history"]
         weights = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
     module.load_state_dict(weights)
-    best_epoch = max(range(len(module.history)), key=lambda epoch: module.history[epoch][1])
-    return TrainedHead(module.head.cpu().eval().requires_grad_(False), best_epoch, module.history)
+    best_epoch = max(range(len(history)), key=lambda epoch: history[epoch][1])
+    return TrainedHead(module.head.cpu().eval().requires_grad_(False), best_epoch, [tuple(epoch) for epoch in history])
 
 
 def _quiet() -> warnings.catch_warnings:
@@ -149,3 +290,15 @@ def _quiet() -> warnings.catch_warnings:
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return warnings.catch_warnings(action="ignore")
+
+
+@contextmanager
+def _fast_matmul() -> Iterator[None]:
+    """TF32 on GPUs: the teacher needs float32, a head of cosines does not."""
+    before = torch.get_float32_matmul_precision()
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

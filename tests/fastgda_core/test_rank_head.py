@@ -1,6 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
+import math
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +17,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.ranking_metrics import (
     average_precision,
     expected_random_average_precision,
     top_mask,
 )
 from fastgda_core.ranking.batches import RankBatch, RankBatches, RankPairs
-from fastgda_core.ranking.head import RankHead, load_head, save_head, start_from_features
-from fastgda_core.ranking.training import HeadTraining, RankData, RankModule, TrainedHead, train_head
+from fastgda_core.ranking.head import RankHead, load_head, load_release_checkpoint, save_head, start_from_features
+from fastgda_core.ranking.losses import LOSSES, rank_loss
+from fastgda_core.ranking.training import HeadTraining, RankData, TrainedHead, fetched_ahead, train_head
 from fastgda_core.search.index import build_index, read_index, search, write_index
 
 QUERIES, SAMPLES, DIMS, TOP = 60, 300, 24, 30
@@ -29,11 +37,8 @@ def pairs_of(scores: Tensor) -> RankPairs:
     """Every (query, sample) with the label rank / K, rank 1 the highest score."""
     ranks = torch.argsort(torch.argsort(scores, dim=1, descending=True), dim=1) + 1
     queries, samples = scores.shape
-    return RankPairs(
-        torch.arange(queries).repeat_interleave(samples),
-        torch.arange(samples).repeat(queries),
-        (ranks.float() / samples).flatten(),
-    )
+    query, sample = torch.arange(queries).repeat_interleave(samples), torch.arange(samples).repeat(queries)
+    return RankPairs.of(query, sample, (ranks.float() / samples).flatten(), queries=queries, samples=samples)
 
 
 def features() -> tuple[Tensor, Tensor, Tensor]:
@@ -82,6 +87,25 @@ def test_head_learns_the_metric_that_ranks_the_samples() -> None:
     assert trained.history[-1][0] < trained.history[0][0]
 
 
+def test_head_becomes_the_metric_where_there_are_queries_enough() -> None:
+    generator = torch.Generator().manual_seed(7)
+    query, sample = torch.randn(240, 16, generator=generator), torch.randn(500, 16, generator=generator)
+    scores = F.normalize(query[:, :3], dim=1) @ F.normalize(sample[:, :3], dim=1).T
+    data = RankData(
+        query_features=query,
+        sample_features=sample,
+        train_pairs=pairs_of(scores[:200]),
+        validation=torch.arange(200, 220),
+        relevant=top_mask(scores[200:220], 50),
+        candidates=torch.ones(20, 500, dtype=torch.bool),
+    )
+    head = train_head(data, HeadTraining(epochs=4, batch_size=1024)).head
+    tuned = average_precision(head(query[220:]) @ head(sample).T, top_mask(scores[220:], 50)).mean()
+    untuned = F.normalize(query[220:], dim=1) @ F.normalize(sample, dim=1).T
+    assert average_precision(untuned, top_mask(scores[220:], 50)).mean() < 0.5
+    assert tuned >= 0.95
+
+
 def test_head_stays_near_chance_on_shuffled_labels() -> None:
     query, sample, _ = features()
     noise = torch.rand(QUERIES, SAMPLES, generator=torch.Generator().manual_seed(1))
@@ -100,7 +124,7 @@ def test_same_seed_gives_the_same_head() -> None:
     )
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name])
-    assert not torch.equal(first.mlp[0].weight, other.mlp[0].weight)
+    assert not torch.equal(first.mlp.layers[0].weight, other.mlp.layers[0].weight)
 
 
 def test_samples_that_the_teacher_did_not_rank_do_not_count_in_validation() -> None:
@@ -125,7 +149,7 @@ def test_head_comes_back_from_disk_as_it_was(head: RankHead, tmp_path: Path) -> 
     assert not loaded.training
     query = features()[0]
     assert torch.equal(loaded(query), head(query))
-    assert torch.equal(loaded.rank_logits(loaded(query), loaded(query)), head.rank_logits(head(query), head(query)))
+    assert torch.equal(loaded.scale, head.scale) and torch.equal(loaded.bias, head.bias)
 
 
 def test_head_gives_unit_vectors_and_an_affine_map_of_their_cosine(head: RankHead) -> None:
@@ -134,7 +158,7 @@ def test_head_gives_unit_vectors_and_an_affine_map_of_their_cosine(head: RankHea
     torch.testing.assert_close(a.norm(dim=1), torch.ones(QUERIES))
     cosine = F.cosine_similarity(a.double(), b.double()).numpy()
     # The first logits of an untrained head: -5 x cosine.
-    np.testing.assert_allclose(head.rank_logits(a, b).numpy(), -5 * cosine, atol=1e-5)
+    np.testing.assert_allclose(head.affine((a * b).sum(1))[:, 0].numpy(), -5 * cosine, atol=1e-5)
 
 
 @pytest.mark.parametrize(("samples", "dims"), [(300, 24), (20, 24), (600, 500)])
@@ -155,21 +179,125 @@ def test_head_that_starts_from_the_features_has_the_cosines_of_their_principal_a
     np.testing.assert_allclose(cosines, project(queries) @ project(known).T, atol=2e-3)
 
 
+def release_weights(*, input_norm: bool) -> dict[str, Tensor]:
+    """As FastGDA's release saves them: three hidden layers, scale and bias of one entry."""
+    generator = torch.Generator().manual_seed(1)
+    widths = (DIMS, 40, 50, 60, 30)
+    names = [*(f"mlp.layers.{number}" for number in range(3)), "mlp.output_layer"]
+    found = {}
+    for name, (width_in, width_out) in zip(names, itertools.pairwise(widths), strict=True):
+        found[f"{name}.weight"] = torch.randn(width_out, width_in, generator=generator)
+        found[f"{name}.bias"] = torch.randn(width_out, generator=generator)
+    if input_norm:
+        found |= {f"mlp.input_norm.{name}": torch.rand(DIMS, generator=generator) for name in ("weight", "bias")}
+    return {**found, "scale": torch.tensor([-3.0]), "bias": torch.tensor([0.5])}
+
+
+@pytest.mark.parametrize("input_norm", [False, True])
+def test_the_releases_checkpoint_computes_what_its_layers_say(tmp_path: Path, input_norm: bool) -> None:
+    weights = release_weights(input_norm=input_norm)
+    torch.save(weights, tmp_path / "head.pth")
+    head = load_release_checkpoint(tmp_path / "head.pth")
+    query = features()[0]
+    w = {name: tensor.double().numpy() for name, tensor in weights.items()}
+    x = query.double().numpy()
+    if input_norm:
+        x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+        x = x * w["mlp.input_norm.weight"] + w["mlp.input_norm.bias"]
+    for number in range(3):
+        x = np.maximum(x @ w[f"mlp.layers.{number}.weight"].T + w[f"mlp.layers.{number}.bias"], 0)
+    x = x @ w["mlp.output_layer.weight"].T + w["mlp.output_layer.bias"]
+    np.testing.assert_allclose(head(query).numpy(), x / np.linalg.norm(x, axis=1, keepdims=True), atol=1e-5)
+    assert head.affine(torch.tensor([0.5])).item() == pytest.approx(-1.0)
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (Path("ran"),)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"mlp.layers.0.weight": Malicious()},
+        [torch.zeros(2)],
+        {"weights": torch.zeros(2)},
+        {**release_weights(input_norm=False), "mlp.layers.1.weight": torch.zeros(50, 41)},
+    ],
+    ids=["code", "list", "other names", "other shape"],
+)
+def test_what_is_no_rank_head_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: object
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, tmp_path / "head.pth")
+    with pytest.raises(UsageError, match=r"head\.pth is no ") as caught:
+        load_release_checkpoint(tmp_path / "head.pth")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+LABELS = torch.tensor([[0.12, torch.nan, 0.85, 0.45], [torch.nan, 1.0, 0.35, torch.nan]])
+
+
+def numbers(name: str) -> tuple[Tensor, np.ndarray, list[tuple[int, int]]]:
+    """Outputs, the same in float64, and which pairs there are."""
+    outputs = torch.randn(2, 4, LOSSES[name].outputs, generator=torch.Generator().manual_seed(2))
+    return outputs, outputs.double().numpy(), [(0, 0), (0, 2), (0, 3), (1, 1), (1, 2)]
+
+
 @pytest.mark.parametrize("offset", [None, 0.02])
-def test_training_loss_is_the_weighted_mean_of_binary_cross_entropies(offset: float | None) -> None:
+@pytest.mark.parametrize("name", ["bce", "mse", "ordinal", "regression"])
+def test_losses_of_pairs_are_the_weighted_means_of_their_definitions(name: str, offset: float | None) -> None:
+    outputs, x, pairs = numbers(name)
+
+    def cross_entropy(logit: float, target: float) -> float:
+        probability = 1 / (1 + math.exp(-logit))
+        return -(target * math.log(probability) + (1 - target) * math.log(1 - probability))
+
+    of_pair = {
+        "bce": lambda x, pi: cross_entropy(x[0], pi),
+        "mse": lambda x, pi: (1 / (1 + math.exp(-x[0])) - pi) ** 2,
+        "ordinal": lambda x, pi: np.mean([cross_entropy(x[k], float(pi > (k + 1) / 10)) for k in range(9)]),
+        "regression": lambda x, score: (x[0] - score) ** 2,
+    }[name]
+    losses = [of_pair(x[pair], LABELS[pair].item()) for pair in pairs]
+    weighted = offset is not None and name != "regression"
+    weights = [1 / (LABELS[pair].item() + offset) if weighted else 1.0 for pair in pairs]
+    found = rank_loss(name, outputs, LABELS, offset)
+    assert found.item() == pytest.approx(np.average(losses, weights=weights), rel=1e-5)
+
+
+def test_the_listwise_loss_is_the_cross_entropy_of_two_distributions() -> None:
+    outputs, x, pairs = numbers("listwise")
+    expected = 0.0
+    for row in range(2):
+        mine = [pair for pair in pairs if pair[0] == row]
+        gains = np.array([1 / (LABELS[pair].item() + 0.02) for pair in mine])
+        logits = np.array([-x[pair][0] for pair in mine])
+        expected -= (gains / gains.sum() * (logits - np.log(np.exp(logits).sum()))).sum() / 2
+    assert rank_loss("listwise", outputs, LABELS, None).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_pairs_that_there_are_not_send_no_gradient(name: str) -> None:
+    outputs = numbers(name)[0].requires_grad_()
+    rank_loss(name, outputs, LABELS, 0.02).backward()
+    assert outputs.grad is not None and outputs.grad.isfinite().all()
+    assert torch.equal((outputs.grad != 0).any(-1), ~LABELS.isnan())
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_each_loss_learns_the_metric_that_ranks_the_samples(name: str) -> None:
     query, sample, scores = features()
-    module = RankModule(rank_data(query, sample, scores), HeadTraining(rank_offset=offset), lambda: None)
-    module.eval()
-    module.on_fit_start()
-    label = torch.rand(5) * 0.9 + 0.05
-    batch = RankBatch(torch.tensor([7, 4, 9]), torch.tensor([0, 1, 2, 0, 1]), torch.tensor([0, 1, 2, 2, 0]), label)
-    cosine = (module.head(query[batch.query]) * module.head(sample[batch.samples][batch.position])).sum(1)
-    logit = (module.head.scale * cosine + module.head.bias).detach().double().numpy()
-    probability, pi = 1 / (1 + np.exp(-logit)), label.double().numpy()
-    losses = -(pi * np.log(probability) + (1 - pi) * np.log(1 - probability))
-    weights = np.ones(5) if offset is None else 1 / (pi + offset)
-    expected = np.average(losses, weights=weights)
-    assert module.training_step(batch, 0).item() == pytest.approx(expected, rel=1e-5)
+    data = rank_data(query, sample, scores)
+    if LOSSES[name].standardised_scores:
+        labels = (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)
+        pairs = data.train_pairs
+        mine = labels[pairs.key // SAMPLES, pairs.key % SAMPLES]
+        data = dataclasses.replace(data, train_pairs=dataclasses.replace(pairs, label=mine))
+    trained = train_head(data, HeadTraining(epochs=5, batch_size=512, seed=3, loss=name))
+    assert held_out_map(trained, query, sample, scores) > 0.6
 
 
 def test_index_ranks_as_the_head_does(head: RankHead, tmp_path: Path) -> None:
@@ -185,31 +313,74 @@ def test_index_ranks_as_the_head_does(head: RankHead, tmp_path: Path) -> None:
 
 
 @st.composite
-def some_pairs(draw: st.DrawFn) -> tuple[RankPairs, int]:
+def some_pairs(draw: st.DrawFn) -> RankPairs:
     """A random subset of all (query, sample), in random order, each with a label of its own below 1."""
     queries, samples = draw(st.integers(1, 6)), draw(st.integers(1, 20))
     everything = [(query, sample) for query in range(queries) for sample in range(samples)]
     chosen = draw(st.lists(st.sampled_from(everything), min_size=1, unique=True))
     query, sample = torch.tensor(chosen).T
-    return RankPairs(query, sample, (torch.arange(len(chosen)) + 1) / (len(chosen) + 1)), samples
+    labels = (torch.arange(len(chosen)) + 1) / (len(chosen) + 1)
+    return RankPairs.of(query, sample, labels, queries=queries, samples=samples)
+
+
+def pairs_in(batch: RankBatch) -> list[tuple[int, int, float]]:
+    row, column = torch.nonzero(~batch.label.isnan(), as_tuple=True)
+    labels = batch.label[row, column].tolist()
+    return list(zip(batch.queries[row].tolist(), batch.samples[column].tolist(), labels, strict=True))
 
 
 @settings(max_examples=80, deadline=None)
 @given(some_pairs(), st.integers(1, 60), st.integers(0, 3))
-def test_every_pair_occurs_exactly_once_an_epoch(
-    given_pairs: tuple[RankPairs, int], batch_size: int, seed: int
-) -> None:
-    pairs, samples = given_pairs
-    expected = sorted(zip(pairs.query.tolist(), pairs.sample.tolist(), pairs.label.tolist(), strict=True))
-    batches = RankBatches(pairs, samples, batch_size, outside_probability=0.0, seed=seed)
-    most = int(torch.bincount(pairs.sample).max())
-    for _epoch in range(2):
+def test_every_pair_occurs_exactly_once_an_epoch(pairs: RankPairs, batch_size: int, seed: int) -> None:
+    expected = sorted(
+        zip(
+            (pairs.key // pairs.samples).tolist(),
+            (pairs.key % pairs.samples).tolist(),
+            pairs.label.tolist(),
+            strict=True,
+        )
+    )
+    for epoch in range(2):
         seen = []
-        for batch in batches:
+        for batch in RankBatches(pairs, batch_size, 0.0, seed, lambda epoch=epoch: epoch):
+            assert len(batch.queries) == len(set(batch.queries.tolist()))
             assert len(batch.samples) == len(set(batch.samples.tolist()))
-            assert len(batch.label) < batch_size + most
-            seen += zip(batch.query.tolist(), batch.samples[batch.position].tolist(), batch.label.tolist(), strict=True)
+            assert len(pairs_in(batch)) <= batch_size
+            seen += pairs_in(batch)
         assert sorted(seen) == expected
+
+
+def test_an_epochs_batches_depend_on_its_number_and_the_seed_alone() -> None:
+    pairs = pairs_of(torch.rand(7, 90, generator=torch.Generator().manual_seed(0)))
+
+    def epoch(number: int, seed: int = 1) -> list[list[tuple[int, int, float]]]:
+        return [pairs_in(batch) for batch in RankBatches(pairs, 40, 0.1, seed, lambda: number)]
+
+    assert epoch(3) == epoch(3)
+    assert epoch(3) != epoch(4) and epoch(3) != epoch(3, seed=2)
+
+
+def test_processes_share_an_epoch_in_equal_parts() -> None:
+    pairs = pairs_of(torch.rand(7, 90, generator=torch.Generator().manual_seed(0)))
+    shares = [list(RankBatches(pairs, 40, 0.0, 1, lambda: 0, rank, 3)) for rank in range(3)]
+    whole = list(RankBatches(pairs, 40, 0.0, 1, lambda: 0))
+    assert len({len(share) for share in shares}) == 1
+    together = [pair for share in shares for batch in share for pair in pairs_in(batch)]
+    assert len(together) == len(set(together)) >= len(pairs) - 40 * 2
+    assert sum(map(len, shares)) == len(whole) // 3 * 3
+
+
+@pytest.mark.parametrize("density", [1.0, 0.1, 0.01])
+def test_a_batch_has_far_fewer_items_than_pairs(density: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, samples, size = 500, 4000, 1024
+    query, sample = torch.nonzero(torch.rand(queries, samples, generator=generator) < density, as_tuple=True)
+    pairs = RankPairs.of(query, sample, torch.rand(len(query), generator=generator), queries=queries, samples=samples)
+    batches = list(itertools.islice(RankBatches(pairs, size, 0.0, 0, lambda: 0), 50))
+    full = [batch for batch in batches if (~batch.label.isnan()).sum() == size]
+    assert len(full) >= 0.8 * len(batches)
+    items = np.mean([len(batch.queries) + len(batch.samples) for batch in full])
+    assert items < 1.2 * 2 * (size / density) ** 0.5
 
 
 @pytest.mark.parametrize("candidates", [5, 1000, 1900])
@@ -218,21 +389,90 @@ def test_a_tenth_of_the_pairs_become_non_candidates_of_label_one(candidates: int
     generator = torch.Generator().manual_seed(0)
     sample = torch.cat([torch.randperm(samples, generator=generator)[:candidates] for _ in range(queries)])
     query = torch.arange(queries).repeat_interleave(candidates)
-    pairs = RankPairs(query, sample, torch.full((len(query),), 0.5))
+    pairs = RankPairs.of(query, sample, torch.full((len(query),), 0.5), queries=queries, samples=samples)
     own = set(zip(query.tolist(), sample.tolist(), strict=True))
-    replaced = 0
-    for batch in RankBatches(pairs, samples, 512, probability, seed=1):
-        found = zip(batch.query.tolist(), batch.samples[batch.position].tolist(), batch.label.tolist(), strict=True)
-        for number, row, label in found:
-            assert ((number, row) in own) == (label == 0.5)
-            assert label in (0.5, 1.0)
-            replaced += label == 1.0
-    standard_error = (probability * (1 - probability) / len(query)) ** 0.5
-    assert abs(replaced / len(query) - probability) < 5 * standard_error
+    replaced = []
+    for epoch in range(5):
+        for batch in RankBatches(pairs, 512, probability, 1, lambda epoch=epoch: epoch):
+            for number, row, label in pairs_in(batch):
+                assert ((number, row) in own) == (label == 0.5)
+                assert label in (0.5, 1.0)
+                if label == 1.0:
+                    replaced.append(row)
+    drawn = 5 * len(query)
+    standard_error = (probability * (1 - probability) / drawn) ** 0.5
+    # A query may draw the same sample twice in a batch, which then is one pair.
+    assert -0.03 * probability - 5 * standard_error < len(replaced) / drawn - probability < 5 * standard_error
+    if candidates < 1900:  # uniform over the samples: the mean of their numbers
+        assert abs(np.mean(replaced) - samples / 2) < 0.06 * samples
 
 
 def test_a_query_with_every_sample_as_candidate_keeps_its_own() -> None:
     pairs = pairs_of(torch.rand(3, 20, generator=torch.Generator().manual_seed(0)))
-    for batch in RankBatches(pairs, 20, 16, outside_probability=1.0, seed=0):
-        own = batch.query * 20 + batch.samples[batch.position]
-        assert torch.equal(batch.label, pairs.label[own])
+    for batch in RankBatches(pairs, 16, 1.0, 0, lambda: 0):
+        for query, sample, label in pairs_in(batch):
+            assert label == pairs.label[query * 20 + sample]
+
+
+def test_a_pair_that_occurs_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="twice"):
+        RankPairs.of(torch.tensor([0, 0]), torch.tensor([1, 1]), torch.rand(2), queries=1, samples=2)
+
+
+class Killed(Exception): ...
+
+
+@pytest.mark.parametrize("loss", ["bce", "listwise"])
+def test_a_training_that_was_killed_goes_on_to_the_same_head(tmp_path: Path, loss: str) -> None:
+    query, sample, scores = features()
+    data, options = rank_data(query, sample, scores), HeadTraining(epochs=4, batch_size=2048, seed=3, loss=loss)
+    whole = train_head(data, options)
+    epochs = iter(range(2))
+
+    def kill() -> None:
+        if next(epochs, None) is None:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_head(data, options, kill, tmp_path)
+    resumed = train_head(data, options, checkpoints=tmp_path)
+    assert resumed.history == whole.history and resumed.best_epoch == whole.best_epoch
+    for name, tensor in whole.head.state_dict().items():
+        assert torch.equal(tensor, resumed.head.state_dict()[name])
+    finished = train_head(data, options, kill, tmp_path)
+    assert finished.history == whole.history, "one that was finished is not begun again"
+
+
+def test_features_that_stay_in_main_memory_give_the_same_head() -> None:
+    query, sample, scores = features()
+    data = rank_data(query, sample, scores)
+    first, second = (train_head(data, HeadTraining(epochs=2, batch_size=512, resident=r)).head for r in (True, False))
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name])
+
+
+def test_training_ends_when_validation_no_longer_improves() -> None:
+    query, sample, _ = features()
+    noise = torch.rand(QUERIES, SAMPLES, generator=torch.Generator().manual_seed(1))
+    trained = train_head(rank_data(query, sample, noise), HeadTraining(epochs=60, batch_size=2048, patience=2))
+    assert len(trained.history) < 60
+    assert len(trained.history) == trained.best_epoch + 1 + 2
+
+
+def test_items_fetched_ahead_come_in_order_and_a_failure_comes_through() -> None:
+    def some() -> Iterator[int]:
+        yield from range(10)
+        raise KeyError("no more")
+
+    found = fetched_ahead(some())
+    assert [next(found) for _ in range(10)] == list(range(10))
+    with pytest.raises(KeyError):
+        next(found)
+    running = threading.active_count()
+    endless = fetched_ahead(itertools.count())
+    assert next(endless) == 0
+    endless.close()
+    deadline = time.monotonic() + 5
+    while threading.active_count() > running:
+        assert time.monotonic() < deadline, "the thread stays behind"
+        time.sleep(0.01)

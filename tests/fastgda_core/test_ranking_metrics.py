@@ -6,12 +6,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
-from sklearn.metrics import average_precision_score
+from scipy.stats import kendalltau, spearmanr
+from sklearn.metrics import average_precision_score, ndcg_score
 
 from fastgda_core.evaluation.ranking_metrics import (
+    agreement,
     average_precision,
+    expected_random_agreement,
     expected_random_average_precision,
+    kendall,
+    ndcg,
+    recall,
     spearman,
     top_mask,
 )
@@ -25,9 +30,9 @@ def precision_at_hits(hits: tuple[int, ...]) -> float:
 @pytest.mark.parametrize("levels", [None, 4], ids=["distinct scores", "many ties"])
 def test_average_precision_equals_scikit_learn(levels: int | None) -> None:
     rng = np.random.default_rng(0)
-    scores = rng.normal(size=(500, 60)) if levels is None else rng.integers(levels, size=(500, 60)).astype(float)
-    relevant = rng.random((500, 60)) < rng.uniform(0.05, 0.9, size=(500, 1))
-    relevant[np.arange(500), rng.integers(60, size=500)] = True
+    scores = rng.normal(size=(1000, 60)) if levels is None else rng.integers(levels, size=(1000, 60)).astype(float)
+    relevant = rng.random((1000, 60)) < rng.uniform(0.05, 0.9, size=(1000, 1))
+    relevant[np.arange(1000), rng.integers(60, size=1000)] = True
     expected = [average_precision_score(truth, score) for truth, score in zip(relevant, scores, strict=True)]
     found = average_precision(torch.from_numpy(scores), torch.from_numpy(relevant))
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-9)
@@ -37,6 +42,18 @@ def test_items_left_out_with_minus_infinity_rank_last() -> None:
     scores = torch.tensor([[0.5, -torch.inf, 0.1, -torch.inf]])
     relevant = torch.tensor([[False, False, True, False]])
     assert average_precision(scores, relevant).item() == 0.5
+
+
+def test_relevant_items_that_rank_last_alike_and_float32_are_as_scikit_learn_has_them() -> None:
+    rng = np.random.default_rng(7)
+    scores = rng.normal(size=(200, 40)).astype(np.float32)
+    relevant = rng.random((200, 40)) < 0.4
+    relevant[:, 0] = True
+    left_out = rng.random((200, 40)) < 0.3
+    found = average_precision(torch.from_numpy(np.where(left_out, -np.inf, scores)), torch.from_numpy(relevant))
+    ends = np.where(left_out, -1e9, scores)  # scikit-learn takes no infinities
+    expected = [average_precision_score(truth, score) for truth, score in zip(relevant, ends, strict=True)]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(("samples", "relevant"), [(n, r) for n in range(1, 7) for r in range(1, n + 1)])
@@ -76,3 +93,47 @@ def test_top_mask_picks_exactly_the_highest(cutoff: int) -> None:
 def test_top_mask_gives_ties_to_the_earlier_sample_and_keeps_the_count() -> None:
     mask = top_mask(torch.tensor([[1.0, 2.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]), 2)
     assert mask.tolist() == [[True, True, False, False], [True, True, False, False]]
+
+
+@pytest.mark.parametrize("samples", [2, 3, 64, 65, 1000])
+def test_kendall_equals_scipy(samples: int) -> None:
+    rng = np.random.default_rng(4)
+    first = rng.normal(size=(20, samples))
+    second = np.linspace(-1, 1, 20)[:, None] * first + rng.normal(size=(20, samples)) * 0.3
+    expected = [kendalltau(a, b).statistic for a, b in zip(first, second, strict=True)]
+    found = kendall(torch.from_numpy(first), torch.from_numpy(second))
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 10, 80, 100])
+def test_ndcg_equals_scikit_learn(k: int) -> None:
+    rng = np.random.default_rng(5)
+    gains, scores = rng.random((30, 80)), rng.normal(size=(30, 80))
+    found = ndcg(torch.from_numpy(scores), torch.from_numpy(gains), k)
+    expected = [ndcg_score(g[None], s[None], k=k) for g, s in zip(gains, scores, strict=True)]
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 7, 80])
+def test_recall_counts_the_relevant_among_the_first(k: int) -> None:
+    rng = np.random.default_rng(6)
+    scores, relevant = rng.normal(size=(30, 80)), rng.random((30, 80)) < 0.2
+    relevant[:, 0] = True
+    found = recall(torch.from_numpy(scores), torch.from_numpy(relevant), k).numpy()
+    for value, score, truth in zip(found, scores, relevant, strict=True):
+        first = set(np.argsort(-score)[:k])
+        assert value == pytest.approx(len(first & set(np.flatnonzero(truth))) / truth.sum())
+
+
+def test_a_ranking_agrees_with_itself_and_the_mean_over_all_orders_is_chance() -> None:
+    n, cutoffs = 6, [2, 4]
+    teacher = torch.tensor([[3.0, 9.0, 1.0, 7.0, 5.0, 2.0]], dtype=torch.float64)
+    perfect = agreement(teacher, teacher, cutoffs)
+    assert all(value.item() == pytest.approx(1.0) for value in perfect.values())
+    assert agreement(teacher, -teacher, cutoffs)["overlap", 2].item() == 0
+    orders = torch.tensor(list(itertools.permutations(range(n))), dtype=torch.float64)
+    means = agreement(teacher.expand(len(orders), n), orders, cutoffs)
+    chance = expected_random_agreement(n, cutoffs)
+    assert means.keys() == chance.keys()
+    for measure, values in means.items():
+        assert values.mean().item() == pytest.approx(chance[measure], abs=1e-9), measure

@@ -1,0 +1,103 @@
+"""What the rank head learns from: losses of cosines against the teacher's ranking.
+
+Each takes the outputs of the head's affine map, (q, s, outputs), and labels, (q, s), with NaN where a pair has none,
+and gives the loss of each pair, (q, s), or of each query, (q, 1), and the weight that it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ORDINAL_BINS = 10
+LossName = Literal["bce", "mse", "ordinal", "regression", "listwise"]
+
+
+def bce(outputs: Tensor, label: Tensor) -> Tensor:
+    """Binary cross-entropy of sigmoid(scale * cos + bias) against the rank label pi."""
+    return F.binary_cross_entropy_with_logits(outputs[..., 0], label, reduction="none")
+
+
+def mse(outputs: Tensor, label: Tensor) -> Tensor:
+    """Squared error of sigmoid(scale * cos + bias) against the rank label pi."""
+    return (outputs[..., 0].sigmoid() - label).square()
+
+
+def ordinal(outputs: Tensor, label: Tensor) -> Tensor:
+    """Mean binary cross-entropy of 9 heads, each of which says whether pi lies above its bin's upper end.
+
+    Source: Niu et al., "Ordinal regression with multiple output CNN for age estimation" (2016); bins of equal width.
+    """
+    thresholds = torch.arange(1, ORDINAL_BINS, device=label.device) / ORDINAL_BINS
+    above = (label[..., None] > thresholds).to(outputs.dtype)
+    return F.binary_cross_entropy_with_logits(outputs, above, reduction="none").mean(-1)
+
+
+def regression(outputs: Tensor, label: Tensor) -> Tensor:
+    """Squared error of scale * cos + bias against the score, standardised within its query."""
+    return (outputs[..., 0] - label).square()
+
+
+@dataclass(frozen=True)
+class RankLoss:
+    """A loss and what it needs.
+
+    outputs: affine maps of the cosine; scale: what theirs starts at, negative where a high cosine means a low label;
+    standardised_scores: labels are those and not rank labels.
+    """
+
+    of_pairs: Callable[[Tensor, Tensor], Tensor] | None
+    outputs: int = 1
+    scale: float = -5.0
+    standardised_scores: bool = False
+
+
+LOSSES: dict[str, RankLoss] = {
+    "bce": RankLoss(bce),
+    "mse": RankLoss(mse),
+    "ordinal": RankLoss(ordinal, outputs=ORDINAL_BINS - 1),
+    "regression": RankLoss(regression, scale=1.0, standardised_scores=True),
+    "listwise": RankLoss(None),
+}
+
+
+def rank_loss(name: LossName, outputs: Tensor, label: Tensor, rank_offset: float | None) -> Tensor:
+    """Mean loss of a batch, a scalar.
+
+    Args:
+        name: of `LOSSES`.
+        outputs: (q, s, outputs), the affine maps of the cosines.
+        label: (q, s), NaN where a pair has none.
+        rank_offset: weighs a pair by 1 / (label + rank_offset), so that the head of the ranking counts; None: all
+            alike. For "listwise" the offset of the gains, 0.02 where it is None.
+    """
+    known = ~label.isnan()
+    label = torch.where(known, label, 1.0)
+    loss = LOSSES[name]
+    if loss.of_pairs is None:
+        return listwise(outputs[..., 0], label, known, rank_offset or 0.02)
+    weight = known if rank_offset is None or loss.standardised_scores else known / (label + rank_offset)
+    return (loss.of_pairs(outputs, label) * weight).sum() / weight.sum()
+
+
+def listwise(outputs: Tensor, label: Tensor, known: Tensor, offset: float) -> Tensor:
+    """Cross-entropy between the teacher's and the head's distribution over a query's samples of the batch.
+
+    ListNet's top-one probabilities (Cao et al., "Learning to rank: from pairwise approach to listwise approach", 2007)
+    with gains 1 / (pi + offset), which fall with the rank as those of mAP and NDCG do; least for non-candidates.
+
+    Args:
+        outputs: (q, s), falling with the similarity.
+        label: (q, s), pi.
+        known: (q, s) bool, the pairs that there are.
+        offset: of the gains.
+    """
+    gains = known / (label + offset)
+    target = gains / gains.sum(1, keepdim=True).clamp_min(torch.finfo(gains.dtype).tiny)
+    log_probability = torch.log_softmax((-outputs).masked_fill(~known, torch.finfo(outputs.dtype).min), dim=1)
+    return -(target * log_probability).sum() / len(label)

@@ -1,0 +1,57 @@
+"""Fewer queries or candidates to learn from, as if the teacher had scored no others."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastgda_core.ranking.batches import RankPairs
+
+
+def thin(pairs: RankPairs, priority: Tensor, share: float, queries: Tensor | None = None, *, ranked: bool) -> RankPairs:
+    """The share of each query's candidates that has the highest priority.
+
+    Args:
+        pairs: all that there are.
+        priority: (pairs,); random for M of K candidates, a similarity for the nearest.
+        share: in (0, 1]; at least one candidate of a query is kept.
+        queries: numbers of the queries that are kept; None: all.
+        ranked: labels are rank labels: those that are kept are ranked anew among themselves, pi = rank / M.
+    """
+    query = pairs.key // pairs.samples
+    order = torch.argsort(priority, descending=True)
+    order = order[torch.argsort(query[order], stable=True)]
+    place, count = _places(query)
+    chosen = place < torch.clamp((count * share).ceil(), min=1)
+    if queries is not None:
+        chosen &= torch.isin(query, queries)
+    kept = torch.sort(order[chosen]).values
+    key, label = pairs.key[kept], pairs.label[kept]
+    if ranked:
+        query = query[kept]
+        order = torch.argsort(label)
+        order = order[torch.argsort(query[order], stable=True)]
+        place, count = _places(query)
+        label = torch.empty_like(label)
+        label[order] = ((place + 1) / count).float()
+    return RankPairs(key, label, pairs.outside, pairs.samples)
+
+
+def random_priority(pairs: RankPairs, seed: int) -> Tensor:
+    """For candidates drawn at random, (pairs,)."""
+    return torch.rand(len(pairs), generator=torch.Generator().manual_seed(seed))
+
+
+def some_queries(queries: Tensor, share: float, seed: int) -> Tensor:
+    """A share of the queries, at least one, drawn at random."""
+    order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(seed))
+    return queries[order[: max(1, math.ceil(share * len(queries)))]]
+
+
+def _places(query: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of these sorted queries its place among its equals, from 0, and how many they are."""
+    _, counts = torch.unique_consecutive(query, return_counts=True)
+    first = torch.repeat_interleave(torch.cumsum(counts, 0) - counts, counts)
+    return torch.arange(len(query)) - first, torch.repeat_interleave(counts, counts)

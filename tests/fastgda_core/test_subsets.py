@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fastgda_core.ranking.batches import RankPairs
+from fastgda_core.ranking.subsets import random_priority, some_queries, thin
+
+SAMPLES = 50
+
+
+def some_pairs() -> tuple[RankPairs, dict[int, dict[int, float]]]:
+    """Pairs with their scores, highest first in rank; every query has another number of candidates."""
+    rng = np.random.default_rng(0)
+    scores = {q: dict(zip(rng.permutation(SAMPLES)[: 10 + 5 * q], rng.random(50), strict=False)) for q in range(6)}
+    rows = [
+        (q, sample, rank / len(mine))
+        for q, mine in scores.items()
+        for rank, sample in enumerate(sorted(mine, key=lambda sample, mine=mine: -mine[sample]), start=1)
+    ]
+    query, sample, label = (torch.tensor(column) for column in zip(*rows, strict=True))
+    return RankPairs.of(query, sample, label, queries=6, samples=SAMPLES), scores
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 1.0])
+def test_the_highest_priorities_are_kept_and_ranked_anew(share: float) -> None:
+    pairs, scores = some_pairs()
+    priority = random_priority(pairs, seed=1)
+    first = dict(zip(pairs.key.tolist(), priority.tolist(), strict=True))
+    kept = thin(pairs, priority, share, torch.tensor([1, 4, 5]), ranked=True)
+    found = dict(zip(kept.key.tolist(), kept.label.tolist(), strict=True))
+    expected = {}
+    for query in (1, 4, 5):
+        mine = sorted(scores[query], key=lambda sample, query=query: -first[query * SAMPLES + sample])
+        mine = mine[: max(1, int(np.ceil(share * len(mine))))]
+        for rank, sample in enumerate(sorted(mine, key=lambda s, query=query: -scores[query][s]), start=1):
+            expected[query * SAMPLES + sample] = pytest.approx(rank / len(mine))
+    assert found == expected
+    assert torch.equal(kept.key, torch.sort(kept.key).values)
+
+
+def test_scores_are_not_ranked_anew() -> None:
+    pairs, _ = some_pairs()
+    kept = thin(pairs, random_priority(pairs, 1), 0.5, ranked=False)
+    before = dict(zip(pairs.key.tolist(), pairs.label.tolist(), strict=True))
+    assert all(before[key] == label for key, label in zip(kept.key.tolist(), kept.label.tolist(), strict=True))
+
+
+def test_a_share_of_the_queries_is_drawn() -> None:
+    queries = torch.arange(100, 140)
+    drawn = some_queries(queries, 0.25, seed=3)
+    assert len(set(drawn.tolist())) == 10 and set(drawn.tolist()) <= set(queries.tolist())
+    assert torch.equal(drawn, some_queries(queries, 0.25, seed=3))
+    assert not torch.equal(drawn, some_queries(queries, 0.25, seed=4))
+    assert len(some_queries(queries, 0.001, seed=0)) == 1
