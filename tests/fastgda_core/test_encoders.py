@@ -1,0 +1,163 @@
+"""Encoders with folders of tiny random weights of their real classes, and the two that come with packages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    ViTConfig,
+    ViTModel,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from fastgda_core.errors import UsageError
+from fastgda_core.features import ENCODERS, concatenate, encoder_names, load_encoder
+from fastgda_core.features.encoders import CLIP, DINO
+from tests import tiny
+
+CPU = torch.device("cpu")
+TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def save_clip(folder: Path) -> None:
+    words = tiny.save_tokenizer(folder)
+    text = {**TINY, "vocab_size": words, "max_position_embeddings": 12, "eos_token_id": words - 1, "projection_dim": 24}
+    vision = {**TINY, "image_size": 32, "patch_size": 8, "projection_dim": 24}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
+    CLIPModel(config).save_pretrained(folder)
+
+
+def save_dino(folder: Path) -> None:
+    ViTModel(ViTConfig(**TINY, image_size=32, patch_size=8)).save_pretrained(folder)
+
+
+def save_dinov2(folder: Path) -> None:
+    config = Dinov2WithRegistersConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=70, patch_size=14, num_register_tokens=4
+    )
+    Dinov2WithRegistersModel(config).save_pretrained(folder)
+
+
+SAVE: dict[str, Callable[[Path], None]] = {
+    "clip": save_clip,
+    "clip_text": save_clip,
+    "dino": save_dino,
+    "dinov2": save_dinov2,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    found = {}
+    for name, save in SAVE.items():
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp(name) / "weights"
+        save(folder)
+        found[name] = str(folder)
+    return found
+
+
+def images() -> list[Image.Image]:
+    """Of several shapes and modes, larger and smaller than any encoder's input."""
+    rng = np.random.default_rng(0)
+    coarse = [Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)) for _ in range(3)]
+    found = [image.resize(size) for image, size in zip(coarse, [(40, 40), (500, 300), (29, 61)], strict=True)]
+    return [*found, found[0].convert("L")]
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "processor"),
+    [
+        (CLIP, CLIPImageProcessorPil()),
+        (
+            DINO,
+            CLIPImageProcessorPil(
+                size={"shortest_edge": 256},
+                crop_size={"height": 224, "width": 224},
+                image_mean=[0.485, 0.456, 0.406],
+                image_std=[0.229, 0.224, 0.225],
+            ),
+        ),
+    ],
+    ids=["clip", "dino"],
+)
+def test_images_are_prepared_as_the_networks_own_processors_do(preprocessing, processor) -> None:
+    for image in images()[:3]:
+        expected = torch.as_tensor(np.asarray(processor(image)["pixel_values"][0]))
+        found = preprocessing([image])[0]
+        assert found.shape == expected.shape == (3, 224, 224)
+        # The longer side is rounded otherwise, so that the crop of a long image may lie half a pixel aside.
+        assert (found - expected).abs().mean() < (1e-5 if image.width == image.height else 0.02)
+
+
+def test_clip_gives_the_embeddings_of_the_two_towers_together(folders: dict[str, str]) -> None:
+    whole = CLIPModel.from_pretrained(folders["clip"]).eval()
+    captions = ["a red circle", "teal"]
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(folders["clip"])(captions, padding=True, return_tensors="pt")
+    pixels = CLIP.of_side(32)(images())
+    with torch.no_grad():
+        together = whole(pixel_values=pixels, **tokens)
+    found = load_encoder("clip", CPU, folders["clip"]).encode(images())
+    assert found.shape == (4, 24)
+    torch.testing.assert_close(F.normalize(found, dim=1), together.image_embeds)
+    text = load_encoder("clip_text", CPU, folders["clip_text"]).encode(captions)
+    torch.testing.assert_close(F.normalize(text, dim=1), together.text_embeds)
+
+
+@pytest.mark.parametrize("name", ["dino", "dinov2"])
+def test_dino_gives_the_class_token(folders: dict[str, str], name: str) -> None:
+    network = {"dino": ViTModel, "dinov2": Dinov2WithRegistersModel}[name].from_pretrained(folders[name]).eval()
+    pixels = DINO.of_side(network.config.image_size)(images())
+    with torch.no_grad():
+        expected = network(pixel_values=pixels).last_hidden_state[:, 0]
+    torch.testing.assert_close(load_encoder(name, CPU, folders[name]).encode(images()), expected)
+
+
+@pytest.mark.parametrize("name", sorted(ENCODERS))
+def test_an_items_features_do_not_depend_on_its_batch(folders: dict[str, str], name: str) -> None:
+    encoder = load_encoder(name, CPU, folders.get(name))
+    items = images() if encoder.modality == "image" else ["a red circle", "b", "a much longer caption of a shape"]
+    together = encoder.encode(items)
+    assert together.dtype == torch.float32 and together.isfinite().all()
+    alone = torch.cat([encoder.encode([item]) for item in items])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert len(torch.unique(together, dim=0)) == len(items)
+
+
+def test_a_caption_of_any_length_is_cut_to_what_the_network_takes(folders: dict[str, str]) -> None:
+    encoder = load_encoder("clip_text", CPU, folders["clip_text"])
+    assert encoder.encode(["red " * 500]).shape == (1, 24)
+
+
+@pytest.mark.parametrize("name", sorted(SAVE))
+def test_weights_that_cannot_be_loaded_are_named_in_one_line(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=f"features.weights.{name}") as caught:
+        load_encoder(name, CPU, str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_feature_space_lays_unit_vectors_end_to_end() -> None:
+    first, second = torch.randn(5, 3), torch.randn(5, 4)
+    joined = concatenate([first, second])
+    torch.testing.assert_close(
+        joined @ joined.T, F.normalize(first) @ F.normalize(first).T + (n := F.normalize(second)) @ n.T
+    )
+    assert encoder_names("dino+clip_text") == ["dino", "clip_text"]
+
+
+@pytest.mark.parametrize(("space", "message"), [("dino+nothing", "'nothing'"), ("clip+clip", "twice"), ("", "''")])
+def test_a_wrong_feature_space_is_told(space: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        encoder_names(space)
