@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -145,6 +146,32 @@ def evaluate(
     say(found.refused or "promoted: `fastgda attribute` answers from it")
     if found.refused:
         raise typer.Exit(1)
+
+
+def study(config: ConfigArgument, as_json: JsonOption = False) -> None:
+    """What makes a head good here: feature spaces, losses, queries, candidates, each trained with several seeds.
+
+    Example: `fastgda study my_config.yaml`
+    """
+    checked = _begin(config)
+    from flows.study import study as compare
+    from storage_schemas import tables
+    from tasks.study_results import answers
+
+    wait_for_server()
+    found = compare(checked)
+    cutoff = checked.evaluation.validation_cutoff
+    rows = answers(tables.read(found.metrics.path, tables.METRICS), cutoff)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    table = Table("question", "value", f"mAP({cutoff})", "± over seeds", title="Heads compared", title_justify="left")
+    before = ""
+    for row in rows:
+        question, before = row.question if row.question != before else "", row.question
+        table.add_row(question, row.value, f"{row.mean:.3f}", f"{row.deviation:.3f}" if row.seeds > 1 else "")
+    out.print(table)
+    say(f"Picture: {found.picture.path}")
 
 
 def judge(config: ConfigArgument) -> None:
@@ -308,4 +335,4 @@ def print_stages(run: str, stages: list[Any]) -> None:
     out.print(table)
 
 
-run_commands = (run, plan, curate, judge, train, index, evaluate, backfill, status, retry, pause, resume, cancel)
+run_commands = (run, plan, curate, judge, train, study, index, evaluate, backfill, status, retry, pause, resume, cancel)

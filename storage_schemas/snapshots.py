@@ -53,6 +53,7 @@ class Published(BaseModel):
     base_losses: str | None = Field(default=None, description="folder")
     exact_check: str | None = Field(default=None, description="folder of pairs that the exact teacher scored too")
     metrics: str | None = None
+    study: str | None = Field(default=None, description="metrics of a study of its rank labels")
     head: str | None = None
     index: str | None = None
     config: dict[str, object] = Field(description="the pipeline's configuration")
@@ -196,6 +197,7 @@ def publish_runs(
         base_losses=last.base_losses,
         exact_check=exact_check if exact_check or kept is None else kept.exact_check,
         metrics=kept.metrics if kept else None,
+        study=kept.study if kept else None,
         head=served.head if served else None,
         index=served.index if served else None,
         config=last.config,

@@ -199,10 +199,14 @@ METRICS = Table(
     "metrics",
     "a figure: metric, ranking, split, cutoff, value, standard error",
     _schema(
-        ("metric", pa.string(), "mAP, AP (one query), spearman, relative error"),
-        ("space", pa.string(), "what is compared with the teacher's scores: untuned, tuned, chance, teacher with ..."),
+        ("metric", pa.string(), "mAP, AP (one query), ndcg, overlap, recall, spearman, kendall, relative error"),
+        (
+            "space",
+            pa.string(),
+            "what is compared with the teacher: untuned, tuned, chance, teacher with ..., study: ...",
+        ),
         ("split", pa.string(), "the queries it was measured on"),
-        ("cutoff", pa.int32(), "L of mAP(L); 0 where it has none"),
+        ("cutoff", pa.int32(), "L of mAP(L), k of the others; 0 where it has none"),
         ("query_id", pa.string(), "one query, or empty for the mean over the split"),
         ("value", pa.float64(), "the figure"),
         ("standard_error", pa.float64(), "over queries; 0 for a single query"),

@@ -158,7 +158,7 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, s
         tables.BASE_LOSSES: folder(published.base_losses) if published else None,
         tables.SCORES: ranks,
         tables.RANKS: ranks,
-        tables.METRICS: files(published.metrics) if published else None,
+        tables.METRICS: files(published.metrics, published.study) if published else None,
     }
     for table, source in sources.items():
         _create_view(connection, table, [f"SELECT {_columns(table)} FROM {source}"] if source else [])

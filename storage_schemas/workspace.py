@@ -137,6 +137,10 @@ class Workspace:
     def metrics(self, key: str) -> AnyPath:
         return self.root / "metrics" / f"{key}.parquet"
 
+    def study(self, key: str) -> AnyPath:
+        """Folder of a study's parts, one for each head that it trained, and of the metrics of all."""
+        return self.root / "studies" / key
+
     def report(self, run: str) -> AnyPath:
         return self.root / "reports" / run / "report.html"
 

@@ -44,8 +44,9 @@ class AttributionService:
         self.device = pick_device(config.device)
         head = workspace.file(published.head)
         # The head's own space: a run that was published since may have been configured with another.
-        space = json.loads((head / "head.json").read_text())["feature_space"]
-        self.encoders = [load_encoder(name, self.device) for name in encoder_names(space)]
+        description = json.loads((head / "head.json").read_text())
+        names, weights = encoder_names(description["feature_space"]), description["feature_weights"]
+        self.encoders = [load_encoder(name, self.device, weights.get(name)) for name in names]
         self.head = load_trained_head(head)
         self.index = read_index(local_copy(workspace.file(published.index) / "index.faiss"))
         self.samples = samples_table(workspace.file(published.samples))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import random
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -23,7 +23,8 @@ from pydantic import (
 from fastgda_core.curvature.fisher import DAMPING
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
-from fastgda_core.features import encoder_names
+from fastgda_core.features import ENCODERS, encoder_names
+from fastgda_core.ranking.losses import LOSSES, LossName
 from fastgda_core.teachers.teachers import TEACHERS
 from tasks.config_section import Section
 from tasks.execution_config import ExecutionConfig
@@ -144,13 +145,38 @@ class QueriesConfig(Section):
 
 class FeaturesConfig(Section):
     space: str = Field(default="efficientnet_lite0+minilm_text", description="encoders joined by '+'")
-    batch_size: int = Field(default=64, ge=1, description="items per encoder pass")
+    batch_size: int | None = Field(default=None, ge=1, description="items per encoder pass; null: the encoder's own")
+    weights: dict[str, str] = Field(
+        default={}, description="of clip, clip_text, dino, dinov2: a folder, relative to the config file, or a hub id"
+    )
 
     @field_validator("space")
     @classmethod
     def _known(cls, space: str) -> str:
         encoder_names(space)
         return space
+
+    @field_validator("weights")
+    @classmethod
+    def _wanted(cls, weights: dict[str, str]) -> dict[str, str]:
+        takers = [name for name, encoder in ENCODERS.items() if encoder.source]
+        if strange := sorted(weights.keys() - set(takers)):
+            raise ValueError(f"{strange[0]!r} is no encoder that takes weights: these are {', '.join(takers)}")
+        return weights
+
+    def seen_from(self, folder: Path) -> Self:
+        """With folders made absolute; what is no folder is a hub id.
+
+        Raises:
+            UsageError: a path leads nowhere.
+        """
+        found = {}
+        for name, source in self.weights.items():
+            path = folder / source
+            if not path.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+                raise UsageError(f"features.weights.{name}: there is no folder {path}")
+            found[name] = str(path) if path.is_dir() else source
+        return self.model_copy(update={"weights": found})
 
 
 class CurvatureConfig(Section):
@@ -246,6 +272,16 @@ class HeadConfig(Section):
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     outside_probability: float = Field(default=0.1, ge=0, lt=1, description="pairs replaced by non-candidates, pi = 1")
+    loss: LossName = Field(default="bce", description="what the head learns from; `fastgda study` compares them")
+    input_norm: bool = Field(default=False, description="a LayerNorm before the first layer")
+    patience: int | None = Field(
+        default=None, ge=1, description="epochs without a better validation mAP after which training ends; null: never"
+    )
+    devices: PositiveInt | Literal["auto"] = Field(default=1, description="GPUs that train together")
+    strategy: str = Field(default="auto", description="Lightning's, for several: ddp_spawn, ...")
+    resident: bool = Field(
+        default=True, description="features in device memory; else in a memory-mapped file, fetched ahead"
+    )
     initialization: Literal["xavier", "features"] = Field(
         default="xavier", description="random, or cosines that start as those of the features: for few queries"
     )
@@ -253,6 +289,11 @@ class HeadConfig(Section):
         default=None, gt=0, description="weigh a pair by 1 / (pi + rank_offset): top ranks count; null: all alike"
     )
     seed: int = Field(default=0, ge=0)
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """The settings on which the head depends."""
+        return self.model_dump(exclude={"strategy", "resident"})
 
 
 class EvaluationConfig(Section):
@@ -265,6 +306,30 @@ class EvaluationConfig(Section):
     gain_floor: float | None = Field(
         default=None, gt=0, description="the same as a multiple of the untuned features' mAP"
     )
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class StudyConfig(Section):
+    spaces: list[str] = Field(default=[], description="feature spaces; none: features.space and each of its encoders")
+    losses: list[LossName] = Field(default=list(LOSSES), description="losses of the head")
+    query_shares: list[Share] = Field(default=[0.125, 0.25, 0.5, 1.0], description="of the training queries")
+    candidate_shares: list[Share] = Field(default=[0.05, 0.1, 0.25, 0.5, 1.0], description="of a query's candidates")
+    outside_probabilities: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=[0.0, 0.05, 0.1, 0.2, 0.5], description="of pairs outside the candidates"
+    )
+    nearest: Share = Field(
+        default=0.1, description="share of the candidates, nearest in the untuned space, that these are outside of"
+    )
+    seeds: int = Field(default=3, ge=1, description="trainings of each kind")
+
+    @field_validator("spaces")
+    @classmethod
+    def _known(cls, spaces: list[str]) -> list[str]:
+        for space in spaces:
+            encoder_names(space)
+        return spaces
 
 
 class PipelineConfig(Section):
@@ -288,6 +353,7 @@ class PipelineConfig(Section):
     )
     head: HeadConfig = HeadConfig()
     evaluation: EvaluationConfig
+    study: StudyConfig = StudyConfig()
     publish: Literal["alone", "add"] = Field(
         default="alone", description="a finished run replaces what is published, or joins it"
     )
@@ -362,6 +428,7 @@ def load_config(path: Path) -> PipelineConfig:
             "workspace": config.workspace if "://" in config.workspace else str(folder / config.workspace),
             "data": DataConfig(shards=str(literal / config.data.shards)),
             "model": config.model.model_copy(update={"folder": folder / config.model.folder}),
+            "features": config.features.seen_from(folder),
             "queries": config.queries.model_copy(
                 update={"shards": str(literal / config.queries.shards) if config.queries.shards else None}
             ),

@@ -13,7 +13,9 @@ from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
 from fastgda_core.evaluation.ranking_metrics import (
+    agreement,
     average_precision,
+    expected_random_agreement,
     expected_random_average_precision,
     spearman,
     top_mask,
@@ -23,7 +25,7 @@ from storage_schemas.commit import commit_table, committed, input_key
 from tasks.context import Context, Stage
 from tasks.features import load_features, load_query_features
 from tasks.head import load_trained_head, rows_of_split, score_matrix
-from tasks.metric_rows import metric_row, metric_rows
+from tasks.metric_rows import agreement_rows, metric_row, metric_rows
 from tasks.publish import load_ranks
 from tasks.queries import joined_queries
 
@@ -37,12 +39,12 @@ def measure_head(
     head: Stage,
     checks: list[Stage],
 ) -> Stage:
-    """mAP(L) of the untuned and tuned features and of chance, beside what the checks of the teacher found."""
+    """How far the untuned and tuned features and chance rank as the teacher does, beside what its checks found."""
     cutoffs = context.config.evaluation.cutoffs
     exact = next((check for check in checks if check.name == "exact check"), None)
     others = [check for check in checks if check is not exact]
     key = input_key(
-        "metrics", head.key, ranks.key, cutoffs, exact.key if exact else None, [check.key for check in others]
+        "metrics 2", head.key, ranks.key, cutoffs, exact.key if exact else None, [check.key for check in others]
     )
     path = context.workspace.metrics(key)
     manifest = committed(path, key)
@@ -50,7 +52,7 @@ def measure_head(
     if manifest is None:
         started = time.monotonic()
         test = rows_of_split(queries, "test")
-        scores = score_matrix(context, ranks, queries, samples)[test]
+        scores = score_matrix(context, ranks, queries, samples, test)
         phi = load_query_features(context, queries)[test], load_features(context, samples)
         head_module = load_trained_head(head.path)
         rankings = {
@@ -76,6 +78,16 @@ def _ranking_rows(
     scores: Tensor, rankings: dict[str, Tensor], cutoffs: list[int], query_ids: list[str]
 ) -> Iterator[dict[str, object]]:
     candidates = scores.isfinite()
+    for space, similarity in rankings.items():
+        measured = [
+            agreement(teacher[known][None], mine[known][None], cutoffs)
+            for teacher, mine, known in zip(scores, similarity, candidates, strict=True)
+        ]
+        yield from agreement_rows(space, measured, query_ids)
+    by_chance = [expected_random_agreement(int(count), cutoffs) for count in candidates.sum(1)]
+    for metric, cutoff in by_chance[0]:
+        values = torch.tensor([one[metric, cutoff] for one in by_chance], dtype=torch.float64)
+        yield metric_row(metric, "chance", values, cutoff=cutoff)
     for cutoff in cutoffs:
         relevant = top_mask(scores, cutoff)
         for space, similarity in rankings.items():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +18,10 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
-from fastgda_core.features import Encoder, concatenate, encoder_names, load_encoder
+from fastgda_core.features import ENCODERS, Encoder, concatenate, encoder_names, load_encoder
 from storage_schemas import tables
 from storage_schemas.commit import commit_table, committed, input_key
-from storage_schemas.files import AnyPath
+from storage_schemas.files import AnyPath, file_sha256
 from storage_schemas.workspace import part
 from tasks.context import Context, Stage
 from tasks.progress import stage
@@ -37,12 +41,14 @@ def extract_features(context: Context, items: Stage) -> Stage:
         missing = [number for number in range(len(sizes)) if committed(part(folder, number), key) is None]
         reused &= not missing
         with stage(f"{name} of {items.name}", sum(sizes[number] for number in missing)) as advance:
-            encoder = load_encoder(name, context.device) if missing else None
+            source = context.config.features.weights.get(name)
+            encoder = load_encoder(name, context.device, source) if missing else None
+            size = context.config.features.batch_size or ENCODERS[name].batch
             for number in missing:
                 assert encoder is not None
                 started = time.monotonic()
                 numbers = list(range(number * PART_ITEMS, number * PART_ITEMS + sizes[number]))
-                features, unreadable = _encode(context, encoder, items, numbers, advance)
+                features, unreadable = _encode(encoder, items, numbers, size, advance)
                 table = tables.FEATURES.rows(item=[str(number) for number in numbers], feature=_as_lists(features))
                 path = part(folder, number)
                 commit_table(path, table, tables.FEATURES, key=key, started=started, quarantined=unreadable)
@@ -54,12 +60,44 @@ def extract_features(context: Context, items: Stage) -> Stage:
 
 def load_features(context: Context, items: Stage) -> Tensor:
     """phi of samples or queries in the config's feature space, (items, d) float32."""
-    parts = []
-    for folder, _ in feature_folders(context, items).values():
-        column = tables.read_parts(folder, tables.FEATURES)["feature"].combine_chunks()
-        flat = column.flatten().to_numpy()
-        parts.append(torch.from_numpy(flat.reshape(len(column), -1).copy()))
-    return concatenate(parts)
+    folders = feature_folders(context, items).values()
+    return concatenate([_vectors(tables.read_parts(folder, tables.FEATURES)) for folder, _ in folders])
+
+
+def map_features(context: Context, items: Stage) -> Tensor:
+    """What `load_features` gives, in a memory-mapped file: for more features than there is memory.
+
+    The file lies in the workspace, or in the folder for temporary files where that is an object store.
+    """
+    folders = feature_folders(context, items)
+    root = context.workspace.root
+    cache = root / "features" if isinstance(root, Path) else Path(tempfile.gettempdir()) / f"fastgda-{os.getuid()}"
+    path = cache / f"{input_key('phi', [key for _, key in folders.values()])}.npy"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            _write_rows(temporary, items.rows, [folder for folder, _ in folders.values()])
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: torch wants what it could write to
+
+
+def _write_rows(path: Path, rows: int, folders: list[AnyPath]) -> None:
+    mapped = None
+    for number, start in enumerate(range(0, rows, PART_ITEMS)):
+        phi = concatenate([_vectors(tables.read(part(folder, number), tables.FEATURES)) for folder in folders]).numpy()
+        if mapped is None:
+            mapped = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, phi.shape[1]))
+        mapped[start : start + len(phi)] = phi
+    if mapped is not None:
+        mapped.flush()
+
+
+def _vectors(table: pa.Table) -> Tensor:
+    column = table["feature"].combine_chunks()
+    return torch.from_numpy(column.flatten().to_numpy().reshape(len(column), -1).copy())
 
 
 def load_query_features(context: Context, sets: Sequence[Stage]) -> Tensor:
@@ -70,12 +108,28 @@ def load_query_features(context: Context, sets: Sequence[Stage]) -> Tensor:
 
 def feature_folders(context: Context, items: Stage) -> dict[str, tuple[AnyPath, str]]:
     """Folder and input key of each encoder of the config's feature space."""
-    keys = {name: input_key("features", name, items.key) for name in encoder_names(context.config.features.space)}
+    keys = {}
+    for name in encoder_names(context.config.features.space):
+        weights = _weights_key(context.config.features.weights.get(name) or ENCODERS[name].source)
+        keys[name] = input_key("features", name, items.key, *([weights] if weights else []))
     return {name: (context.workspace.features(name, key), key) for name, key in keys.items()}
 
 
+def _weights_key(source: str) -> str:
+    """What tells one set of weights from another: a hash of the files of a folder, else the hub id."""
+    if not source or not Path(source).is_dir():
+        return source
+    files = sorted(path for path in Path(source).rglob("*") if path.is_file())
+    return _files_hash(tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@functools.lru_cache(maxsize=16)
+def _files_hash(stamps: tuple[tuple[str, int, int], ...]) -> str:
+    return input_key("weights", [(Path(path).name, file_sha256(Path(path))) for path, _, _ in stamps])
+
+
 def _encode(
-    context: Context, encoder: Encoder, items: Stage, numbers: list[int], advance: Callable[[int], None]
+    encoder: Encoder, items: Stage, numbers: list[int], size: int, advance: Callable[[int], None]
 ) -> tuple[Tensor, dict[int, str]]:
     """Features of some items, (items, d), and of which samples the image could not be read any more."""
     unreadable: dict[int, str] = {}
@@ -94,7 +148,6 @@ def _encode(
         ("queries", "text"): lambda batch: [load_queries(items)[number].caption for number in batch],
     }[items.name, encoder.modality]
     features = []
-    size = context.config.features.batch_size
     for start in range(0, len(numbers), size):
         batch = numbers[start : start + size]
         features.append(encoder.encode(load(batch)))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from numpy.typing import NDArray
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
@@ -20,34 +23,77 @@ from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.ranking_metrics import top_mask
 from fastgda_core.ranking.batches import RankPairs
 from fastgda_core.ranking.head import RankHead, load_head, save_head
+from fastgda_core.ranking.losses import LOSSES
 from fastgda_core.search.index import build_index, write_index
 from storage_schemas import tables
 from storage_schemas.commit import code_version, commit, commit_table, committed, input_key, read_manifest
 from storage_schemas.files import AnyPath, local_files, matching
+from storage_schemas.snapshots import read_ranks
 from storage_schemas.workspace import Workspace
 from tasks.context import Context, Stage
-from tasks.features import load_features, load_query_features
+from tasks.features import load_features, load_query_features, map_features
 from tasks.progress import stage
 from tasks.publish import load_ranks, run_behind
 from tasks.queries import joined_queries
 
-
-def score_matrix(context: Context, ranks: Stage, queries: Sequence[Stage], samples: Stage) -> Tensor:
-    """The teacher's scores, (queries, samples) float64, -inf where a sample is no candidate."""
-    return _matrix(context, ranks, queries, samples, "score", -torch.inf)
+ROWS_AT_ONCE = 4_000_000
 
 
-def _matrix(
-    context: Context, ranks: Stage, queries: Sequence[Stage], samples: Stage, column: str, missing: float
-) -> Tensor:
-    names = [query.query_id for query in joined_queries(queries)]
+def score_matrix(context: Context, ranks: Stage, queries: Sequence[Stage], samples: Stage, rows: Tensor) -> Tensor:
+    """The teacher's scores of some queries, (rows, samples) float64, -inf where a sample is no candidate."""
+    names = [joined_queries(queries)[row].query_id for row in rows.tolist()]
     table = load_ranks(context, ranks, names)
-    rows = pc.index_in(table["query_id"], pa.array(names)).to_numpy()
-    matrix = torch.full((len(names), samples.rows), missing, dtype=torch.float64)
-    matrix[torch.from_numpy(rows.copy()).long(), torch.from_numpy(table["train_id"].to_numpy().copy())] = (
-        torch.from_numpy(table[column].to_numpy().astype(np.float64))
-    )
+    number = pc.index_in(table["query_id"], pa.array(names)).to_numpy()
+    matrix = torch.full((len(names), samples.rows), -torch.inf, dtype=torch.float64)
+    train_id, score = (torch.from_numpy(table[name].to_numpy().copy()) for name in ("train_id", "score"))
+    matrix[torch.from_numpy(number.copy()).long(), train_id] = score.double()
     return matrix
+
+
+def rank_pairs(
+    workspace: Workspace, ranks: Stage, query_ids: Sequence[str], rows: Tensor, samples: int, *, standardised: bool
+) -> RankPairs:
+    """The labelled pairs of some queries, read a few queries at a time: a hundred million take 1.2 GB.
+
+    Args:
+        workspace: where the rank labels are.
+        ranks: their snapshot.
+        query_ids: of all queries.
+        rows: numbers of the wanted ones, ascending.
+        samples: how many training samples there are.
+        standardised: labels are scores, of mean 0 and deviation 1 within their query, instead of rank labels;
+            non-candidates then have the least one of their query.
+    """
+    key, label = np.empty(ranks.rows, np.int64), np.empty(ranks.rows, np.float32)
+    outside = torch.ones(len(query_ids))
+    at_once = max(1, ROWS_AT_ONCE * len(query_ids) // max(1, ranks.rows))
+    filled = 0
+    for few in torch.split(rows, at_once):
+        names = [query_ids[row] for row in few.tolist()]
+        table = read_ranks(workspace, ranks.key, names)
+        number = pc.index_in(table["query_id"], pa.array(names)).to_numpy()
+        if standardised:
+            values, least = _standardised(table["score"].to_numpy(), number, len(few))
+            outside[few] = torch.from_numpy(least).float()
+        else:
+            values = table["rank_label"].to_numpy()
+        keys = few.numpy()[number] * samples + table["train_id"].to_numpy()
+        order = np.argsort(keys)
+        stretch = slice(filled, filled + len(order))
+        key[stretch], label[stretch] = keys[order], values[order]
+        filled = stretch.stop
+    return RankPairs(torch.from_numpy(key[:filled]), torch.from_numpy(label[:filled]), outside, samples)
+
+
+def _standardised(score: NDArray[np.float64], query: NDArray[np.int64], queries: int) -> tuple[Any, Any]:
+    """Scores with mean 0 and deviation 1 within their query, (n,), and the least of each query, (queries,)."""
+    count = np.maximum(np.bincount(query, minlength=queries), 1)
+    centred = score - (np.bincount(query, score, queries) / count)[query]
+    deviation = np.sqrt(np.bincount(query, centred**2, queries) / count)
+    values = centred / np.where(deviation > 0, deviation, 1.0)[query]
+    least = np.zeros(queries)
+    np.minimum.at(least, query, values)
+    return values, least
 
 
 def rows_of_split(queries: Sequence[Stage], split: str) -> Tensor:
@@ -58,7 +104,7 @@ def rows_of_split(queries: Sequence[Stage], split: str) -> Tensor:
 def fit_rank_head(context: Context, samples: Stage, queries: Sequence[Stage], features: Stage, ranks: Stage) -> Stage:
     """`head.safetensors` and `head.json` of a head version, named after everything it was trained on."""
     config = context.config
-    key = input_key("head", ranks.key, features.key, config.head, config.evaluation.validation_cutoff)
+    key = input_key("head 2", ranks.key, features.key, config.head.learned, config.evaluation.validation_cutoff)
     folder = context.workspace.head(key)
     manifest = committed(folder / "head.safetensors", key)
     reused = manifest is not None
@@ -67,23 +113,26 @@ def fit_rank_head(context: Context, samples: Stage, queries: Sequence[Stage], fe
         from fastgda_core.ranking.training import HeadTraining, RankData, train_head
 
         started = time.monotonic()
-        labels = _matrix(context, ranks, queries, samples, "rank_label", torch.nan).float()
-        scores = score_matrix(context, ranks, queries, samples)
         train, validation = rows_of_split(queries, "train"), rows_of_split(queries, "validation")
-        query, sample = torch.nonzero(~labels[train].isnan(), as_tuple=True)
+        scores = score_matrix(context, ranks, queries, samples, validation)
+        query_ids = [query.query_id for query in joined_queries(queries)]
+        standardised = LOSSES[config.head.loss].standardised_scores
         data = RankData(
             query_features=load_query_features(context, queries),
-            sample_features=load_features(context, samples),
-            train_pairs=RankPairs(train[query], sample, labels[train[query], sample]),
+            sample_features=(load_features if config.head.resident else map_features)(context, samples),
+            train_pairs=rank_pairs(context.workspace, ranks, query_ids, train, samples.rows, standardised=standardised),
             validation=validation,
-            relevant=top_mask(scores[validation], config.evaluation.validation_cutoff),
-            candidates=scores[validation].isfinite(),
+            relevant=top_mask(scores, config.evaluation.validation_cutoff),
+            candidates=scores.isfinite(),
         )
         with stage("rank head", config.head.epochs) as advance:
-            trained = train_head(data, HeadTraining(**config.head.model_dump()), lambda: advance(1))
+            training = HeadTraining(**config.head.model_dump())
+            trained = train_head(data, training, lambda: advance(1), _checkpoints(folder))
         description = {
+            "loss": config.head.loss,
             "features": data.sample_features.shape[1],
             "feature_space": config.features.space,
+            "feature_weights": config.features.weights,
             "run": run_behind(context, ranks),
             "snapshot": ranks.key,
             "origin": flow_run.get_id() or "",
@@ -97,11 +146,18 @@ def fit_rank_head(context: Context, samples: Stage, queries: Sequence[Stage], fe
             folder / "head.safetensors",
             lambda path: save_head(trained.head, path),
             key=key,
-            rows=len(data.train_pairs.query),
+            rows=len(data.train_pairs),
             started=started,
             device=str(context.device),
         )
+        if checkpoints := _checkpoints(folder):
+            shutil.rmtree(checkpoints)
     return Stage("rank head", key, folder, manifest.rows, manifest.seconds, reused)
+
+
+def _checkpoints(folder: AnyPath) -> Path | None:
+    """Where a training keeps what it needs to go on after a crash; none in an object store."""
+    return folder / "checkpoints" if isinstance(folder, Path) else None
 
 
 def load_trained_head(folder: AnyPath) -> RankHead:

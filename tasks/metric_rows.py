@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -38,3 +39,18 @@ def metric_row(metric: str, space: str, values: Tensor, *, cutoff: int = 0, quer
         "standard_error": values.std().item() / count**0.5 if count > 1 else 0.0,
         "queries": count,
     }
+
+
+def agreement_rows(
+    space: str, measured: Sequence[Mapping[tuple[str, int], Tensor]], query_ids: Sequence[str]
+) -> Iterator[dict[str, object]]:
+    """Rows of several queries' `agreement`.
+
+    Args:
+        space: what is compared with the teacher's scores.
+        measured: for each query, by (measure, cutoff), (1,) each.
+        query_ids: theirs.
+    """
+    for metric, cutoff in measured[0]:
+        values = torch.cat([one[metric, cutoff] for one in measured])
+        yield from metric_rows(metric, space, values, query_ids, cutoff=cutoff)

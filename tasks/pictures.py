@@ -62,7 +62,7 @@ def loss_curve(head: dict[str, Any], cutoff: int, *, format: str = "png") -> byt
     figure = Figure(figsize=(9.6, 2.6), layout="constrained")
     loss_axis, map_axis = figure.subplots(1, 2)
     loss_axis.plot(epochs, [point["loss"] for point in history], color="#2b6cb0", marker="o", markersize=3)
-    loss_axis.set(title="Training loss (BCE)", xlabel="epoch")
+    loss_axis.set(title=f"Training loss ({head['loss']})", xlabel="epoch")
     map_axis.plot(epochs, [point["validation_map"] for point in history], color="#2f855a", marker="o", markersize=3)
     map_axis.axvline(best_epoch + 1, color="#a0aec0", linestyle="--", linewidth=1)
     map_axis.set(title=f"Validation mAP({cutoff}), epoch kept dashed", xlabel="epoch")

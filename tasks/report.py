@@ -83,6 +83,7 @@ def _render(context: Context, run: str, stages: dict[str, Stage]) -> str:
         run=run,
         config=context.config,
         cutoffs=cutoffs,
+        measures=_measures(cutoffs),
         means=means,
         headline=context.config.evaluation.validation_cutoff,
         ceiling=means.get(("spearman", "teacher with other noise", 0)),
@@ -95,10 +96,20 @@ def _render(context: Context, run: str, stages: dict[str, Stage]) -> str:
     )
 
 
+def _measures(cutoffs: list[int]) -> list[tuple[str, str, int]]:
+    """(label, metric, cutoff) of the rows of the table."""
+    least = min(cutoffs)
+    rows = [(f"mAP({cutoff})", "mAP", cutoff) for cutoff in cutoffs]
+    rows += [(f"NDCG@{cutoff}", "ndcg", cutoff) for cutoff in cutoffs]
+    rows += [(f"first {cutoff} in common", "overlap", cutoff) for cutoff in cutoffs]
+    rows += [(f"its first {least} among {cutoff}", "recall", cutoff) for cutoff in cutoffs if cutoff > least]
+    return [*rows, ("Spearman", "spearman", 0), ("Kendall", "kendall", 0)]
+
+
 def _panels(context: Context, stages: dict[str, Stage], metrics: list[dict[str, object]]) -> list[QueryPanel]:
     samples, queries = stages["samples"], stages["queries"]
     test = rows_of_split([queries], "test")
-    scores = score_matrix(context, stages["rank labels"], [queries], samples)[test]
+    scores = score_matrix(context, stages["rank labels"], [queries], samples, test)
     phi = load_features(context, queries)[test], load_features(context, samples)
     head = load_trained_head(stages["rank head"].path)
     untuned = torch.nn.functional.normalize(phi[0], dim=1) @ torch.nn.functional.normalize(phi[1], dim=1).T

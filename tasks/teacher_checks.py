@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
-from fastgda_core.evaluation.ranking_metrics import average_precision, spearman, top_mask
+from fastgda_core.evaluation.ranking_metrics import agreement, average_precision, spearman, top_mask
 from fastgda_core.teachers.scores import exact_scores
 from fastgda_core.teachers.teachers import TEACHERS
 from fastgda_core.teachers.training_loss import SampleBlock, training_losses
@@ -26,7 +26,7 @@ from storage_schemas import tables
 from storage_schemas.commit import commit_table, committed, input_key
 from storage_schemas.workspace import part
 from tasks.context import Context, Stage, stage_of_parts
-from tasks.metric_rows import metric_row, metric_rows
+from tasks.metric_rows import agreement_rows, metric_row, metric_rows
 from tasks.progress import stage
 from tasks.publish import load_ranks
 from tasks.queries import Query, load_queries
@@ -64,14 +64,14 @@ def check_precision(inputs: RunInputs) -> Stage:
 
         known, nothing = unreadable_samples(latents, train_ids.tolist()), torch.empty(2, len(numbers), 0)
         _, (coarse, fine), _ = without_bad_samples(train_ids, known, both, nothing)
-        agreement = spearman(coarse, fine)
-        if agreement.mean() < PRECISION_AGREEMENT:
+        correlation = spearman(coarse, fine)
+        if correlation.mean() < PRECISION_AGREEMENT:
             raise UsageError(
                 f"teacher.precision is {precision}: on this model its scores agree with float64 to a rank correlation "
-                f"of {agreement.mean():.4f} only, where {PRECISION_AGREEMENT} is asked: use float32"
+                f"of {correlation.mean():.4f} only, where {PRECISION_AGREEMENT} is asked: use float32"
             )
         names = [load_queries(queries)[number].query_id for number in numbers]
-        return list(metric_rows("spearman", f"{precision} vs float64", agreement, names))
+        return list(metric_rows("spearman", f"{precision} vs float64", correlation, names))
 
     return _check(context, "precision check", input_key("precision check", updates.key, precision), rows)
 
@@ -107,7 +107,7 @@ def check_self_consistency(inputs: RunInputs, ranks: Stage) -> Stage:
     config = context.config.self_consistency
     assert config is not None
     chosen = _test_queries(queries, config.queries)
-    key = input_key("self-consistency", score_run.run, curvature.key, config, context.config.evaluation.cutoffs)
+    key = input_key("self-consistency 2", score_run.run, curvature.key, config, context.config.evaluation.cutoffs)
 
     def rows() -> list[dict[str, object]]:
         seed = context.config.teacher.seed
@@ -177,15 +177,17 @@ def _consistency_rows(comparisons: list[_Comparison], cutoffs: list[int]) -> lis
     names = [comparison.query_id for comparison in comparisons]
     rows: list[dict[str, object]] = []
     for space in (OTHER_NOISE, OTHER_GRADIENT):
-        agreement = torch.cat([spearman(*comparison.pair(space)) for comparison in comparisons])
-        rows += metric_rows("spearman", space, agreement, names)
-        for cutoff in cutoffs:
-            precision = []
-            for comparison in comparisons:
-                first, second = comparison.pair(space)
+        measured = []
+        precision: dict[int, list[Tensor]] = {cutoff: [] for cutoff in cutoffs}
+        for comparison in comparisons:
+            first, second = comparison.pair(space)
+            measured.append(agreement(first, second, cutoffs, comparison.share))
+            for cutoff, several in precision.items():
                 positives = top_mask(first, max(1, round(cutoff * comparison.share)))
-                precision.append(average_precision(second, positives))
-            rows += metric_rows("mAP", space, torch.cat(precision), names, cutoff=cutoff, of_one="AP")
+                several.append(average_precision(second, positives))
+        rows += agreement_rows(space, measured, names)
+        for cutoff, several in precision.items():
+            rows += metric_rows("mAP", space, torch.cat(several), names, cutoff=cutoff, of_one="AP")
     return rows
 
 

@@ -42,7 +42,14 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, hom
     config["exact_check"] = {"queries": 1, "candidates": 8}
     config["head"] = {"epochs": 2}
     path.write_text(yaml.safe_dump(config))
-    lay_out(folder, model_folder).rename(folder / "my_config.yaml")
+    study = {
+        "seeds": 1,
+        "losses": ["bce"],
+        "query_shares": [1.0],
+        "candidate_shares": [1.0],
+        "outside_probabilities": [0],
+    }
+    lay_out(folder, model_folder, study=study).rename(folder / "my_config.yaml")
     fastgda("demo", "--folder", folder / "demo", home=home)
     return folder
 

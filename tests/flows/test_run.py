@@ -13,12 +13,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
+from PIL import Image
 
 from storage_schemas.snapshots import read_published
 from storage_schemas.views import query
 from storage_schemas.workspace import Workspace
+from tasks.config import load_config
+from tasks.features import load_features, map_features
+from tasks.labels import read_labels
+from tasks.plan import open_context
 from tests import tiny
 from tests.flows.pipeline_case import QUERIES, SAMPLES, environment, fastgda, lay_out
 
@@ -56,7 +64,7 @@ def test_metrics_stand_in_sql_for_every_cutoff_before_and_after_tuning(finished:
 
 
 def test_first_order_scores_rank_as_the_exact_teacher_does(finished: Path) -> None:
-    statement = "SELECT value FROM metrics WHERE metric = 'spearman' AND query_id = ''"
+    statement = "SELECT value FROM metrics WHERE space = 'exact vs first order' AND query_id = ''"
     assert query(finished / "workspace", statement).to_pylist()[0]["value"] > 0.9
 
 
@@ -92,6 +100,64 @@ def test_a_second_run_reuses_everything(finished: Path, home: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in (finished / "workspace").rglob("*.manifest.json")}
 
 
+def test_mapped_features_are_those_in_memory(finished: Path) -> None:
+    context = open_context(load_config(finished / "config.yaml"))
+    samples = read_labels(context, None).samples
+    for _ in range(2):  # the second time the file is there
+        mapped = map_features(context, samples)
+        assert torch.equal(mapped, load_features(context, samples))
+    assert not list((finished / "workspace" / "features").glob("*.tmp"))
+
+
+def test_a_study_answers_every_question_and_trains_only_what_is_missing(finished: Path, home: Path) -> None:
+    document = yaml.safe_load((finished / "config.yaml").read_text())
+    path, workspace = finished / "study.yaml", finished / "workspace"
+    tuned = "SELECT value FROM metrics WHERE space = 'tuned' ORDER BY ALL"
+    before = query(workspace, tuned)
+
+    def study(losses: list[str]) -> dict[str, list[dict[str, Any]]]:
+        document["study"] = {
+            "losses": losses,
+            "query_shares": [0.5, 1.0],
+            "candidate_shares": [0.5],
+            "outside_probabilities": [0.0, 0.2],
+            "seeds": 2,
+        }
+        path.write_text(yaml.safe_dump(document))
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in json.loads(fastgda("study", path, "--json", home=home).stdout):
+            found.setdefault(row["question"], []).append(row)
+        return found
+
+    found = study(["bce", "regression"])
+    values = {question: [row["value"] for row in rows] for question, rows in found.items()}
+    spaces = ["pixel", "minilm_text", "pixel+minilm_text"]
+    assert values == {
+        "feature space": spaces,
+        "untuned": spaces,
+        "loss": ["bce", "regression"],
+        "queries": ["0.5", "1"],
+        "candidates": ["0.5"],
+        "queries at a fixed budget": ["0.5", "1"],
+        "outside probability": ["0", "0.2"],
+    }
+    rows = [row for several in found.values() for row in several]
+    assert all(0 < row["mean"] <= 1 for row in rows)
+    assert {row["seeds"] for row in rows if row["question"] != "untuned"} == {2}
+    # The same head by three ways: the configured one.
+    assert found["loss"][0]["mean"] == found["feature space"][2]["mean"] == found["queries"][1]["mean"]
+    with Image.open(next((workspace / "reports").rglob("study.png"))) as picture:
+        assert picture.width > 1000
+    heads = {file: file.stat().st_mtime_ns for file in (workspace / "studies").rglob("*.parquet")}
+    assert study(["bce", "regression", "listwise"])["loss"][:2] == found["loss"]
+    assert (
+        heads.items() <= {file: file.stat().st_mtime_ns for file in (workspace / "studies").rglob("*.parquet")}.items()
+    )
+    listwise = "SELECT count(DISTINCT space) AS n FROM metrics WHERE space LIKE 'study: loss = listwise, seed _'"
+    assert query(workspace, listwise).to_pylist() == [{"n": 2}]
+    assert query(workspace, tuned).equals(before), "the metrics of the published head stand beside them"
+
+
 NEIGHBORS = {"candidates": {"policy": "top_k", "k": 20}}
 
 
@@ -101,7 +167,12 @@ NEIGHBORS = {"candidates": {"policy": "top_k", "k": 20}}
         {"teacher__name": "abu", "exact_check": None, **NEIGHBORS},
         {"teacher__name": "abu_plus", "exact_check": None, "model__flips": True, **NEIGHBORS},
         {"candidates": {"policy": "top_k", "k": 30, "scored": 20}, "teacher__shard_queries": 3},
-        {"candidates": {"policy": "pooled", "k": 12}, "teacher__loaded_queries": 3, "teacher__update_rank": 4},
+        {
+            "candidates": {"policy": "pooled", "k": 12},
+            "teacher__loaded_queries": 3,
+            "teacher__update_rank": 4,
+            "head": {"epochs": 2, "resident": False, "loss": "regression", "input_norm": True, "patience": 1},
+        },
     ],
     ids=["diagonal Fisher", "exact teacher, mirrored images", "M of K", "pooled, low rank"],
 )

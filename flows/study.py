@@ -1,0 +1,31 @@
+"""What makes a rank head good on a workspace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prefect import flow
+
+from flows.names import named
+from tasks.config import PipelineConfig
+from tasks.context import Stage
+from tasks.labels import read_labels
+from tasks.plan import open_context
+from tasks.study import compare_heads, draw_study
+
+
+@dataclass(frozen=True)
+class Study:
+    """Metrics of all variants, and their picture."""
+
+    metrics: Stage
+    picture: Stage
+
+
+@flow(name="study", flow_run_name=named("study", "snapshot"))
+def study(config: PipelineConfig, snapshot: str | None = None) -> Study:
+    """Heads with other feature spaces, losses, queries and candidates, on a snapshot, by default the published one."""
+    context = open_context(config)
+    labels = read_labels(context, snapshot)
+    metrics = compare_heads(context, labels)
+    return Study(metrics, draw_study(context, labels, metrics))

@@ -1,0 +1,240 @@
+"""What makes a rank head good on a workspace: the questions of FastGDA's Figures 3-6, answered from its own scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgda_core.evaluation.ranking_metrics import average_precision, expected_random_average_precision, top_mask
+from fastgda_core.features import encoder_names
+from fastgda_core.ranking.batches import RankPairs
+from fastgda_core.ranking.losses import LOSSES, LossName
+from fastgda_core.ranking.subsets import random_priority, some_queries, thin
+from storage_schemas import tables
+from storage_schemas.commit import commit, commit_table, committed, input_key
+from storage_schemas.files import AnyPath
+from storage_schemas.snapshots import read_published, write_published
+from tasks.config import PipelineConfig
+from tasks.context import Context, Stage
+from tasks.features import extract_features, feature_folders, load_features, load_query_features
+from tasks.head import rank_pairs, rows_of_split, score_matrix
+from tasks.labels import Labels
+from tasks.metric_rows import metric_rows
+from tasks.progress import stage
+from tasks.publish import read_checks
+from tasks.queries import joined_queries
+from tasks.study_results import answers, study_plot
+from tasks.teacher_checks import OTHER_NOISE
+
+SIMILARITIES_AT_ONCE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One head of a study: the question that it belongs to, its value there, how it differs from the configured one.
+
+    nearest: share of each query's candidates that it learns from, those nearest in the untuned space; else a random
+    share, `candidates`.
+    """
+
+    question: str
+    value: str
+    space: str
+    loss: LossName
+    queries: float = 1.0
+    candidates: float = 1.0
+    nearest: float | None = None
+    outside: float | None = None
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.question} = {self.value}, seed {self.seed}"
+
+
+def variants(config: PipelineConfig) -> list[Variant]:
+    """All heads of a study, question by question."""
+    study, space, loss = config.study, config.features.space, config.head.loss
+    spaces = study.spaces or list(dict.fromkeys([*encoder_names(space), space]))
+    least = min(study.query_shares)
+    found = [Variant("feature space", each, each, loss) for each in spaces]
+    found += [Variant("loss", each, space, each) for each in study.losses]
+    found += [Variant("queries", f"{each:g}", space, loss, queries=each) for each in study.query_shares]
+    found += [Variant("candidates", f"{each:g}", space, loss, candidates=each) for each in study.candidate_shares]
+    found += [
+        Variant("queries at a fixed budget", f"{each:g}", space, loss, queries=each, candidates=least / each)
+        for each in study.query_shares
+    ]
+    found += [
+        Variant("outside probability", f"{each:g}", space, loss, nearest=study.nearest, outside=each)
+        for each in study.outside_probabilities
+    ]
+    return [dataclasses.replace(each, seed=seed) for each in found for seed in range(study.seeds)]
+
+
+def in_space(context: Context, space: str) -> Context:
+    """The same context with another feature space."""
+    features = context.config.features.model_copy(update={"space": space})
+    return dataclasses.replace(context, config=context.config.model_copy(update={"features": features}))
+
+
+@task(task_run_name="study", cache_policy=NO_CACHE)
+def compare_heads(context: Context, labels: Labels) -> Stage:
+    """Train every variant and measure it on the test queries; each is committed by itself, and made once."""
+    config = context.config
+    several = variants(config)
+    measured = config.evaluation.cutoffs, config.evaluation.validation_cutoff
+    key = input_key("study", labels.ranks.key, labels.samples.key, config.head.learned, measured)
+    folder = context.workspace.study(key)
+    keys = {
+        variant: input_key("variant", key, dataclasses.astuple(variant), _features_key(context, labels, variant.space))
+        for variant in several
+    }
+    paths = {variant: folder / f"{each}.parquet" for variant, each in keys.items()}
+    missing = [variant for variant in several if committed(paths[variant], keys[variant]) is None]
+    with stage("study", len(missing)) as advance:
+        for space in dict.fromkeys(variant.space for variant in missing):
+            laboratory = _Laboratory(in_space(context, space), labels)
+            for variant in missing:
+                if variant.space == space:
+                    started = time.monotonic()
+                    rows = pa.Table.from_pylist(list(laboratory.measure(variant)), schema=tables.METRICS.schema)
+                    commit_table(paths[variant], rows, tables.METRICS, key=keys[variant], started=started)
+                    advance(1)
+    found = _publish(context, labels, key, list(paths.values()))
+    made = [committed(paths[variant], keys[variant]) for variant in several]
+    return dataclasses.replace(found, seconds=sum(one.seconds for one in made if one), reused=not missing)
+
+
+def _features_key(context: Context, labels: Labels, space: str) -> list[str]:
+    return [key for _, key in feature_folders(in_space(context, space), labels.samples).values()]
+
+
+class _Laboratory:
+    """What the variants of one feature space share."""
+
+    def __init__(self, context: Context, labels: Labels) -> None:
+        self.context, self.labels = context, labels
+        extract_features(context, labels.samples)
+        labels.extract_query_features(context)
+        self.queries = load_query_features(context, labels.queries)
+        self.samples = load_features(context, labels.samples)
+        self.query_ids = [query.query_id for query in joined_queries(labels.queries)]
+        rows = {split: rows_of_split(labels.queries, split) for split in ("train", "validation", "test")}
+        self.rows = rows
+        self.scores = {
+            split: score_matrix(context, labels.ranks, labels.queries, labels.samples, rows[split])
+            for split in ("validation", "test")
+        }
+        self.pairs: dict[bool, RankPairs] = {}
+
+    def measure(self, variant: Variant) -> Iterator[dict[str, object]]:
+        """Metrics of the variant's head; of the untuned features too, where the question is the feature space."""
+        from fastgda_core.ranking.training import HeadTraining, RankData, train_head
+
+        config = self.context.config
+        validation = self.scores["validation"]
+        data = RankData(
+            query_features=self.queries,
+            sample_features=self.samples,
+            train_pairs=self._pairs(variant),
+            validation=self.rows["validation"],
+            relevant=top_mask(validation, config.evaluation.validation_cutoff),
+            candidates=validation.isfinite(),
+        )
+        changes = {"loss": variant.loss, "seed": config.head.seed + variant.seed}
+        if variant.outside is not None:
+            changes["outside_probability"] = variant.outside
+        head = train_head(data, HeadTraining(**{**config.head.model_dump(), **changes})).head
+        test = self.rows["test"]
+        yield from self._precision(variant.name, head(self.queries[test]) @ head(self.samples).T)
+        if variant.question == "feature space" and variant.seed == 0:
+            untuned = F.normalize(self.queries[test], dim=1) @ F.normalize(self.samples, dim=1).T
+            yield from self._precision(f"untuned = {variant.value}", untuned)
+
+    def _precision(self, name: str, similarity: Tensor) -> Iterator[dict[str, object]]:
+        scores = self.scores["test"]
+        names = [self.query_ids[row] for row in self.rows["test"].tolist()]
+        for cutoff in self.context.config.evaluation.cutoffs:
+            ranking = similarity.masked_fill(~scores.isfinite(), -torch.inf)
+            precision = average_precision(ranking, top_mask(scores, cutoff))
+            yield from metric_rows("mAP", f"study: {name}", precision, names, cutoff=cutoff, of_one="AP")
+
+    def _pairs(self, variant: Variant) -> RankPairs:
+        standardised = LOSSES[variant.loss].standardised_scores
+        if standardised not in self.pairs:
+            self.pairs[standardised] = rank_pairs(
+                self.context.workspace,
+                self.labels.ranks,
+                self.query_ids,
+                self.rows["train"],
+                self.labels.samples.rows,
+                standardised=standardised,
+            )
+        pairs = self.pairs[standardised]
+        if variant.nearest is not None:
+            return thin(pairs, self._similarity(pairs), variant.nearest, ranked=not standardised)
+        queries = some_queries(self.rows["train"], variant.queries, variant.seed)
+        return thin(pairs, random_priority(pairs, variant.seed), variant.candidates, queries, ranked=not standardised)
+
+    def _similarity(self, pairs: RankPairs) -> Tensor:
+        """Cosine of the untuned features of each pair, (pairs,)."""
+        queries, samples = F.normalize(self.queries, dim=1), F.normalize(self.samples, dim=1)
+        found = [
+            (queries[key // pairs.samples] * samples[key % pairs.samples]).sum(1)
+            for key in pairs.key.split(SIMILARITIES_AT_ONCE // max(1, queries.shape[1] // 64))
+        ]
+        return torch.cat(found)
+
+
+def _publish(context: Context, labels: Labels, key: str, paths: Sequence[AnyPath]) -> Stage:
+    """All rows in one file, which SQL shows beside the metrics of the published head."""
+    workspace = context.workspace
+    rows = pa.concat_tables([tables.read(path, tables.METRICS) for path in paths])
+    whole = input_key("study", key, [path.name for path in paths])
+    path = workspace.study(key) / f"study-{whole}.parquet"
+    if committed(path, whole) is None:
+        commit_table(path, rows, tables.METRICS, key=whole, started=time.monotonic())
+    published = read_published(workspace)
+    if published.snapshot == labels.ranks.key and published.study != workspace.relative(path):
+        write_published(workspace, published.model_copy(update={"study": workspace.relative(path)}))
+    return Stage("study", whole, path, rows.num_rows, 0.0, True)
+
+
+@task(task_run_name="picture of the study", cache_policy=NO_CACHE)
+def draw_study(context: Context, labels: Labels, study: Stage) -> Stage:
+    """`study.png` beside the report of the run: a panel for each question."""
+    config, started = context.config.evaluation, time.monotonic()
+    cutoff = config.validation_cutoff if config.validation_cutoff in config.cutoffs else config.cutoffs[0]
+    path = context.workspace.report(labels.run).with_name("study.png")
+    key = input_key("study picture", study.key, cutoff)
+    manifest = committed(path, key)
+    reused = manifest is not None
+    if manifest is None:
+        test = rows_of_split(labels.queries, "test")
+        known = score_matrix(context, labels.ranks, labels.queries, labels.samples, test).isfinite().sum(1).tolist()
+        floor = statistics.fmean(expected_random_average_precision(count, cutoff) for count in known)
+        found = answers(tables.read(study.path, tables.METRICS), cutoff)
+        picture = study_plot(found, cutoff, floor, _ceiling(context, labels.run, cutoff))
+        manifest = commit(path, lambda temporary: temporary.write_bytes(picture), key=key, rows=1, started=started)
+    return Stage("picture of the study", key, path, manifest.rows, manifest.seconds, reused)
+
+
+def _ceiling(context: Context, run: str, cutoff: int) -> float | None:
+    """mAP(L) of the teacher with itself under other noise, where its run was judged."""
+    for check in read_checks(context, run):
+        if check.name == "self-consistency":
+            for row in tables.read(check.path, tables.METRICS).to_pylist():
+                if (row["metric"], row["space"], row["cutoff"], row["query_id"]) == ("mAP", OTHER_NOISE, cutoff, ""):
+                    return float(row["value"])
+    return None
