@@ -278,7 +278,7 @@ class HeadConfig(Section):
         default=None, ge=1, description="epochs without a better validation mAP after which training ends; null: never"
     )
     devices: PositiveInt | Literal["auto"] = Field(default=1, description="GPUs that train together")
-    strategy: str = Field(default="auto", description="Lightning's, for several: ddp_spawn, ...")
+    strategy: str | None = Field(default=None, description="Lightning's, for several; null: ddp_spawn")
     resident: bool = Field(
         default=True, description="features in device memory; else in a memory-mapped file, fetched ahead"
     )

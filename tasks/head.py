@@ -32,6 +32,7 @@ from storage_schemas.snapshots import read_ranks
 from storage_schemas.workspace import Workspace
 from tasks.context import Context, Stage
 from tasks.features import load_features, load_query_features, map_features
+from tasks.pictures import loss_curve
 from tasks.progress import stage
 from tasks.publish import load_ranks, run_behind
 from tasks.queries import joined_queries
@@ -141,6 +142,12 @@ def fit_rank_head(context: Context, samples: Stage, queries: Sequence[Stage], fe
             "history": [{"loss": loss, "validation_map": value} for loss, value in trained.history],
         }
         text = json.dumps(description, indent=2) + "\n"
+        epochs = len(trained.history)
+        table = "".join(f"{epoch},{loss},{value}\n" for epoch, (loss, value) in enumerate(trained.history, start=1))
+        log = f"epoch,loss,validation_map\n{table}"
+        picture = loss_curve(description, config.evaluation.validation_cutoff)
+        commit(folder / "training.csv", lambda path: path.write_text(log), key=key, rows=epochs, started=started)
+        commit(folder / "training.png", lambda path: path.write_bytes(picture), key=key, rows=epochs, started=started)
         commit(folder / "head.json", lambda path: path.write_text(text), key=key, rows=1, started=started)
         manifest = commit(
             folder / "head.safetensors",

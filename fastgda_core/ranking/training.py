@@ -38,7 +38,8 @@ class HeadTraining:
     initialization: "xavier", or "features" (see `start_from_features`).
     rank_offset: weighs a pair by 1 / (pi + rank_offset), so that the head of the ranking counts; None weighs all alike.
     patience: epochs without a better validation mAP after which training ends; None: never.
-    devices, strategy: Lightning's own ("auto", 4; "ddp_spawn", ...).
+    devices, strategy: Lightning's own; several devices are processes that are spawned ("ddp_spawn") unless it says
+        otherwise. Each draws its own batches, so that the head depends on their number.
     resident: features are copied to the device at once; else they stay where they are, a memory map say, and the rows
         of the next batches are fetched ahead.
     """
@@ -55,7 +56,7 @@ class HeadTraining:
     patience: int | None = None
     seed: int = 0
     devices: int | str = 1
-    strategy: str = "auto"
+    strategy: str | None = None
     resident: bool = True
 
 
@@ -182,7 +183,7 @@ class RankDataModule(lightning.LightningDataModule):
 class RankModule(lightning.LightningModule):
     """A loss of the cosines against the teacher's ranking; validation is mAP(L) on held-out queries."""
 
-    def __init__(self, data: RankData, training: HeadTraining, on_epoch: Callable[[], None]) -> None:
+    def __init__(self, data: RankData, training: HeadTraining, on_epoch: Callable[[], None] | None) -> None:
         super().__init__()
         loss = LOSSES[training.loss]
         self.head = RankHead(
@@ -224,7 +225,12 @@ class RankModule(lightning.LightningModule):
         mean_average_precision = average_precision(similarity, self.data.relevant).mean()
         self.log("validation_map", mean_average_precision, batch_size=1)
         self.history.append(((self.total / max(1, self.steps)).item(), mean_average_precision.item()))
-        self.on_epoch()
+        if self.on_epoch is not None:
+            self.on_epoch()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A spawned process has nobody to tell of its epochs, and what would be told may not go there.
+        return {**self.__dict__, "on_epoch": None}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["history"] = list(self.history)
@@ -245,7 +251,7 @@ class RankModule(lightning.LightningModule):
 def train_head(
     data: RankData,
     training: HeadTraining,
-    on_epoch: Callable[[], None] = lambda: None,
+    on_epoch: Callable[[], None] | None = None,
     checkpoints: Path | None = None,
 ) -> TrainedHead:
     """Fit a rank head; the epoch with the best validation mAP wins.
@@ -267,7 +273,7 @@ def train_head(
             max_epochs=training.epochs,
             accelerator="auto",
             devices=training.devices,
-            strategy=training.strategy,
+            strategy=training.strategy or ("auto" if training.devices == 1 else "ddp_spawn"),
             logger=False,
             callbacks=[best, every, *stop],
             enable_progress_bar=False,
@@ -276,13 +282,25 @@ def train_head(
             default_root_dir=scratch,
         )
         latest = folder / f"{LATEST}.ckpt"
-        trainer.fit(module, datamodule=RankDataModule(data, training), ckpt_path=latest if latest.exists() else None)
+        trainer.fit(module, datamodule=RankDataModule(data, training), ckpt_path=latest if _whole(latest) else None)
         # From the files, as the training may have happened in other processes.
         history = torch.load(latest, map_location="cpu", weights_only=True)["history"]
-        weights = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+        weights = torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
     module.load_state_dict(weights)
     best_epoch = max(range(len(history)), key=lambda epoch: history[epoch][1])
     return TrainedHead(module.head.cpu().eval().requires_grad_(False), best_epoch, [tuple(epoch) for epoch in history])
+
+
+def _whole(checkpoint: Path) -> bool:
+    """Whether there is one that can be read; one that a crash of the machine left in pieces is taken away."""
+    try:
+        torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return False
+    except Exception:  # of many kinds, after the place where the file ends
+        checkpoint.unlink()
+        return False
+    return True
 
 
 def _quiet() -> warnings.catch_warnings:

@@ -443,6 +443,26 @@ def test_a_training_that_was_killed_goes_on_to_the_same_head(tmp_path: Path, los
     assert finished.history == whole.history, "one that was finished is not begun again"
 
 
+def test_two_processes_train_together() -> None:
+    query, sample, scores = features()
+    options = HeadTraining(epochs=3, batch_size=512, seed=3, devices=2)
+    trained = train_head(rank_data(query, sample, scores), options, lambda: None)
+    assert len(trained.history) == 3
+    assert held_out_map(trained, query, sample, scores) > 0.6
+    alone = train_head(rank_data(query, sample, scores), dataclasses.replace(options, devices=1))
+    assert trained.history != alone.history, "each draws batches of its own"
+
+
+def test_a_checkpoint_in_pieces_is_no_obstacle(tmp_path: Path) -> None:
+    query, sample, scores = features()
+    data, options = rank_data(query, sample, scores), HeadTraining(epochs=1, batch_size=2048)
+    whole = train_head(data, options, checkpoints=tmp_path)
+    latest = tmp_path / "latest.ckpt"
+    latest.write_bytes(latest.read_bytes()[:1000])
+    again = train_head(data, options, checkpoints=tmp_path)
+    assert again.history == whole.history
+
+
 def test_features_that_stay_in_main_memory_give_the_same_head() -> None:
     query, sample, scores = features()
     data = rank_data(query, sample, scores)

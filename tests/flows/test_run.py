@@ -100,6 +100,18 @@ def test_a_second_run_reuses_everything(finished: Path, home: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in (finished / "workspace").rglob("*.manifest.json")}
 
 
+def test_a_head_comes_with_the_log_of_its_training(finished: Path) -> None:
+    (folder,) = (finished / "workspace" / "heads").iterdir()
+    assert not (folder / "checkpoints").exists()
+    log = list(csv.DictReader((folder / "training.csv").open()))
+    history = json.loads((folder / "head.json").read_text())["history"]
+    assert [(float(row["loss"]), float(row["validation_map"])) for row in log] == [
+        (epoch["loss"], epoch["validation_map"]) for epoch in history
+    ]
+    with Image.open(folder / "training.png") as picture:
+        assert picture.width > 500
+
+
 def test_mapped_features_are_those_in_memory(finished: Path) -> None:
     context = open_context(load_config(finished / "config.yaml"))
     samples = read_labels(context, None).samples
