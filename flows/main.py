@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what fails is raised, and said once, by us
-import gc
+import atexit
+import contextlib
 import json
 import sys
 import warnings
@@ -158,27 +159,45 @@ app.add_typer(lake_app)
 
 def main() -> None:
     """Entry point: exit code 0 done, 1 failed, 2 usage."""
+    code = 1
+    # Registered first, so it comes last of what is done at the end, and instead of what would follow: taking the
+    # interpreter apart costs a second with torch, and now and then a library's thread aborts the process meanwhile.
+    atexit.register(lambda: _leave(code))
+    try:
+        code = _run()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+
+
+def _leave(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a reader that is gone, a stream that is closed
+            stream.flush()
+    os._exit(code)
+
+
+def _run() -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="Dynamo detected a call")  # diffusers under model.compile, harmless
     try:
         app(standalone_mode=True)
     except (UsageError, StoreError) as error:
-        err.print("[red]error:[/] ", end="")
-        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        return _said("error", error, 2)
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
-        err.print("[red]failed:[/] ", end="")
-        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+        return _said("failed", error, 1)
     except _explained() as error:
-        err.print("[red]failed:[/] ", end="")
-        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
-    finally:
-        gc.freeze()  # else the interpreter goes through all of torch once more as it ends, for a second
+        return _said("failed", error, 1)
+    return 0
+
+
+def _said(what: str, error: BaseException, code: int) -> int:
+    err.print(f"[red]{what}:[/] ", end="")
+    err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    return code
 
 
 def _explained() -> tuple[type[BaseException], ...]:
