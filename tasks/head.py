@@ -37,7 +37,7 @@ from tasks.progress import stage
 from tasks.publish import load_ranks, run_behind
 from tasks.queries import joined_queries
 
-ROWS_AT_ONCE = 4_000_000
+ROWS_AT_ONCE = 1_000_000
 
 
 def score_matrix(context: Context, ranks: Stage, queries: Sequence[Stage], samples: Stage, rows: Tensor) -> Tensor:
