@@ -99,7 +99,9 @@ class SplitShares(Section):
         if queries < 3:
             raise UsageError(f"queries.shards holds {queries} usable queries, and a split needs 3: add some")
         validation, test = (max(1, round(share * queries)) for share in (self.validation_share, self.test_share))
-        return SplitConfig(train=max(1, queries - validation - test), validation=validation, test=test)
+        while validation + test >= queries:  # both were rounded up and nothing is left to train on
+            validation, test = (validation, test - 1) if test >= validation else (validation - 1, test)
+        return SplitConfig(train=queries - validation - test, validation=validation, test=test)
 
 
 def _kind_of_split(given: object) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastgda_core.errors import BadSample, Remedy, Stopped, TransientError, UsageError, remedy
@@ -224,6 +224,7 @@ def test_a_configuration_in_a_partition_adds_to_what_is_published() -> None:
 
 
 @given(st.integers(3, 500), st.floats(0.01, 0.49), st.floats(0.01, 0.49))
+@example(4, 0.375, 0.375)  # half a query is rounded up twice
 def test_shares_of_a_split_add_up(queries: int, validation: float, test: float) -> None:
     config = QueriesConfig.model_validate(
         {"shards": "x.tar", "split": {"validation_share": validation, "test_share": test}}
