@@ -31,6 +31,14 @@ def any_path(location: str | AnyPath) -> AnyPath:
     return location if isinstance(location, (Path, UPath)) else Path(location)
 
 
+Stamps: TypeAlias = tuple[tuple[str, int, int], ...]
+
+
+def stamps(paths: Iterable[AnyPath]) -> Stamps:
+    """Path, size and time of each file in nanoseconds: as long as they stay the same, so does what the files hold."""
+    return tuple((str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths)
+
+
 def file_sha256(path: AnyPath) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # any binary file

@@ -45,7 +45,7 @@ class AttributionService:
         head = workspace.file(published.head)
         # The head's own space: a run that was published since may have been configured with another.
         description = json.loads((head / "head.json").read_text())
-        names, weights = encoder_names(description["feature_space"]), description["feature_weights"]
+        names, weights = encoder_names(description["feature_space"]), description.get("feature_weights", {})
         self.encoders = [load_encoder(name, self.device, weights.get(name)) for name in names]
         self.head = load_trained_head(head)
         self.index = read_index(local_copy(workspace.file(published.index) / "index.faiss"))

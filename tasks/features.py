@@ -21,7 +21,7 @@ from torch import Tensor
 from fastgda_core.features import ENCODERS, Encoder, concatenate, encoder_names, load_encoder
 from storage_schemas import tables
 from storage_schemas.commit import commit_table, committed, input_key
-from storage_schemas.files import AnyPath, file_sha256
+from storage_schemas.files import AnyPath, Stamps, file_sha256, stamps
 from storage_schemas.workspace import part
 from tasks.context import Context, Stage
 from tasks.progress import stage
@@ -34,7 +34,6 @@ PART_ITEMS = 1024
 @task(task_run_name="features of {items.name}", cache_policy=NO_CACHE)
 def extract_features(context: Context, items: Stage) -> Stage:
     """Outputs of every encoder of the feature space for samples or queries, in parts of 1,024."""
-    space = context.config.features.space
     seconds, reused = 0.0, True
     for name, (folder, key) in feature_folders(context, items).items():
         sizes = [min(PART_ITEMS, items.rows - start) for start in range(0, items.rows, PART_ITEMS)]
@@ -54,8 +53,14 @@ def extract_features(context: Context, items: Stage) -> Stage:
                 commit_table(path, table, tables.FEATURES, key=key, started=started, quarantined=unreadable)
         manifests = [committed(part(folder, number), key) for number in range(len(sizes))]
         seconds += sum(manifest.seconds for manifest in manifests if manifest)
-    key = input_key(space, items.key)
-    return Stage(f"features of {items.name}", key, context.workspace.root / "features", items.rows, seconds, reused)
+    return Stage(
+        f"features of {items.name}",
+        features_key(context, items),
+        context.workspace.root / "features",
+        items.rows,
+        seconds,
+        reused,
+    )
 
 
 def load_features(context: Context, items: Stage) -> Tensor:
@@ -106,26 +111,38 @@ def load_query_features(context: Context, sets: Sequence[Stage]) -> Tensor:
     return torch.stack([loaded[number][row] for number, row in join_queries(sets)])
 
 
+def features_key(context: Context, items: Stage) -> str:
+    """What the features of all encoders together depend on."""
+    return input_key(context.config.features.space, items.key, *filter(None, _weights_keys(context).values()))
+
+
 def feature_folders(context: Context, items: Stage) -> dict[str, tuple[AnyPath, str]]:
     """Folder and input key of each encoder of the config's feature space."""
-    keys = {}
-    for name in encoder_names(context.config.features.space):
-        weights = _weights_key(context.config.features.weights.get(name) or ENCODERS[name].source)
-        keys[name] = input_key("features", name, items.key, *([weights] if weights else []))
+    keys = {
+        name: input_key("features", name, items.key, *filter(None, [weights]))
+        for name, weights in _weights_keys(context).items()
+    }
     return {name: (context.workspace.features(name, key), key) for name, key in keys.items()}
+
+
+def _weights_keys(context: Context) -> dict[str, str]:
+    """`_weights_key` of each encoder of the config's feature space; empty where the weights come with a package."""
+    config = context.config.features
+    return {
+        name: _weights_key(config.weights.get(name) or ENCODERS[name].source) for name in encoder_names(config.space)
+    }
 
 
 def _weights_key(source: str) -> str:
     """What tells one set of weights from another: a hash of the files of a folder, else the hub id."""
     if not source or not Path(source).is_dir():
         return source
-    files = sorted(path for path in Path(source).rglob("*") if path.is_file())
-    return _files_hash(tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+    return _files_hash(stamps(sorted(path for path in Path(source).rglob("*") if path.is_file())))
 
 
 @functools.lru_cache(maxsize=16)
-def _files_hash(stamps: tuple[tuple[str, int, int], ...]) -> str:
-    return input_key("weights", [(Path(path).name, file_sha256(Path(path))) for path, _, _ in stamps])
+def _files_hash(files: Stamps) -> str:
+    return input_key("weights", [(Path(path).name, file_sha256(Path(path))) for path, _, _ in files])
 
 
 def _encode(

@@ -14,6 +14,7 @@ from fastgda_core.diffusion.model import model_hash, train_timesteps
 from fastgda_core.teachers.teachers import TEACHERS
 from storage_schemas.commit import input_key
 from storage_schemas.errors import StoreError
+from storage_schemas.files import Stamps, stamps
 from storage_schemas.liveness import read_assignment, withdraw, write_assignment
 from storage_schemas.workspace import Workspace
 from tasks.config import PipelineConfig
@@ -48,14 +49,13 @@ def open_context(config: PipelineConfig) -> Context:
         UsageError: its model or its noise plan cannot be used; before any work.
     """
     files = sorted(path for path in config.model.folder.rglob("*") if path.is_file())
-    stamps = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-    context = Context(config, _model_hash(config.model.folder, stamps))
+    context = Context(config, _model_hash(config.model.folder, stamps(files)))
     noise_plan(config).timestep_values(train_timesteps(config.model.folder))
     return context
 
 
 @functools.lru_cache(maxsize=4)
-def _model_hash(folder: Path, _stamps: tuple[tuple[Path, int, int], ...]) -> str:
+def _model_hash(folder: Path, _files: Stamps) -> str:
     """Gigabytes are read once per process, however many flows ask, as long as no file changes."""
     return model_hash(folder)
 

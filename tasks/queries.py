@@ -26,7 +26,7 @@ from storage_schemas.commit import (
     read_manifest,
     write_atomically,
 )
-from storage_schemas.files import AnyPath
+from storage_schemas.files import AnyPath, stamps
 from tasks.config import QueriesConfig
 from tasks.context import Context, Stage
 from tasks.progress import console, stage
@@ -55,10 +55,9 @@ class Query:
 def make_queries(context: Context) -> Stage:
     """The query set of the config, with its splits, as one table and as PNG files beside it."""
     config = context.config.queries
-    stamps = [(str(shard), shard.stat().st_size, shard.stat().st_mtime_ns) for shard in _shards(config)]
     # Images that exist depend on no setting of their generation.
     settings = config.model_dump(mode="json", include=None if config.captions else {"split", "seed"})
-    key = input_key("queries", settings, stamps, context.model_hash if config.captions else None)
+    key = input_key("queries", settings, stamps(_shards(config)), context.model_hash if config.captions else None)
     path = context.workspace.queries(key)
     manifest = committed(path, key)
     reused = manifest is not None

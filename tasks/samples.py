@@ -21,7 +21,7 @@ from fastgda_core.interruption import checkpoint
 from fastgda_core.teachers.training_loss import SampleBlock
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit, commit_table, committed, input_key, read_manifest
-from storage_schemas.files import AnyPath
+from storage_schemas.files import AnyPath, stamps
 from storage_schemas.workspace import part
 from tasks.context import Context, Stage, load_tensors
 from tasks.progress import console, stage
@@ -36,7 +36,7 @@ def ingest_samples(context: Context) -> Stage:
     """Index and check every sample of the tars; a tar that changed since is read again."""
     workspace = context.workspace
     shards = find_shards(context.config.data.shards, "data.shards")
-    key = input_key("samples", [(str(shard), shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards])
+    key = input_key("samples", stamps(shards))
     samples_path, rejected_path = workspace.samples(key), workspace.rejected_samples(key)
     manifest, rejected = committed(samples_path, key), committed(rejected_path, key)
     reused = manifest is not None and rejected is not None

@@ -8,6 +8,7 @@ import pytest
 
 from tasks.config import PipelineConfig
 from tasks.context import Context, Stage
+from tasks.features import features_key
 from tasks.plan import run_name, stages_of
 from tests.tasks.configs import document
 
@@ -18,12 +19,9 @@ def keys(root: Path, samples: str = "s", queries: str = "q", model: str = "m", *
     """Key of each stage that leads to scores, and the run's name."""
     config = PipelineConfig.model_validate(document(workspace=str(root), **changes))
     context = Context(config, model)
-    stages = stages_of(
-        context,
-        Stage("samples", samples, root / "samples", 12, 0.0, True),
-        Stage("queries", queries, root / "queries", 3, 0.0, True),
-    )
-    features = Stage("features of samples", f"{config.features.space} {samples}", root, 12, 0.0, True)
+    ingested = Stage("samples", samples, root / "samples", 12, 0.0, True)
+    stages = stages_of(context, ingested, Stage("queries", queries, root / "queries", 3, 0.0, True))
+    features = Stage("features of samples", features_key(context, ingested), root, 12, 0.0, True)
     found = {name: stage.key for name, stage in stages.items() if name not in ("samples", "queries")}
     return {**found, "run": run_name(context, stages, features)}
 
@@ -64,6 +62,20 @@ def test_a_setting_changes_the_keys_of_what_depends_on_it_and_no_others(
     before = keys(tmp_path, **sections)
     after = keys(tmp_path, **sections, **changes)  # type: ignore[arg-type]
     assert {name for name in before if before[name] != after[name]} == expected
+
+
+def test_other_weights_of_an_encoder_are_other_features(tmp_path: Path) -> None:
+    found = set()
+    for content in ("old", "new"):
+        (tmp_path / content).mkdir()
+        (tmp_path / content / "model.safetensors").write_text(content)
+    for source in (None, "a/hub-id", str(tmp_path / "old"), str(tmp_path / "new")):
+        features = {"space": "pixel+clip", "weights": {"clip": source} if source else {}}
+        found.add(keys(tmp_path, curvature={}, features=features)["run"])
+    assert len(found) == 4
+    (tmp_path / "old" / "model.safetensors").write_text("new")
+    again = {"space": "pixel+clip", "weights": {"clip": str(tmp_path / "old")}}
+    assert keys(tmp_path, curvature={}, features=again)["run"] in found, "where they lie does not matter"
 
 
 def test_no_two_of_these_configurations_share_a_key(tmp_path: Path) -> None:
