@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from storage_schemas import tables
 from storage_schemas.commit import read_manifest
-from storage_schemas.files import matching
+from storage_schemas.files import AnyPath, matching
 from storage_schemas.workspace import Workspace
 
 
@@ -20,6 +20,14 @@ class Measured:
     tuned: float
     untuned: float
     queries: int
+
+
+def mean_value(path: AnyPath, metric: str, space: str, cutoff: int) -> float | None:
+    """A figure over all queries from a file of metrics; None where it is not there."""
+    for row in tables.read(path, tables.METRICS).to_pylist():
+        if (row["metric"], row["space"], row["cutoff"], row["query_id"]) == (metric, space, cutoff, ""):
+            return float(row["value"])
+    return None
 
 
 def metrics_history(workspace: Workspace, cutoff: int) -> list[Measured]:

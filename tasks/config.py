@@ -309,6 +309,14 @@ class EvaluationConfig(Section):
         default=None, gt=0, description="the same as a multiple of the untuned features' mAP"
     )
 
+    @model_validator(mode="after")
+    def _validated_is_measured(self) -> Self:
+        if self.validation_cutoff not in self.cutoffs:
+            raise ValueError(
+                f"validation_cutoff {self.validation_cutoff} is not among evaluation.cutoffs: add it there"
+            )
+        return self
+
 
 Share = Annotated[float, Field(gt=0, le=1)]
 

@@ -14,11 +14,8 @@ from torch import Tensor
 
 from fastgda_core.evaluation.ranking_metrics import (
     agreement,
-    average_precision,
     expected_random_agreement,
-    expected_random_average_precision,
     spearman,
-    top_mask,
 )
 from storage_schemas import tables
 from storage_schemas.commit import commit_table, committed, input_key
@@ -88,14 +85,6 @@ def _ranking_rows(
     for metric, cutoff in by_chance[0]:
         values = torch.tensor([one[metric, cutoff] for one in by_chance], dtype=torch.float64)
         yield metric_row(metric, "chance", values, cutoff=cutoff)
-    for cutoff in cutoffs:
-        relevant = top_mask(scores, cutoff)
-        for space, similarity in rankings.items():
-            # Samples that the teacher did not rank are no evidence for or against a ranking: they go last, alike.
-            precision = average_precision(similarity.masked_fill(~candidates, -torch.inf), relevant)
-            yield from metric_rows("mAP", space, precision, query_ids, cutoff=cutoff, of_one="AP")
-        chance = [expected_random_average_precision(int(count), cutoff) for count in candidates.sum(1)]
-        yield metric_row("mAP", "chance", torch.tensor(chance, dtype=torch.float64), cutoff=cutoff)
 
 
 def _teacher_rows(context: Context, ranks: Stage, exact: Stage) -> list[dict[str, object]]:

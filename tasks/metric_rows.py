@@ -53,4 +53,6 @@ def agreement_rows(
     """
     for metric, cutoff in measured[0]:
         values = torch.cat([one[metric, cutoff] for one in measured])
-        yield from metric_rows(metric, space, values, query_ids, cutoff=cutoff)
+        yield from metric_rows(
+            metric, space, values, query_ids, cutoff=cutoff, of_one="AP" if metric == "mAP" else None
+        )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from storage_schemas import tables
+from storage_schemas.metrics_history import mean_value
 from storage_schemas.snapshots import read_published, write_published
 from tasks.context import Context, Stage
 
@@ -27,7 +27,10 @@ class Evaluation:
 def promote(context: Context, head: Stage, index: Stage, metrics: Stage) -> Evaluation:
     """Serve a head, its index and its metrics, together, unless it is below the floors of the configuration."""
     config, workspace = context.config.evaluation, context.workspace
-    tuned, untuned = (_mean_precision(metrics, space, config.validation_cutoff) for space in ("tuned", "untuned"))
+    tuned, untuned = (
+        mean_value(metrics.path, "mAP", space, config.validation_cutoff) for space in ("tuned", "untuned")
+    )
+    assert tuned is not None and untuned is not None
     what = f"mAP({config.validation_cutoff}) of index {index.key} is {tuned:.3f}"
     refused = ""
     if config.floor is not None and tuned < config.floor:
@@ -43,12 +46,3 @@ def promote(context: Context, head: Stage, index: Stage, metrics: Stage) -> Eval
         if served != published:
             write_published(workspace, served)
     return Evaluation(metrics, index, tuned, untuned, refused)
-
-
-def _mean_precision(metrics: Stage, space: str, cutoff: int) -> float:
-    rows = tables.read(metrics.path, tables.METRICS).to_pylist()
-    return next(
-        row["value"]
-        for row in rows
-        if (row["metric"], row["space"], row["cutoff"], row["query_id"]) == ("mAP", space, cutoff, "")
-    )

@@ -75,15 +75,13 @@ _TEMPLATE = Path(__file__).with_name("templates") / "report.html"
 def _render(context: Context, run: str, stages: dict[str, Stage]) -> str:
     metrics = tables.read(stages["evaluation"].path, tables.METRICS).to_pylist()
     head = json.loads((stages["rank head"].path / "head.json").read_text())
-    cutoffs = context.config.evaluation.cutoffs
     means = {(row["metric"], row["space"], row["cutoff"]): row for row in metrics if not row["query_id"]}
     curve = loss_curve(head, context.config.evaluation.validation_cutoff, format="svg").decode()
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_TEMPLATE.read_text())
     return template.render(
         run=run,
         config=context.config,
-        cutoffs=cutoffs,
-        measures=_measures(cutoffs),
+        measures=_measures(context.config.evaluation.cutoffs),
         means=means,
         headline=context.config.evaluation.validation_cutoff,
         ceiling=means.get(("spearman", "teacher with other noise", 0)),

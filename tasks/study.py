@@ -23,6 +23,7 @@ from fastgda_core.ranking.subsets import random_priority, some_queries, thin
 from storage_schemas import tables
 from storage_schemas.commit import commit, commit_table, committed, input_key
 from storage_schemas.files import AnyPath
+from storage_schemas.metrics_history import mean_value
 from storage_schemas.snapshots import read_published, write_published
 from tasks.config import PipelineConfig
 from tasks.context import Context, Stage
@@ -36,7 +37,7 @@ from tasks.queries import joined_queries
 from tasks.study_results import answers, study_plot
 from tasks.teacher_checks import OTHER_NOISE
 
-SIMILARITIES_AT_ONCE = 1_000_000
+PAIRS_AT_ONCE = 65_536
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class _Laboratory:
             for split in ("validation", "test")
         }
         self.pairs: dict[bool, RankPairs] = {}
+        self.nearness: Tensor | None = None
 
     def measure(self, variant: Variant) -> Iterator[dict[str, object]]:
         """Metrics of the variant's head; of the untuned features too, where the question is the feature space."""
@@ -183,18 +185,20 @@ class _Laboratory:
             )
         pairs = self.pairs[standardised]
         if variant.nearest is not None:
-            return thin(pairs, self._similarity(pairs), variant.nearest, ranked=not standardised)
+            return thin(pairs, self._nearness(pairs), variant.nearest, ranked=not standardised)
         queries = some_queries(self.rows["train"], variant.queries, variant.seed)
         return thin(pairs, random_priority(pairs, variant.seed), variant.candidates, queries, ranked=not standardised)
 
-    def _similarity(self, pairs: RankPairs) -> Tensor:
-        """Cosine of the untuned features of each pair, (pairs,)."""
-        queries, samples = F.normalize(self.queries, dim=1), F.normalize(self.samples, dim=1)
-        found = [
-            (queries[key // pairs.samples] * samples[key % pairs.samples]).sum(1)
-            for key in pairs.key.split(SIMILARITIES_AT_ONCE // max(1, queries.shape[1] // 64))
-        ]
-        return torch.cat(found)
+    def _nearness(self, pairs: RankPairs) -> Tensor:
+        """Cosine of the untuned features of each pair, (pairs,); the same for labels of both kinds."""
+        if self.nearness is None:
+            queries, samples = F.normalize(self.queries, dim=1), F.normalize(self.samples, dim=1)
+            found = [
+                (queries[key // pairs.samples] * samples[key % pairs.samples]).sum(1)
+                for key in pairs.key.split(PAIRS_AT_ONCE)
+            ]
+            self.nearness = torch.cat(found)
+        return self.nearness
 
 
 def _publish(context: Context, labels: Labels, key: str, paths: Sequence[AnyPath]) -> Stage:
@@ -215,7 +219,7 @@ def _publish(context: Context, labels: Labels, key: str, paths: Sequence[AnyPath
 def draw_study(context: Context, labels: Labels, study: Stage) -> Stage:
     """`study.png` beside the report of the run: a panel for each question."""
     config, started = context.config.evaluation, time.monotonic()
-    cutoff = config.validation_cutoff if config.validation_cutoff in config.cutoffs else config.cutoffs[0]
+    cutoff = config.validation_cutoff
     path = context.workspace.report(labels.run).with_name("study.png")
     key = input_key("study picture", study.key, cutoff)
     manifest = committed(path, key)
@@ -232,9 +236,5 @@ def draw_study(context: Context, labels: Labels, study: Stage) -> Stage:
 
 def _ceiling(context: Context, run: str, cutoff: int) -> float | None:
     """mAP(L) of the teacher with itself under other noise, where its run was judged."""
-    for check in read_checks(context, run):
-        if check.name == "self-consistency":
-            for row in tables.read(check.path, tables.METRICS).to_pylist():
-                if (row["metric"], row["space"], row["cutoff"], row["query_id"]) == ("mAP", OTHER_NOISE, cutoff, ""):
-                    return float(row["value"])
-    return None
+    checks = [check for check in read_checks(context, run) if check.name == "self-consistency"]
+    return mean_value(checks[0].path, "mAP", OTHER_NOISE, cutoff) if checks else None

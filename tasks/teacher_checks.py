@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
-from fastgda_core.evaluation.ranking_metrics import agreement, average_precision, spearman, top_mask
+from fastgda_core.evaluation.ranking_metrics import agreement, spearman
 from fastgda_core.teachers.scores import exact_scores
 from fastgda_core.teachers.teachers import TEACHERS
 from fastgda_core.teachers.training_loss import SampleBlock, training_losses
@@ -177,17 +177,8 @@ def _consistency_rows(comparisons: list[_Comparison], cutoffs: list[int]) -> lis
     names = [comparison.query_id for comparison in comparisons]
     rows: list[dict[str, object]] = []
     for space in (OTHER_NOISE, OTHER_GRADIENT):
-        measured = []
-        precision: dict[int, list[Tensor]] = {cutoff: [] for cutoff in cutoffs}
-        for comparison in comparisons:
-            first, second = comparison.pair(space)
-            measured.append(agreement(first, second, cutoffs, comparison.share))
-            for cutoff, several in precision.items():
-                positives = top_mask(first, max(1, round(cutoff * comparison.share)))
-                several.append(average_precision(second, positives))
+        measured = [agreement(*comparison.pair(space), cutoffs, comparison.share) for comparison in comparisons]
         rows += agreement_rows(space, measured, names)
-        for cutoff, several in precision.items():
-            rows += metric_rows("mAP", space, torch.cat(several), names, cutoff=cutoff, of_one="AP")
     return rows
 
 

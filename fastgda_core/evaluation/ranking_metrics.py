@@ -124,9 +124,9 @@ def agreement(
 ) -> dict[tuple[str, int], Tensor]:
     """How far a ranking is the teacher's, by (measure, cutoff), (queries,) float64 each.
 
-    "spearman" and "kendall" have the cutoff 0. At a cutoff k: "ndcg" with gains that fall evenly from 1 to 1 / n with
-    the teacher's rank; "overlap", the share that the first k have in common; "recall", the share of the teacher's first
-    min(cutoffs) that are among the first k.
+    "spearman" and "kendall" have the cutoff 0. At a cutoff k: "mAP", of the teacher's first k; "ndcg", with gains that
+    fall evenly from 1 to 1 / n with the teacher's rank; "overlap", the share that the first k have in common; "recall",
+    the share of the teacher's first min(cutoffs) that are among the first k.
 
     Args:
         teacher, ranking: scores, (queries, n); higher ranks earlier.
@@ -140,6 +140,7 @@ def agreement(
     gains = (n - rank).double() / n
     found = {("spearman", 0): spearman(teacher, ranking), ("kendall", 0): kendall(teacher, ranking)}
     for cutoff, k in places.items():
+        found["mAP", cutoff] = average_precision(ranking, top_mask(teacher, k))
         found["ndcg", cutoff] = ndcg(ranking, gains, k)
         found["overlap", cutoff] = recall(ranking, top_mask(teacher, k), k)
         found["recall", cutoff] = recall(ranking, first, k)
@@ -151,6 +152,7 @@ def expected_random_agreement(n: int, cutoffs: Sequence[int]) -> dict[tuple[str,
     found = {("spearman", 0): 0.0, ("kendall", 0): 0.0}
     gains = torch.arange(n, 0, -1, dtype=torch.float64) / n
     for k in cutoffs:
+        found["mAP", k] = expected_random_average_precision(n, k)
         discount = torch.log2(torch.arange(k, dtype=torch.float64) + 2).reciprocal()
         found["ndcg", k] = (gains.mean() * discount.sum() / (gains[:k] * discount).sum()).item()
         found["overlap", k] = found["recall", k] = k / n

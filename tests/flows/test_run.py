@@ -286,7 +286,7 @@ def test_wrong_input_gets_one_line_and_exit_code_2(tmp_path: Path, model_folder:
         "model folder": ({"model__folder": "nowhere"}, "nowhere does not exist"),
         "shards": ({"data__shards": "none/*.tar"}, "matches no file"),
         "typo": ({"teacher__nmae": "x"}, "teacher.nmae"),
-        "cutoff": ({"evaluation__cutoffs": [60]}, "evaluation.cutoffs"),
+        "cutoff": ({"evaluation__cutoffs": [10, 60]}, "evaluation.cutoffs"),
         "k": ({"candidates": {"policy": "top_k", "k": 61}}, "candidates.k"),
     }
     for number, (changes, message) in enumerate(cases.values()):

@@ -141,6 +141,7 @@ def test_shards_are_found_whatever_the_folder_of_the_config_is_called(tmp_path: 
         ({"teacher__timestep_list": [1, 2], "teacher__timestep_weights": [1]}, "teacher", "as many as timestep_list"),
         ({"teacher__timestep_list": [1], "teacher__timestep_weights": [0]}, "teacher.timestep_weights.0", "greater"),
         ({"self_consistency": {"queries": 2}}, "config", "self_consistency.queries is 2"),
+        ({"evaluation__validation_cutoff": 2}, "evaluation", "2 is not among evaluation.cutoffs: add it"),
         ({"evaluation__cutoffs": []}, "evaluation.cutoffs", "at least 1"),
         ({"evaluation__cutoffs": [-5]}, "evaluation.cutoffs.0", "greater than"),
         ({"exact_check": {"queries": 1, "candidates": 3}}, "config", "exact_check"),
