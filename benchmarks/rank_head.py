@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -42,14 +41,13 @@ TOP = 100
 
 class PlainPairs(Dataset[tuple[int, int, float]]):
     def __init__(self, pairs: RankPairs) -> None:
-        self.pairs = pairs
+        self.pairs, self.query = pairs, pairs.query
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, number: int) -> tuple[int, int, float]:
-        query, sample = divmod(int(self.pairs.key[number]), self.pairs.samples)
-        return query, sample, float(self.pairs.label[number])
+        return int(self.query[number]), int(self.pairs.sample[number]), float(self.pairs.label[number])
 
 
 def train_plainly(data: RankData, batches: int) -> tuple[RankHead, float]:
@@ -125,6 +123,8 @@ def quality() -> None:
 
 
 def precision() -> None:
+    from sklearn.metrics import average_precision_score
+
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(110, 118_287, generator=generator)
     relevant = top_mask(torch.randn(110, 118_287, generator=generator) + scores, 1000)

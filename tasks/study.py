@@ -98,8 +98,8 @@ def compare_heads(context: Context, labels: Labels) -> Stage:
     key = input_key("study", labels.ranks.key, labels.samples.key, config.head.learned, measured)
     folder = context.workspace.study(key)
     keys = {
-        variant: input_key("variant", key, dataclasses.astuple(variant), _features_key(context, labels, variant.space))
-        for variant in several
+        each: input_key("variant 2", key, dataclasses.astuple(each), _features_key(context, labels, each.space))
+        for each in several
     }
     paths = {variant: folder / f"{each}.parquet" for variant, each in keys.items()}
     missing = [variant for variant in several if committed(paths[variant], keys[variant]) is None]
@@ -194,8 +194,10 @@ class _Laboratory:
         if self.nearness is None:
             queries, samples = F.normalize(self.queries, dim=1), F.normalize(self.samples, dim=1)
             found = [
-                (queries[key // pairs.samples] * samples[key % pairs.samples]).sum(1)
-                for key in pairs.key.split(PAIRS_AT_ONCE)
+                (queries[query] * samples[sample]).sum(1)
+                for query, sample in zip(
+                    pairs.query.split(PAIRS_AT_ONCE), pairs.sample.split(PAIRS_AT_ONCE), strict=True
+                )
             ]
             self.nearness = torch.cat(found)
         return self.nearness

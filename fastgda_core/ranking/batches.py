@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import IterableDataset
+
+PAIRS_AT_ONCE = 8_000_000  # drawn and shuffled together, 12 bytes each
 
 
 @dataclass(frozen=True)
 class RankPairs:
-    """All labelled pairs of a split, 12 bytes each.
+    """All labelled pairs of a split, query by query, 8 bytes each.
 
-    key: query * samples + sample, ascending, (pairs,) int64; label: what is learned, rank labels or standardised
-    scores, (pairs,) float32; outside: label of a query's non-candidates, (queries,) float32; samples: their number.
+    first: number of each query's first pair, and of all pairs, (queries + 1,) int64; sample: ascending within a query,
+    (pairs,) int32; label: what is learned, rank labels or standardised scores, (pairs,) float32; outside: label of a
+    query's non-candidates, (queries,) float32; samples: their number.
     """
 
-    key: Tensor
+    first: Tensor
+    sample: Tensor
     label: Tensor
     outside: Tensor
     samples: int
@@ -42,23 +48,46 @@ class RankPairs:
         key, order = torch.sort(query.long() * samples + sample)
         if len(key) and not bool((key[1:] > key[:-1]).all()):
             raise ValueError("a (query, sample) pair occurs twice")
-        return cls(key, label[order].float(), torch.ones(queries) if outside is None else outside.float(), samples)
+        outside = torch.ones(queries) if outside is None else outside.float()
+        return cls(first_pairs(query, queries), sample[order].int(), label[order].float(), outside, samples)
 
     def __len__(self) -> int:
-        return len(self.key)
+        return len(self.sample)
 
     @property
     def queries(self) -> int:
         return len(self.outside)
 
+    @property
+    def query(self) -> Tensor:
+        """Number of each pair's query, (pairs,) int64, made anew."""
+        return torch.repeat_interleave(torch.arange(self.queries, device=self.first.device), self.first.diff())
+
     def to(self, device: torch.device) -> RankPairs:
-        return RankPairs(self.key.to(device), self.label.to(device), self.outside.to(device), self.samples)
+        first, sample, label, outside = (
+            each.to(device) for each in (self.first, self.sample, self.label, self.outside)
+        )
+        return RankPairs(first, sample, label, outside, self.samples)
 
     def contain(self, query: Tensor, sample: Tensor) -> Tensor:
-        """Whether each (query, sample) is one of the pairs, (n,) bool."""
-        key = query * self.samples + sample
-        place = torch.searchsorted(self.key, key).clamp_(max=len(self.key) - 1)
-        return self.key[place] == key
+        """Whether each (query, sample) is one of the pairs, (n,) bool; all are bisected together."""
+        low, end = self.first[query], self.first[query + 1]
+        high = end.clone()
+        for _ in range(int(self.first.diff().max()).bit_length()):
+            middle = (low + high) // 2
+            below = (low < high) & (self.sample[middle.clamp_max(len(self) - 1)] < sample)
+            low, high = torch.where(below, middle + 1, low), torch.where(below, high, torch.maximum(low, middle))
+        return (low < end) & (self.sample[low.clamp_max(len(self) - 1)] == sample)
+
+
+def first_pairs(query: Tensor, queries: int) -> Tensor:
+    """Where each query's pairs begin once they are sorted, and where all end, (queries + 1,) int64."""
+    return F.pad(torch.cumsum(torch.bincount(query, minlength=queries), 0), (1, 0))
+
+
+def epoch_seed(seed: int, epoch: int, rank: int = 0) -> int:
+    """A seed of its own for each epoch of each process of a training."""
+    return int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1, np.uint64)[0])
 
 
 @dataclass  # not frozen: Lightning moves batches to the device field by field
@@ -79,7 +108,8 @@ class RankBatches(IterableDataset[RankBatch]):
     that the batch's queries share (design section 4, "Rank label"); a query that has every sample as a candidate keeps
     its own.
 
-    An epoch's batches depend on the seed and the number of the epoch alone.
+    Several groups of queries, `PAIRS_AT_ONCE`, are drawn at a time and their batches mixed. An epoch's batches depend
+    on the seed and the number of the epoch alone.
 
     Args:
         pairs: on the device where batches are to be drawn.
@@ -87,7 +117,8 @@ class RankBatches(IterableDataset[RankBatch]):
         outside_probability: in [0, 1].
         seed: of all draws.
         epoch: number of the epoch that begins.
-        rank, world: this process makes every `world`-th batch, from the `rank`-th on; up to `world` - 1 are left out.
+        rank, world: this process makes every `world`-th batch, from the `rank`-th on; up to `world` - 1 of those that
+            are mixed are left out.
     """
 
     def __init__(
@@ -102,73 +133,71 @@ class RankBatches(IterableDataset[RankBatch]):
     ) -> None:
         self.pairs, self.batch_size, self.outside_probability = pairs, batch_size, outside_probability
         self.seed, self.epoch, self.rank, self.world = seed, epoch, rank, world
-        device = pairs.key.device
-        bounds = torch.arange(pairs.queries + 1, device=device) * pairs.samples
-        self.first_pair = torch.searchsorted(pairs.key, bounds)
-        count = self.first_pair.diff()
-        self.labelled = count.nonzero().squeeze(1)
-        self.has_outsiders = count < pairs.samples
-        density = len(pairs) / max(1, len(self.labelled) * pairs.samples)
-        self.group = max(1, min(len(self.labelled), round((batch_size / max(density, 1e-9)) ** 0.5)))
+        self.count = pairs.first.diff()
+        self.labelled = self.count.nonzero().squeeze(1)
+        self.has_outsiders = self.count < pairs.samples
+        candidates = len(pairs) / max(1, len(self.labelled))
+        square = (batch_size * pairs.samples / max(candidates, 1)) ** 0.5
+        self.group = max(1, min(len(self.labelled), round(square)))
+        self.at_once = max(1, int(PAIRS_AT_ONCE / (self.group * max(candidates, 1))))
 
     def __iter__(self) -> Iterator[RankBatch]:
-        generator = torch.Generator(self.pairs.key.device).manual_seed(self.seed * 100_003 + self.epoch())
-        order, ends = self._epoch_order(generator)
-        numbers = torch.randperm(len(ends) - 1, generator=generator, device=generator.device).tolist()
-        if self.world > 1:  # as many batches for each process, and draws of its own
-            numbers = numbers[self.rank : len(numbers) - len(numbers) % self.world : self.world]
-            generator.manual_seed(generator.initial_seed() + 1 + self.rank)
-        for number in numbers:
-            yield self._batch(order[ends[number] : ends[number + 1]].long(), generator)
-
-    def _epoch_order(self, generator: torch.Generator) -> tuple[Tensor, list[int]]:
-        """Pairs in an order in which batches are consecutive, (pairs,), and where each batch ends."""
-        pairs, device = self.pairs, self.pairs.key.device
+        device = self.pairs.first.device
+        generator = torch.Generator(device).manual_seed(epoch_seed(self.seed, self.epoch()))
         shuffled = self.labelled[torch.randperm(len(self.labelled), generator=generator, device=device)]
-        order = torch.empty(len(pairs), dtype=torch.int32 if len(pairs) < 2**31 else torch.int64, device=device)
-        ends = [0]
-        for members in torch.split(shuffled, self.group):
-            counts = self.first_pair[members + 1] - self.first_pair[members]
-            starts = torch.repeat_interleave(self.first_pair[members] - (torch.cumsum(counts, 0) - counts), counts)
-            rows = starts + torch.arange(len(starts), device=device)
-            place = torch.randperm(pairs.samples, generator=generator, device=device)
-            rows = rows[torch.argsort(place[pairs.key[rows] % pairs.samples])]
-            first, last = ends[-1], ends[-1] + len(rows)
-            order[first:last] = rows
-            ends += [*range(first + self.batch_size, last, self.batch_size), last]
-        return order, ends
+        for several in torch.split(shuffled, self.at_once * self.group):
+            groups = [self._draw(members, generator) for members in torch.split(several, self.group)]
+            batches = [
+                [each[start : start + self.batch_size] for each in drawn]
+                for drawn in groups
+                for start in range(0, len(drawn[0]), self.batch_size)
+            ]
+            order = torch.randperm(len(batches), generator=generator, device=device).tolist()
+            for number in order[self.rank : len(order) - len(order) % self.world : self.world]:
+                yield _batch(*batches[number])
 
-    def _batch(self, rows: Tensor, generator: torch.Generator) -> RankBatch:
-        key = self.pairs.key[rows]
-        query, sample, label = key // self.pairs.samples, key % self.pairs.samples, self.pairs.label[rows]
+    def _draw(self, members: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """All pairs of a group in an order in which batches are consecutive: query, sample and label, (n,) each."""
+        pairs, device = self.pairs, members.device
+        counts = self.count[members]
+        query = torch.repeat_interleave(members.int(), counts)
+        before = torch.cumsum(counts, 0) - counts
+        row = torch.repeat_interleave(pairs.first[members] - before, counts) + torch.arange(len(query), device=device)
+        place = torch.randperm(pairs.samples, generator=generator, device=device)
+        order = torch.argsort(place[pairs.sample[row]], stable=True)
+        query, row = query[order], row[order]
+        sample, label = pairs.sample[row], pairs.label[row]
         if self.outside_probability > 0:
-            replace = torch.rand(len(rows), generator=generator, device=key.device) < self.outside_probability
-            replace &= self.has_outsiders[query]
-            drawn_for, drawn = self._outsiders(query[replace], generator)
-            query, sample = torch.cat([query[~replace], drawn_for]), torch.cat([sample[~replace], drawn])
-            label = torch.cat([label[~replace], self.pairs.outside[drawn_for]])
-        queries, row = torch.unique(query, return_inverse=True)
-        samples, column = torch.unique(sample, return_inverse=True)
-        labels = torch.full((len(queries), len(samples)), torch.nan, device=key.device)
-        labels[row, column] = label
-        return RankBatch(queries, samples, labels)
+            replaced = torch.rand(len(row), generator=generator, device=device) < self.outside_probability
+            where = (replaced & self.has_outsiders[query]).nonzero().squeeze(1)
+            sample[where] = self._outsiders(query[where], where // self.batch_size, generator)
+            label[where] = pairs.outside[query[where]]
+        return query, sample, label
 
-    def _outsiders(self, query: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A non-candidate for each entry of `query`, (n,): the queries again, in another order, and the samples.
+    def _outsiders(self, query: Tensor, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """A non-candidate for each of these pairs, (n,) int32, whose batches are given.
 
-        The k-th draw of each query is the same sample, so that few samples have to be encoded; draws that turn out to
-        be candidates are repeated.
+        The k-th draw of each query of a batch is the same sample, so that few samples have to be encoded; draws that
+        turn out to be candidates are repeated.
         """
-        found_for, found = [query[:0]], [query[:0]]
-        query = torch.sort(query).values
-        while len(query):
-            _, counts = torch.unique_consecutive(query, return_counts=True)
+        found = torch.empty_like(query)
+        missing = torch.arange(len(query), device=query.device)
+        while len(missing):
+            place, order = torch.sort(batch[missing] * self.pairs.queries + query[missing], stable=True)
+            missing = missing[order]
+            _, counts = torch.unique_consecutive(place, return_counts=True)
             first = torch.repeat_interleave(torch.cumsum(counts, 0) - counts, counts)
-            number = torch.arange(len(query), device=query.device) - first
-            shape = (int(counts.max()),)
-            pool = torch.randint(self.pairs.samples, shape, generator=generator, device=query.device)
-            inside = self.pairs.contain(query, pool[number])
-            found_for.append(query[~inside])
-            found.append(pool[number][~inside])
-            query = query[inside]
-        return torch.cat(found_for), torch.cat(found)
+            number = torch.arange(len(missing), device=query.device) - first
+            shape = int(batch.max()) + 1, int(counts.max())
+            pool = torch.randint(self.pairs.samples, shape, generator=generator, device=query.device, dtype=torch.int32)
+            found[missing] = pool[batch[missing], number]
+            missing = missing[self.pairs.contain(query[missing], found[missing])]
+        return found
+
+
+def _batch(query: Tensor, sample: Tensor, label: Tensor) -> RankBatch:
+    queries, row = torch.unique(query, return_inverse=True)
+    samples, column = torch.unique(sample, return_inverse=True)
+    labels = torch.full((len(queries), len(samples)), torch.nan, device=label.device)
+    labels[row, column] = label
+    return RankBatch(queries, samples, labels)

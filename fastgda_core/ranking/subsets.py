@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastgda_core.ranking.batches import RankPairs
+from fastgda_core.ranking.batches import RankPairs, first_pairs
 
 
 def thin(pairs: RankPairs, priority: Tensor, share: float, queries: Tensor | None = None, *, ranked: bool) -> RankPairs:
@@ -20,7 +20,7 @@ def thin(pairs: RankPairs, priority: Tensor, share: float, queries: Tensor | Non
         queries: numbers of the queries that are kept; None: all.
         ranked: labels are rank labels: those that are kept are ranked anew among themselves, pi = rank / M.
     """
-    query = pairs.key // pairs.samples
+    query = pairs.query
     order = torch.argsort(priority, descending=True)
     order = order[torch.argsort(query[order], stable=True)]
     place, count = _places(query)
@@ -28,15 +28,15 @@ def thin(pairs: RankPairs, priority: Tensor, share: float, queries: Tensor | Non
     if queries is not None:
         chosen &= torch.isin(query, queries)
     kept = torch.sort(order[chosen]).values
-    key, label = pairs.key[kept], pairs.label[kept]
+    query, label = query[kept], pairs.label[kept]
     if ranked:
-        query = query[kept]
         order = torch.argsort(label)
         order = order[torch.argsort(query[order], stable=True)]
         place, count = _places(query)
         label = torch.empty_like(label)
         label[order] = ((place + 1) / count).float()
-    return RankPairs(key, label, pairs.outside, pairs.samples)
+    first = first_pairs(query, pairs.queries)
+    return RankPairs(first, pairs.sample[kept], label, pairs.outside, pairs.samples)
 
 
 def random_priority(pairs: RankPairs, seed: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fastgda_core.evaluation.ranking_metrics import average_precision
-from fastgda_core.ranking.batches import RankBatches, RankPairs
+from fastgda_core.ranking.batches import RankBatches, RankPairs, epoch_seed
 from fastgda_core.ranking.head import RankHead, start_from_features
 from fastgda_core.ranking.losses import LOSSES, LossName, rank_loss
 
@@ -199,7 +199,7 @@ class RankModule(lightning.LightningModule):
     def on_train_batch_start(self, _batch: FeatureBatch, index: int) -> None:
         if index == 0:
             # Dropout, like the batches, depends on the seed and the epoch alone: a resumed training is the same one.
-            torch.manual_seed(self.training_options.seed * 100_003 + len(self.history))
+            torch.manual_seed(epoch_seed(self.training_options.seed, len(self.history), self.global_rank))
             self.total, self.steps = torch.zeros((), dtype=torch.float64, device=self.device), 0
 
     def training_step(self, batch: FeatureBatch, _index: int) -> Tensor:

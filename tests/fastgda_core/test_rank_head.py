@@ -294,7 +294,7 @@ def test_each_loss_learns_the_metric_that_ranks_the_samples(name: str) -> None:
     if LOSSES[name].standardised_scores:
         labels = (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)
         pairs = data.train_pairs
-        mine = labels[pairs.key // SAMPLES, pairs.key % SAMPLES]
+        mine = labels[pairs.query, pairs.sample]
         data = dataclasses.replace(data, train_pairs=dataclasses.replace(pairs, label=mine))
     trained = train_head(data, HeadTraining(epochs=5, batch_size=512, seed=3, loss=name))
     assert held_out_map(trained, query, sample, scores) > 0.6
@@ -332,14 +332,7 @@ def pairs_in(batch: RankBatch) -> list[tuple[int, int, float]]:
 @settings(max_examples=80, deadline=None)
 @given(some_pairs(), st.integers(1, 60), st.integers(0, 3))
 def test_every_pair_occurs_exactly_once_an_epoch(pairs: RankPairs, batch_size: int, seed: int) -> None:
-    expected = sorted(
-        zip(
-            (pairs.key // pairs.samples).tolist(),
-            (pairs.key % pairs.samples).tolist(),
-            pairs.label.tolist(),
-            strict=True,
-        )
-    )
+    expected = sorted(zip(pairs.query.tolist(), pairs.sample.tolist(), pairs.label.tolist(), strict=True))
     for epoch in range(2):
         seen = []
         for batch in RankBatches(pairs, batch_size, 0.0, seed, lambda epoch=epoch: epoch):
@@ -348,6 +341,24 @@ def test_every_pair_occurs_exactly_once_an_epoch(pairs: RankPairs, batch_size: i
             assert len(pairs_in(batch)) <= batch_size
             seen += pairs_in(batch)
         assert sorted(seen) == expected
+
+
+@settings(max_examples=80, deadline=None)
+@given(some_pairs())
+def test_pairs_are_found_among_all_that_there_might_be(pairs: RankPairs) -> None:
+    query, sample = torch.cartesian_prod(torch.arange(pairs.queries), torch.arange(pairs.samples)).T
+    own = set(zip(pairs.query.tolist(), pairs.sample.tolist(), strict=True))
+    expected = [pair in own for pair in zip(query.tolist(), sample.tolist(), strict=True)]
+    assert pairs.contain(query, sample).tolist() == expected
+
+
+def test_queries_that_are_drawn_a_few_at_a_time_are_all_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastgda_core.ranking.batches.PAIRS_AT_ONCE", 200)
+    pairs = pairs_of(torch.rand(17, 90, generator=torch.Generator().manual_seed(0)))
+    batches = RankBatches(pairs, 40, 0.0, 0, lambda: 0)
+    assert 1 < batches.at_once * batches.group < 17
+    seen = [(query, sample) for batch in batches for query, sample, _ in pairs_in(batch)]
+    assert sorted(seen) == [(query, sample) for query in range(17) for sample in range(90)]
 
 
 def test_an_epochs_batches_depend_on_its_number_and_the_seed_alone() -> None:
