@@ -1,7 +1,7 @@
 """What the rank head learns from: losses of cosines against the teacher's ranking.
 
-Each takes the outputs of the head's affine map, (q, s, outputs), and labels, (q, s), with NaN where a pair has none,
-and gives the loss of each pair, (q, s), or of each query, (q, 1), and the weight that it has.
+Each but `listwise` takes the outputs of the head's affine map, (q, s, outputs), and labels, (q, s), and gives the loss
+of each pair, (q, s); `rank_loss` leaves out the pairs that there are not and takes the mean.
 """
 
 from __future__ import annotations
