@@ -100,7 +100,7 @@ def _measures(cutoffs: list[int]) -> list[tuple[str, str, int]]:
     rows = [(f"mAP({cutoff})", "mAP", cutoff) for cutoff in cutoffs]
     rows += [(f"NDCG@{cutoff}", "ndcg", cutoff) for cutoff in cutoffs]
     rows += [(f"first {cutoff} in common", "overlap", cutoff) for cutoff in cutoffs]
-    rows += [(f"its first {least} among {cutoff}", "recall", cutoff) for cutoff in cutoffs if cutoff > least]
+    rows += [(f"teacher's first {least} in {cutoff}", "recall", cutoff) for cutoff in cutoffs if cutoff > least]
     return [*rows, ("Spearman", "spearman", 0), ("Kendall", "kendall", 0)]
 
 
