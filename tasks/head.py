@@ -18,11 +18,10 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.ranking_metrics import top_mask
-from fastgda_core.ranking.batches import RankPairs
+from fastgda_core.ranking.batches import RankPairs, first_pairs
 from fastgda_core.ranking.head import RankHead, load_head, save_head
 from fastgda_core.ranking.losses import LOSSES
 from fastgda_core.search.index import build_index, write_index
@@ -86,8 +85,8 @@ def rank_pairs(
         stretch = slice(filled, filled + len(order))
         sample[stretch], label[stretch] = train_id[order], values[order]
         filled = stretch.stop
-    first = F.pad(torch.cumsum(count, 0), (1, 0))
-    return RankPairs(first, torch.from_numpy(sample[:filled]), torch.from_numpy(label[:filled]), outside, samples)
+    found = torch.from_numpy(sample[:filled]), torch.from_numpy(label[:filled])
+    return RankPairs(first_pairs(count), *found, outside, samples)
 
 
 def _standardised(score: NDArray[np.float64], query: NDArray[np.int64], queries: int) -> tuple[Any, Any]:

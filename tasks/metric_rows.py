@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def metric_rows(
-    metric: str, space: str, values: Tensor, query_ids: Sequence[str], *, cutoff: int = 0, of_one: str | None = None
+    metric: str, space: str, values: Tensor, query_ids: Sequence[str], *, cutoff: int = 0
 ) -> Iterator[dict[str, object]]:
-    """The mean over the test queries, then one row for each of them.
+    """The mean over the test queries, then one row for each of them; the "mAP" of a single query is its "AP".
 
     Args:
         metric: name of the mean.
@@ -19,11 +19,10 @@ def metric_rows(
         values: (queries,).
         query_ids: theirs.
         cutoff: L, where the metric has one.
-        of_one: what the metric is called for a single query, if not the same.
     """
     yield metric_row(metric, space, values, cutoff=cutoff)
     for query_id, value in zip(query_ids, values, strict=True):
-        yield metric_row(of_one or metric, space, value[None], cutoff=cutoff, query_id=query_id)
+        yield metric_row("AP" if metric == "mAP" else metric, space, value[None], cutoff=cutoff, query_id=query_id)
 
 
 def metric_row(metric: str, space: str, values: Tensor, *, cutoff: int = 0, query_id: str = "") -> dict[str, object]:
@@ -53,6 +52,4 @@ def agreement_rows(
     """
     for metric, cutoff in measured[0]:
         values = torch.cat([one[metric, cutoff] for one in measured])
-        yield from metric_rows(
-            metric, space, values, query_ids, cutoff=cutoff, of_one="AP" if metric == "mAP" else None
-        )
+        yield from metric_rows(metric, space, values, query_ids, cutoff=cutoff)

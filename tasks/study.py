@@ -170,7 +170,7 @@ class _Laboratory:
         for cutoff in self.context.config.evaluation.cutoffs:
             ranking = similarity.masked_fill(~scores.isfinite(), -torch.inf)
             precision = average_precision(ranking, top_mask(scores, cutoff))
-            yield from metric_rows("mAP", f"study: {name}", precision, names, cutoff=cutoff, of_one="AP")
+            yield from metric_rows("mAP", f"study: {name}", precision, names, cutoff=cutoff)
 
     def _pairs(self, variant: Variant) -> RankPairs:
         standardised = LOSSES[variant.loss].standardised_scores

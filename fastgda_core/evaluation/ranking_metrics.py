@@ -140,9 +140,10 @@ def agreement(
     gains = (n - rank).double() / n
     found = {("spearman", 0): spearman(teacher, ranking), ("kendall", 0): kendall(teacher, ranking)}
     for cutoff, k in places.items():
-        found["mAP", cutoff] = average_precision(ranking, top_mask(teacher, k))
+        relevant = top_mask(teacher, k)
+        found["mAP", cutoff] = average_precision(ranking, relevant)
         found["ndcg", cutoff] = ndcg(ranking, gains, k)
-        found["overlap", cutoff] = recall(ranking, top_mask(teacher, k), k)
+        found["overlap", cutoff] = recall(ranking, relevant, k)
         found["recall", cutoff] = recall(ranking, first, k)
     return found
 

@@ -49,7 +49,8 @@ class RankPairs:
         if len(key) and not bool((key[1:] > key[:-1]).all()):
             raise ValueError("a (query, sample) pair occurs twice")
         outside = torch.ones(queries) if outside is None else outside.float()
-        return cls(first_pairs(query, queries), sample[order].int(), label[order].float(), outside, samples)
+        first = first_pairs(torch.bincount(query, minlength=queries))
+        return cls(first, sample[order].int(), label[order].float(), outside, samples)
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -80,9 +81,16 @@ class RankPairs:
         return (low < end) & (self.sample[low.clamp_max(len(self) - 1)] == sample)
 
 
-def first_pairs(query: Tensor, queries: int) -> Tensor:
-    """Where each query's pairs begin once they are sorted, and where all end, (queries + 1,) int64."""
-    return F.pad(torch.cumsum(torch.bincount(query, minlength=queries), 0), (1, 0))
+def first_pairs(count: Tensor) -> Tensor:
+    """Where the pairs of each query begin, given how many they are, (queries,), and where all end: (queries + 1,)."""
+    return F.pad(torch.cumsum(count, 0), (1, 0))
+
+
+def places(group: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of these sorted numbers, (n,), its place among its equals, from 0, and how many they are."""
+    _, counts = torch.unique_consecutive(group, return_counts=True)
+    first = torch.repeat_interleave(torch.cumsum(counts, 0) - counts, counts)
+    return torch.arange(len(group), device=group.device) - first, torch.repeat_interleave(counts, counts)
 
 
 def epoch_seed(seed: int, epoch: int, rank: int = 0) -> int:
@@ -183,12 +191,10 @@ class RankBatches(IterableDataset[RankBatch]):
         found = torch.empty_like(query)
         missing = torch.arange(len(query), device=query.device)
         while len(missing):
-            place, order = torch.sort(batch[missing] * self.pairs.queries + query[missing], stable=True)
+            group, order = torch.sort(batch[missing] * self.pairs.queries + query[missing], stable=True)
             missing = missing[order]
-            _, counts = torch.unique_consecutive(place, return_counts=True)
-            first = torch.repeat_interleave(torch.cumsum(counts, 0) - counts, counts)
-            number = torch.arange(len(missing), device=query.device) - first
-            shape = int(batch.max()) + 1, int(counts.max())
+            number, _ = places(group)
+            shape = int(batch.max()) + 1, int(number.max()) + 1
             pool = torch.randint(self.pairs.samples, shape, generator=generator, device=query.device, dtype=torch.int32)
             found[missing] = pool[batch[missing], number]
             missing = missing[self.pairs.contain(query[missing], found[missing])]

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastgda_core.ranking.batches import RankPairs, first_pairs
+from fastgda_core.ranking.batches import RankPairs, first_pairs, places
 
 
 def thin(pairs: RankPairs, priority: Tensor, share: float, queries: Tensor | None = None, *, ranked: bool) -> RankPairs:
@@ -23,7 +23,7 @@ def thin(pairs: RankPairs, priority: Tensor, share: float, queries: Tensor | Non
     query = pairs.query
     order = torch.argsort(priority, descending=True)
     order = order[torch.argsort(query[order], stable=True)]
-    place, count = _places(query)
+    place, count = places(query)
     chosen = place < torch.clamp((count * share).ceil(), min=1)
     if queries is not None:
         chosen &= torch.isin(query, queries)
@@ -32,10 +32,10 @@ def thin(pairs: RankPairs, priority: Tensor, share: float, queries: Tensor | Non
     if ranked:
         order = torch.argsort(label)
         order = order[torch.argsort(query[order], stable=True)]
-        place, count = _places(query)
+        place, count = places(query)
         label = torch.empty_like(label)
         label[order] = ((place + 1) / count).float()
-    first = first_pairs(query, pairs.queries)
+    first = first_pairs(torch.bincount(query, minlength=pairs.queries))
     return RankPairs(first, pairs.sample[kept], label, pairs.outside, pairs.samples)
 
 
@@ -48,10 +48,3 @@ def some_queries(queries: Tensor, share: float, seed: int) -> Tensor:
     """A share of the queries, at least one, drawn at random."""
     order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(seed))
     return queries[order[: max(1, math.ceil(share * len(queries)))]]
-
-
-def _places(query: Tensor) -> tuple[Tensor, Tensor]:
-    """For each of these sorted queries its place among its equals, from 0, and how many they are."""
-    _, counts = torch.unique_consecutive(query, return_counts=True)
-    first = torch.repeat_interleave(torch.cumsum(counts, 0) - counts, counts)
-    return torch.arange(len(query)) - first, torch.repeat_interleave(counts, counts)
