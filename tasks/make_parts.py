@@ -13,7 +13,7 @@ from typing import Any, Self
 from prefect.task_runners import TaskRunner
 
 from storage_schemas import tables
-from storage_schemas.attempts import ShardState, read_attempts
+from storage_schemas.attempts import ShardState, deaths, read_attempts
 from storage_schemas.commit import committed, read_manifest
 from storage_schemas.ledger import kept_ledger, ledger_as_written
 from storage_schemas.liveness import Wish, asked
@@ -112,19 +112,27 @@ class Makers:
         failures = self._given_up(kind)
         todo = [number for number in missing if number not in failures]
         with self._watched(kind, todo) as watch:
+            suspects: list[int] = []
             while todo:
-                outcome = self._round(kind, todo, watch)
+                # A pool of processes ends with all that is in flight when one of them dies: which part it died over
+                # shows when each is made by itself.
+                batch = suspects[:1] or todo
+                outcome = self._round(kind, batch, watch)
                 failures |= outcome.failures
                 if outcome.stopped:
                     self._wait_until_resumed(watch)
+                if outcome.worker_lost and len(batch) == 1:
+                    failures |= quarantine_deadly(
+                        inputs.workspace, inputs.run, kind, batch, inputs.context.config.execution.max_deaths
+                    )
                 left = [number for number in inputs.missing(kind) if number not in failures]
                 if outcome.worker_lost:
-                    failures |= quarantine_deadly(
-                        inputs.workspace, inputs.run, kind, left, self.inputs.context.config.execution.max_deaths
-                    )
-                    left = [number for number in left if number not in failures]
+                    attempts = read_attempts(inputs.workspace, inputs.run, kind)
+                    suspects = [number for number in left if deaths(attempts.get(number, []))]
                 elif not outcome.stopped and left == todo:
                     raise RuntimeError(f"run {inputs.run}: {kind} {left[0]:05d} was made and is not there")
+                else:
+                    suspects = [number for number in suspects if number in left]
                 todo = left
         if failures:
             several = [failures[number] for number in sorted(failures)]
