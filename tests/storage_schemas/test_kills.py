@@ -171,11 +171,12 @@ def killed_run(root: Path, chance: random.Random) -> int:
     """
     for run, queries in QUERIES.items():
         plan_run(root, run, queries=queries, samples=SAMPLES)
-    kills = 0
+    kills, longest = 0, 0.4
     with reading(root):
         while True:
             processes = started(*((work, root, chance.randrange(1000)) for _ in range(2)), (coordinate, root))
-            time.sleep(chance.uniform(0.0, 0.4))
+            time.sleep(chance.uniform(0.0, longest))
+            longest += 0.05  # so that a busy machine comes to an end
             for process in processes:
                 process.kill()
             for process in processes:
