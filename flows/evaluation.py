@@ -11,7 +11,7 @@ from tasks.config import PipelineConfig
 from tasks.context import Stage
 from tasks.evaluation import measure_head
 from tasks.features import extract_features
-from tasks.head import latest_index, read_head, read_index_head
+from tasks.head import latest_index, read_head, read_index_head, space_of_head
 from tasks.labels import read_labels
 from tasks.plan import open_context
 from tasks.promotion import Evaluation, promote
@@ -41,7 +41,8 @@ def evaluate(config: PipelineConfig, index: str | None = None) -> Evaluation:
     context = open_context(config)
     built, head = read_index_head(context.workspace, index or latest_index(context.workspace))
     trained, description = read_head(context.workspace, head)
-    labels = read_labels(context, description["snapshot"])
+    context = space_of_head(context, description)
+    labels = read_labels(context, description.get("snapshot"))
     extract_features(context, labels.samples)
     labels.extract_query_features(context)
     checks = read_checks(context, labels.run)

@@ -9,7 +9,7 @@ from tasks.announcements import announce_index
 from tasks.config import PipelineConfig
 from tasks.context import Stage
 from tasks.features import extract_features
-from tasks.head import build_search_index, latest_head, read_head
+from tasks.head import build_search_index, latest_head, read_head, space_of_head
 from tasks.labels import read_labels
 from tasks.plan import open_context
 
@@ -19,7 +19,8 @@ def rebuild_index(config: PipelineConfig, head: str | None = None) -> Stage:
     """An index version from a head, by default the newest; nobody is served from it before it is promoted."""
     context = open_context(config)
     trained, description = read_head(context.workspace, head or latest_head(context.workspace))
-    labels = read_labels(context, description["snapshot"])
+    context = space_of_head(context, description)
+    labels = read_labels(context, description.get("snapshot"))
     features = extract_features(context, labels.samples)
     index = build_search_index(context, labels.samples, features, trained)
     announce_index(context, index, trained)

@@ -113,6 +113,19 @@ def train(
     say(f"head {head.key}{' (was there)' if head.reused else ''}: `fastgda index` builds its index")
 
 
+def import_head(
+    checkpoint: Annotated[Path, typer.Argument(help="A `.pth` of the FastGDA release.")], config: ConfigArgument
+) -> None:
+    """A rank head of the FastGDA release as a head of this workspace, over the config's feature space.
+
+    Example: `fastgda import-head dino+clip_text.pth my_config.yaml`
+    """
+    from tasks.head import import_head as import_checkpoint
+
+    head = import_checkpoint(read_config(config), checkpoint)
+    say(f"head {head.key}{' (was there)' if head.reused else ''}: `fastgda index` builds its index")
+
+
 def index(
     config: ConfigArgument,
     head: Annotated[str | None, typer.Option(help="Version of the head; default: the newest.")] = None,
@@ -335,4 +348,7 @@ def print_stages(run: str, stages: list[Any]) -> None:
     out.print(table)
 
 
-run_commands = (run, plan, curate, judge, train, study, index, evaluate, backfill, status, retry, pause, resume, cancel)
+run_commands = (
+    *(run, plan, curate, judge, train, study, import_head, index, evaluate),
+    *(backfill, status, retry, pause, resume, cancel),
+)

@@ -234,7 +234,7 @@ def _head(workspace: Workspace, version: str) -> Node:
     folder = workspace.head(version)
     facts = _committed(folder / "head.safetensors", "training_pairs")
     about = _tried("head.json", lambda: _json(folder / "head.json"), facts) or {}
-    names = ("feature_space", "best_epoch", "snapshot", "run", "code_version")
+    names = ("feature_space", "best_epoch", "snapshot", "run", "imported_from", "sha256", "code_version")
     facts |= _known({name: about.get(name) for name in names} | {"flow_run": about.get("origin")})
     with suppress(KeyError, IndexError, TypeError):  # another release may have described it otherwise
         facts["validation_map"] = str(about["history"][about["best_epoch"]]["validation_map"])

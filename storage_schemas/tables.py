@@ -21,7 +21,7 @@ SCHEMA_VERSION = "2"
 
 INSTANT = pa.timestamp("us", tz="UTC")
 TEXTS = pa.list_(pa.field("element", pa.string(), nullable=False))
-NULLABLE = {"finished_at"}
+NULLABLE = {"finished_at", "best_epoch", "validation_map"}
 VECTOR = pa.list_(pa.field("element", pa.float32(), nullable=False))
 
 
@@ -298,11 +298,11 @@ HEADS = Table(
     "a trained rank head",
     _schema(
         ("head", pa.string(), "its version"),
-        ("run", pa.string(), "the run whose rank labels it learned"),
+        ("run", pa.string(), "the run whose rank labels it learned; empty where it was imported"),
         ("snapshot", pa.string(), "exactly which rows those were; empty where its description names none"),
         ("feature_space", pa.string(), "the frozen encoders below it"),
-        ("best_epoch", pa.int32(), "the epoch that was kept"),
-        ("validation_map", pa.float64(), "mAP of that epoch on the validation queries"),
+        ("best_epoch", pa.int32(), "the epoch that was kept; null where it was imported"),
+        ("validation_map", pa.float64(), "mAP of that epoch on the validation queries; null where it was imported"),
         ("served", pa.bool_(), "whether `attribute` answers through it"),
     ),
 )

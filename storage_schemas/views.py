@@ -251,15 +251,15 @@ def _head_rows(workspace: Workspace, state: _State) -> pa.Table:
     rows = []
     for path in matching(workspace.root / "heads", "*/head.json"):
         head = json.loads(path.read_bytes())
-        version = path.parent.name
+        version, best_epoch = path.parent.name, head.get("best_epoch")
         rows.append(
             {
                 "head": version,
-                "run": head["run"],
+                "run": head.get("run", ""),
                 "snapshot": head.get("snapshot", ""),
                 "feature_space": head["feature_space"],
-                "best_epoch": head["best_epoch"],
-                "validation_map": head["history"][head["best_epoch"]]["validation_map"],
+                "best_epoch": best_epoch,
+                "validation_map": None if best_epoch is None else head["history"][best_epoch]["validation_map"],
                 "served": bool(state.published and state.published.head == workspace.relative(path.parent)),
             }
         )

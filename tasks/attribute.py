@@ -46,6 +46,7 @@ class AttributionService:
         # The head's own space: a run that was published since may have been configured with another.
         description = json.loads((head / "head.json").read_text())
         names, weights = encoder_names(description["feature_space"]), description.get("feature_weights", {})
+        self.unit_length = description.get("unit_length", True)
         self.encoders = [load_encoder(name, self.device, weights.get(name)) for name in names]
         self.head = load_trained_head(head)
         self.index = read_index(local_copy(workspace.file(published.index) / "index.faiss"))
@@ -55,7 +56,7 @@ class AttributionService:
     def embed(self, image: Image.Image, caption: str) -> Tensor:
         """f_psi of one query, (1, 768)."""
         parts = [encoder.encode([image if encoder.modality == "image" else caption]) for encoder in self.encoders]
-        return self.head(concatenate(parts))
+        return self.head(concatenate(parts, unit_length=self.unit_length))
 
     def attribute(self, image: Image.Image, caption: str, k: int) -> list[Attribution]:
         """The k training samples that influenced the image most, by the rank head's estimate."""

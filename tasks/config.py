@@ -147,6 +147,9 @@ class QueriesConfig(Section):
 
 class FeaturesConfig(Section):
     space: str = Field(default="efficientnet_lite0+minilm_text", description="encoders joined by '+'")
+    unit_length: bool = Field(
+        default=True, description="each encoder's output at length one; false: as it is, which FastGDA's release takes"
+    )
     batch_size: int | None = Field(default=None, ge=1, description="items per encoder pass; null: the encoder's own")
     weights: dict[str, str] = Field(
         default={}, description="of clip, clip_text, dino, dinov2: a folder, relative to the config file, or a hub id"

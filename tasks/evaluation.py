@@ -17,6 +17,7 @@ from fastgda_core.evaluation.ranking_metrics import (
     expected_random_agreement,
     spearman,
 )
+from fastgda_core.features import cosines
 from storage_schemas import tables
 from storage_schemas.commit import commit_table, committed, input_key
 from tasks.context import Context, Stage
@@ -53,7 +54,7 @@ def measure_head(
         phi = load_query_features(context, queries)[test], load_features(context, samples)
         head_module = load_trained_head(head.path)
         rankings = {
-            "untuned": torch.nn.functional.normalize(phi[0], dim=1) @ torch.nn.functional.normalize(phi[1], dim=1).T,
+            "untuned": cosines(*phi),
             "tuned": head_module(phi[0]) @ head_module(phi[1]).T,
         }
         several = joined_queries(queries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import tempfile
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -66,38 +68,52 @@ def extract_features(context: Context, items: Stage) -> Stage:
 def load_features(context: Context, items: Stage) -> Tensor:
     """phi of samples or queries in the config's feature space, (items, d) float32."""
     folders = feature_folders(context, items).values()
-    return concatenate([_vectors(tables.read_parts(folder, tables.FEATURES)) for folder, _ in folders])
+    parts = [_vectors(tables.read_parts(folder, tables.FEATURES)) for folder, _ in folders]
+    return concatenate(parts, unit_length=context.config.features.unit_length)
 
 
 def map_features(context: Context, items: Stage) -> Tensor:
-    """What `load_features` gives, in a memory-mapped file: for more features than there is memory.
+    """What `load_features` gives, memory-mapped from an Arrow file: for more features than there is memory.
 
     The file lies in the workspace, or in the folder for temporary files where that is an object store.
     """
-    folders = feature_folders(context, items)
+    folders, unit_length = feature_folders(context, items), context.config.features.unit_length
     root = context.workspace.root
     cache = root / "features" if isinstance(root, Path) else Path(tempfile.gettempdir()) / f"fastgda-{os.getuid()}"
-    path = cache / f"{input_key('phi', [key for _, key in folders.values()])}.npy"
+    path = cache / f"{input_key('phi', [key for _, key in folders.values()], unit_length)}.arrow"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        # Hidden until it is whole: what a process that died leaves behind is found by `fastgda vacuum`.
+        scratch, temporary = (cache / f".{path.stem}.{os.getpid()}.{kind}" for kind in ("npy", "arrow"))
         try:
-            _write_rows(temporary, items.rows, [folder for folder, _ in folders.values()])
+            rows = _write_rows(scratch, items.rows, [folder for folder, _ in folders.values()], unit_length)
+            _write_arrow(temporary, rows)
             temporary.replace(path)
         finally:
+            scratch.unlink(missing_ok=True)
             temporary.unlink(missing_ok=True)
-    return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: torch wants what it could write to
+    with pa.memory_map(str(path)) as source:
+        vectors = pa.ipc.open_file(source).get_batch(0).column("phi")
+    return torch.from_dlpack(vectors.flatten()).view(len(vectors), -1)
 
 
-def _write_rows(path: Path, rows: int, folders: list[AnyPath]) -> None:
-    mapped = None
+def _write_rows(path: Path, rows: int, folders: list[AnyPath], unit_length: bool) -> NDArray[np.float32]:
+    """phi, (rows, d), in a mapped file of its own, as an Arrow file of one batch is written from one array."""
+    mapped = np.empty((0, 0), np.float32)
     for number, start in enumerate(range(0, rows, PART_ITEMS)):
-        phi = concatenate([_vectors(tables.read(part(folder, number), tables.FEATURES)) for folder in folders]).numpy()
-        if mapped is None:
+        parts = [_vectors(tables.read(part(folder, number), tables.FEATURES)) for folder in folders]
+        phi = concatenate(parts, unit_length=unit_length).numpy()
+        if number == 0:
             mapped = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, phi.shape[1]))
         mapped[start : start + len(phi)] = phi
-    if mapped is not None:
-        mapped.flush()
+    return mapped
+
+
+def _write_arrow(path: Path, rows: NDArray[np.float32]) -> None:
+    """One column, `phi`, in one batch: one tensor to whoever maps it."""
+    batch = pa.record_batch({"phi": pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write(batch)
 
 
 def _vectors(table: pa.Table) -> Tensor:
@@ -111,9 +127,17 @@ def load_query_features(context: Context, sets: Sequence[Stage]) -> Tensor:
     return torch.stack([loaded[number][row] for number, row in join_queries(sets)])
 
 
+def in_space(context: Context, **changes: Any) -> Context:
+    """The same context with another feature space: fields of the configuration's section `features`."""
+    features = context.config.features.model_copy(update=changes)
+    return dataclasses.replace(context, config=context.config.model_copy(update={"features": features}))
+
+
 def features_key(context: Context, items: Stage) -> str:
     """What the features of all encoders together depend on."""
-    return input_key(context.config.features.space, items.key, *filter(None, _weights_keys(context).values()))
+    config = context.config.features
+    raw = [] if config.unit_length else ["raw"]
+    return input_key(config.space, items.key, *filter(None, _weights_keys(context).values()), *raw)
 
 
 def feature_folders(context: Context, items: Stage) -> dict[str, tuple[AnyPath, str]]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
@@ -21,17 +22,19 @@ from torch import Tensor
 
 from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.ranking_metrics import top_mask
+from fastgda_core.features import encoder_names, load_encoder
 from fastgda_core.ranking.batches import RankPairs, first_pairs
-from fastgda_core.ranking.head import RankHead, load_head, save_head
+from fastgda_core.ranking.head import RankHead, load_head, load_release_checkpoint, save_head
 from fastgda_core.ranking.losses import LOSSES
 from fastgda_core.search.index import build_index, write_index
 from storage_schemas import tables
 from storage_schemas.commit import code_version, commit, commit_table, committed, input_key, read_manifest
-from storage_schemas.files import AnyPath, local_files, matching
+from storage_schemas.files import AnyPath, file_sha256, local_files, matching
 from storage_schemas.snapshots import read_ranks
 from storage_schemas.workspace import Workspace
-from tasks.context import Context, Stage
-from tasks.features import load_features, load_query_features, map_features
+from tasks.config import PipelineConfig
+from tasks.context import Context, Stage, pick_device
+from tasks.features import in_space, load_features, load_query_features, map_features
 from tasks.pictures import loss_curve
 from tasks.progress import stage
 from tasks.publish import load_ranks, run_behind
@@ -137,6 +140,7 @@ def fit_rank_head(context: Context, samples: Stage, queries: Sequence[Stage], fe
             "features": data.sample_features.shape[1],
             "feature_space": config.features.space,
             "feature_weights": config.features.weights,
+            "unit_length": config.features.unit_length,
             "run": run_behind(context, ranks),
             "snapshot": ranks.key,
             "origin": flow_run.get_id() or "",
@@ -168,6 +172,55 @@ def fit_rank_head(context: Context, samples: Stage, queries: Sequence[Stage], fe
 def _checkpoints(folder: AnyPath) -> Path | None:
     """Where a training keeps what it needs to go on after a crash; none in an object store."""
     return folder / "checkpoints" if isinstance(folder, Path) else None
+
+
+def import_head(config: PipelineConfig, checkpoint: Path) -> Stage:
+    """A head version from a checkpoint of FastGDA's release, over the feature space of the configuration.
+
+    Raises:
+        UsageError: the checkpoint cannot be used, or its features are not those of that space.
+    """
+    head, space = load_release_checkpoint(checkpoint), config.features
+    device = pick_device(config.device)
+    encoders = [load_encoder(name, device, space.weights.get(name)) for name in encoder_names(space.space)]
+    anything: dict[str, Any] = {"image": Image.new("RGB", (64, 64)), "text": "a caption"}
+    widths = [encoder.encode([anything[encoder.modality]]).shape[1] for encoder in encoders]
+    if sum(widths) != head.features:
+        raise UsageError(
+            f"{checkpoint} takes {head.features} features, {space.space} has {' + '.join(map(str, widths))}: "
+            "name the space that it was trained on in features.space"
+        )
+    started, sha256 = time.monotonic(), file_sha256(checkpoint)
+    key = input_key("imported head", sha256, space.space, space.weights, space.unit_length)
+    folder = Workspace.at(config.workspace).head(key)
+    manifest = committed(folder / "head.safetensors", key)
+    reused = manifest is not None
+    if manifest is None:
+        description = {
+            "features": head.features,
+            "feature_space": space.space,
+            "feature_weights": space.weights,
+            "unit_length": space.unit_length,
+            "imported_from": checkpoint.name,
+            "sha256": sha256,
+            "code_version": code_version(),
+        }
+        text = json.dumps(description, indent=2) + "\n"
+        commit(folder / "head.json", lambda path: path.write_text(text), key=key, rows=1, started=started)
+        manifest = commit(
+            folder / "head.safetensors", lambda path: save_head(head, path), key=key, rows=0, started=started
+        )
+    return Stage("rank head", key, folder, manifest.rows, manifest.seconds, reused)
+
+
+def space_of_head(context: Context, description: dict[str, Any]) -> Context:
+    """The context with the feature space of a head's `head.json`, whatever is configured since."""
+    described = {
+        "space": description["feature_space"],
+        "weights": description.get("feature_weights", {}),
+        "unit_length": description.get("unit_length", True),
+    }
+    return in_space(context, **described)
 
 
 def load_trained_head(folder: AnyPath) -> RankHead:

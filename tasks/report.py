@@ -16,6 +16,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
+from fastgda_core.features import cosines
 from storage_schemas import tables
 from storage_schemas.commit import commit, committed, input_key
 from tasks.context import Context, Stage
@@ -24,6 +25,7 @@ from tasks.head import load_trained_head, rows_of_split, score_matrix
 from tasks.pictures import loss_curve
 from tasks.queries import Query, load_queries
 from tasks.samples import sample_images, samples_table
+from tasks.teacher_checks import OTHER_GRADIENT, OTHER_NOISE
 
 matplotlib.use("Agg")
 THUMBNAIL = 96
@@ -59,7 +61,8 @@ def write_report(context: Context, run: str, stages: list[Stage]) -> Stage:
     """`reports/<run>/report.html`, written anew when anything that it shows has changed."""
     path = context.workspace.report(run)
     by_name = {stage.name: stage for stage in stages}
-    key = input_key("report", [stage.key for stage in stages], context.config.evaluation, _TEMPLATE.read_text())
+    shown = _measures(context.config.evaluation.cutoffs), _TEMPLATE.read_text()
+    key = input_key("report", [stage.key for stage in stages], context.config.evaluation, shown)
     manifest = committed(path, key)
     reused = manifest is not None
     if manifest is None:
@@ -84,7 +87,9 @@ def _render(context: Context, run: str, stages: dict[str, Stage]) -> str:
         measures=_measures(context.config.evaluation.cutoffs),
         means=means,
         headline=context.config.evaluation.validation_cutoff,
-        ceiling=means.get(("spearman", "teacher with other noise", 0)),
+        other_noise=OTHER_NOISE,
+        other_gradient=OTHER_GRADIENT,
+        ceiling=means.get(("spearman", OTHER_NOISE, 0)),
         agreement=means.get(("spearman", "exact vs first order", 0)),
         loss_curve=curve[curve.index("<svg") :],
         panels=_panels(context, stages, metrics),
@@ -110,7 +115,7 @@ def _panels(context: Context, stages: dict[str, Stage], metrics: list[dict[str, 
     scores = score_matrix(context, stages["rank labels"], [queries], samples, test)
     phi = load_features(context, queries)[test], load_features(context, samples)
     head = load_trained_head(stages["rank head"].path)
-    untuned = torch.nn.functional.normalize(phi[0], dim=1) @ torch.nn.functional.normalize(phi[1], dim=1).T
+    untuned = cosines(*phi)
     tuned = head(phi[0]) @ head(phi[1]).T
     cutoff, k = context.config.evaluation.validation_cutoff, context.config.evaluation.neighbors
     # The teacher's rank of each sample, 1 = the most influential.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgda_core.evaluation.ranking_metrics import average_precision, expected_random_average_precision, top_mask
-from fastgda_core.features import encoder_names
+from fastgda_core.features import cosines, encoder_names
 from fastgda_core.ranking.batches import RankPairs
 from fastgda_core.ranking.losses import LOSSES, LossName
 from fastgda_core.ranking.subsets import random_priority, some_queries, thin
@@ -27,7 +27,7 @@ from storage_schemas.metrics_history import mean_value
 from storage_schemas.snapshots import read_published, write_published
 from tasks.config import PipelineConfig
 from tasks.context import Context, Stage
-from tasks.features import extract_features, feature_folders, load_features, load_query_features
+from tasks.features import extract_features, features_key, in_space, load_features, load_query_features
 from tasks.head import rank_pairs, rows_of_split, score_matrix
 from tasks.labels import Labels
 from tasks.metric_rows import metric_rows
@@ -83,12 +83,6 @@ def variants(config: PipelineConfig) -> list[Variant]:
     return [dataclasses.replace(each, seed=seed) for each in found for seed in range(study.seeds)]
 
 
-def in_space(context: Context, space: str) -> Context:
-    """The same context with another feature space."""
-    features = context.config.features.model_copy(update={"space": space})
-    return dataclasses.replace(context, config=context.config.model_copy(update={"features": features}))
-
-
 @task(task_run_name="study", cache_policy=NO_CACHE)
 def compare_heads(context: Context, labels: Labels) -> Stage:
     """Train every variant and measure it on the test queries; each is committed by itself, and made once."""
@@ -97,15 +91,13 @@ def compare_heads(context: Context, labels: Labels) -> Stage:
     measured = config.evaluation.cutoffs, config.evaluation.validation_cutoff
     key = input_key("study", labels.ranks.key, labels.samples.key, config.head.learned, measured)
     folder = context.workspace.study(key)
-    keys = {
-        each: input_key("variant 2", key, dataclasses.astuple(each), _features_key(context, labels, each.space))
-        for each in several
-    }
+    features = {space: features_key(in_space(context, space=space), labels.samples) for space in _spaces(several)}
+    keys = {each: input_key("variant 2", key, dataclasses.astuple(each), features[each.space]) for each in several}
     paths = {variant: folder / f"{each}.parquet" for variant, each in keys.items()}
     missing = [variant for variant in several if committed(paths[variant], keys[variant]) is None]
     with stage("study", len(missing)) as advance:
-        for space in dict.fromkeys(variant.space for variant in missing):
-            laboratory = _Laboratory(in_space(context, space), labels)
+        for space in _spaces(missing):
+            laboratory = _Laboratory(in_space(context, space=space), labels)
             for variant in missing:
                 if variant.space == space:
                     started = time.monotonic()
@@ -117,8 +109,8 @@ def compare_heads(context: Context, labels: Labels) -> Stage:
     return dataclasses.replace(found, seconds=sum(one.seconds for one in made if one), reused=not missing)
 
 
-def _features_key(context: Context, labels: Labels, space: str) -> list[str]:
-    return [key for _, key in feature_folders(in_space(context, space), labels.samples).values()]
+def _spaces(several: list[Variant]) -> list[str]:
+    return list(dict.fromkeys(variant.space for variant in several))
 
 
 class _Laboratory:
@@ -161,7 +153,7 @@ class _Laboratory:
         test = self.rows["test"]
         yield from self._precision(variant.name, head(self.queries[test]) @ head(self.samples).T)
         if variant.question == "feature space" and variant.seed == 0:
-            untuned = F.normalize(self.queries[test], dim=1) @ F.normalize(self.samples, dim=1).T
+            untuned = cosines(self.queries[test], self.samples)
             yield from self._precision(f"untuned = {variant.value}", untuned)
 
     def _precision(self, name: str, similarity: Tensor) -> Iterator[dict[str, object]]:

@@ -1,7 +1,7 @@
 """Frozen encoders: named, with input size, normalisation and batch size in one place.
 
-A feature space is one encoder or several joined by `+`; its vectors are the encoders' outputs,
-each normalised to length one, laid end to end.
+A feature space is one encoder or several joined by `+`; its vectors are the encoders' outputs laid end to end, each
+normalised to length one unless raw ones are wanted.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastgda_core.diffusion.model import square
 from fastgda_core.errors import UsageError
@@ -224,6 +225,12 @@ def encoder_names(space: str) -> list[str]:
     return names
 
 
-def concatenate(parts: list[Tensor]) -> Tensor:
-    """phi: the outputs of several encoders, (n, d_k) each, to (n, sum d_k), every part at length one."""
-    return torch.cat([torch.nn.functional.normalize(part.float(), dim=1) for part in parts], dim=1)
+def concatenate(parts: list[Tensor], *, unit_length: bool = True) -> Tensor:
+    """phi: the outputs of several encoders, (n, d_k) each, to (n, sum d_k), every part at length one or as it is."""
+    floats = [part.float() for part in parts]
+    return torch.cat([F.normalize(part, dim=1) for part in floats] if unit_length else floats, dim=1)
+
+
+def cosines(queries: Tensor, samples: Tensor) -> Tensor:
+    """Cosine of every pair of feature vectors, (q, d) and (n, d) to (q, n): how untuned features rank."""
+    return F.normalize(queries, dim=1) @ F.normalize(samples, dim=1).T

@@ -153,7 +153,7 @@ def load_release_checkpoint(path: Path) -> RankHead:
     Source: github.com/PeterWang512/FastGDA, fastgda/models.py (DualMLPModel).
 
     Raises:
-        UsageError: the file cannot be read as plain tensors, or holds something else.
+        UsageError: the file cannot be read as plain tensors, holds something else, or ranks the wrong way round.
     """
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -161,4 +161,10 @@ def load_release_checkpoint(path: Path) -> RankHead:
         raise UsageError(f"{path} is no checkpoint of plain tensors: {str(error).splitlines()[0]}") from error
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise UsageError(f"{path} is no state_dict: tensors by name are expected")
-    return head_of_weights(weights, path)
+    head = head_of_weights(weights, path)
+    if not (head.scale < 0).all():
+        raise UsageError(
+            f"{path}: its scale is {head.scale.tolist()}, so that a high cosine means a high rank label, little "
+            "influence; an index finds high cosines"
+        )
+    return head

@@ -154,6 +154,7 @@ def test_a_feature_space_lays_unit_vectors_end_to_end() -> None:
     torch.testing.assert_close(
         joined @ joined.T, F.normalize(first) @ F.normalize(first).T + (n := F.normalize(second)) @ n.T
     )
+    assert torch.equal(concatenate([first, second], unit_length=False), torch.cat([first, second], dim=1))
     assert encoder_names("dino+clip_text") == ["dino", "clip_text"]
 
 

@@ -237,6 +237,12 @@ def test_what_is_no_rank_head_is_refused_in_one_line(
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_head_that_ranks_the_wrong_way_round_is_refused(tmp_path: Path) -> None:
+    torch.save({**release_weights(input_norm=False), "scale": torch.ones(1)}, tmp_path / "head.pth")
+    with pytest.raises(UsageError, match=r"head\.pth: its scale is \[1\.0\]"):
+        load_release_checkpoint(tmp_path / "head.pth")
+
+
 LABELS = torch.tensor([[0.12, torch.nan, 0.85, 0.45], [torch.nan, 1.0, 0.35, torch.nan]])
 
 

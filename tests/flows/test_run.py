@@ -19,12 +19,13 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from storage_schemas.snapshots import read_published
 from storage_schemas.views import query
 from storage_schemas.workspace import Workspace
 from tasks.config import load_config
-from tasks.features import load_features, map_features
+from tasks.features import in_space, load_features, map_features
 from tasks.labels import read_labels
 from tasks.plan import open_context
 from tests import tiny
@@ -118,7 +119,40 @@ def test_mapped_features_are_those_in_memory(finished: Path) -> None:
     for _ in range(2):  # the second time the file is there
         mapped = map_features(context, samples)
         assert torch.equal(mapped, load_features(context, samples))
-    assert not list((finished / "workspace" / "features").glob("*.tmp"))
+        raw = in_space(context, unit_length=False)
+        assert torch.equal(map_features(raw, samples), load_features(raw, samples))
+        assert torch.equal(load_features(in_space(raw, unit_length=True), samples), mapped)
+        assert not torch.equal(load_features(raw, samples), mapped)
+    left = {path.name for path in (finished / "workspace" / "features").iterdir() if not path.name.endswith(".arrow")}
+    assert left == {"pixel", "minilm_text"}
+
+
+def test_a_releases_checkpoint_is_imported_indexed_measured_and_served(
+    finished: Path, tmp_path: Path, home: Path
+) -> None:
+    config, workspace = tmp_path / "config.yaml", tmp_path / "workspace"
+    document = yaml.safe_load((finished / "config.yaml").read_text())
+    document["data"]["shards"] = str(finished / document["data"]["shards"])
+    config.write_text(yaml.safe_dump(document))
+    shutil.copytree(finished / "workspace", workspace)
+    (own,) = (finished / "workspace" / "heads").iterdir()
+    torch.save(load_file(own / "head.safetensors"), tmp_path / "release.pth")
+    for _ in range(2):
+        said = fastgda("import-head", tmp_path / "release.pth", config, home=home).stdout
+    assert "(was there)" in said
+    (version,) = {path.name for path in (workspace / "heads").iterdir()} - {own.name}
+    document["features"] = {"space": "pixel"}  # what is configured since is not what the head was made for
+    config.write_text(yaml.safe_dump(document))
+    refused = fastgda("import-head", tmp_path / "release.pth", config, home=home, check=False)
+    assert refused.returncode == 2 and "takes 3456 features, pixel has 3072" in refused.stderr
+    fastgda("index", config, home=home)
+    measured = fastgda("evaluate", config, home=home).stdout
+    tuned = "SELECT value FROM metrics WHERE metric = 'mAP' AND space = 'tuned' ORDER BY ALL"
+    assert query(workspace, tuned).equals(query(finished / "workspace", tuned)), "it is the same network"
+    assert "promoted" in measured
+    heads = query(workspace, "SELECT head, run, validation_map FROM heads WHERE served").to_pylist()
+    assert heads == [{"head": version, "run": "", "validation_map": None}]
+    assert "release.pth" in fastgda("lineage", version, "--workspace", workspace, home=home).stdout
 
 
 def test_a_study_answers_every_question_and_trains_only_what_is_missing(finished: Path, home: Path) -> None:
