@@ -20,12 +20,14 @@ from fastgda_core.errors import UsageError
 STARTUP_SECONDS = 120.0
 RESTART_SECONDS = 60.0  # a configured server may be on its way up again
 _SERVER = """
-import ctypes, runpy, signal, sys
+import ctypes, os, runpy, signal, sys
 try:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, on Linux
 except (OSError, AttributeError):
     pass
-sys.argv = ["uvicorn", *sys.argv[1:]]
+if os.getppid() != int(sys.argv[1]):  # it was killed before this process could ask to be told
+    sys.exit()
+sys.argv = ["uvicorn", *sys.argv[2:]]
 runpy.run_module("uvicorn", run_name="__main__")
 """
 # Nobody waits for its events or its schedules, and it shows no page.
@@ -52,7 +54,7 @@ def start_server() -> None:
         port = probe.getsockname()[1]
     arguments = ("--factory", "prefect.server.api.server:create_app", "--host", "127.0.0.1", "--port", str(port))
     _server = subprocess.Popen(
-        [sys.executable, "-c", _SERVER, *arguments, "--log-level", "error", "--lifespan", "on"],
+        [sys.executable, "-c", _SERVER, str(os.getpid()), *arguments, "--log-level", "error", "--lifespan", "on"],
         env={**os.environ, **_SETTINGS},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from flows import own_server
 from storage_schemas.commit import read_manifest
 from storage_schemas.ledger import run_names
 from storage_schemas.snapshots import NotPublished, read_published
@@ -21,7 +22,7 @@ from storage_schemas.views import query
 from storage_schemas.workspace import Workspace
 from tests.flows.pipeline_case import QUERIES, SAMPLES, environment, fastgda, lay_out
 from tests.orchestration.chaos_case import FAULTS
-from tests.prefect_processes import ROOT
+from tests.prefect_processes import ROOT, free_port
 
 SHARDS = 15  # of four samples
 
@@ -114,6 +115,12 @@ def test_without_a_server_a_command_has_its_own_which_ends_with_it(calm: Path, t
     wait_for(lambda: servers() == 0)
     subprocess.run(command, env=marked, check=True, capture_output=True)
     assert servers() == 0
+
+
+def test_a_server_whose_command_died_before_it_began_ends_at_once() -> None:
+    died = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    server = ("--factory", "prefect.server.api.server:create_app", "--port", str(free_port()))
+    subprocess.run([sys.executable, "-c", own_server._SERVER, died.stdout, *server], check=True, timeout=60)
 
 
 @pytest.mark.parametrize(
