@@ -10,14 +10,15 @@ from PIL import Image
 from torch import Tensor
 
 from fastgda_core.errors import UsageError
-from fastgda_core.features import concatenate, encoder_names, load_encoder
+from fastgda_core.features import concatenate
 from fastgda_core.search.index import read_index, search
 from storage_schemas.files import local_copy
 from storage_schemas.snapshots import read_published
 from storage_schemas.workspace import Workspace
 from tasks.config import PipelineConfig
 from tasks.context import pick_device
-from tasks.head import load_trained_head
+from tasks.features import load_encoders
+from tasks.head import described_space, load_trained_head
 from tasks.samples import samples_table
 
 
@@ -44,10 +45,9 @@ class AttributionService:
         self.device = pick_device(config.device)
         head = workspace.file(published.head)
         # The head's own space: a run that was published since may have been configured with another.
-        description = json.loads((head / "head.json").read_text())
-        names, weights = encoder_names(description["feature_space"]), description.get("feature_weights", {})
-        self.unit_length = description.get("unit_length", True)
-        self.encoders = [load_encoder(name, self.device, weights.get(name)) for name in names]
+        space = described_space(json.loads((head / "head.json").read_text()))
+        self.unit_length = space.unit_length
+        self.encoders = load_encoders(space, self.device)
         self.head = load_trained_head(head)
         self.index = read_index(local_copy(workspace.file(published.index) / "index.faiss"))
         self.samples = samples_table(workspace.file(published.samples))

@@ -25,6 +25,7 @@ from storage_schemas import tables
 from storage_schemas.commit import commit_table, committed, input_key
 from storage_schemas.files import AnyPath, Stamps, file_sha256, stamps
 from storage_schemas.workspace import part
+from tasks.config import FeaturesConfig
 from tasks.context import Context, Stage
 from tasks.progress import stage
 from tasks.queries import join_queries, load_queries
@@ -125,6 +126,11 @@ def load_query_features(context: Context, sets: Sequence[Stage]) -> Tensor:
     """phi of the queries of some sets together, (queries, d), in the order of `join_queries`."""
     loaded = [load_features(context, several) for several in sets]
     return torch.stack([loaded[number][row] for number, row in join_queries(sets)])
+
+
+def load_encoders(config: FeaturesConfig, device: torch.device) -> list[Encoder]:
+    """The encoders of a feature space, in order."""
+    return [load_encoder(name, device, config.weights.get(name)) for name in encoder_names(config.space)]
 
 
 def in_space(context: Context, **changes: Any) -> Context:

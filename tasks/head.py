@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.ranking_metrics import top_mask
-from fastgda_core.features import encoder_names, load_encoder
 from fastgda_core.ranking.batches import RankPairs, first_pairs
 from fastgda_core.ranking.head import RankHead, load_head, load_release_checkpoint, save_head
 from fastgda_core.ranking.losses import LOSSES
@@ -32,9 +31,9 @@ from storage_schemas.commit import code_version, commit, commit_table, committed
 from storage_schemas.files import AnyPath, file_sha256, local_files, matching
 from storage_schemas.snapshots import read_ranks
 from storage_schemas.workspace import Workspace
-from tasks.config import PipelineConfig
+from tasks.config import FeaturesConfig, PipelineConfig
 from tasks.context import Context, Stage, pick_device
-from tasks.features import in_space, load_features, load_query_features, map_features
+from tasks.features import in_space, load_encoders, load_features, load_query_features, map_features
 from tasks.pictures import loss_curve
 from tasks.progress import stage
 from tasks.publish import load_ranks, run_behind
@@ -138,9 +137,7 @@ def fit_rank_head(context: Context, samples: Stage, queries: Sequence[Stage], fe
         description = {
             "loss": config.head.loss,
             "features": data.sample_features.shape[1],
-            "feature_space": config.features.space,
-            "feature_weights": config.features.weights,
-            "unit_length": config.features.unit_length,
+            **_described(config.features),
             "run": run_behind(context, ranks),
             "snapshot": ranks.key,
             "origin": flow_run.get_id() or "",
@@ -181,8 +178,7 @@ def import_head(config: PipelineConfig, checkpoint: Path) -> Stage:
         UsageError: the checkpoint cannot be used, or its features are not those of that space.
     """
     head, space = load_release_checkpoint(checkpoint), config.features
-    device = pick_device(config.device)
-    encoders = [load_encoder(name, device, space.weights.get(name)) for name in encoder_names(space.space)]
+    encoders = load_encoders(space, pick_device(config.device))
     anything: dict[str, Any] = {"image": Image.new("RGB", (64, 64)), "text": "a caption"}
     widths = [encoder.encode([anything[encoder.modality]]).shape[1] for encoder in encoders]
     if sum(widths) != head.features:
@@ -198,9 +194,7 @@ def import_head(config: PipelineConfig, checkpoint: Path) -> Stage:
     if manifest is None:
         description = {
             "features": head.features,
-            "feature_space": space.space,
-            "feature_weights": space.weights,
-            "unit_length": space.unit_length,
+            **_described(space),
             "imported_from": checkpoint.name,
             "sha256": sha256,
             "code_version": code_version(),
@@ -213,14 +207,23 @@ def import_head(config: PipelineConfig, checkpoint: Path) -> Stage:
     return Stage("rank head", key, folder, manifest.rows, manifest.seconds, reused)
 
 
+def _described(space: FeaturesConfig) -> dict[str, Any]:
+    """What `head.json` says of a head's feature space; `described_space` reads it."""
+    return {"feature_space": space.space, "feature_weights": space.weights, "unit_length": space.unit_length}
+
+
+def described_space(description: dict[str, Any]) -> FeaturesConfig:
+    """The feature space of a head by its `head.json`; those of earlier releases say less."""
+    return FeaturesConfig(
+        space=description["feature_space"],
+        weights=description.get("feature_weights", {}),
+        unit_length=description.get("unit_length", True),
+    )
+
+
 def space_of_head(context: Context, description: dict[str, Any]) -> Context:
-    """The context with the feature space of a head's `head.json`, whatever is configured since."""
-    described = {
-        "space": description["feature_space"],
-        "weights": description.get("feature_weights", {}),
-        "unit_length": description.get("unit_length", True),
-    }
-    return in_space(context, **described)
+    """The context with the feature space of a head, whatever is configured since."""
+    return in_space(context, **described_space(description).model_dump(include={"space", "weights", "unit_length"}))
 
 
 def load_trained_head(folder: AnyPath) -> RankHead:
