@@ -82,7 +82,9 @@ def _ranking_rows(
             for teacher, mine, known in zip(scores, similarity, candidates, strict=True)
         ]
         yield from agreement_rows(space, measured, query_ids)
-    by_chance = [expected_random_agreement(int(count), cutoffs) for count in candidates.sum(1)]
+    by_chance = [
+        expected_random_agreement(teacher[known], cutoffs) for teacher, known in zip(scores, candidates, strict=True)
+    ]
     for metric, cutoff in by_chance[0]:
         values = torch.tensor([one[metric, cutoff] for one in by_chance], dtype=torch.float64)
         yield metric_row(metric, "chance", values, cutoff=cutoff)

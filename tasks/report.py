@@ -16,6 +16,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
+from fastgda_core.evaluation.ranking_metrics import descending_ranks, top_mask
 from fastgda_core.features import cosines
 from storage_schemas import tables
 from storage_schemas.commit import commit, committed, input_key
@@ -118,8 +119,7 @@ def _panels(context: Context, stages: dict[str, Stage], metrics: list[dict[str, 
     untuned = cosines(*phi)
     tuned = head(phi[0]) @ head(phi[1]).T
     cutoff, k = context.config.evaluation.validation_cutoff, context.config.evaluation.neighbors
-    # The teacher's rank of each sample, 1 = the most influential.
-    teacher_rank = torch.argsort(torch.argsort(scores, dim=1, descending=True), dim=1) + 1
+    teacher_rank, relevant = descending_ranks(scores), top_mask(scores, cutoff)
     precision = {
         (row["query_id"], row["space"]): row["value"]
         for row in metrics
@@ -130,7 +130,7 @@ def _panels(context: Context, stages: dict[str, Stage], metrics: list[dict[str, 
         query = load_queries(queries)[number]
         masked = [ranking[row].masked_fill(~scores[row].isfinite(), -torch.inf) for ranking in (untuned, tuned)]
         rows = [
-            Row(title, note, _pictures(samples, ranking.topk(k).indices, teacher_rank[row], cutoff))
+            Row(title, note, _pictures(samples, ranking.topk(k).indices, teacher_rank[row], relevant[row]))
             for title, note, ranking in (
                 ("Untuned features", "nearest by the frozen encoders", masked[0]),
                 ("Tuned features", "nearest by the rank head: FastGDA's answer", masked[1]),
@@ -142,13 +142,14 @@ def _panels(context: Context, stages: dict[str, Stage], metrics: list[dict[str, 
     return panels
 
 
-def _pictures(samples: Stage, chosen: Tensor, teacher_rank: Tensor, cutoff: int) -> list[Picture]:
+def _pictures(samples: Stage, chosen: Tensor, teacher_rank: Tensor, relevant: Tensor) -> list[Picture]:
+    """Some training images with the teacher's rank of each; `relevant` says which of all, (samples,), agree with it."""
     train_ids = chosen.tolist()
     captions = samples_table(samples.path)["captions"].take(train_ids).to_pylist()
-    ranks = teacher_rank[chosen].tolist()
+    judged = zip(teacher_rank[chosen].tolist(), relevant[chosen].tolist(), strict=True)
     return [
-        Picture(_data_url(image), several[0], f"teacher's #{rank}", rank <= cutoff)
-        for image, several, rank in zip(sample_images(samples.path, train_ids), captions, ranks, strict=True)
+        Picture(_data_url(image), several[0], f"teacher's #{rank}", agrees)
+        for image, several, (rank, agrees) in zip(sample_images(samples.path, train_ids), captions, judged, strict=True)
     ]
 
 

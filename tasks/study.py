@@ -220,8 +220,9 @@ def draw_study(context: Context, labels: Labels, study: Stage) -> Stage:
     reused = manifest is not None
     if manifest is None:
         test = rows_of_split(labels.queries, "test")
-        known = score_matrix(context, labels.ranks, labels.queries, labels.samples, test).isfinite().sum(1).tolist()
-        floor = statistics.fmean(expected_random_average_precision(count, cutoff) for count in known)
+        scores = score_matrix(context, labels.ranks, labels.queries, labels.samples, test)
+        counts = zip(scores.isfinite().sum(1).tolist(), top_mask(scores, cutoff).sum(1).tolist(), strict=True)
+        floor = statistics.fmean(expected_random_average_precision(known, relevant) for known, relevant in counts)
         found = answers(tables.read(study.path, tables.METRICS), cutoff)
         picture = study_plot(found, cutoff, floor, _ceiling(context, labels.run, cutoff))
         manifest = commit(path, lambda temporary: temporary.write_bytes(picture), key=key, rows=1, started=started)

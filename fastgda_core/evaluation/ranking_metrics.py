@@ -1,4 +1,8 @@
-"""Ranking metrics, vectorised over queries."""
+"""Ranking metrics, vectorised over queries.
+
+Samples that share the lowest score of their query are in no order among themselves: a teacher whose negative scores
+carry nothing gives all of those the score 0.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,36 @@ from torch import Tensor
 
 
 def top_mask(scores: Tensor, cutoff: int) -> Tensor:
-    """The `cutoff` highest scores of each row as True; (queries, samples) bool. Ties fall to the earlier sample."""
+    """The `cutoff` highest scores of each row as True; (queries, samples) bool. Ties fall to the earlier sample.
+
+    Samples that are tied at the row's lowest score are never among them, and non-candidates, minus infinity, are not
+    either: a row with fewer other scores has fewer True, but always one.
+    """
     order = torch.argsort(scores, dim=1, descending=True, stable=True)[:, :cutoff]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+    chosen &= ~(tied_last(scores) | (scores == -torch.inf))
+    return chosen.scatter_(1, order[:, :1], True)
+
+
+def tied_last(scores: Tensor) -> Tensor:
+    """Samples that share the lowest score of their row with another, (queries, samples) bool.
+
+    Minus infinity, the score of non-candidates, does not count.
+    """
+    lowest = scores.masked_fill(scores == -torch.inf, torch.inf).amin(1, keepdim=True)
+    last = scores == lowest
+    return last & (last.sum(1, keepdim=True) > 1)
+
+
+def descending_ranks(scores: Tensor) -> Tensor:
+    """Rank of each sample in its row, 1 = the highest score, (queries, samples) int64; ties fall to the earlier sample.
+
+    Those that are tied at the row's lowest score all have the last rank, as in rank labels.
+    """
+    order = torch.argsort(scores, dim=1, descending=True, stable=True)
+    rank = torch.argsort(order, dim=1) + 1
+    candidates = (scores != -torch.inf).sum(1, keepdim=True)
+    return torch.where(tied_last(scores), candidates, rank)
 
 
 def average_precision(scores: Tensor, relevant: Tensor) -> Tensor:
@@ -66,23 +97,34 @@ def expected_random_average_precision(samples: int, relevant: int) -> float:
 
 
 def spearman(first: Tensor, second: Tensor) -> Tensor:
-    """Rank correlation of each row without ties, (queries,) float64."""
-    ranks = [torch.argsort(torch.argsort(values, dim=1), dim=1).double() for values in (first, second)]
+    """Rank correlation of each row, (queries,) float64; equal values share the mean of their places.
+
+    0 where all values of a row are equal, which is no ranking to agree with.
+    """
+    ranks = [(low + high).double() / 2 for low, high in map(_places, (first, second))]
     centred = [rank - rank.mean(1, keepdim=True) for rank in ranks]
-    return (centred[0] * centred[1]).sum(1) / (centred[0].square().sum(1) * centred[1].square().sum(1)).sqrt()
+    size = (centred[0].square().sum(1) * centred[1].square().sum(1)).sqrt()
+    return torch.where(size > 0, (centred[0] * centred[1]).sum(1) / size, 0.0)
 
 
 def kendall(first: Tensor, second: Tensor) -> Tensor:
-    """Kendall's tau of each row without ties, (queries,) float64, in n log n.
+    """Kendall's tau-b of each row, (queries,) float64, in n log n; 0 where all values of a row are equal.
 
     The discordant pairs are the inversions of the one order seen from the other. They are counted bit by bit of the
-    position, from the highest: among those that agree so far, a 1 that stands before a 0 is an inversion.
+    place, from the highest: among those that agree so far, a 1 that stands before a 0 is an inversion. Pairs that are
+    tied in either are no inversions, as the rows are sorted by both.
+
+    Source: Knight, "A computer method for calculating Kendall's tau with ungrouped data" (1966), for the ties.
     """
-    order = torch.argsort(first, dim=1, stable=True)
-    place = torch.argsort(torch.argsort(second, dim=1, stable=True), dim=1).gather(1, order)
-    queries, n = place.shape
+    queries, n = first.shape
     if n < 2:
         raise ValueError("a rank correlation needs two items or more")
+    (low, high), (place, end) = _places(first), _places(second)
+    both = low * n + place
+    tied_first, tied_second, tied_both = (
+        (last - start).sum(1) for start, last in ((low, high), (place, end), _places(both))
+    )
+    place = place.gather(1, torch.argsort(both, dim=1, stable=True))
     inversions = torch.zeros(queries, dtype=torch.int64)
     for bit in reversed(range((n - 1).bit_length())):
         ones = (place >> bit) & 1
@@ -94,7 +136,18 @@ def kendall(first: Tensor, second: Tensor) -> Tensor:
         at_start = torch.where(starts, before, -1).cummax(1).values
         inversions += ((before - at_start) * (1 - ones)).sum(1)
         place = place.gather(1, torch.argsort(place >> bit, dim=1, stable=True))
-    return 1 - 4 * inversions.double() / (n * (n - 1))
+    # All pairs are counted twice, as (i, j) and (j, i).
+    pairs = n * (n - 1)
+    surplus = 1 - (4 * inversions + tied_first + tied_second - tied_both).double() / pairs
+    untied = ((pairs - tied_first).double() / pairs * ((pairs - tied_second).double() / pairs)).sqrt()
+    return torch.where(untied > 0, surplus / untied, 0.0)
+
+
+def _places(values: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last place, from 0, of each value and its equals in its row in ascending order; int64 like `values`."""
+    values = values.contiguous()
+    ascending = values.sort(dim=1).values
+    return torch.searchsorted(ascending, values), torch.searchsorted(ascending, values, right=True) - 1
 
 
 def recall(scores: Tensor, relevant: Tensor, k: int) -> Tensor:
@@ -103,7 +156,9 @@ def recall(scores: Tensor, relevant: Tensor, k: int) -> Tensor:
 
 
 def ndcg(scores: Tensor, gains: Tensor, k: int) -> Tensor:
-    """Normalised discounted cumulative gain at `k` of each row, (queries,) float64; equal scores keep their order.
+    """Normalised discounted cumulative gain at `k` of each row, (queries,) float64.
+
+    Items of equal score share the mean of their gains, as in scikit-learn: they may stand in any order.
 
     Source: Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques" (2002), with the discount
     1 / log2(1 + place).
@@ -114,9 +169,21 @@ def ndcg(scores: Tensor, gains: Tensor, k: int) -> Tensor:
     """
     k = min(k, scores.shape[1])
     discount = torch.log2(torch.arange(k, dtype=torch.float64) + 2).reciprocal()
-    order = torch.argsort(scores, dim=1, descending=True, stable=True)[:, :k]
-    best = gains.double().topk(k, dim=1).values
-    return (gains.double().gather(1, order) * discount).sum(1) / (best * discount).sum(1)
+    ordered, order = torch.sort(scores, dim=1, descending=True, stable=True)
+    gains = gains.double()
+    best = gains.topk(k, dim=1).values
+    found = _shared(gains.gather(1, order), ordered)[:, :k]
+    return (found * discount).sum(1) / (best * discount).sum(1)
+
+
+def _shared(values: Tensor, ordered: Tensor) -> Tensor:
+    """Each value replaced by the mean over the neighbours whose `ordered` is the same, (queries, samples)."""
+    group = torch.zeros(values.shape, dtype=torch.int64)
+    group[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).cumsum(1)
+    sums, counts = torch.zeros_like(values), torch.zeros_like(values)
+    sums.scatter_add_(1, group, values)
+    counts.scatter_add_(1, group, torch.ones_like(values))
+    return (sums / counts).gather(1, group)
 
 
 def agreement(
@@ -125,19 +192,18 @@ def agreement(
     """How far a ranking is the teacher's, by (measure, cutoff), (queries,) float64 each.
 
     "spearman" and "kendall" have the cutoff 0. At a cutoff k: "mAP", of the teacher's first k; "ndcg", with gains that
-    fall evenly from 1 to 1 / n with the teacher's rank; "overlap", the share that the first k have in common; "recall",
-    the share of the teacher's first min(cutoffs) that are among the first k.
+    fall evenly from 1 to 1 / n with the teacher's rank; "overlap", the share of the teacher's first k that are among
+    the first k; "recall", the share of its first min(cutoffs) that are. What is tied at the teacher's lowest score is
+    never among its first k (`top_mask`) and has the last rank (`descending_ranks`).
 
     Args:
         teacher, ranking: scores, (queries, n); higher ranks earlier.
         cutoffs: several k, at most n / share.
         share: of the items that the cutoffs are meant for, these are so many: each k stands for so much fewer.
     """
-    n = teacher.shape[1]
     places = {cutoff: max(1, round(cutoff * share)) for cutoff in cutoffs}
     first = top_mask(teacher, min(places.values()))
-    rank = torch.argsort(torch.argsort(teacher, dim=1, descending=True, stable=True), dim=1)
-    gains = (n - rank).double() / n
+    gains = _gains(teacher)
     found = {("spearman", 0): spearman(teacher, ranking), ("kendall", 0): kendall(teacher, ranking)}
     for cutoff, k in places.items():
         relevant = top_mask(teacher, k)
@@ -148,12 +214,24 @@ def agreement(
     return found
 
 
-def expected_random_agreement(n: int, cutoffs: Sequence[int]) -> dict[tuple[str, int], float]:
-    """Mean of each measure of `agreement` over all orders of `n` items."""
+def _gains(teacher: Tensor) -> Tensor:
+    """Gains of `agreement`, (queries, n) float64."""
+    n = teacher.shape[1]
+    return (n + 1 - descending_ranks(teacher)).double() / n
+
+
+def expected_random_agreement(teacher: Tensor, cutoffs: Sequence[int]) -> dict[tuple[str, int], float]:
+    """Mean of each measure of `agreement` with a teacher over all orders of its items.
+
+    Args:
+        teacher: scores of one query, (n,).
+        cutoffs: several k, at most n.
+    """
+    n = len(teacher)
     found = {("spearman", 0): 0.0, ("kendall", 0): 0.0}
-    gains = torch.arange(n, 0, -1, dtype=torch.float64) / n
+    gains = _gains(teacher[None])[0].sort(descending=True).values
     for k in cutoffs:
-        found["mAP", k] = expected_random_average_precision(n, k)
+        found["mAP", k] = expected_random_average_precision(n, int(top_mask(teacher[None], k).sum()))
         discount = torch.log2(torch.arange(k, dtype=torch.float64) + 2).reciprocal()
         found["ndcg", k] = (gains.mean() * discount.sum() / (gains[:k] * discount).sum()).item()
         found["overlap", k] = found["recall", k] = k / n

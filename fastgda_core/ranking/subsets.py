@@ -18,7 +18,8 @@ def thin(pairs: RankPairs, priority: Tensor, share: float, queries: Tensor | Non
         priority: (pairs,); random for M of K candidates, a similarity for the nearest.
         share: in (0, 1]; at least one candidate of a query is kept.
         queries: numbers of the queries that are kept; None: all.
-        ranked: labels are rank labels: those that are kept are ranked anew among themselves, pi = rank / M.
+        ranked: labels are rank labels: those that are kept are ranked anew among themselves, pi = rank / M. What has
+            the last rank, pi = 1, keeps it: several that are tied there stay so.
     """
     query = pairs.query
     order = torch.argsort(priority, descending=True)
@@ -33,8 +34,9 @@ def thin(pairs: RankPairs, priority: Tensor, share: float, queries: Tensor | Non
         order = torch.argsort(label)
         order = order[torch.argsort(query[order], stable=True)]
         place, count = places(query)
-        label = torch.empty_like(label)
-        label[order] = ((place + 1) / count).float()
+        among_kept = torch.empty_like(label)
+        among_kept[order] = ((place + 1) / count).float()
+        label = torch.where(label == 1, label, among_kept)
     first = first_pairs(torch.bincount(query, minlength=pairs.queries))
     return RankPairs(first, pairs.sample[kept], label, pairs.outside, pairs.samples)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from sklearn.metrics import average_precision_score, ndcg_score
 from fastgda_core.evaluation.ranking_metrics import (
     agreement,
     average_precision,
+    descending_ranks,
     expected_random_agreement,
     expected_random_average_precision,
     kendall,
@@ -91,8 +93,47 @@ def test_top_mask_picks_exactly_the_highest(cutoff: int) -> None:
 
 
 def test_top_mask_gives_ties_to_the_earlier_sample_and_keeps_the_count() -> None:
-    mask = top_mask(torch.tensor([[1.0, 2.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]), 2)
-    assert mask.tolist() == [[True, True, False, False], [True, True, False, False]]
+    mask = top_mask(torch.tensor([[1.0, 2.0, 1.0, 1.0, 0.0], [3.0, 3.0, 3.0, 1.0, 1.0]]), 2)
+    assert mask.tolist() == [[True, True, False, False, False], [True, True, False, False, False]]
+
+
+def test_what_is_tied_at_the_lowest_score_is_never_among_the_first_but_one_item_always_is() -> None:
+    outside = -torch.inf
+    scores = torch.tensor([[0.0, 2.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [outside, 0.0, 5.0, 0.0], [1.0, 2.0, 4.0, 3.0]])
+    mask = top_mask(scores, 3)
+    assert mask.int().tolist() == [[0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 1, 1]]
+    assert descending_ranks(scores)[:2].tolist() == [[4, 1, 4, 2], [4, 4, 4, 4]]
+    assert descending_ranks(scores)[2:].tolist() == [[4, 3, 1, 3], [4, 3, 1, 2]]
+
+
+def tied_pairs(samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows with many ties, at the end, anywhere and everywhere, beside rows that have none."""
+    rng = np.random.default_rng(8)
+    first, second = rng.normal(size=(2, 40, samples))
+    first[:20] = first[:20].clip(0)
+    second[10:25] = rng.integers(3, size=(15, samples)) + 0.5 * (first[10:25] > 0)
+    first[38], second[39] = 0.0, -1.0
+    return first, second
+
+
+@pytest.mark.parametrize("samples", [2, 5, 64, 301])
+def test_rank_correlations_with_ties_are_scipys_and_0_where_nothing_is_ranked(samples: int) -> None:
+    first, second = tied_pairs(samples)
+    for measure, scipys in ((spearman, spearmanr), (kendall, kendalltau)):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of constant rows
+            expected = np.nan_to_num([scipys(a, b).statistic for a, b in zip(first, second, strict=True)])
+        found = measure(torch.from_numpy(first), torch.from_numpy(second))
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 10, 80])
+def test_ndcg_of_tied_rankings_equals_scikit_learn(k: int) -> None:
+    rng = np.random.default_rng(9)
+    gains, scores = rng.random((30, 80)), rng.normal(size=(30, 80)).clip(0).round(1)
+    found = ndcg(torch.from_numpy(scores), torch.from_numpy(gains), k)
+    expected = [ndcg_score(g[None], s[None], k=k) for g, s in zip(gains, scores, strict=True)]
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("samples", [2, 3, 64, 65, 1000])
@@ -125,15 +166,30 @@ def test_recall_counts_the_relevant_among_the_first(k: int) -> None:
         assert value == pytest.approx(len(first & set(np.flatnonzero(truth))) / truth.sum())
 
 
-def test_a_ranking_agrees_with_itself_and_the_mean_over_all_orders_is_chance() -> None:
+TEACHERS = {
+    "no ties": [3.0, 9.0, 1.0, 7.0, 5.0, 2.0],
+    "four tied at the end": [0.0, 9.0, 0.0, 7.0, 0.0, 0.0],
+    "one above": [0.0, 0.0, 0.0, 7.0, 0.0, 0.0],
+}
+
+
+@pytest.mark.parametrize("scores", TEACHERS.values(), ids=TEACHERS.keys())
+def test_a_ranking_agrees_with_itself_and_the_mean_over_all_orders_is_chance(scores: list[float]) -> None:
     n, cutoffs = 6, [2, 4]
-    teacher = torch.tensor([[3.0, 9.0, 1.0, 7.0, 5.0, 2.0]], dtype=torch.float64)
+    teacher = torch.tensor([scores], dtype=torch.float64)
     perfect = agreement(teacher, teacher, cutoffs)
     assert all(value.item() == pytest.approx(1.0) for value in perfect.values())
     assert agreement(teacher, -teacher, cutoffs)["overlap", 2].item() == 0
     orders = torch.tensor(list(itertools.permutations(range(n))), dtype=torch.float64)
     means = agreement(teacher.expand(len(orders), n), orders, cutoffs)
-    chance = expected_random_agreement(n, cutoffs)
+    chance = expected_random_agreement(teacher[0], cutoffs)
     assert means.keys() == chance.keys()
     for measure, values in means.items():
         assert values.mean().item() == pytest.approx(chance[measure], abs=1e-9), measure
+
+
+def test_a_teacher_that_ranks_nothing_agrees_with_no_order_more_than_with_another() -> None:
+    nothing, order = torch.zeros(1, 6), torch.arange(6.0)[None]
+    found, other = agreement(nothing, order, [2]), agreement(nothing, -order, [2])
+    assert found["spearman", 0] == found["kendall", 0] == 0
+    assert found["ndcg", 2] == other["ndcg", 2] == 1

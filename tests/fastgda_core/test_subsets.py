@@ -44,6 +44,27 @@ def test_the_highest_priorities_are_kept_and_ranked_anew(share: float) -> None:
     assert keys(kept) == sorted(keys(kept))
 
 
+@pytest.mark.parametrize("share", [0.01, 0.3, 1.0])
+def test_what_is_tied_at_the_last_rank_stays_there(share: float) -> None:
+    """Of 40 candidates the last 25 are tied, of 10 all are, of 8 none."""
+    untied = {0: 15, 1: 0, 2: 8}
+    rows = [
+        (query, sample, (sample + 1) / count if sample < untied[query] else 1.0)
+        for query, count in enumerate((40, 10, 8))
+        for sample in range(count)
+    ]
+    query, sample, label = (torch.tensor(column) for column in zip(*rows, strict=True))
+    pairs = RankPairs.of(query, sample, label, queries=3, samples=SAMPLES)
+    kept = thin(pairs, random_priority(pairs, seed=2), share, ranked=True)
+    for number in range(3):
+        mine = kept.query == number
+        expected = [
+            pytest.approx((place + 1) / int(mine.sum())) if sample < untied[number] else 1.0
+            for place, sample in enumerate(kept.sample[mine].tolist())
+        ]
+        assert kept.label[mine].tolist() == expected
+
+
 def test_scores_are_not_ranked_anew() -> None:
     pairs, _ = some_pairs()
     kept = thin(pairs, random_priority(pairs, 1), 0.5, ranked=False)
