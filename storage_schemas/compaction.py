@@ -23,6 +23,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from storage_schemas import tables
 from storage_schemas.attempts import ShardState
@@ -32,10 +33,12 @@ from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, file_sha256, matching, remove, write_atomically
 from storage_schemas.ledger import (
     Compaction,
+    Negatives,
     Part,
     derive,
     folder_manifests,
     read_compaction,
+    read_labelling,
     run_names,
     write_ledger,
 )
@@ -69,18 +72,21 @@ def compact(
     *,
     without: frozenset[str] = frozenset(),
     incomplete: bool = False,
+    negatives: Negatives | None = None,
     part_rows: int = PART_ROWS,
     threads: int | None = None,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[Part]:
     """Rank labels of all rows of a finished run, in large sorted files; what is there already is reused.
 
-    rank 1 = highest score of the query, ties by train_id; rank_label = rank / candidates of the query. Candidates that
-    the run had to leave out have no rank, and the others' ranks close up.
+    rank 1 = highest score of the query, ties by train_id; rank_label = rank / candidates of the query. Where negatives
+    are tied, all scores that are not above 0 have the last rank and the label 1; their order in the file is the same.
+    Candidates that the run had to leave out have no rank, and the others' ranks close up.
 
     Args:
         without: queries whose rows are left out; such parts serve a snapshot only, not the run.
         incomplete: take the rows of the shards that are done; such parts serve a snapshot only, too.
+        negatives: as in the run's labelling unless given; then such parts serve a snapshot only, too.
         advance: called with the rows of each part when it is there.
 
     Raises:
@@ -98,6 +104,7 @@ def compact(
     left_out = samples_left_out.num_rows
     groups = list(_groups(workspace, run, without, part_rows))
     workers = threads or os.cpu_count() or 1
+    labelling = negatives or read_labelling(workspace, run).negatives
 
     def build(group: _Group) -> Part | None:
         memory = MEMORY_GIGABYTES / workers
@@ -105,14 +112,15 @@ def compact(
             group = _counted(workspace, run, group, shards, memory, None if open_shards else left_out)
         if not group.queries:
             return None
-        part = _build(workspace, run, group, shards, memory)
+        part = _build(workspace, run, group, shards, memory, labelling)
         advance(part.rows)
         return part
 
     # One thread a part: DuckDB's own threads gain less here, as rows that must stay in order are written by one.
     with ThreadPoolExecutor(workers) as pool:
         parts = [part for part in pool.map(build, groups) if part is not None]
-    if not without and not open_shards and read_compaction(workspace, run) != Compaction(parts=parts):
+    of_run = not without and not open_shards and negatives is None
+    if of_run and read_compaction(workspace, run) != Compaction(parts=parts):
         content = Compaction(parts=parts).model_dump_json(indent=2).encode() + b"\n"
         write_atomically(workspace.compaction(run), content)
     return parts
@@ -172,27 +180,35 @@ def _counted(
     return _Group(group.number, [(name, block, counts[name]) for name, block, _ in group.queries if name in counts])
 
 
-def _build(workspace: Workspace, run: str, group: _Group, shards: dict[int, list[int]], memory: float) -> Part:
+def _build(
+    workspace: Workspace,
+    run: str,
+    group: _Group,
+    shards: dict[int, list[int]],
+    memory: float,
+    negatives: Negatives,
+) -> Part:
     """One part, made unless it is there."""
     numbers = sorted({shard for _, block, _ in group.queries for shard in shards[block]})
     manifests = folder_manifests(workspace.scores(run))
     content = [
         (shard, manifest.sha256) for shard in numbers if (manifest := manifests.get(workspace.score_shard(run, shard)))
     ]
-    key = input_key("ranks", run, group.queries, content)
+    labelling = [] if negatives == "keep" else [negatives]  # keys of earlier releases know no other
+    key = input_key("ranks", run, group.queries, content, *labelling)
     path = workspace.ranks(run) / f"part-{group.number:05d}-{key}.parquet"
     manifest = committed(path, key)
     if manifest is None:
         started = time.monotonic()
 
         def write(temporary: Path) -> None:
-            _write_ranks(workspace, run, group, shards, temporary, memory)
-            ranks = pq.read_table(temporary, columns=["rank"], partitioning=None)["rank"].to_numpy()
-            if len(ranks) != group.rows:
-                raise RunUnfinished(f"run {run}: {path.name} would hold {len(ranks)} rows, its plan says {group.rows}")
+            _write_ranks(workspace, run, group, shards, temporary, memory, negatives)
+            written = pq.read_table(temporary, columns=["score", "rank"], partitioning=None)
+            rows = written.num_rows
+            if rows != group.rows:
+                raise RunUnfinished(f"run {run}: {path.name} would hold {rows} rows, its plan says {group.rows}")
             # No database promises the order of what it writes; everything that reads parts relies on it.
-            planned = np.concatenate([np.arange(1, pairs + 1) for _, _, pairs in group.queries])
-            if not np.array_equal(ranks, planned):
+            if not _in_order(written["score"].to_numpy(), written["rank"].to_numpy(), group, negatives):
                 raise RunUnfinished(
                     f"run {run}: its shards do not hold the planned number of candidates of each query: "
                     "`fastgda verify`, then `fastgda retry`"
@@ -207,11 +223,29 @@ def _build(workspace: Workspace, run: str, group: _Group, shards: dict[int, list
         first_query=group.queries[0][0],
         last_query=group.queries[-1][0],
         sha256=manifest.sha256,
+        negatives=negatives,
     )
 
 
+def _in_order(scores: NDArray[np.float64], ranks: NDArray[np.int32], group: _Group, negatives: Negatives) -> bool:
+    """Whether the rows are those of the group's queries in their order, each from the highest score to the lowest."""
+    pairs = np.array([pairs for _, _, pairs in group.queries])
+    places = np.concatenate([np.arange(1, each + 1) for each in pairs])
+    if negatives == "keep":
+        return np.array_equal(ranks, places)
+    # Ties share a rank, which shows only by their scores that none of them is elsewhere.
+    rises = (scores[1:] > scores[:-1]) & (places[1:] > 1)
+    return not rises.any() and np.array_equal(ranks, np.where(scores <= 0, np.repeat(pairs, pairs), places))
+
+
 def _write_ranks(
-    workspace: Workspace, run: str, group: _Group, shards: dict[int, list[int]], destination: Path, memory: float
+    workspace: Workspace,
+    run: str,
+    group: _Group,
+    shards: dict[int, list[int]],
+    destination: Path,
+    memory: float,
+    negatives: Negatives,
 ) -> None:
     with open_database(workspace, memory_gigabytes=memory, threads=1) as connection:
         query_ids, _, pairs = zip(*group.queries, strict=True)
@@ -223,7 +257,11 @@ def _write_ranks(
         # The rows stream past `planned` in their order, however few they are.
         connection.execute("SET disabled_optimizers = 'join_order,build_side_probe_side'")
         sources = " UNION ALL ".join(_sources(workspace, run, group, shards, connection))
-        values = {"rank": "place - start", "rank_label": "(place - start) / pairs"}
+        rank = "(place - start)"
+        if negatives == "tie":
+            # A place outside of the query's own stays as it is: the check of the written file refuses it.
+            rank = f"(CASE WHEN score <= 0 AND {rank} BETWEEN 1 AND pairs THEN pairs ELSE {rank} END)"
+        values = {"rank": rank, "rank_label": f"{rank} / pairs"}
         columns = ", ".join(
             f"{values.get(field.name, field.name)}::{duckdb_type(field.type)} AS {field.name}"
             for field in tables.RANKS.schema

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
@@ -63,6 +63,19 @@ class RunRecord(BaseModel):
     config: dict[str, object] = Field(description="the pipeline's configuration")
 
 
+Negatives: TypeAlias = Literal["keep", "tie"]
+
+
+class Labelling(BaseModel):
+    """`runs/<run>/labelling.json`: how a run's scores become rank labels, for whoever ranks them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    negatives: Negatives = Field(
+        default="keep", description="scores that are not above 0: ranked as all are, or ties at the last rank"
+    )
+
+
 class Part(BaseModel):
     """One large, sorted, immutable file of rank labels that holds all rows of some queries."""
 
@@ -75,6 +88,7 @@ class Part(BaseModel):
     first_query: str = Field(description="least query_id in it")
     last_query: str = Field(description="greatest query_id in it")
     sha256: str
+    negatives: Negatives = Field(default="keep", description="of the labelling that its ranks are of")
 
 
 class Compaction(BaseModel):
@@ -125,6 +139,20 @@ def read_compaction(workspace: Workspace, run: str) -> Compaction | None:
         return Compaction.model_validate_json(workspace.compaction(run).read_bytes())
     except FileNotFoundError:
         return None
+
+
+def read_labelling(workspace: Workspace, run: str) -> Labelling:
+    """The run's current labelling."""
+    try:
+        return Labelling.model_validate_json(workspace.labelling(run).read_bytes())
+    except FileNotFoundError:
+        return Labelling()
+
+
+def write_labelling(workspace: Workspace, run: str, labelling: Labelling) -> None:
+    """Make this the run's labelling; rank labels are made by it from the next compaction on."""
+    if read_labelling(workspace, run) != labelling:
+        write_atomically(workspace.labelling(run), labelling.model_dump_json(indent=2).encode() + b"\n")
 
 
 def read_ledger(workspace: Workspace, run: str) -> pa.Table:

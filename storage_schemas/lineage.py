@@ -24,7 +24,7 @@ from storage_schemas.attempts import Attempt, ShardState, read_attempts
 from storage_schemas.commit import read_manifest
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, matching
-from storage_schemas.ledger import RunRecord, read_ledger, read_run, run_names
+from storage_schemas.ledger import RunRecord, read_labelling, read_ledger, read_run, run_names
 from storage_schemas.liveness import Assignment, read_assignment
 from storage_schemas.pairs import planned_shard, ranked_pair, select_rows, shard_of_pair
 from storage_schemas.snapshots import NotPublished, Published, read_published, read_snapshot
@@ -251,6 +251,7 @@ def _snapshot(workspace: Workspace, name: str) -> Node:
     if found is None:
         return Node("snapshot", name, facts)
     facts |= _known({"rows": found.rows, "queries": found.queries, "runs": ", ".join(found.runs)})
+    facts |= _known({"negatives": ", ".join(sorted({part.negatives for part in found.parts}))})
     for part in found.parts:
         gone = "" if workspace.file(part.path).exists() else f", {_GONE}"
         facts[part.path] = f"{part.rows} rows, sha256 {part.sha256}{gone}"
@@ -278,6 +279,10 @@ def _run(workspace: Workspace, name: str) -> Node:
         facts |= _known({"data_hash": data.key if data else None})
     if record is not None:
         facts |= _known({"pairs": record.pairs}) | _progress(workspace, name) | _settings(record)
+        # As it was planned it may have been labelled otherwise.
+        facts.pop("teacher.negatives", None)
+        labelling = _tried("labelling", lambda: read_labelling(workspace, name), facts)
+        facts |= _known({"negatives": labelling.negatives if labelling else None})
     return Node("run", name, facts, list(_stages(workspace, record, assignment)))
 
 

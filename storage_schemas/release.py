@@ -201,15 +201,20 @@ def _ordered_rows(
     with open_database(workspace, memory_gigabytes=MEMORY_GIGABYTES, threads=2) as connection:
         numbers = pa.array(range(planned.num_rows), pa.int32())
         connection.register("planned", planned.select(["query_id"]).append_column("number", numbers))
-        ranks = f"read_parquet({file_list(workspace.file(part.path) for part in parts)}) AS ranks"
+        # Not by rank, which ties may share.
+        places = f"""
+            SELECT query_id, train_id, score,
+                   row_number() OVER (PARTITION BY query_id ORDER BY score DESC, train_id) - 1 AS place
+            FROM read_parquet({file_list(workspace.file(part.path) for part in parts)})
+        """
         join, order = "", "train_id"
         if record.candidates is not None:
             candidates = file_list([workspace.file(record.candidates)])
             join = f"JOIN read_parquet({candidates}) AS candidates USING (query_id, train_id)"
             order = "neighbor_rank, train_id"
         rows = connection.sql(f"""
-            SELECT number, train_id, score, rank - 1 AS place
-            FROM {ranks} JOIN planned USING (query_id) {join}
+            SELECT number, train_id, score, place
+            FROM ({places}) AS ranks JOIN planned USING (query_id) {join}
             ORDER BY number, {order}
         """)
         yield from rows.to_arrow_reader(tables.RANKS.row_group_rows)

@@ -6,7 +6,7 @@ A snapshot is a list of immutable files, named after them, so that a training ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 
 import pyarrow as pa
@@ -122,7 +122,9 @@ def make_snapshot(
         parts += (
             compact(workspace, run, without=replaced, incomplete=incomplete, advance=advance) if replaced else whole
         )
-    name = f"{runs[-1]}-{input_key([part.sha256 for part in parts])[:8]}"
+    # Two labellings of a run are two snapshots even where all scores are positive.
+    labellings = [[part.negatives for part in parts]] if any(part.negatives != "keep" for part in parts) else []
+    name = f"{runs[-1]}-{input_key([part.sha256 for part in parts], *labellings)[:8]}"
     snapshot = Snapshot(
         snapshot=name,
         runs=runs,
@@ -238,11 +240,27 @@ def retract_run(workspace: Workspace, run: str) -> Published | None:
 
 def read_ranks(workspace: Workspace, snapshot: str, query_ids: Sequence[str] | None = None) -> pa.Table:
     """The rows of a snapshot, or those of some of its queries, by query_id and rank within each part."""
+    parts = [rows for _, rows in _read(workspace, snapshot, query_ids)]
+    return pa.concat_tables([tables.RANKS.schema.empty_table(), *parts])
+
+
+def read_influence(workspace: Workspace, snapshot: str, query_ids: Sequence[str]) -> pa.Table:
+    """The rows of `read_ranks`, with a score of 0 in place of negative ones where the snapshot's labels tie them."""
+    read = _read(workspace, snapshot, query_ids)
+    parts = [_positive(rows) if part.negatives == "tie" else rows for part, rows in read]
+    return pa.concat_tables([tables.RANKS.schema.empty_table(), *parts])
+
+
+def _positive(rows: pa.Table) -> pa.Table:
+    column = rows.schema.get_field_index("score")
+    return rows.set_column(column, rows.schema.field(column), pc.max_element_wise(rows["score"], 0.0))
+
+
+def _read(workspace: Workspace, snapshot: str, query_ids: Sequence[str] | None) -> Iterator[tuple[Part, pa.Table]]:
+    """The rows of each part of a snapshot, all or those of some queries."""
     wanted = None if query_ids is None else sorted(query_ids)
-    rows = [tables.RANKS.schema.empty_table()]
     for part in read_snapshot(workspace, snapshot).parts:
         if wanted is None:
-            rows.append(tables.read(workspace.file(part.path), tables.RANKS))
+            yield part, tables.read(workspace.file(part.path), tables.RANKS)
         elif mine := [name for name in wanted if part.first_query <= name <= part.last_query]:
-            rows.append(tables.read(workspace.file(part.path), tables.RANKS, pc.field("query_id").isin(mine)))
-    return pa.concat_tables(rows)
+            yield part, tables.read(workspace.file(part.path), tables.RANKS, pc.field("query_id").isin(mine))

@@ -180,7 +180,7 @@ RANKS = Table(
         ("query_id", pa.string(), "the query"),
         ("train_id", pa.int64(), "the training sample"),
         ("score", pa.float64(), "the teacher's score; higher = more influential"),
-        ("rank", pa.int32(), "1 = the most influential of the query's candidates"),
+        ("rank", pa.int32(), "1 = the most influential of the query's candidates; ties only at the last rank"),
         ("rank_label", pa.float32(), "rank / candidates of the query, in (0, 1]"),
     ),
     sorted_by=("query_id", "rank"),
@@ -320,6 +320,24 @@ INDEXES = Table(
 )
 
 EXACT_CHECK = Table("exact_check", "a pair that the exact teacher scored too", SCORES.schema)
+
+RANKS_VIEW = Table(
+    "ranks",
+    RANKS.comment,
+    pa.schema(
+        [
+            *RANKS.schema,
+            pa.field(
+                "influence",
+                pa.float64(),
+                nullable=False,
+                metadata={
+                    "comment": "what sums of influence add up: the score; 0 for negative scores where they are tied"
+                },
+            ),
+        ]
+    ),
+)
 
 RUN_SCORES = Table(
     "run_scores",

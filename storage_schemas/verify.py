@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -11,7 +12,7 @@ from storage_schemas.commit import manifest_path, read_manifest
 from storage_schemas.compaction import compact
 from storage_schemas.database import file_list, open_database
 from storage_schemas.files import AnyPath, file_sha256, matching, move
-from storage_schemas.ledger import done_shards, read_run, run_names, write_ledger
+from storage_schemas.ledger import Negatives, Part, done_shards, read_labelling, read_run, run_names, write_ledger
 from storage_schemas.workspace import Workspace
 
 
@@ -105,7 +106,17 @@ def _mend(workspace: Workspace, run: str, found: list[Damage]) -> None:
         if reason is not None:
             log.record(shard, ShardState.quarantined, error=DamagedFile(reason))
     parts = workspace.relative(workspace.ranks(run))
-    lost_part = any(path.startswith(f"{parts}/") for path in reasons)
-    if lost_part and len(done_shards(workspace, run)) == read_run(workspace, run).shards:
+    lost_parts = {path for path in reasons if path.startswith(f"{parts}/")}
+    if lost_parts and len(done_shards(workspace, run)) == read_run(workspace, run).shards:
         compact(workspace, run)
+        # A snapshot may hold parts of a labelling that the run had before.
+        for negatives in _labellings(workspace, lost_parts) - {read_labelling(workspace, run).negatives}:
+            compact(workspace, run, negatives=negatives)
     write_ledger(workspace, run)
+
+
+def _labellings(workspace: Workspace, paths: set[str]) -> set[Negatives]:
+    """By which labellings these parts were made, where a snapshot names them."""
+    snapshots = matching(workspace.root / "snapshots", "*.json")
+    named = (part for path in snapshots for part in json.loads(path.read_bytes())["parts"])
+    return {Part.model_validate(part).negatives for part in named if part["path"] in paths}

@@ -33,7 +33,7 @@ from storage_schemas.database import (
 )
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, matching
-from storage_schemas.ledger import read_compaction, read_run, run_names
+from storage_schemas.ledger import Part, read_compaction, read_run, run_names
 from storage_schemas.snapshots import NotPublished, Published, Snapshot, read_published, read_snapshot
 from storage_schemas.tables import Table
 from storage_schemas.workspace import Workspace
@@ -157,15 +157,25 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, s
         tables.CANDIDATES: files(*published.candidates) if published else None,
         tables.BASE_LOSSES: folder(published.base_losses) if published else None,
         tables.SCORES: ranks,
-        tables.RANKS: ranks,
         tables.METRICS: files(published.metrics, published.study) if published else None,
     }
     for table, source in sources.items():
         _create_view(connection, table, [f"SELECT {_columns(table)} FROM {source}"] if source else [])
+    _create_view(connection, tables.RANKS_VIEW, _ranks(workspace, snapshot.parts) if snapshot else [])
     exact = folder(published.exact_check) if published else None
     _create_view(connection, tables.EXACT_CHECK, [f"SELECT {_columns(tables.SCORES)} FROM {exact}"] if exact else [])
     _create_view(connection, tables.RUN_SCORES, _run_scores(workspace, state.runs))
     _load(connection, workspace, state)
+
+
+def _ranks(workspace: Workspace, parts: Iterable[Part]) -> Iterator[str]:
+    """Rows of each labelling with their influence."""
+    by_labelling: dict[str, list[AnyPath]] = {}
+    for part in parts:
+        by_labelling.setdefault(part.negatives, []).append(workspace.file(part.path))
+    for negatives, paths in by_labelling.items():
+        influence = "score" if negatives == "keep" else "greatest(score, 0)"
+        yield f"SELECT {_columns(tables.RANKS)}, {influence} AS influence FROM read_parquet({file_list(paths)})"
 
 
 def _parts(folder: AnyPath) -> str | None:

@@ -113,6 +113,10 @@ class Workspace:
         """The large files that hold all rows of a finished run: `Compaction`."""
         return self.runs / run / "compaction.json"
 
+    def labelling(self, run: str) -> AnyPath:
+        """How the run's scores become rank labels now: `Labelling`; absent where it is as published."""
+        return self.runs / run / "labelling.json"
+
     def checks(self, run: str) -> AnyPath:
         """What is known of the run's teacher: name, key, path and rows of each check."""
         return self.runs / run / "checks.json"

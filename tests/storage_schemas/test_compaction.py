@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from storage_schemas import tables
 from storage_schemas.commit import commit_table, input_key
-from storage_schemas.compaction import RunUnfinished, compact, vacuum
-from storage_schemas.ledger import Part, RunRecord, read_compaction, write_plan
+from storage_schemas.compaction import RunUnfinished, _Group, _in_order, compact, vacuum
+from storage_schemas.ledger import Labelling, Part, RunRecord, read_compaction, write_labelling, write_plan
 from storage_schemas.snapshots import publish_runs
 from storage_schemas.views import connect, query
 from storage_schemas.workspace import Workspace
@@ -67,6 +67,14 @@ def ranked(scores: Scores) -> list[tuple[str, int, float, int, float]]:
     return rows
 
 
+def tied(scores: Scores) -> list[tuple[str, int, float, int, float]]:
+    """The same where negatives are tied: what is not above 0 has the last rank, the order of the rows is the same."""
+    return [
+        row if row[2] > 0 else (*row[:3], len(scores[row[0]]), 1.0)  # type: ignore[misc]
+        for row in ranked(scores)
+    ]
+
+
 def rows_of(workspace: Workspace, parts: list[Part]) -> list[tuple[object, ...]]:
     """The rows of the parts as they lie in the files."""
     found: list[tuple[object, ...]] = []
@@ -105,6 +113,53 @@ def test_ranks_are_those_of_plain_sorting(
     assert rows_of(workspace, compact(workspace, RUN, without=left_out, part_rows=part_rows)) == ranked(rest)
     vacuum(workspace, older_than=timedelta(0))
     assert rows_of(workspace, compact(workspace, RUN, without=left_out, part_rows=part_rows)) == ranked(rest)
+
+
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(SCORES, st.integers(1, 3), st.integers(1, 30))
+@example(
+    {"q": {3: 0.0, 1: -0.0, 2: 0.0, 4: 5e-324}, "p": {1: 1.0, 2: 2.0}, "r": {1: -1.0}, "s": {2: -2.0, 1: -1.0}}, 2, 2
+)
+def test_ranks_with_tied_negatives_are_those_of_plain_sorting(
+    tmp_path_factory: pytest.TempPathFactory, scores: Scores, splits: int, part_rows: int
+) -> None:
+    workspace = scored(tmp_path_factory.mktemp("w"), scores, splits)
+    kept = compact(workspace, RUN, part_rows=part_rows)
+    write_labelling(workspace, RUN, Labelling(negatives="tie"))
+    parts = compact(workspace, RUN, part_rows=part_rows)
+    assert rows_of(workspace, parts) == tied(scores)
+    assert not {part.path for part in parts} & {part.path for part in kept}
+    write_labelling(workspace, RUN, Labelling())
+    assert compact(workspace, RUN, part_rows=part_rows) == kept
+
+
+def test_shards_with_other_rows_than_planned_are_noticed_where_all_rows_are_tied(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    plan_run(tmp_path, samples=4)
+    for number, (name, samples) in enumerate((("q0", 3), ("q1", 5), ("q2", 4))):
+        commit_shard(tmp_path, "run-1", number, name, samples, shift=-9.0)
+    write_labelling(workspace, "run-1", Labelling(negatives="tie"))
+    with pytest.raises(RunUnfinished, match="do not hold the planned number of candidates of each query"):
+        compact(workspace, "run-1")
+    assert not list(tmp_path.rglob("ranks/*/*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("scores", "ranks", "right"),
+    [
+        ([3.0, 1.0, -1.0, -2.0, 0.0, 0.0], [1, 2, 4, 4, 2, 2], True),
+        ([1.0, 3.0, -1.0, -2.0, 0.0, 0.0], [1, 2, 4, 4, 2, 2], False),  # out of order among those above 0
+        ([3.0, 1.0, -2.0, -1.0, 0.0, 0.0], [1, 2, 4, 4, 2, 2], False),  # and among the ties
+        ([3.0, -1.0, 1.0, -2.0, 0.0, 0.0], [1, 4, 2, 4, 2, 2], False),
+        ([3.0, 1.0, -1.0, -2.0, 0.0, 0.0], [1, 2, 3, 4, 2, 2], False),  # not tied
+        ([3.0, 1.0, -1.0, 0.0, 0.0, -2.0], [1, 2, 4, 2, 2, 4], False),  # a row of the other query
+    ],
+)
+def test_a_part_with_ties_that_was_written_out_of_order_is_noticed(
+    scores: list[float], ranks: list[int], right: bool
+) -> None:
+    group = _Group(0, [("q0", 0, 4), ("q1", 0, 2)])
+    assert _in_order(np.array(scores), np.array(ranks, np.int32), group, "tie") == right
 
 
 def test_compacting_again_makes_nothing_anew(tmp_path: Path) -> None:

@@ -24,7 +24,16 @@ from storage_schemas import tables
 from storage_schemas.commit import TableCommit, commit_table, commit_tables, input_key
 from storage_schemas.compaction import RunUnfinished, compact
 from storage_schemas.export import DestinationTaken
-from storage_schemas.ledger import RunRecord, done_shards, read_run, run_names, write_plan
+from storage_schemas.ledger import (
+    Labelling,
+    Negatives,
+    RunRecord,
+    done_shards,
+    read_run,
+    run_names,
+    write_labelling,
+    write_plan,
+)
 from storage_schemas.release import BadRelease, export_release, import_release
 from storage_schemas.workspace import Workspace
 
@@ -139,12 +148,14 @@ def test_a_run_survives_export_and_import(tmp_path: Path) -> None:
     assert sum(part.rows for part in compact(workspace, run)) == 21
 
 
+@pytest.mark.parametrize("negatives", ["keep", "tie"])
 @pytest.mark.parametrize("with_candidates", [False, True])
-def test_layout_is_that_of_the_release(tmp_path: Path, with_candidates: bool) -> None:
+def test_layout_is_that_of_the_release(tmp_path: Path, with_candidates: bool, negatives: Negatives) -> None:
     scores = drawn_scores([f"q{9 - number}" for number in range(4)], 11)
     draw = np.random.default_rng(1)
     neighbors = {query_id: [int(train) for train in draw.permutation(list(mine))] for query_id, mine in scores.items()}
     workspace = scored_run(tmp_path / "w", scores, neighbors=neighbors if with_candidates else None)
+    write_labelling(workspace, RUN, Labelling(negatives=negatives))
     export_release(workspace, RUN, tmp_path / "influence_train.pkl")
     content = pickle.loads((tmp_path / "influence_train.pkl").read_bytes())
     assert list(content) == ["random"]
