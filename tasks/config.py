@@ -26,6 +26,7 @@ from fastgda_core.errors import UsageError
 from fastgda_core.features import ENCODERS, encoder_names
 from fastgda_core.ranking.losses import LOSSES, LossName
 from fastgda_core.teachers.teachers import TEACHERS
+from storage_schemas.ledger import Negatives
 from tasks.config_section import Section
 from tasks.execution_config import ExecutionConfig
 
@@ -239,10 +240,13 @@ class TeacherConfig(Section):
         description="queries per first-order score shard; default: all, so that a sample is run once",
     )
     loaded_queries: int = Field(default=512, ge=1, description="queries whose Delta theta is on the device at a time")
+    negatives: Negatives = Field(
+        default="keep", description="scores not above 0: ranked as published, or tied at the last rank and 0 in sums"
+    )
 
     def science(self) -> dict[str, object]:
-        """What scores depend on; the rest is about memory."""
-        return self.model_dump(mode="json", exclude={"loaded_queries"})
+        """What scores depend on; the rest is about memory, or about what is made of scores."""
+        return self.model_dump(mode="json", exclude={"loaded_queries", "negatives"})
 
     @model_validator(mode="after")
     def _plan_is_whole(self) -> Self:

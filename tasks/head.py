@@ -29,23 +29,26 @@ from fastgda_core.search.index import build_index, write_index
 from storage_schemas import tables
 from storage_schemas.commit import code_version, commit, commit_table, committed, input_key, read_manifest
 from storage_schemas.files import AnyPath, file_sha256, local_files, matching
-from storage_schemas.snapshots import read_ranks
+from storage_schemas.snapshots import read_influence
 from storage_schemas.workspace import Workspace
 from tasks.config import FeaturesConfig, PipelineConfig
 from tasks.context import Context, Stage, pick_device
 from tasks.features import in_space, load_encoders, load_features, load_query_features, map_features
 from tasks.pictures import loss_curve
 from tasks.progress import stage
-from tasks.publish import load_ranks, run_behind
+from tasks.publish import load_influence, run_behind
 from tasks.queries import joined_queries
 
 ROWS_AT_ONCE = 300_000
 
 
 def score_matrix(context: Context, ranks: Stage, queries: Sequence[Stage], samples: Stage, rows: Tensor) -> Tensor:
-    """The teacher's scores of some queries, (rows, samples) float64, -inf where a sample is no candidate."""
+    """The teacher's scores of some queries, (rows, samples) float64, -inf where a sample is no candidate.
+
+    Negative scores are 0 where the labels tie them.
+    """
     names = [joined_queries(queries)[row].query_id for row in rows.tolist()]
-    table = load_ranks(context, ranks, names)
+    table = load_influence(context, ranks, names)
     number = pc.index_in(table["query_id"], pa.array(names)).to_numpy()
     matrix = torch.full((len(names), samples.rows), -torch.inf, dtype=torch.float64)
     train_id, score = (torch.from_numpy(table[name].to_numpy().copy()) for name in ("train_id", "score"))
@@ -64,8 +67,8 @@ def rank_pairs(
         query_ids: of all queries.
         rows: numbers of the wanted ones, ascending.
         samples: how many training samples there are.
-        standardised: labels are scores, of mean 0 and deviation 1 within their query, instead of rank labels;
-            non-candidates then have the least one of their query.
+        standardised: labels are scores, of mean 0 and deviation 1 within their query, instead of rank labels; negative
+            ones are 0 before that where the labels tie them, and non-candidates have the least one of their query.
     """
     sample, label = np.empty(ranks.rows, np.int32), np.empty(ranks.rows, np.float32)
     count = torch.zeros(len(query_ids), dtype=torch.int64)
@@ -74,7 +77,7 @@ def rank_pairs(
     filled = 0
     for few in torch.split(rows, at_once):
         names = [query_ids[row] for row in few.tolist()]
-        table = read_ranks(workspace, ranks.key, names)
+        table = read_influence(workspace, ranks.key, names)
         number = pc.index_in(table["query_id"], pa.array(names)).to_numpy()
         if standardised:
             values, least = _standardised(table["score"].to_numpy(), number, len(few))

@@ -30,8 +30,8 @@ def attribution_sheet(
     for row, query in enumerate(chosen):
         top = GAP + row * (TILE + LABEL + GAP)
         pen.text((GAP, top), f"{query.query_id}: {query.caption}"[:110], fill="#2d3748", font=font)
-        mine = sorted((r["rank"], r["train_id"]) for r in ranks if r["query_id"] == query.query_id)[:shown_samples]
-        images, _ = readable_images(samples.path, [train_id for _, train_id in mine])
+        mine = [(r["rank"], -r["score"], r["train_id"]) for r in ranks if r["query_id"] == query.query_id]
+        images, _ = readable_images(samples.path, [train_id for *_, train_id in sorted(mine)[:shown_samples]])
         for column, image in enumerate([query.image, *images]):
             left = GAP + column * (TILE + GAP) + (GAP if column else 0)
             sheet.paste(_tile(image), (left, top + LABEL))

@@ -10,12 +10,13 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from storage_schemas.commit import read_manifest, write_atomically
-from storage_schemas.ledger import read_compaction
+from storage_schemas.ledger import Labelling, read_compaction, write_labelling
 from storage_schemas.snapshots import (
     NotPublished,
     Snapshot,
     make_snapshot,
     publish_runs,
+    read_influence,
     read_published,
     read_ranks,
     read_snapshot,
@@ -32,6 +33,7 @@ from tasks.run_inputs import RunInputs
 def rank_scores(inputs: RunInputs) -> Stage:
     """Rank labels of every query of one finished run, whether or not readers see it."""
     started = time.time()
+    _label(inputs)
     return _as_stage(inputs.workspace, make_snapshot(inputs.workspace, [inputs.run]), started)
 
 
@@ -46,12 +48,26 @@ def publish_scores(inputs: RunInputs, *, incomplete: bool) -> Stage:
     runs = [run]
     if inputs.context.config.publish == "add":
         runs = [*(other for other in _published_runs(workspace) if other != run), run]
+    _label(inputs)
     rows = sum(inputs.rows("scores", range(inputs.count("scores"))))
-    with stage("rank labels", rows if read_compaction(workspace, run) is None else 0) as advance:
+    with stage("rank labels", 0 if _is_ranked(inputs) else rows) as advance:
         published = publish_runs(workspace, runs, incomplete=incomplete, advance=advance)
     snapshot = read_snapshot(workspace, published.snapshot)
     announce_scores(inputs, snapshot.snapshot)
     return _as_stage(workspace, snapshot, started)
+
+
+def _label(inputs: RunInputs) -> None:
+    """Make the labelling of the configuration the run's own, for all who compact the run from now on."""
+    negatives = inputs.context.config.teacher.negatives
+    write_labelling(inputs.workspace, inputs.run, Labelling(negatives=negatives))
+
+
+def _is_ranked(inputs: RunInputs) -> bool:
+    """Whether the run has large files, and of the configuration's labelling."""
+    compaction = read_compaction(inputs.workspace, inputs.run)
+    negatives = inputs.context.config.teacher.negatives
+    return compaction is not None and all(part.negatives == negatives for part in compaction.parts)
 
 
 def _published_runs(workspace: Workspace) -> list[str]:
@@ -67,6 +83,11 @@ def _as_stage(workspace: Workspace, snapshot: Snapshot, started: float) -> Stage
     seconds = sum(manifest.seconds for manifest in manifests)
     path = workspace.snapshot(snapshot.snapshot)
     return Stage("rank labels", snapshot.snapshot, path, snapshot.rows, seconds, reused)
+
+
+def load_influence(context: Context, ranks: Stage, query_ids: list[str]) -> pa.Table:
+    """Rows of the rank labels' snapshot, of some queries, with the scores that count: negative ones may be 0."""
+    return read_influence(context.workspace, ranks.key, query_ids)
 
 
 def load_ranks(context: Context, ranks: Stage, query_ids: list[str] | None = None) -> pa.Table:

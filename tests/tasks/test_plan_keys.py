@@ -44,6 +44,7 @@ CASES: list[tuple[dict[str, object], set[str]]] = [
     ({"candidates__policy": "top_k", "candidates__k": 5}, {"run"}),
     ({"features__space": "pixel"}, {"run"}),
     ({"teacher__loaded_queries": 7}, set()),
+    ({"teacher__negatives": "tie"}, set()),
     ({"model__micro_batch": 7}, set()),
     ({"device": "auto"}, set()),
     ({"execution__runner": "ray", "execution__workers": 3}, set()),
