@@ -95,6 +95,9 @@ def compare_heads(context: Context, labels: Labels) -> Stage:
     keys = {each: input_key("variant 2", key, dataclasses.astuple(each), features[each.space]) for each in several}
     paths = {variant: folder / f"{each}.parquet" for variant, each in keys.items()}
     missing = [variant for variant in several if committed(paths[variant], keys[variant]) is None]
+    for space in _spaces(missing):  # before the study's own progress bar: only one is shown at a time
+        extract_features(in_space(context, space=space), labels.samples)
+        labels.extract_query_features(in_space(context, space=space))
     with stage("study", len(missing)) as advance:
         for space in _spaces(missing):
             laboratory = _Laboratory(in_space(context, space=space), labels)
@@ -114,12 +117,10 @@ def _spaces(several: list[Variant]) -> list[str]:
 
 
 class _Laboratory:
-    """What the variants of one feature space share."""
+    """What the variants of one feature space share; the space's features are extracted."""
 
     def __init__(self, context: Context, labels: Labels) -> None:
         self.context, self.labels = context, labels
-        extract_features(context, labels.samples)
-        labels.extract_query_features(context)
         self.queries = load_query_features(context, labels.queries)
         self.samples = load_features(context, labels.samples)
         self.query_ids = [query.query_id for query in joined_queries(labels.queries)]
