@@ -1,12 +1,12 @@
 """Frozen encoders: named, with input size, normalisation and batch size in one place.
 
 A feature space is one encoder or several joined by `+`; its vectors are the encoders' outputs laid end to end, each
-normalised to length one unless raw ones are wanted.
+normalised to length one unless raw ones are wanted, less the training samples' mean where they are centred.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -225,10 +225,32 @@ def encoder_names(space: str) -> list[str]:
     return names
 
 
-def concatenate(parts: list[Tensor], *, unit_length: bool = True) -> Tensor:
-    """phi: the outputs of several encoders, (n, d_k) each, to (n, sum d_k), every part at length one or as it is."""
+def concatenate(parts: list[Tensor], *, unit_length: bool = True, mean: Tensor | None = None) -> Tensor:
+    """phi: the outputs of several encoders, laid end to end.
+
+    Args:
+        parts: an encoder's each, (n, d_k).
+        unit_length: whether every part is brought to length one first.
+        mean: of phi over the training samples, (sum d_k,), which is taken off last; None: nothing is.
+
+    Returns:
+        (n, sum d_k) float32.
+    """
     floats = [part.float() for part in parts]
-    return torch.cat([F.normalize(part, dim=1) for part in floats] if unit_length else floats, dim=1)
+    phi = torch.cat([F.normalize(part, dim=1) for part in floats] if unit_length else floats, dim=1)
+    return phi if mean is None else phi.sub_(mean)
+
+
+def mean_over(blocks: Iterable[Tensor]) -> Tensor:
+    """Mean of the rows of some blocks, (n_i, d) each, to (d,) float32; summed in float64, as there may be millions.
+
+    Zero where no block has a row.
+    """
+    total, rows = torch.zeros((), dtype=torch.float64), 0
+    for block in blocks:
+        total = total + block.sum(0, dtype=torch.float64)
+        rows += len(block)
+    return (total / max(1, rows)).float()
 
 
 def cosines(queries: Tensor, samples: Tensor) -> Tensor:

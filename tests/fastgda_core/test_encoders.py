@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from fastgda_core.errors import UsageError
-from fastgda_core.features import ENCODERS, concatenate, encoder_names, load_encoder
+from fastgda_core.features import ENCODERS, concatenate, cosines, encoder_names, load_encoder, mean_over
 from fastgda_core.features.encoders import CLIP, DINO
 from tests import tiny
 
@@ -156,6 +156,32 @@ def test_a_feature_space_lays_unit_vectors_end_to_end() -> None:
     )
     assert torch.equal(concatenate([first, second], unit_length=False), torch.cat([first, second], dim=1))
     assert encoder_names("dino+clip_text") == ["dino", "clip_text"]
+
+
+def test_features_less_their_mean_have_the_cosines_of_centred_vectors() -> None:
+    torch.manual_seed(0)
+    samples, queries = [3 + torch.randn(50, 3), torch.randn(50, 4)], [3 + torch.randn(6, 3), torch.randn(6, 4)]
+    mean = mean_over(concatenate(samples).split(7))
+    assert mean.dtype == torch.float32
+
+    def laid_out(parts: list[torch.Tensor]) -> np.ndarray:
+        floats = [part.double().numpy() for part in parts]
+        return np.hstack([part / np.linalg.norm(part, axis=1, keepdims=True) for part in floats])
+
+    expected = laid_out(samples).mean(0)
+    np.testing.assert_allclose(mean.numpy(), expected, atol=1e-7)
+    query, sample = laid_out(queries) - expected, laid_out(samples) - expected
+    norms = np.linalg.norm(query, axis=1)[:, None] * np.linalg.norm(sample, axis=1)
+    found = cosines(concatenate(queries, mean=mean), concatenate(samples, mean=mean))
+    np.testing.assert_allclose(found.numpy(), query @ sample.T / norms, atol=1e-5)
+    assert not torch.allclose(found, cosines(concatenate(queries), concatenate(samples)), atol=0.1)
+
+
+def test_a_mean_is_summed_in_double_precision() -> None:
+    # In float32 a sum of 2^25 stands still when 1 is added to it.
+    blocks = [torch.full((1, 2), 2.0**25), *[torch.ones(1, 2)] * 1023]
+    assert mean_over(blocks).tolist() == pytest.approx([(2**25 + 1023) / 1024] * 2, abs=0.01)
+    assert mean_over([torch.empty(0, 2)]).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("space", "message"), [("dino+nothing", "'nothing'"), ("clip+clip", "twice"), ("", "''")])
