@@ -116,7 +116,7 @@ def train(
 def import_head(
     checkpoint: Annotated[Path, typer.Argument(help="A `.pth` of the FastGDA release.")], config: ConfigArgument
 ) -> None:
-    """A rank head of the FastGDA release as a head of this workspace, over the config's feature space.
+    """A rank head of the FastGDA release as a head of this workspace, over the config's feature space, not centred.
 
     Example: `fastgda import-head dino+clip_text.pth my_config.yaml`
     """

@@ -140,8 +140,8 @@ CANDIDATES = Table(
     _schema(
         ("query_id", pa.string(), "the query"),
         ("train_id", pa.int64(), "a training sample that it is scored against"),
-        ("neighbor_rank", pa.int32(), "among all samples; 1 = nearest in the untuned feature space"),
-        ("similarity", pa.float32(), "cosine in the untuned feature space"),
+        ("neighbor_rank", pa.int32(), "among all samples; 1 = the highest similarity"),
+        ("similarity", pa.float32(), "cosine in the untuned feature space, centred unless features.centre is false"),
     ),
     dictionary=("query_id",),
     delta=("train_id", "neighbor_rank"),

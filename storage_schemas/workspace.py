@@ -45,6 +45,10 @@ class Workspace:
     def features(self, encoder: str, key: str) -> AnyPath:
         return self.root / "features" / encoder / key
 
+    def feature_mean(self, key: str) -> AnyPath:
+        """What is taken off the features of a space: the mean over the training samples."""
+        return self.root / "features" / "means" / f"{key}.safetensors"
+
     def queries(self, key: str) -> AnyPath:
         return self.root / "queries" / key / "queries.parquet"
 

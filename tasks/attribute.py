@@ -18,7 +18,7 @@ from storage_schemas.workspace import Workspace
 from tasks.config import PipelineConfig
 from tasks.context import pick_device
 from tasks.features import load_encoders
-from tasks.head import described_space, load_trained_head
+from tasks.head import described_space, load_trained_head, read_index_mean
 from tasks.samples import samples_table
 
 
@@ -49,14 +49,16 @@ class AttributionService:
         self.unit_length = space.unit_length
         self.encoders = load_encoders(space, self.device)
         self.head = load_trained_head(head)
-        self.index = read_index(local_copy(workspace.file(published.index) / "index.faiss"))
+        index = workspace.file(published.index)
+        self.mean = read_index_mean(index) if space.centre else None
+        self.index = read_index(local_copy(index / "index.faiss"))
         self.samples = samples_table(workspace.file(published.samples))
 
     @torch.no_grad()
     def embed(self, image: Image.Image, caption: str) -> Tensor:
         """f_psi of one query, (1, 768)."""
         parts = [encoder.encode([image if encoder.modality == "image" else caption]) for encoder in self.encoders]
-        return self.head(concatenate(parts, unit_length=self.unit_length))
+        return self.head(concatenate(parts, unit_length=self.unit_length, mean=self.mean))
 
     def attribute(self, image: Image.Image, caption: str, k: int) -> list[Attribution]:
         """The k training samples that influenced the image most, by the rank head's estimate."""

@@ -30,8 +30,8 @@ def choose_candidates(context: Context, run: str, samples: Stage, queries: Stage
     reused = manifest is not None
     if manifest is None:
         started = time.monotonic()
-        sample_features = torch.nn.functional.normalize(load_features(context, samples), dim=1).numpy()
-        query_features = torch.nn.functional.normalize(load_features(context, queries), dim=1).numpy()
+        sample_features = torch.nn.functional.normalize(load_features(context, samples, samples), dim=1).numpy()
+        query_features = torch.nn.functional.normalize(load_features(context, queries, samples), dim=1).numpy()
         names = [query.query_id for query in load_queries(queries)]
         parts = [
             tables.CANDIDATES.rows(

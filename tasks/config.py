@@ -151,6 +151,11 @@ class FeaturesConfig(Section):
     unit_length: bool = Field(
         default=True, description="each encoder's output at length one; false: as it is, which FastGDA's release takes"
     )
+    centre: bool = Field(
+        default=True,
+        description="take the mean over the training samples off the features of samples and queries, before any "
+        "cosine and before the rank head; heads imported from FastGDA's release never saw that and go without it",
+    )
     batch_size: int | None = Field(default=None, ge=1, description="items per encoder pass; null: the encoder's own")
     weights: dict[str, str] = Field(
         default={}, description="of clip, clip_text, dino, dinov2: a folder, relative to the config file, or a hub id"

@@ -51,7 +51,7 @@ def measure_head(
         started = time.monotonic()
         test = rows_of_split(queries, "test")
         scores = score_matrix(context, ranks, queries, samples, test)
-        phi = load_query_features(context, queries)[test], load_features(context, samples)
+        phi = load_query_features(context, queries, samples)[test], load_features(context, samples, samples)
         head_module = load_trained_head(head.path)
         rankings = {
             "untuned": cosines(*phi),

@@ -7,7 +7,7 @@ import functools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from safetensors.torch import save_file
 from torch import Tensor
 
-from fastgda_core.features import ENCODERS, Encoder, concatenate, encoder_names, load_encoder
+from fastgda_core.features import ENCODERS, Encoder, concatenate, encoder_names, load_encoder, mean_over
 from storage_schemas import tables
-from storage_schemas.commit import commit_table, committed, input_key
+from storage_schemas.commit import Manifest, commit, commit_table, committed, input_key, read_manifest
 from storage_schemas.files import AnyPath, Stamps, file_sha256, stamps
 from storage_schemas.workspace import part
 from tasks.config import FeaturesConfig
-from tasks.context import Context, Stage
+from tasks.context import Context, Stage, load_tensors
 from tasks.progress import stage
 from tasks.queries import join_queries, load_queries
 from tasks.samples import readable_images, samples_table
@@ -36,8 +37,12 @@ PART_ITEMS = 1024
 
 @task(task_run_name="features of {items.name}", cache_policy=NO_CACHE)
 def extract_features(context: Context, items: Stage) -> Stage:
-    """Outputs of every encoder of the feature space for samples or queries, in parts of 1,024."""
+    """Outputs of every encoder of the feature space for samples or queries, in parts of 1,024.
+
+    Of samples whose features are to be centred also their mean.
+    """
     seconds, reused = 0.0, True
+    left_out: dict[int, str] = {}
     for name, (folder, key) in feature_folders(context, items).items():
         sizes = [min(PART_ITEMS, items.rows - start) for start in range(0, items.rows, PART_ITEMS)]
         missing = [number for number in range(len(sizes)) if committed(part(folder, number), key) is None]
@@ -54,8 +59,13 @@ def extract_features(context: Context, items: Stage) -> Stage:
                 table = tables.FEATURES.rows(item=[str(number) for number in numbers], feature=_as_lists(features))
                 path = part(folder, number)
                 commit_table(path, table, tables.FEATURES, key=key, started=started, quarantined=unreadable)
-        manifests = [committed(part(folder, number), key) for number in range(len(sizes))]
-        seconds += sum(manifest.seconds for manifest in manifests if manifest)
+        manifests = [made for number in range(len(sizes)) if (made := committed(part(folder, number), key))]
+        seconds += sum(manifest.seconds for manifest in manifests)
+        for manifest in manifests:
+            left_out |= manifest.quarantined
+    if context.config.features.centre and items.name == "samples":
+        mean, was_there = _commit_mean(context, items, left_out)
+        seconds, reused = seconds + mean.seconds, reused and was_there
     return Stage(
         f"features of {items.name}",
         features_key(context, items),
@@ -66,29 +76,68 @@ def extract_features(context: Context, items: Stage) -> Stage:
     )
 
 
-def load_features(context: Context, items: Stage) -> Tensor:
-    """phi of samples or queries in the config's feature space, (items, d) float32."""
+def _commit_mean(context: Context, samples: Stage, left_out: dict[int, str]) -> tuple[Manifest, bool]:
+    """Commit the mean of phi over all samples but those left out, whose pictures are grey; was it there before?"""
+    path, key = _mean_place(context, samples)
+    manifest = committed(path, key)
+    # A sample that was left out counts as soon as its tar is restored and its part made again.
+    if manifest is not None and manifest.quarantined == left_out:
+        return manifest, True
+    started = time.monotonic()
+    with stage("mean of the features", samples.rows) as advance:
+        mean = mean_over(_kept(_blocks(context, samples), left_out, advance))
+    made = commit(
+        path,
+        functools.partial(save_file, {"mean": mean}),
+        key=key,
+        rows=samples.rows - len(left_out),
+        started=started,
+        quarantined=left_out,
+    )
+    return made, False
+
+
+def _kept(blocks: Iterable[Tensor], left_out: dict[int, str], advance: Callable[[int], None]) -> Iterator[Tensor]:
+    """The rows of consecutive blocks but for those with these numbers."""
+    start = 0
+    for block in blocks:
+        yield block[torch.tensor([number not in left_out for number in range(start, start + len(block))])]
+        start += len(block)
+        advance(len(block))
+
+
+def feature_mean(context: Context, samples: Stage) -> Tensor | None:
+    """What is taken off phi: the samples' mean, (d,), or None where features are not centred."""
+    return load_tensors(_mean_place(context, samples)[0])["mean"] if context.config.features.centre else None
+
+
+def _mean_place(context: Context, samples: Stage) -> tuple[AnyPath, str]:
+    """Where the mean of the config's feature space lies, and its input key."""
+    key = input_key("mean of features", _parts_keys(context, samples), context.config.features.unit_length)
+    return context.workspace.feature_mean(key), key
+
+
+def load_features(context: Context, items: Stage, samples: Stage) -> Tensor:
+    """phi of samples or queries in the config's feature space, (items, d) float32, less the mean of the samples."""
     folders = feature_folders(context, items).values()
     parts = [_vectors(tables.read_parts(folder, tables.FEATURES)) for folder, _ in folders]
-    return concatenate(parts, unit_length=context.config.features.unit_length)
+    mean = feature_mean(context, samples)
+    return concatenate(parts, unit_length=context.config.features.unit_length, mean=mean)
 
 
-def map_features(context: Context, items: Stage) -> Tensor:
-    """What `load_features` gives, memory-mapped from an Arrow file: for more features than there is memory.
+def map_features(context: Context, samples: Stage) -> Tensor:
+    """What `load_features` gives of samples, memory-mapped from an Arrow file: for more than there is memory.
 
     The file lies in the workspace, or in the folder for temporary files where that is an object store.
     """
-    folders, unit_length = feature_folders(context, items), context.config.features.unit_length
-    root = context.workspace.root
-    cache = root / "features" if isinstance(root, Path) else Path(tempfile.gettempdir()) / f"fastgda-{os.getuid()}"
-    path = cache / f"{input_key('phi', [key for _, key in folders.values()], unit_length)}.arrow"
+    path = _mapped_path(context, samples)
     if not path.exists():
+        cache = path.parent
         cache.mkdir(parents=True, exist_ok=True)
         # Hidden until it is whole: what a process that died leaves behind is found by `fastgda vacuum`.
         scratch, temporary = (cache / f".{path.stem}.{os.getpid()}.{kind}" for kind in ("npy", "arrow"))
         try:
-            rows = _write_rows(scratch, items.rows, [folder for folder, _ in folders.values()], unit_length)
-            _write_arrow(temporary, rows)
+            _write_arrow(temporary, _write_rows(scratch, context, samples))
             temporary.replace(path)
         finally:
             scratch.unlink(missing_ok=True)
@@ -98,16 +147,32 @@ def map_features(context: Context, items: Stage) -> Tensor:
     return torch.from_dlpack(vectors.flatten()).view(len(vectors), -1)
 
 
-def _write_rows(path: Path, rows: int, folders: list[AnyPath], unit_length: bool) -> NDArray[np.float32]:
+def _mapped_path(context: Context, samples: Stage) -> Path:
+    """Where the mapped file of the samples' phi lies; centred by another mean, phi has another file."""
+    root, config = context.workspace.root, context.config.features
+    cache = root / "features" if isinstance(root, Path) else Path(tempfile.gettempdir()) / f"fastgda-{os.getuid()}"
+    mean = read_manifest(_mean_place(context, samples)[0]) if config.centre else None
+    key = input_key("phi", _parts_keys(context, samples), config.unit_length, *([mean.sha256] if mean else []))
+    return cache / f"{key}.arrow"
+
+
+def _write_rows(path: Path, context: Context, samples: Stage) -> NDArray[np.float32]:
     """phi, (rows, d), in a mapped file of its own, as an Arrow file of one batch is written from one array."""
-    mapped = np.empty((0, 0), np.float32)
-    for number, start in enumerate(range(0, rows, PART_ITEMS)):
-        parts = [_vectors(tables.read(part(folder, number), tables.FEATURES)) for folder in folders]
-        phi = concatenate(parts, unit_length=unit_length).numpy()
-        if number == 0:
-            mapped = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, phi.shape[1]))
-        mapped[start : start + len(phi)] = phi
+    mapped, start = np.empty((0, 0), np.float32), 0
+    for phi in _blocks(context, samples, feature_mean(context, samples)):
+        if not start:
+            mapped = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(samples.rows, phi.shape[1]))
+        mapped[start : start + len(phi)] = phi.numpy()
+        start += len(phi)
     return mapped
+
+
+def _blocks(context: Context, samples: Stage, mean: Tensor | None = None) -> Iterator[Tensor]:
+    """phi of the samples part by part, (<= 1,024, d) each, less `mean`."""
+    folders = [folder for folder, _ in feature_folders(context, samples).values()]
+    for number in range(-(-samples.rows // PART_ITEMS)):
+        parts = [_vectors(tables.read(part(folder, number), tables.FEATURES)) for folder in folders]
+        yield concatenate(parts, unit_length=context.config.features.unit_length, mean=mean)
 
 
 def _write_arrow(path: Path, rows: NDArray[np.float32]) -> None:
@@ -122,9 +187,9 @@ def _vectors(table: pa.Table) -> Tensor:
     return torch.from_numpy(column.flatten().to_numpy().reshape(len(column), -1).copy())
 
 
-def load_query_features(context: Context, sets: Sequence[Stage]) -> Tensor:
+def load_query_features(context: Context, sets: Sequence[Stage], samples: Stage) -> Tensor:
     """phi of the queries of some sets together, (queries, d), in the order of `join_queries`."""
-    loaded = [load_features(context, several) for several in sets]
+    loaded = [load_features(context, several, samples) for several in sets]
     return torch.stack([loaded[number][row] for number, row in join_queries(sets)])
 
 
@@ -143,7 +208,8 @@ def features_key(context: Context, items: Stage) -> str:
     """What the features of all encoders together depend on."""
     config = context.config.features
     raw = [] if config.unit_length else ["raw"]
-    return input_key(config.space, items.key, *filter(None, _weights_keys(context).values()), *raw)
+    centred = ["centred"] if config.centre else []
+    return input_key(config.space, items.key, *filter(None, _weights_keys(context).values()), *raw, *centred)
 
 
 def feature_folders(context: Context, items: Stage) -> dict[str, tuple[AnyPath, str]]:
@@ -153,6 +219,11 @@ def feature_folders(context: Context, items: Stage) -> dict[str, tuple[AnyPath, 
         for name, weights in _weights_keys(context).items()
     }
     return {name: (context.workspace.features(name, key), key) for name, key in keys.items()}
+
+
+def _parts_keys(context: Context, items: Stage) -> list[str]:
+    """Input key of each encoder's parts."""
+    return [key for _, key in feature_folders(context, items).values()]
 
 
 def _weights_keys(context: Context) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import time
@@ -18,6 +19,7 @@ from PIL import Image
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgda_core.errors import UsageError
@@ -32,14 +34,15 @@ from storage_schemas.files import AnyPath, file_sha256, local_files, matching
 from storage_schemas.snapshots import read_influence
 from storage_schemas.workspace import Workspace
 from tasks.config import FeaturesConfig, PipelineConfig
-from tasks.context import Context, Stage, pick_device
-from tasks.features import in_space, load_encoders, load_features, load_query_features, map_features
+from tasks.context import Context, Stage, load_tensors, pick_device
+from tasks.features import feature_mean, in_space, load_encoders, load_features, load_query_features, map_features
 from tasks.pictures import loss_curve
 from tasks.progress import stage
 from tasks.publish import load_influence, run_behind
 from tasks.queries import joined_queries
 
 ROWS_AT_ONCE = 300_000
+INDEX_MEAN = "mean.safetensors"  # of the training samples' features, beside an index of a head over centred ones
 
 
 def score_matrix(context: Context, ranks: Stage, queries: Sequence[Stage], samples: Stage, rows: Tensor) -> Tensor:
@@ -127,8 +130,10 @@ def fit_rank_head(context: Context, samples: Stage, queries: Sequence[Stage], fe
         query_ids = [query.query_id for query in joined_queries(queries)]
         standardised = LOSSES[config.head.loss].standardised_scores
         data = RankData(
-            query_features=load_query_features(context, queries),
-            sample_features=(load_features if config.head.resident else map_features)(context, samples),
+            query_features=load_query_features(context, queries, samples),
+            sample_features=load_features(context, samples, samples)
+            if config.head.resident
+            else map_features(context, samples),
             train_pairs=rank_pairs(context.workspace, ranks, query_ids, train, samples.rows, standardised=standardised),
             validation=validation,
             relevant=top_mask(scores, config.evaluation.validation_cutoff),
@@ -177,10 +182,12 @@ def _checkpoints(folder: AnyPath) -> Path | None:
 def import_head(config: PipelineConfig, checkpoint: Path) -> Stage:
     """A head version from a checkpoint of FastGDA's release, over the feature space of the configuration.
 
+    It never saw centred features and gets none, whatever `features.centre` says.
+
     Raises:
         UsageError: the checkpoint cannot be used, or its features are not those of that space.
     """
-    head, space = load_release_checkpoint(checkpoint), config.features
+    head, space = load_release_checkpoint(checkpoint), config.features.model_copy(update={"centre": False})
     encoders = load_encoders(space, pick_device(config.device))
     anything: dict[str, Any] = {"image": Image.new("RGB", (64, 64)), "text": "a caption"}
     widths = [encoder.encode([anything[encoder.modality]]).shape[1] for encoder in encoders]
@@ -212,21 +219,28 @@ def import_head(config: PipelineConfig, checkpoint: Path) -> Stage:
 
 def _described(space: FeaturesConfig) -> dict[str, Any]:
     """What `head.json` says of a head's feature space; `described_space` reads it."""
-    return {"feature_space": space.space, "feature_weights": space.weights, "unit_length": space.unit_length}
+    return {
+        "feature_space": space.space,
+        "feature_weights": space.weights,
+        "unit_length": space.unit_length,
+        "centre": space.centre,
+    }
 
 
 def described_space(description: dict[str, Any]) -> FeaturesConfig:
-    """The feature space of a head by its `head.json`; those of earlier releases say less."""
+    """The feature space of a head by its `head.json`; those of earlier releases say less, and did not centre."""
     return FeaturesConfig(
         space=description["feature_space"],
         weights=description.get("feature_weights", {}),
         unit_length=description.get("unit_length", True),
+        centre=description.get("centre", False),
     )
 
 
 def space_of_head(context: Context, description: dict[str, Any]) -> Context:
     """The context with the feature space of a head, whatever is configured since."""
-    return in_space(context, **described_space(description).model_dump(include={"space", "weights", "unit_length"}))
+    described = described_space(description).model_dump(include={"space", "weights", "unit_length", "centre"})
+    return in_space(context, **described)
 
 
 def load_trained_head(folder: AnyPath) -> RankHead:
@@ -252,6 +266,20 @@ def read_index_head(workspace: Workspace, version: str) -> tuple[Stage, str]:
     path = workspace.index(version) / "index.faiss"
     stage_, description = _read(path, version, "index", "SELECT index_version FROM indexes")
     return stage_, description["head"]
+
+
+def read_index_mean(index: AnyPath) -> Tensor:
+    """What was taken off the features of an index's training samples, (d,), and is taken off a query's.
+
+    Raises:
+        UsageError: the file is gone.
+    """
+    try:
+        return load_tensors(index / INDEX_MEAN)["mean"]
+    except FileNotFoundError:
+        raise UsageError(
+            f"{index} lacks {INDEX_MEAN}, which centres a query's features: `fastgda index` makes it again"
+        ) from None
 
 
 def _read(path: AnyPath, version: str, what: str, listing: str) -> tuple[Stage, dict[str, Any]]:
@@ -291,15 +319,17 @@ def _latest(paths: list[AnyPath], what: str, command: str) -> str:
 
 @task(task_run_name="index", cache_policy=NO_CACHE)
 def build_search_index(context: Context, samples: Stage, features: Stage, head: Stage) -> Stage:
-    """`index.faiss`, its id map, which head it is of, and its manifest: one immutable index version."""
+    """`index.faiss`, its id map, its head, what its features were centred by, its manifest: one immutable version."""
     key = input_key("index", head.key, features.key, "with its head's version")
     folder = context.workspace.index(key)
-    manifest = committed(folder / "index.faiss", key)
+    manifest, mean = committed(folder / "index.faiss", key), feature_mean(context, samples)
+    if mean is not None and committed(folder / INDEX_MEAN, key) is None:
+        manifest = None
     reused = manifest is not None
     if manifest is None:
         started = time.monotonic()
         with stage("index", samples.rows) as advance:
-            embeddings = load_trained_head(head.path)(load_features(context, samples)).numpy()
+            embeddings = load_trained_head(head.path)(load_features(context, samples, samples)).numpy()
             train_ids = np.arange(samples.rows)
             index = build_index(embeddings, train_ids)
             advance(samples.rows)
@@ -312,6 +342,14 @@ def build_search_index(context: Context, samples: Stage, features: Stage, head: 
         )
         text = json.dumps({"head": head.key, "origin": flow_run.get_id() or "", "code_version": code_version()}) + "\n"
         commit(folder / "index.json", lambda path: path.write_text(text), key=key, rows=1, started=started)
+        if mean is not None:
+            commit(
+                folder / INDEX_MEAN,
+                functools.partial(save_file, {"mean": mean}),
+                key=key,
+                rows=samples.rows,
+                started=started,
+            )
         manifest = commit(
             folder / "index.faiss",
             lambda path: write_index(index, path),

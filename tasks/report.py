@@ -114,7 +114,7 @@ def _panels(context: Context, stages: dict[str, Stage], metrics: list[dict[str, 
     samples, queries = stages["samples"], stages["queries"]
     test = rows_of_split([queries], "test")
     scores = score_matrix(context, stages["rank labels"], [queries], samples, test)
-    phi = load_features(context, queries)[test], load_features(context, samples)
+    phi = load_features(context, queries, samples)[test], load_features(context, samples, samples)
     head = load_trained_head(stages["rank head"].path)
     untuned = cosines(*phi)
     tuned = head(phi[0]) @ head(phi[1]).T

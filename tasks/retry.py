@@ -30,8 +30,10 @@ def config_of(location: str, run: str) -> PipelineConfig:
     if "teacher" not in record.config:
         raise UsageError(f"run {run} was imported: its scores cannot be made again here; import its file once more")
     found = read_assignment(workspace, run)
+    # Earlier releases did not centre and do not say so; with centred features this would be another run.
+    features = {"centre": False, **found.config.get("features", {})}
     return PipelineConfig.model_validate(
-        {**found.config, "execution": found.execution, "workspace": str(workspace.root)}
+        {**found.config, "features": features, "execution": found.execution, "workspace": str(workspace.root)}
     )
 
 

@@ -121,8 +121,8 @@ class _Laboratory:
 
     def __init__(self, context: Context, labels: Labels) -> None:
         self.context, self.labels = context, labels
-        self.queries = load_query_features(context, labels.queries)
-        self.samples = load_features(context, labels.samples)
+        self.queries = load_query_features(context, labels.queries, labels.samples)
+        self.samples = load_features(context, labels.samples, labels.samples)
         self.query_ids = [query.query_id for query in joined_queries(labels.queries)]
         rows = {split: rows_of_split(labels.queries, split) for split in ("train", "validation", "test")}
         self.rows = rows

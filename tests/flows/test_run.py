@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -15,19 +16,35 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
 
+from fastgda_core.errors import UsageError
+from fastgda_core.ranking.head import load_head
+from fastgda_core.search.index import build_index, write_index
 from storage_schemas.snapshots import read_published
 from storage_schemas.views import query
 from storage_schemas.workspace import Workspace
+from tasks.attribute import AttributionService
 from tasks.config import load_config
-from tasks.features import in_space, load_features, map_features
+from tasks.features import (
+    extract_features,
+    feature_folders,
+    in_space,
+    load_features,
+    load_query_features,
+    map_features,
+)
+from tasks.head import build_search_index, latest_head, read_head
 from tasks.labels import read_labels
 from tasks.plan import open_context
+from tasks.retry import config_of
 from tests import tiny
 from tests.flows.pipeline_case import QUERIES, SAMPLES, environment, fastgda, lay_out
 
@@ -116,19 +133,147 @@ def test_a_head_comes_with_the_log_of_its_training(finished: Path) -> None:
 def test_mapped_features_are_those_in_memory(finished: Path) -> None:
     context = open_context(load_config(finished / "config.yaml"))
     samples = read_labels(context, None).samples
+    several = [in_space(context, centre=False, unit_length=unit) for unit in (True, False)]
     for _ in range(2):  # the second time the file is there
-        mapped = map_features(context, samples)
-        assert torch.equal(mapped, load_features(context, samples))
-        raw = in_space(context, unit_length=False)
-        assert torch.equal(map_features(raw, samples), load_features(raw, samples))
-        assert torch.equal(load_features(in_space(raw, unit_length=True), samples), mapped)
-        assert not torch.equal(load_features(raw, samples), mapped)
+        found = [map_features(each, samples) for each in (context, *several)]
+        for each, mapped in zip((context, *several), found, strict=True):
+            assert torch.equal(mapped, load_features(each, samples, samples))
+        assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+        assert torch.equal(map_features(in_space(several[1], centre=True, unit_length=True), samples), found[0])
     left = {path.name for path in (finished / "workspace" / "features").iterdir() if not path.name.endswith(".arrow")}
-    assert left == {"pixel", "minilm_text"}
+    assert left == {"pixel", "minilm_text", "means"}
+
+
+@pytest.fixture(scope="session")
+def phi(finished: Path) -> dict[str, NDArray[np.float64]]:
+    """Features of samples and of queries from the Parquet files, laid end to end at length one, not centred."""
+    context = open_context(load_config(finished / "config.yaml"))
+    labels = read_labels(context, None)
+    found = {}
+    for name, items in {"samples": labels.samples, "queries": labels.queries[0]}.items():
+        parts = []
+        for folder, _ in feature_folders(context, items).values():
+            vectors = np.stack(pq.read_table(folder / "part-00000.parquet")["feature"].to_numpy()).astype(np.float64)
+            parts.append(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+        found[name] = np.hstack(parts)
+    return found
+
+
+def unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_features_of_samples_and_queries_are_less_the_samples_mean(
+    finished: Path, phi: dict[str, NDArray[np.float64]]
+) -> None:
+    context = open_context(load_config(finished / "config.yaml"))
+    labels = read_labels(context, None)
+    mean = phi["samples"].mean(0)
+    places = [*finished.glob("workspace/features/means/*.safetensors"), *finished.glob("workspace/indexes/*/mean.*")]
+    vectors = [load_file(path)["mean"] for path in places if path.suffix == ".safetensors"]
+    kept = [vector for vector in vectors if len(vector) == len(mean)]  # a study has other spaces
+    assert len(kept) == 2, "with the features and with the index"
+    for each in kept:
+        np.testing.assert_allclose(each.numpy(), mean, atol=1e-7)
+    for centre, off in ((True, mean), (False, 0)):
+        space = in_space(context, centre=centre)
+        queries = load_query_features(space, labels.queries, labels.samples)
+        np.testing.assert_allclose(queries.numpy(), phi["queries"] - off, atol=1e-6)
+        samples = load_features(space, labels.samples, labels.samples)
+        np.testing.assert_allclose(samples.numpy(), phi["samples"] - off, atol=1e-6)
+
+
+def test_candidates_are_the_nearest_by_the_cosine_of_centred_features(
+    finished: Path, phi: dict[str, NDArray[np.float64]]
+) -> None:
+    mean = phi["samples"].mean(0)
+    cosine = unit(phi["queries"] - mean) @ unit(phi["samples"] - mean).T
+    columns = "query_id, train_id, neighbor_rank, similarity"
+    rows = query(finished / "workspace", f"SELECT {columns} FROM candidates ORDER BY query_id, train_id")
+    assert rows["train_id"].to_pylist() == list(range(SAMPLES)) * QUERIES
+    found = rows["similarity"].to_numpy().reshape(QUERIES, SAMPLES)
+    np.testing.assert_allclose(found, cosine, atol=1e-5)
+    ranks = rows["neighbor_rank"].to_numpy().reshape(QUERIES, SAMPLES)
+    assert (np.diff(np.take_along_axis(found, np.argsort(ranks, 1), 1)) <= 0).all()
+
+
+def brute_force(head: Path, query_phi: NDArray[np.float64], sample_phi: NDArray[np.float64]) -> list[tuple[int, float]]:
+    """(train_id, cosine of the head's vectors), best first, without an index."""
+    network = load_head(head)
+    vectors = [network(torch.from_numpy(each).float()).double() for each in (query_phi[None], sample_phi)]
+    cosine = torch.nn.functional.cosine_similarity(*vectors)
+    return [(place, cosine[place].item()) for place in cosine.argsort(descending=True).tolist()]
+
+
+def answered(workspace: Path, k: int) -> list[tuple[int, float]]:
+    """(train_id, similarity) of the service's answer to the first query, best first."""
+    first = query(workspace, "SELECT image, caption FROM queries ORDER BY query_id").to_pylist()[0]
+    image = Image.open(io.BytesIO(first["image"])).convert("RGB")
+    answers = AttributionService(Workspace(workspace)).attribute(image, first["caption"], k)
+    return [(answer.train_id, answer.similarity) for answer in answers]
+
+
+def assert_same_answer(found: list[tuple[int, float]], expected: list[tuple[int, float]]) -> None:
+    assert [train_id for train_id, _ in found] == [train_id for train_id, _ in expected]
+    assert [value for _, value in found] == pytest.approx([value for _, value in expected], abs=1e-4)
+
+
+def test_an_answer_is_the_brute_force_cosine_of_the_heads_view_of_centred_features(
+    finished: Path, phi: dict[str, NDArray[np.float64]]
+) -> None:
+    (head,) = (finished / "workspace" / "heads").iterdir()
+    assert json.loads((head / "head.json").read_text())["centre"] is True
+    mean = phi["samples"].mean(0)
+    expected = brute_force(head, phi["queries"][0] - mean, phi["samples"] - mean)
+    assert_same_answer(answered(finished / "workspace", 5), expected[:5])
+
+
+def test_an_index_of_an_earlier_release_has_no_mean_and_answers_by_the_features_as_they_are(
+    finished: Path, tmp_path: Path, phi: dict[str, NDArray[np.float64]]
+) -> None:
+    workspace = tmp_path / "workspace"
+    shutil.copytree(finished / "workspace", workspace)
+    (head,), (index,) = ((workspace / name).iterdir() for name in ("heads", "indexes"))
+    (index / "mean.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"lacks mean\.safetensors.*fastgda index"):
+        AttributionService(Workspace(workspace))
+    described = json.loads((head / "head.json").read_text())
+    del described["centre"]
+    (head / "head.json").write_text(json.dumps(described))
+    vectors = load_head(head)(torch.from_numpy(phi["samples"]).float()).numpy()
+    write_index(build_index(vectors, np.arange(SAMPLES)), index / "index.faiss")
+    assert_same_answer(answered(workspace, 5), brute_force(head, phi["queries"][0], phi["samples"])[:5])
+
+
+def test_an_index_that_lost_its_mean_gets_it_back(finished: Path, tmp_path: Path) -> None:
+    context = open_context(load_config(finished / "config.yaml"))
+    shutil.copytree(finished / "workspace", tmp_path / "workspace")
+    config = context.config.model_copy(update={"workspace": str(tmp_path / "workspace")})
+    context = dataclasses.replace(context, config=config)
+    samples = read_labels(context, None).samples
+    head, _ = read_head(context.workspace, latest_head(context.workspace))
+    (path,) = (tmp_path / "workspace" / "indexes").glob("*/mean.safetensors")
+    before = path.read_bytes()
+    path.unlink()
+    features = extract_features.fn(context, samples)
+    built = build_search_index.fn(context, samples, features, head)
+    assert not built.reused and built.path == path.parent and path.read_bytes() == before
+    assert build_search_index.fn(context, samples, features, head).reused
+
+
+def test_a_retry_of_a_run_of_an_earlier_release_is_still_that_run(finished: Path, tmp_path: Path) -> None:
+    published = read_published(Workspace(finished / "workspace"))
+    shutil.copytree(finished / "workspace" / "runs", tmp_path / "runs")
+    assert config_of(str(tmp_path), published.run).features.centre
+    assignment = tmp_path / "runs" / published.run / "assignment.json"
+    document = json.loads(assignment.read_text())
+    del document["config"]["features"]["centre"]
+    assignment.write_text(json.dumps(document))
+    assert not config_of(str(tmp_path), published.run).features.centre
 
 
 def test_a_releases_checkpoint_is_imported_indexed_measured_and_served(
-    finished: Path, tmp_path: Path, home: Path
+    finished: Path, tmp_path: Path, home: Path, phi: dict[str, NDArray[np.float64]]
 ) -> None:
     config, workspace = tmp_path / "config.yaml", tmp_path / "workspace"
     document = yaml.safe_load((finished / "config.yaml").read_text())
@@ -136,11 +281,18 @@ def test_a_releases_checkpoint_is_imported_indexed_measured_and_served(
     config.write_text(yaml.safe_dump(document))
     shutil.copytree(finished / "workspace", workspace)
     (own,) = (finished / "workspace" / "heads").iterdir()
-    torch.save(load_file(own / "head.safetensors"), tmp_path / "release.pth")
+    weights = load_file(own / "head.safetensors")
+    # The release's features are not centred: what its own first layer does with them centres them.
+    mean = torch.from_numpy(phi["samples"].mean(0))
+    shift = weights["mlp.layers.0.weight"].double() @ mean
+    weights["mlp.layers.0.bias"] = (weights["mlp.layers.0.bias"] - shift).float()
+    torch.save(weights, tmp_path / "release.pth")
     for _ in range(2):
         said = fastgda("import-head", tmp_path / "release.pth", config, home=home).stdout
     assert "(was there)" in said
     (version,) = {path.name for path in (workspace / "heads").iterdir()} - {own.name}
+    assert document["features"].get("centre", True)
+    assert json.loads((workspace / "heads" / version / "head.json").read_text())["centre"] is False
     document["features"] = {"space": "pixel"}  # what is configured since is not what the head was made for
     config.write_text(yaml.safe_dump(document))
     refused = fastgda("import-head", tmp_path / "release.pth", config, home=home, check=False)
@@ -148,8 +300,11 @@ def test_a_releases_checkpoint_is_imported_indexed_measured_and_served(
     fastgda("index", config, home=home)
     measured = fastgda("evaluate", config, home=home).stdout
     tuned = "SELECT value FROM metrics WHERE metric = 'mAP' AND space = 'tuned' ORDER BY ALL"
-    assert query(workspace, tuned).equals(query(finished / "workspace", tuned)), "it is the same network"
+    expected = query(finished / "workspace", tuned)["value"].to_pylist()
+    assert query(workspace, tuned)["value"].to_pylist() == pytest.approx(expected, abs=0.01), "it is the same network"
     assert "promoted" in measured
+    assert not (workspace / read_published(Workspace(workspace)).index / "mean.safetensors").exists()
+    assert_same_answer(answered(workspace, 5), answered(finished / "workspace", 5))
     heads = query(workspace, "SELECT head, run, validation_map FROM heads WHERE served").to_pylist()
     assert heads == [{"head": version, "run": "", "validation_map": None}]
     assert "release.pth" in fastgda("lineage", version, "--workspace", workspace, home=home).stdout

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from storage_schemas.commit import input_key
 from tasks.config import PipelineConfig
 from tasks.context import Context, Stage
 from tasks.features import features_key
@@ -43,6 +44,7 @@ CASES: list[tuple[dict[str, object], set[str]]] = [
     ({"teacher__precision": "float64"}, {"unlearning steps", "base losses", "run"}),
     ({"candidates__policy": "top_k", "candidates__k": 5}, {"run"}),
     ({"features__space": "pixel"}, {"run"}),
+    ({"features__centre": False}, {"run"}),
     ({"teacher__loaded_queries": 7}, set()),
     ({"teacher__negatives": "tie"}, set()),
     ({"model__micro_batch": 7}, set()),
@@ -77,6 +79,16 @@ def test_other_weights_of_an_encoder_are_other_features(tmp_path: Path) -> None:
     (tmp_path / "old" / "model.safetensors").write_text("new")
     again = {"space": "pixel+clip", "weights": {"clip": str(tmp_path / "old")}}
     assert keys(tmp_path, curvature={}, features=again)["run"] in found, "where they lie does not matter"
+
+
+def test_features_that_are_not_centred_keep_the_key_of_earlier_releases(tmp_path: Path) -> None:
+    samples = Stage("samples", "s", tmp_path, 12, 0.0, True)
+    found = {}
+    for centre in (True, False):
+        features = {"space": "pixel+minilm_text", "centre": centre}
+        config = PipelineConfig.model_validate(document(workspace=str(tmp_path), features=features))
+        found[centre] = features_key(Context(config, "m"), samples)
+    assert found[False] == input_key("pixel+minilm_text", "s") != found[True]
 
 
 def test_no_two_of_these_configurations_share_a_key(tmp_path: Path) -> None:
