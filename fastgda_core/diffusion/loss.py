@@ -1,4 +1,4 @@
-"""The diffusion training loss of the model at hand, per sample."""
+"""The diffusion training loss of the model at hand, per sample, and what may stand in for it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from fastgda_core.diffusion.objective import Objective
 from fastgda_core.diffusion.schedule import Schedule
 
 # What the denoiser is conditioned on, one row per caption, by the name of its keyword argument; `a.b` is entry b of
@@ -40,9 +41,17 @@ def denoise(denoiser: Denoiser, noisy: Tensor, timesteps: Tensor, condition: Con
 
 
 def per_sample_loss(
-    denoiser: Denoiser, schedule: Schedule, clean: Tensor, condition: Condition, timesteps: Tensor, noise: Tensor
+    denoiser: Denoiser,
+    schedule: Schedule,
+    clean: Tensor,
+    condition: Condition,
+    timesteps: Tensor,
+    noise: Tensor,
+    objective: Objective = Objective.loss,
 ) -> Tensor:
     """`|| target - model(x_t, c, t) ||^2 / n_elements` of each sample, (n,): the conditional loss, without guidance.
+
+    For the objective `output_norm` the target is 0.
 
     Args:
         denoiser: a UNet or a transformer of diffusers, or what is called as one.
@@ -51,8 +60,10 @@ def per_sample_loss(
         condition: of each row.
         timesteps: (n,) integers in [0, train_timesteps).
         noise: standard normal, (n, c, h, w).
+        objective: what the target is.
     """
     noisy = schedule.add_noise(clean, noise, timesteps)
     residual = denoise(denoiser, noisy, schedule.model_timesteps(timesteps), condition)
-    residual = residual - schedule.target(clean, noise, timesteps)
+    if objective is Objective.loss:
+        residual = residual - schedule.target(clean, noise, timesteps)
     return residual.square().flatten(1).mean(1)

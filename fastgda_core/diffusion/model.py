@@ -20,6 +20,7 @@ from fastgda_core.diffusion.captions import CaptionEncoder, load_caption_encoder
 from fastgda_core.diffusion.codec import Codec, load_codec
 from fastgda_core.diffusion.index import read_index
 from fastgda_core.diffusion.loss import Condition, Denoiser, per_sample_loss
+from fastgda_core.diffusion.objective import Objective
 from fastgda_core.diffusion.precision import Precision, running
 from fastgda_core.diffusion.pretrained import load_frozen
 from fastgda_core.errors import UsageError
@@ -35,6 +36,7 @@ class DiffusionModel:
     codec: Codec
     device: torch.device
     precision: Precision = Precision.float32
+    objective: Objective = Objective.loss
     # Compiled denoisers by what they were compiled for; None: the denoiser is run as it is.
     compiled_denoisers: dict[Any, Any] | None = None
 
@@ -55,6 +57,10 @@ class DiffusionModel:
         model = replace(self, precision=precision, denoiser=denoiser)
         return model if self.compiled_denoisers is None else model.compiled()
 
+    def with_objective(self, objective: Objective) -> DiffusionModel:
+        """The same model; `losses` are values of another objective."""
+        return replace(self, objective=objective)
+
     def compiled(self) -> DiffusionModel:
         """The same model; torch compiles it for what it is asked for, when that is asked for first."""
         return replace(self, compiled_denoisers={})
@@ -67,12 +73,18 @@ class DiffusionModel:
         noise: Tensor,
         denoiser: Denoiser | None = None,
     ) -> Tensor:
-        """`per_sample_loss` in the model's precision, (n,); of a denoiser that stands in for the model's, if given."""
+        """The model's objective in its precision, (n,); of a denoiser that stands in for the model's, if given."""
         dtype = self.precision.dtype
         condition = {name: _cast(tensor, dtype) for name, tensor in condition.items()}
         with running(self.precision, self.device):
             return per_sample_loss(
-                denoiser or self._denoiser(), self.schedule, clean.to(dtype), condition, timesteps, noise.to(dtype)
+                denoiser or self._denoiser(),
+                self.schedule,
+                clean.to(dtype),
+                condition,
+                timesteps,
+                noise.to(dtype),
+                self.objective,
             )
 
     def _denoiser(self) -> Any:

@@ -14,6 +14,11 @@ from fastgda_core.diffusion.schedule import DiffusionSchedule
 from fastgda_core.errors import UsageError
 
 
+def can_generate(model: DiffusionModel) -> bool:
+    """Whether the model's schedule is one that `generate` can follow: some shift by what only a pipeline knows."""
+    return not model.schedule.scheduler.config.get("use_dynamic_shifting")
+
+
 @torch.no_grad()
 def generate(
     model: DiffusionModel, captions: list[str], numbers: list[int], *, seed: int, steps: int, guidance_scale: float
@@ -26,7 +31,7 @@ def generate(
     Raises:
         UsageError: the schedule shifts by what only a pipeline knows.
     """
-    if model.schedule.scheduler.config.get("use_dynamic_shifting"):
+    if not can_generate(model):
         raise UsageError(
             "the model's scheduler has use_dynamic_shifting, which each pipeline does its own way: generate the "
             "queries with it and give them as queries.shards"

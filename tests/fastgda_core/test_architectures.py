@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fastgda_core.curvature.fisher import DiagonalFisher, fit_fisher
-from fastgda_core.curvature.layers import matrix_shape, select_layers
+from fastgda_core.curvature.layers import Layer, matrix_shape, select_layers
 from fastgda_core.diffusion.captions import PIXART_TOKENS
-from fastgda_core.diffusion.loss import per_sample_loss, take
+from fastgda_core.diffusion.loss import denoise, per_sample_loss, take
 from fastgda_core.diffusion.model import DiffusionModel, load_model
 from fastgda_core.diffusion.noise import NoisePlan
+from fastgda_core.diffusion.objective import Objective
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.diffusion.sampling import generate
 from fastgda_core.errors import UsageError
@@ -198,6 +199,13 @@ def mean_squares(difference: Tensor) -> Tensor:
     return difference.square().mean((1, 2, 3))
 
 
+def assert_objectives(model: DiffusionModel, predicted: Tensor, target: Tensor) -> None:
+    """The loss is of what the denoiser misses its target by, the output's norm of all that it gives."""
+    for objective, expected in ((Objective.loss, predicted - target), (Objective.output_norm, predicted)):
+        found = model.with_objective(objective).losses(*rows(model))
+        torch.testing.assert_close(found, mean_squares(expected), rtol=1e-5, atol=0)
+
+
 def test_flow_matching_loss_of_sd3(load: Load) -> None:
     model = load("sd3")
     clean, condition, timesteps, noise = rows(model)
@@ -210,8 +218,7 @@ def test_flow_matching_loss_of_sd3(load: Load) -> None:
         pooled_projections=condition["pooled_projections"],
         timestep=sigma.flatten() * 100,
     ).sample
-    expected = mean_squares(predicted - (noise - clean))
-    torch.testing.assert_close(model.losses(clean, condition, timesteps, noise), expected, rtol=1e-5, atol=0)
+    assert_objectives(model, predicted, noise - clean)
 
 
 def test_flow_matching_timesteps_are_those_of_the_scheduler(load: Load) -> None:
@@ -229,8 +236,7 @@ def test_stable_diffusion_loss(load: Load) -> None:
     alpha = model.schedule.scheduler.alphas_cumprod[timesteps][:, None, None, None]
     noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
     predicted = model.denoiser(noisy, timesteps, encoder_hidden_states=condition["encoder_hidden_states"]).sample
-    expected = mean_squares(predicted - noise)
-    torch.testing.assert_close(model.losses(clean, condition, timesteps, noise), expected, rtol=1e-5, atol=0)
+    assert_objectives(model, predicted, noise)
 
 
 @pytest.mark.parametrize("name", ["pixart", "pixart-sized", "dit"])
@@ -245,8 +251,7 @@ def test_learned_variance_is_left_out_of_the_loss(load: Load, name: str) -> None
         alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, timestep=timesteps, **arguments
     ).sample
     assert predicted.shape[1] == 8
-    expected = mean_squares(predicted[:, :4] - noise)
-    torch.testing.assert_close(model.losses(clean, condition, timesteps, noise), expected, rtol=1e-5, atol=0)
+    assert_objectives(model, predicted[:, :4], noise)
 
 
 def test_sdxl_loss(load: Load) -> None:
@@ -260,8 +265,7 @@ def test_sdxl_loss(load: Load) -> None:
         encoder_hidden_states=condition["encoder_hidden_states"],
         added_cond_kwargs=added,
     ).sample
-    expected = mean_squares(predicted - noise)
-    torch.testing.assert_close(model.losses(clean, condition, timesteps, noise), expected, rtol=1e-5, atol=0)
+    assert_objectives(model, predicted, noise)
 
 
 SELECTED = [
@@ -271,34 +275,80 @@ SELECTED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "selection"), SELECTED)
-def test_first_order_scores_equal_a_float64_finite_difference(load: Load, name: str, selection: str) -> None:
-    model = load(name).in_precision(Precision.float64)
-    layers = select_layers(model.denoiser, selection)
+PLAN = NoisePlan(seed=2, timesteps=2, draws=1, first_timestep=20)
+
+
+def two_samples(model: DiffusionModel) -> SampleBlock:
+    """The first of them has two captions."""
     generator = torch.Generator().manual_seed(5)
-    block = SampleBlock(
+    return SampleBlock(
         train_ids=torch.tensor([3, 8]),
         latents=torch.randn(2, 1, *model.latent_shape, generator=generator),
         condition=model.encode_captions(CAPTIONS),
         owner=torch.tensor([0, 0, 1]),
         caption_number=torch.tensor([0, 1, 0]),
     )
-    plan = NoisePlan(seed=2, timesteps=2, draws=1, first_timestep=20)
-    update = {
+
+
+def random_update(layers: dict[str, Layer]) -> dict[str, Tensor]:
+    """A weight change by layer, (d_out, d_in) float64."""
+    generator = torch.Generator().manual_seed(6)
+    return {
         name: 0.1 * torch.randn(matrix_shape(layer), dtype=torch.float64, generator=generator)
         for name, layer in layers.items()
     }
+
+
+@pytest.mark.parametrize("objective", Objective)
+@pytest.mark.parametrize(("name", "selection"), SELECTED)
+def test_first_order_scores_equal_a_float64_finite_difference(
+    load: Load, name: str, selection: str, objective: Objective
+) -> None:
+    model = load(name).in_precision(Precision.float64).with_objective(objective)
+    layers, block = select_layers(model.denoiser, selection), two_samples(model)
+    update = random_update(layers)
     stacked = {name: change[None] for name, change in update.items()}
-    (scores,) = first_order_scores(model, layers, plan, block, [stacked], MicroBatch(4))
+    (scores,) = first_order_scores(model, layers, PLAN, block, [stacked], MicroBatch(4))
 
     step = 1e-5
     losses = []
     for sign in (1, -1):
         with moved(layers, {name: sign * step * change for name, change in update.items()}):
-            losses.append(training_losses(model, plan, block, MicroBatch(4))[:, 0])
+            losses.append(training_losses(model, PLAN, block, MicroBatch(4))[:, 0])
     slope = (losses[0] - losses[1]) / (2 * step)
     assert slope.abs().min() > 0
     assert (scores - slope).norm() / slope.norm() < 1e-6
+
+
+@pytest.mark.parametrize(("name", "selection"), SELECTED)
+def test_output_norm_gradients_equal_float64_autograd(load: Load, name: str, selection: str) -> None:
+    """Through the weights themselves, row by row, with nothing of ours but the noise."""
+    model = load(name).in_precision(Precision.float64).with_objective(Objective.output_norm)
+    layers, block = select_layers(model.denoiser, selection), two_samples(model)
+    update = random_update(layers)
+    stacked = {name: change[None] for name, change in update.items()}
+    (scores,) = first_order_scores(model, layers, PLAN, block, [stacked], MicroBatch(4))
+    expected = torch.zeros(2, dtype=torch.float64)
+    model.denoiser.requires_grad_(True)
+    try:
+        for caption, owner in enumerate(block.owner.tolist()):
+            for timestep in (20, 70):
+                place = block.train_ids[[owner]], torch.tensor([0]), block.caption_number[[caption]]
+                at = torch.tensor([timestep])
+                noise = PLAN.noise(*place, at, torch.tensor([0]), model.latent_shape).double()
+                noisy = model.schedule.add_noise(block.latents[owner].double(), noise, at)
+                said = {key: value[[caption]] for key, value in block.condition.items()}
+                said = {key: value.double() if value.is_floating_point() else value for key, value in said.items()}
+                norm = denoise(model.denoiser, noisy, model.schedule.model_timesteps(at), said).square().mean()
+                share = 1 / (2 * int((block.owner == owner).sum()))
+                for layer, change in update.items():
+                    weights = list(layers[layer].parameters(recurse=False))
+                    several = torch.autograd.grad(norm, weights, retain_graph=True)
+                    matrix = torch.cat([part.reshape(len(part), -1) for part in several], dim=1)
+                    expected[owner] += share * (matrix * change).sum()
+    finally:
+        model.denoiser.requires_grad_(False)
+    assert (scores - expected).norm() < 1e-8 * expected.norm()
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3", "pixart-sized", "dit"])

@@ -1,0 +1,20 @@
+"""Whose gradients the teachers' scores are made of."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Objective(StrEnum):
+    """A squared norm, whose gradients at query and training sample are compared.
+
+    loss: of output - target, as in training: a score says whose removal would raise the query's loss.
+    output_norm: of the output alone: a score says whose removal would move what the model draws. At the weights that
+        drew a picture little is left of its loss, and the sign of that rest is close to chance; an output is all there.
+
+    Source of output_norm: Zheng et al., "Intriguing properties of data attribution on diffusion models" (2024), who
+    differentiate other functions of a diffusion model's output in place of its loss.
+    """
+
+    loss = "loss"
+    output_norm = "output_norm"
