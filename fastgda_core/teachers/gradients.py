@@ -8,9 +8,8 @@ before it meets a; one backward through activations serves everything.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,45 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from fastgda_core.curvature.layers import Layer, output_rows
+from fastgda_core.curvature.taps import by_sample, tapped
 from fastgda_core.diffusion.loss import Condition, take
 from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.precision import multiplying
 from fastgda_core.errors import UsageError
 from fastgda_core.teachers.micro_batch import MicroBatch
-
-
-@dataclass
-class _Taps:
-    """What the layers saw and gave in a forward, call by call: a module may be used in several places."""
-
-    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
-
-
-@contextmanager
-def _tapped(layers: Mapping[str, Layer], samples: int) -> Iterator[_Taps]:
-    """While active, each forward leaves the layers' inputs and outputs, the outputs ready to take gradients at.
-
-    Inputs have one row for each of the samples: where a layer takes several of a sample's numbers as so many rows, as
-    PixArt's embedder of height and width does, these become positions.
-    """
-    taps = _Taps()
-
-    def attach(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if not output.requires_grad and torch.is_grad_enabled():
-                output.requires_grad_(True)
-            taps.inputs.setdefault(name, []).append(_by_sample(inputs[0].detach(), samples))
-            taps.outputs.setdefault(name, []).append(output)
-
-        return hook
-
-    handles = [layer.register_forward_hook(attach(name)) for name, layer in layers.items()]
-    try:
-        yield taps
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def output_gradients(
@@ -97,7 +63,7 @@ def output_gradients(
             flat = [output for name in layers for output in outputs[name]]
             gradients = iter(torch.autograd.grad(losses.sum(), flat))
     by_position = {
-        name: torch.cat([_by_sample(output_rows(layer, next(gradients)), len(clean)) for _ in outputs[name]], dim=1)
+        name: torch.cat([by_sample(output_rows(layer, next(gradients)), len(clean)) for _ in outputs[name]], dim=1)
         for name, layer in layers.items()
     }
     return losses.detach(), inputs, by_position
@@ -109,7 +75,7 @@ Tapped = tuple[Tensor, dict[str, list[Tensor]], dict[str, list[Tensor]]]
 
 def _forward(model: DiffusionModel, layers: Mapping[str, Layer], rows: Rows) -> Tapped:
     """Losses; by layer, its inputs and outputs."""
-    with _tapped(layers, len(rows[0])) as taps:
+    with tapped(layers, len(rows[0])) as taps:
         losses = model.losses(*rows)
     if idle := layers.keys() - taps.outputs.keys():
         raise UsageError(f"layer {min(idle)} takes no part in the forward pass: choose fewer teacher.layers")
@@ -166,7 +132,7 @@ class _CompiledTaps:
 
         def probed(noisy: Tensor, **arguments: Any) -> tuple[Tensor, ...]:
             output, seen = self.denoiser(noisy, added, **arguments)
-            inputs.update({name: [_by_sample(value, samples) for value in values] for name, values in seen.items()})
+            inputs.update({name: [by_sample(value, samples) for value in values] for name, values in seen.items()})
             return output
 
         return model.losses(*rows, probed), inputs, added
@@ -190,7 +156,7 @@ def steady_layers(
     as_it_is = replace(model, compiled_denoisers=None)  # compiled code does not see hooks that came after it
 
     def look(stretch: slice) -> dict[str, list[Tensor]]:
-        with _tapped(layers, len(clean[stretch])) as taps:
+        with tapped(layers, len(clean[stretch])) as taps:
             as_it_is.losses(clean[stretch], take(captions, stretch), timesteps[stretch], noise[stretch])
         return taps.inputs
 
@@ -201,10 +167,6 @@ def steady_layers(
         for name, seen in looks[-1].items()
         if len(seen) == 1 and torch.allclose(looks[0][name][0][0], seen[0][-1], rtol=1e-5, atol=1e-6)
     }
-
-
-def _by_sample(value: Tensor, samples: int) -> Tensor:
-    return value if len(value) == samples else value.reshape(samples, -1, value.shape[-1])
 
 
 def weight_gradient(output_gradient: Tensor, layer_input: Tensor) -> Tensor:
