@@ -150,6 +150,16 @@ def _places(values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.searchsorted(ascending, values), torch.searchsorted(ascending, values, right=True) - 1
 
 
+def twin_ranks(scores: Tensor, twins: Tensor) -> Tensor:
+    """Rank of one sample of each row, its twin, (queries,); equal scores count against it.
+
+    Args:
+        scores: (queries, samples); higher ranks earlier.
+        twins: (queries,), the column of each query's twin.
+    """
+    return (scores >= scores.gather(1, twins[:, None])).sum(1)
+
+
 def recall(scores: Tensor, relevant: Tensor, k: int) -> Tensor:
     """Share of the relevant items among the `k` highest scores of each row, (queries,) float64."""
     return (top_mask(scores, k) & relevant).sum(1).double() / relevant.sum(1)

@@ -8,6 +8,7 @@ from fastgda_core.features.encoders import (
     encoder_names,
     load_encoder,
     mean_over,
+    text_space,
 )
 
-__all__ = ["ENCODERS", "Encoder", "concatenate", "cosines", "encoder_names", "load_encoder", "mean_over"]
+__all__ = ["ENCODERS", "Encoder", "concatenate", "cosines", "encoder_names", "load_encoder", "mean_over", "text_space"]

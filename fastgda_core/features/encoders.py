@@ -164,20 +164,21 @@ def _image_encoder(
 class Registered:
     """An encoder by name.
 
-    source: hub id of its weights, empty where they come with a package; batch: items at a time.
+    source: hub id of its weights, empty where they come with a package; batch: items at a time; text: of captions.
     """
 
     load: Callable[[str, torch.device], Encoder]
     source: str = ""
     batch: int = 64
+    text: bool = False
 
 
 ENCODERS: dict[str, Registered] = {
     "pixel": Registered(load_pixel, batch=1024),
     "efficientnet_lite0": Registered(load_efficientnet_lite0),
-    "minilm_text": Registered(load_minilm_text),
+    "minilm_text": Registered(load_minilm_text, text=True),
     "clip": Registered(load_clip, "openai/clip-vit-base-patch32", batch=256),
-    "clip_text": Registered(load_clip_text, "openai/clip-vit-base-patch32", batch=256),
+    "clip_text": Registered(load_clip_text, "openai/clip-vit-base-patch32", batch=256, text=True),
     "dino": Registered(load_dino, "facebook/dino-vitb16", batch=128),
     "dinov2": Registered(load_dinov2, "facebook/dinov2-with-registers-large"),
 }
@@ -223,6 +224,11 @@ def encoder_names(space: str) -> list[str]:
     if len(set(names)) < len(names):
         raise UsageError(f"features.space {space!r} names an encoder twice: once is enough")
     return names
+
+
+def text_space(space: str) -> str:
+    """The encoders of a feature space that read captions, joined by `+`; empty where none does."""
+    return "+".join(name for name in encoder_names(space) if ENCODERS[name].text)
 
 
 def concatenate(parts: list[Tensor], *, unit_length: bool = True, mean: Tensor | None = None) -> Tensor:
