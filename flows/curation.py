@@ -8,6 +8,7 @@ from datetime import date
 from prefect import flow
 
 from flows.names import named
+from tasks.announcements import announce_trust
 from tasks.candidates import choose_candidates
 from tasks.config import PipelineConfig, check_sizes
 from tasks.context import Stage
@@ -15,11 +16,12 @@ from tasks.features import extract_features
 from tasks.make_parts import RunIncomplete
 from tasks.partitions import PartitionOutcome, in_partition, partition_names, scheduled_partition
 from tasks.plan import RunPlan, begin_run, open_context, run_inputs, run_name, stages_of
-from tasks.publish import publish_scores
+from tasks.publish import publish_checks, publish_scores
 from tasks.queries import make_queries
 from tasks.retry import config_of, release
 from tasks.samples import ingest_samples
-from tasks.teacher_checks import check_precision
+from tasks.teacher_checks import check_precision, check_twins
+from tasks.trust import Trust, trust_in
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,18 @@ class Curation:
     def run(self) -> str:
         return self.plan.run
 
+    @property
+    def trust(self) -> Trust:
+        """What is known of the run's teacher."""
+        return trust_in(self.plan.inputs.workspace, self.run)
+
 
 def plan_run(config: PipelineConfig) -> RunPlan:
     """Samples, queries, features and candidates, and from them what the run is to do."""
     context = open_context(config)
     samples = ingest_samples(context)
     check_sizes(config, samples.rows)
-    queries = make_queries(context)
+    queries = make_queries(context, samples)
     features = extract_features(context, samples)
     query_features = extract_features(context, queries)
     stages = stages_of(context, samples, queries)
@@ -70,7 +77,10 @@ def curate(config: PipelineConfig) -> Curation:
             if not incomplete:
                 raise
     ranks = publish_scores(plan.inputs, incomplete=incomplete)
-    return Curation(plan, [*stages, ranks], ranks)
+    checks = [check_twins(plan.inputs, ranks)] if config.queries.twins else []
+    publish_checks(plan.inputs, checks)
+    announce_trust(plan.inputs)
+    return Curation(plan, [*stages, ranks, *checks], ranks)
 
 
 @flow(name="curate partition", flow_run_name=named("curate", "partition"))

@@ -6,7 +6,7 @@ from prefect import flow
 
 from flows.curation import plan_run
 from flows.names import named
-from tasks.announcements import announce_metrics
+from tasks.announcements import announce_metrics, announce_trust
 from tasks.config import PipelineConfig
 from tasks.context import Stage
 from tasks.evaluation import measure_head
@@ -32,6 +32,7 @@ def judge(config: PipelineConfig) -> list[Stage]:
     if config.self_consistency is not None:
         checks.append(check_self_consistency(inputs, ranks))
     publish_checks(inputs, checks)
+    announce_trust(inputs)
     return checks
 
 

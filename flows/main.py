@@ -51,16 +51,20 @@ err = Console(stderr=True)
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Option(help="Where data, model and workspace are laid out.")] = DEMO_FOLDER,
+    published: Annotated[
+        bool, typer.Option("--published", help="With the paper's settings, which fail the twin test on this model.")
+    ] = False,
 ) -> None:
     """The whole pipeline on OpenMoji: data, queries, teacher, head, index, evaluation, report.
 
     Example: `fastgda demo`
     """
     start_server()
+    from flows.openmoji import CONFIG, PUBLISHED_CONFIG
     from flows.openmoji import demo as run_demo
 
     wait_for_server()
-    print_summary(run_demo(folder.resolve()))
+    print_summary(run_demo(folder.resolve(), PUBLISHED_CONFIG if published else CONFIG))
     out.print(
         f"\nAsk it something:  fastgda attribute {folder}/workspace/queries/*/images/q0003.png "
         '--caption "a laughing face with sunglasses"',

@@ -8,22 +8,22 @@ from fastgda_core.diffusion.training import DenoiserTraining
 from flows.pipeline import RunSummary, attribution_pipeline
 from storage_schemas.commit import write_atomically
 from tasks.config import load_config
-from tasks.openmoji import CONFIG, write_model_folder, write_shards
+from tasks.openmoji import CONFIG, PUBLISHED_CONFIG, write_model_folder, write_shards
 
 
-def prepare(folder: Path) -> Path:
-    """Lay out `shards/`, `model/` and `openmoji.yaml`; returns the config's path."""
+def prepare(folder: Path, source: Path = CONFIG) -> Path:
+    """Lay out `shards/`, `model/` and a ready config; returns the config's path."""
     write_shards(folder / "shards")
     write_model_folder(folder / "model")
-    config = folder / CONFIG.name
+    config = folder / source.name
     if not config.is_file():
-        write_atomically(config, CONFIG.read_bytes())
+        write_atomically(config, source.read_bytes())
     return config
 
 
-def demo(folder: Path) -> RunSummary:
-    """The whole pipeline on OpenMoji, everything under `folder`."""
-    return attribution_pipeline(load_config(prepare(folder)))
+def demo(folder: Path, source: Path = CONFIG) -> RunSummary:
+    """The whole pipeline on OpenMoji by a ready config, everything under `folder`."""
+    return attribution_pipeline(load_config(prepare(folder, source)))
 
 
 def train_model(folder: Path, out: Path, training: DenoiserTraining, initial: Path | None) -> Path:
@@ -32,4 +32,4 @@ def train_model(folder: Path, out: Path, training: DenoiserTraining, initial: Pa
 
     write_shards(folder / "shards")
     train_denoiser_on(folder / "shards", out, training, initial)
-    return write_sample_grid(out, load_config(CONFIG).queries)
+    return write_sample_grid(out, load_config(PUBLISHED_CONFIG).queries)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from fastgda_core.errors import UsageError
@@ -93,7 +94,7 @@ def curate(config: ConfigArgument, runner: RunnerOption = None) -> None:
 
     wait_for_server()
     done = curation(checked)
-    print_stages(done.run, done.stages)
+    print_stages(done.run, done.stages, done.trust)
     say(f"published: {done.ranks.key}")
 
 
@@ -333,19 +334,23 @@ def resume(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> 
 
 
 def print_summary(summary: Any) -> None:
-    print_stages(summary.run, summary.stages)
+    print_stages(summary.run, summary.stages, summary.trust)
     if summary.refused:
         say(f"not promoted: {summary.refused}")
     say(f"Report: {summary.report.path}")
 
 
-def print_stages(run: str, stages: list[Any]) -> None:
+def print_stages(run: str, stages: list[Any], trust: Any) -> None:
     table = Table("stage", "rows", "seconds", "", title=f"run {run}", title_justify="left")
     for column in table.columns[1:3]:
         column.justify = "right"
     for stage in stages:
         table.add_row(stage.name, f"{stage.rows:,}", f"{stage.seconds:.1f}", "[dim]reused" if stage.reused else "new")
     out.print(table)
+    for name, value in trust.facts:
+        say(f"{name}: {value}")
+    for warning in trust.warnings:
+        out.print(f"[bold yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
 
 
 run_commands = (

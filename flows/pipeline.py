@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from prefect import flow
 
@@ -14,15 +14,20 @@ from flows.training import train_rank_head
 from tasks.config import PipelineConfig
 from tasks.context import Stage
 from tasks.report import write_report
+from tasks.trust import Trust, trust_in
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a pipeline made: the run's name and, in order, its stages; why its index is not served, if it is not."""
+    """What a pipeline made.
+
+    stages: in order; trust: what is known of the teacher; refused: why the index is not served, empty where it is.
+    """
 
     run: str
-    stages: list[Stage] = field(default_factory=list)
-    refused: str = ""
+    stages: list[Stage]
+    trust: Trust
+    refused: str
 
     @property
     def report(self) -> Stage:
@@ -38,5 +43,7 @@ def attribution_pipeline(config: PipelineConfig) -> RunSummary:
     index = rebuild_index(config, head.key)
     evaluation = evaluate(config, index.key)
     stages = [*curation.stages, *checks, head, index, evaluation.metrics]
-    report = write_report(curation.plan.inputs.context, curation.run, stages)
-    return RunSummary(curation.run, [*stages, report], evaluation.refused)
+    context = curation.plan.inputs.context
+    report = write_report(context, curation.run, stages)
+    trust = trust_in(context.workspace, curation.run)
+    return RunSummary(curation.run, [*stages, report], trust, evaluation.refused)

@@ -117,12 +117,21 @@ QUERIES = Table(
     "a generated image with its caption and split",
     _schema(
         ("query_id", pa.string(), "identifier of the query"),
-        ("split", pa.string(), "train, validation or test"),
+        ("split", pa.string(), "train, validation or test; of the twin test twin or pseudo, see twins"),
         ("caption", pa.string(), "the caption it was generated from"),
-        ("image", pa.binary(), "the generated image, PNG"),
+        ("image", pa.binary(), "the generated image, PNG; of split pseudo a training image"),
         ("image_sha256", pa.string(), "sha256 of the PNG"),
     ),
     dictionary=("split",),
+)
+
+TWINS = Table(
+    "twins",
+    "a query of the twin test: the training sample that a right teacher ranks first",
+    _schema(
+        ("query_id", pa.string(), "the query; it is in no split"),
+        ("train_id", pa.int64(), "its twin: the query was generated from its caption, or is its image"),
+    ),
 )
 
 FEATURES = Table(
@@ -199,13 +208,17 @@ METRICS = Table(
     "metrics",
     "a figure: metric, ranking, split, cutoff, value, standard error",
     _schema(
-        ("metric", pa.string(), "mAP, AP (one query), ndcg, overlap, recall, spearman, kendall, relative error"),
+        (
+            "metric",
+            pa.string(),
+            "mAP, AP (one query), ndcg, overlap, recall, spearman, kendall, twin share, ...",
+        ),
         (
             "space",
             pa.string(),
-            "what is compared with the teacher: untuned, tuned, chance, teacher with ..., study: ...",
+            "what is compared with the teacher: untuned, tuned, captions alone, chance, another teacher, study: ...",
         ),
-        ("split", pa.string(), "the queries it was measured on"),
+        ("split", pa.string(), "the queries it was measured on: test, or twin or pseudo of the twin test"),
         ("cutoff", pa.int32(), "L of mAP(L), k of the others; 0 where it has none"),
         ("query_id", pa.string(), "one query, or empty for the mean over the split"),
         ("value", pa.float64(), "the figure"),

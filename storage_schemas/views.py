@@ -36,7 +36,7 @@ from storage_schemas.files import AnyPath, matching
 from storage_schemas.ledger import Part, read_compaction, read_run, run_names
 from storage_schemas.snapshots import NotPublished, Published, Snapshot, read_published, read_snapshot
 from storage_schemas.tables import Table
-from storage_schemas.workspace import Workspace
+from storage_schemas.workspace import Workspace, twins_beside
 
 
 class RefusedStatement(StoreError):
@@ -154,6 +154,7 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, s
         tables.SAMPLES: files(published.samples) if published else None,
         tables.REJECTED_SAMPLES: files(published.rejected_samples) if published else None,
         tables.QUERIES: files(*published.queries) if published else None,
+        tables.TWINS: files(*_twins(workspace, published.queries)) if published else None,
         tables.CANDIDATES: files(*published.candidates) if published else None,
         tables.BASE_LOSSES: folder(published.base_losses) if published else None,
         tables.SCORES: ranks,
@@ -166,6 +167,14 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, s
     _create_view(connection, tables.EXACT_CHECK, [f"SELECT {_columns(tables.SCORES)} FROM {exact}"] if exact else [])
     _create_view(connection, tables.RUN_SCORES, _run_scores(workspace, state.runs))
     _load(connection, workspace, state)
+
+
+def _twins(workspace: Workspace, queries: Iterable[str]) -> Iterator[str]:
+    """Of query sets that have a twin test; those of earlier releases have none."""
+    for relative in queries:
+        path = twins_beside(workspace.file(relative))
+        if path.exists():
+            yield workspace.relative(path)
 
 
 def _ranks(workspace: Workspace, parts: Iterable[Part]) -> Iterator[str]:

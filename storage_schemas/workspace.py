@@ -165,3 +165,8 @@ class Workspace:
 def part(folder: AnyPath, number: int, suffix: str = "parquet") -> AnyPath:
     """Path of one part of a sharded table or tensor."""
     return folder / f"part-{number:05d}.{suffix}"
+
+
+def twins_beside(queries: AnyPath) -> AnyPath:
+    """Path of the twins of a query set, by the path of its `queries.parquet`."""
+    return queries.with_name("twins.parquet")

@@ -13,6 +13,7 @@ from tasks.labels import Labels
 from tasks.pictures import attribution_sheet, loss_curve
 from tasks.promotion import Evaluation
 from tasks.run_inputs import RunInputs
+from tasks.trust import trust_in
 
 SHOWN_QUERIES, SHOWN_SAMPLES = 5, 8
 
@@ -27,6 +28,14 @@ def announce_scores(inputs: RunInputs, snapshot: str) -> None:
     links = f"snapshot `{snapshot}`: runs {', '.join(f'`{run}`' for run in rows.runs)}, {rows.rows:,} rows"
     publish_markdown(f"published {snapshot}", f"{links}\n\n`fastgda lineage {snapshot}`\n", "What was published")
     events.announce(events.SCORES_PUBLISHED, context, "snapshot", snapshot, run=inputs.run)
+
+
+def announce_trust(inputs: RunInputs) -> None:
+    """What is known of the run's teacher, and what to do where it cannot be believed."""
+    trust = trust_in(inputs.workspace, inputs.run)
+    lines = [f"run `{inputs.run}`", "", *(f"- {name}: {value}" for name, value in trust.facts)]
+    lines += [line for warning in trust.warnings for line in ("", f"**Warning** {warning}")]
+    publish_markdown(f"teacher {inputs.run}", "\n".join(lines) + "\n", "Whether the teacher can be believed")
 
 
 def announce_head(context: Context, head: Stage, labels: Labels) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ from tasks.config import CandidatesConfig
 from tasks.context import Context, Stage
 from tasks.features import load_features
 from tasks.queries import load_queries
+from tasks.twins import load_twins
 
 QUERIES_AT_ONCE = 64
 
@@ -33,6 +34,8 @@ def choose_candidates(context: Context, run: str, samples: Stage, queries: Stage
         sample_features = torch.nn.functional.normalize(load_features(context, samples, samples), dim=1).numpy()
         query_features = torch.nn.functional.normalize(load_features(context, queries, samples), dim=1).numpy()
         names = [query.query_id for query in load_queries(queries)]
+        twins = load_twins(queries.path)
+        wanted = [twins.get(name) for name in names]
         parts = [
             tables.CANDIDATES.rows(
                 query_id=np.repeat(np.array(names[number : number + 1], dtype=object), len(train_ids)),
@@ -41,7 +44,7 @@ def choose_candidates(context: Context, run: str, samples: Stage, queries: Stage
                 similarity=similarity[train_ids],
             )
             for number, train_ids, ranks, similarity in _chosen(
-                context.config.candidates, query_features, sample_features
+                context.config.candidates, query_features, sample_features, wanted
             )
         ]
         manifest = commit_table(path, pa.concat_tables(parts), tables.CANDIDATES, key=run, started=started)
@@ -49,18 +52,25 @@ def choose_candidates(context: Context, run: str, samples: Stage, queries: Stage
 
 
 def _chosen(
-    config: CandidatesConfig, queries: NDArray[np.float32], samples: NDArray[np.float32]
+    config: CandidatesConfig, queries: NDArray[np.float32], samples: NDArray[np.float32], wanted: Sequence[int | None]
 ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]]:
-    """Number, candidates (nearest first), rank of every sample and similarity to it, query by query."""
+    """Number, candidates (nearest first), rank of every sample and similarity to it, query by query.
+
+    `wanted` is a sample that the query is scored against in any case: its twin.
+    """
     pool: NDArray[np.int64] | None = None
     if config.policy == "pooled":
-        near = [order[: config.k] for _, order, _, _ in _neighbors(queries, samples)]
+        # A query of the twin test has no say in whom the others are scored against.
+        near = [order[: config.k] for number, order, _, _ in _neighbors(queries, samples) if wanted[number] is None]
         pool = np.unique(np.concatenate(near))
     for number, order, ranks, similarity in _neighbors(queries, samples):
         mine = order[: config.k] if pool is None else pool[np.argsort(ranks[pool])]
         if config.scored is not None:
             draw = np.random.default_rng([config.seed, number])
             mine = mine[np.sort(draw.choice(len(mine), config.scored, replace=False))]
+        if (twin := wanted[number]) is not None and twin not in mine:
+            mine = np.append(mine, twin)
+            mine = mine[np.argsort(ranks[mine])]
         yield number, mine, ranks, similarity
 
 

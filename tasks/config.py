@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from fastgda_core.curvature.fisher import DAMPING
+from fastgda_core.diffusion.objective import Objective
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
 from fastgda_core.features import ENCODERS, encoder_names
@@ -124,6 +125,12 @@ class QueriesConfig(Section):
         description="what {partition} in shards stands for, as a date; scheduled runs and backfills set it",
     )
     split: Split = Field(description="numbers of queries, or shares of however many there are")
+    twins: int = Field(
+        default=8,
+        ge=0,
+        description="of the twin test: queries generated from training captions, and as many training images taken as "
+        "queries, in no split; 0: no test",
+    )
     seed: int = Field(default=0, ge=0, description="of the starting noise and of the split")
     steps: int = Field(default=25, ge=1, description="DDIM steps")
     guidance_scale: float = Field(default=3.0, ge=0, description="classifier-free guidance")
@@ -191,7 +198,11 @@ class FeaturesConfig(Section):
 
 
 class CurvatureConfig(Section):
-    samples: int = Field(default=512, ge=1, description="(training image, eps, t) triples of the Fisher")
+    samples: int = Field(default=2048, ge=1, description="(training image, eps, t) triples of the Fisher")
+    importance: bool = Field(
+        default=True,
+        description="draw timesteps where gradients are large and weigh them back: the same Fisher with less noise",
+    )
     seed: int = Field(default=0, ge=0)
 
 
@@ -215,6 +226,11 @@ class CandidatesConfig(Section):
 class TeacherConfig(Section):
     name: Literal["abu", "abu_plus", "abu_plus_first_order"] = Field(
         description="exact loss difference with a diagonal or an EK-FAC Fisher, or the latter's linear part"
+    )
+    objective: Objective = Field(
+        default=Objective.loss,
+        description="whose gradients scores are made of: loss as published, or output_norm, for pictures that the "
+        "model itself made; the twin test says which a model needs",
     )
     layers: Literal["cross-attn-kv", "cross-attn", "attn", "all"] = Field(
         default="cross-attn-kv", description="whose weights the unlearning step moves"

@@ -63,7 +63,8 @@ class Context:
         """The model as the teacher runs it."""
         config = self.config
         precision = precision or config.teacher.precision
-        return _teacher_model(config.model.folder, self.model_hash, self.device, precision, config.model.compile)
+        model = _teacher_model(config.model.folder, self.model_hash, self.device, precision, config.model.compile)
+        return model.with_objective(config.teacher.objective)
 
     def layers(self, model: DiffusionModel) -> dict[str, Layer]:
         """Those whose weights the unlearning step moves."""

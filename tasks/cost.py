@@ -19,11 +19,13 @@ from storage_schemas.liveness import read_assignment
 from storage_schemas.workspace import Workspace
 from tasks.config import PipelineConfig
 from tasks.context import Context
+from tasks.curvature import pilot_rows
 from tasks.samples import samples_table
 from tasks.teacher import BASE_LOSS_PART
 
 GRADIENT_FORWARDS = 2.1  # one forward and backward to the chosen layers, in forwards (benchmarks/RESULTS.md)
-FISHER_PASSES = {"diagonal": 1, "ekfac": 2}  # over the data: Lambda alone, or A and B before it
+# Of one row, in forwards: kronfluence's pass; for EK-FAC a pass for the eigenvalues after it.
+FISHER_FORWARDS = {"diagonal": 3.0, "ekfac": 3.0 + GRADIENT_FORWARDS}
 TRIAL_SECONDS = 1.0
 TRIAL_ROWS = 8
 
@@ -58,10 +60,9 @@ def costs(config: PipelineConfig, size: Size) -> list[KindCost]:
     noises = timesteps * teacher.draws * (2 if config.model.flips else 1) * size.captions
     method = TEACHERS[teacher.name]
     pairs = queries * size.candidates
+    rows, pilot = config.curvature.samples, pilot_rows(config.curvature) * GRADIENT_FORWARDS
     found = [
-        KindCost(
-            "curvature", 1, config.curvature.samples, config.curvature.samples * 3.0 * FISHER_PASSES[method.fisher]
-        ),
+        KindCost("curvature", 1, rows, rows * FISHER_FORWARDS[method.fisher] + pilot),
         KindCost("unlearning steps", queries, queries, queries * teacher.gradient_pairs * GRADIENT_FORWARDS),
     ]
     if not method.first_order:

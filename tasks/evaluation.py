@@ -17,15 +17,17 @@ from fastgda_core.evaluation.ranking_metrics import (
     expected_random_agreement,
     spearman,
 )
-from fastgda_core.features import cosines
+from fastgda_core.features import cosines, text_space
 from storage_schemas import tables
 from storage_schemas.commit import commit_table, committed, input_key
 from tasks.context import Context, Stage
-from tasks.features import load_features, load_query_features
+from tasks.features import extract_features, in_space, load_features, load_query_features
 from tasks.head import load_trained_head, rows_of_split, score_matrix
 from tasks.metric_rows import agreement_rows, metric_row, metric_rows
 from tasks.publish import load_ranks
 from tasks.queries import joined_queries
+
+CAPTIONS = "captions alone"
 
 
 @task(task_run_name="evaluation", cache_policy=NO_CACHE)
@@ -42,7 +44,7 @@ def measure_head(
     exact = next((check for check in checks if check.name == "exact check"), None)
     others = [check for check in checks if check is not exact]
     key = input_key(
-        "metrics 2", head.key, ranks.key, cutoffs, exact.key if exact else None, [check.key for check in others]
+        "metrics 3", head.key, ranks.key, cutoffs, exact.key if exact else None, [check.key for check in others]
     )
     path = context.workspace.metrics(key)
     manifest = committed(path, key)
@@ -56,6 +58,7 @@ def measure_head(
         rankings = {
             "untuned": cosines(*phi),
             "tuned": head_module(phi[0]) @ head_module(phi[1]).T,
+            **_by_captions(context, samples, queries, test),
         }
         several = joined_queries(queries)
         names = [several[row].query_id for row in test.tolist()]
@@ -70,6 +73,18 @@ def measure_head(
         )
         manifest = commit_table(path, table, tables.METRICS, key=key, started=started)
     return Stage("evaluation", key, path, manifest.rows, manifest.seconds, reused)
+
+
+def _by_captions(context: Context, samples: Stage, queries: Sequence[Stage], test: Tensor) -> dict[str, Tensor]:
+    """The cheapest ranking, which any other has to beat: by the captions' features alone, where there are such."""
+    space = context.config.features.space
+    if text_space(space) in ("", space):
+        return {}
+    worded = in_space(context, space=text_space(space))
+    for items in (samples, *queries):
+        extract_features.fn(worded, items)
+    phi = load_query_features(worded, queries, samples)[test], load_features(worded, samples, samples)
+    return {CAPTIONS: cosines(*phi)}
 
 
 def _ranking_rows(

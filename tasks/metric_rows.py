@@ -25,13 +25,15 @@ def metric_rows(
         yield metric_row("AP" if metric == "mAP" else metric, space, value[None], cutoff=cutoff, query_id=query_id)
 
 
-def metric_row(metric: str, space: str, values: Tensor, *, cutoff: int = 0, query_id: str = "") -> dict[str, object]:
+def metric_row(
+    metric: str, space: str, values: Tensor, *, cutoff: int = 0, query_id: str = "", split: str = "test"
+) -> dict[str, object]:
     """The mean of some queries' values, with its standard error."""
     count = len(values)
     return {
         "metric": metric,
         "space": space,
-        "split": "test",
+        "split": split,
         "cutoff": cutoff,
         "query_id": query_id,
         "value": values.mean().item(),

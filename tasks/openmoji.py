@@ -26,6 +26,7 @@ SAMPLES_PER_SHARD = 1000
 CAPTION_TOKENS = 20  # the longest caption takes 17 with MiniLM's tokenizer
 ASSETS = Path(str(resources.files(deployments))) / "openmoji"
 CONFIG = ASSETS.parent / "openmoji.yaml"
+PUBLISHED_CONFIG = ASSETS.parent / "openmoji_published.yaml"  # the paper's settings on the same data
 
 
 @dataclass(frozen=True)

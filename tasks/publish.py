@@ -27,6 +27,7 @@ from tasks.announcements import announce_scores
 from tasks.context import Context, Stage
 from tasks.progress import stage
 from tasks.run_inputs import RunInputs
+from tasks.trust import check_paths
 
 
 @task(task_run_name="rank labels", cache_policy=NO_CACHE)
@@ -101,11 +102,12 @@ def run_behind(context: Context, ranks: Stage) -> str:
 
 
 def publish_checks(inputs: RunInputs, checks: list[Stage]) -> None:
-    """Keep what the checks of a run's teacher found, for evaluations, and show checked pairs in SQL."""
+    """Keep what checks of a run's teacher found beside what earlier ones did, and show checked pairs in SQL."""
     workspace = inputs.workspace
-    named = {check.name: [check.key, workspace.relative(check.path), check.rows] for check in checks}
+    earlier = read_checks(inputs.context, inputs.run)
+    named = {check.name: [check.key, workspace.relative(check.path), check.rows] for check in (*earlier, *checks)}
     write_atomically(workspace.checks(inputs.run), json.dumps(named, indent=2).encode() + b"\n")
-    exact = next((workspace.relative(check.path) for check in checks if check.name == "exact check"), None)
+    exact = named["exact check"][1] if "exact check" in named else None
     try:
         published = read_published(workspace)
     except NotPublished:
@@ -116,9 +118,5 @@ def publish_checks(inputs: RunInputs, checks: list[Stage]) -> None:
 
 def read_checks(context: Context, run: str) -> list[Stage]:
     """What is known of a run's teacher; nothing before it was judged."""
-    workspace = context.workspace
-    try:
-        named = json.loads(workspace.checks(run).read_bytes())
-    except FileNotFoundError:
-        return []
-    return [Stage(name, key, workspace.file(path), rows, 0.0, True) for name, (key, path, rows) in named.items()]
+    found = check_paths(context.workspace, run)
+    return [Stage(name, key, path, rows, 0.0, True) for name, (key, path, rows) in found.items()]

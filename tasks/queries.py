@@ -15,7 +15,7 @@ from PIL import Image
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from fastgda_core.diffusion.sampling import generate
+from fastgda_core.diffusion.sampling import can_generate, generate
 from fastgda_core.errors import UsageError
 from storage_schemas import tables
 from storage_schemas.commit import (
@@ -27,13 +27,17 @@ from storage_schemas.commit import (
     write_atomically,
 )
 from storage_schemas.files import AnyPath, stamps
+from storage_schemas.workspace import twins_beside
 from tasks.config import QueriesConfig
 from tasks.context import Context, Stage
 from tasks.progress import console, stage
 from tasks.samples import describe
+from tasks.trust import PSEUDO, TWIN
+from tasks.twins import draw_twins
 from tasks.webdataset_shards import decode_image, find_shards, read_image, scan
 
 GENERATION_BATCH = 16
+TWIN_NUMBERS = 2**32  # + train_id: the starting noise of a twin's query, apart from those of captions
 
 
 @dataclass(frozen=True)
@@ -51,30 +55,43 @@ class Query:
         return int.from_bytes(hashlib.sha256(self.query_id.encode()).digest()[:6], "big")
 
 
+Row = tuple[str, str, str, bytes]  # query_id, split, caption, PNG
+
+
 @task(task_run_name="queries", cache_policy=NO_CACHE)
-def make_queries(context: Context) -> Stage:
-    """The query set of the config, with its splits, as one table and as PNG files beside it."""
+def make_queries(context: Context, samples: Stage) -> Stage:
+    """The query set of the config with its splits, and the queries of the twin test, as one table and as PNG files."""
     config = context.config.queries
     # Images that exist depend on no setting of their generation.
-    settings = config.model_dump(mode="json", include=None if config.captions else {"split", "seed"})
-    key = input_key("queries", settings, stamps(_shards(config)), context.model_hash if config.captions else None)
+    settings = config.model_dump(mode="json", include=None if _generates(config) else {"split", "seed", "twins"})
+    model_hash = context.model_hash if _generates(config) else None
+    key = input_key("queries", settings, stamps(_shards(config)), model_hash, samples.key if config.twins else None)
     path = context.workspace.queries(key)
     manifest = committed(path, key)
     reused = manifest is not None
     if manifest is None:
         started = time.monotonic()
-        found = _generate(context) if config.captions else _collect(config)
-        splits = config.split.of(len(found)).assign(config.seed)
-        rows = []
-        for (query_id, caption, png), split in zip(found, splits, strict=True):
-            write_atomically(path.parent / "images" / f"{query_id.replace('/', '_')}.png", png)
-            digest = hashlib.sha256(png).hexdigest()
-            rows.append(
-                {"query_id": query_id, "split": split, "caption": caption, "image": png, "image_sha256": digest}
-            )
-        table = pa.Table.from_pylist(rows, schema=tables.QUERIES.schema)
+        asked = _generate(context) if config.captions else _collect(config)
+        splits = config.split.of(len(asked)).assign(config.seed)
+        rows = [(query_id, split, *rest) for (query_id, *rest), split in zip(asked, splits, strict=True)]
+        twins, of_twins = _twin_queries(context, samples, key)
+        table = pa.Table.from_pylist(
+            [_write_image(path, *row) for row in (*rows, *of_twins)], schema=tables.QUERIES.schema
+        )
+        commit_table(twins_beside(path), twins, tables.TWINS, key=key, started=started)
         manifest = commit_table(path, table, tables.QUERIES, key=key, started=started, device=str(context.device))
     return replace(queries_stage(path), seconds=manifest.seconds, reused=reused)
+
+
+def _generates(config: QueriesConfig) -> bool:
+    return bool(config.captions or config.twins)
+
+
+def _write_image(path: AnyPath, query_id: str, split: str, caption: str, png: bytes) -> dict[str, object]:
+    """A row of the table, its PNG beside it."""
+    write_atomically(path.parent / "images" / f"{query_id.replace('/', '_')}.png", png)
+    digest = hashlib.sha256(png).hexdigest()
+    return {"query_id": query_id, "split": split, "caption": caption, "image": png, "image_sha256": digest}
 
 
 def queries_stage(path: AnyPath) -> Stage:
@@ -85,29 +102,61 @@ def queries_stage(path: AnyPath) -> Stage:
 
 
 def _generate(context: Context) -> list[tuple[str, str, bytes]]:
-    config = context.config.queries
-    captions = config.captions or []
-    found = []
-    with stage("queries", len(captions)) as advance:
-        model = context.model()
+    captions = context.config.queries.captions or []
+    images = _images_of(context, "queries", captions, range(len(captions)))
+    names = [f"q{number:04d}" for number in range(len(captions))]
+    return list(zip(names, captions, images, strict=True))
+
+
+def _images_of(context: Context, name: str, captions: list[str], numbers: Sequence[int]) -> list[bytes]:
+    """A PNG generated from each caption; its starting noise depends on its number alone."""
+    config, model = context.config.queries, context.model()
+    images: list[bytes] = []
+    with stage(name, len(captions)) as advance:
         for start in range(0, len(captions), GENERATION_BATCH):
-            batch = captions[start : start + GENERATION_BATCH]
-            numbers = list(range(start, start + len(batch)))
+            batch = slice(start, start + GENERATION_BATCH)
             latents = generate(
-                model, batch, numbers, seed=config.seed, steps=config.steps, guidance_scale=config.guidance_scale
+                model,
+                captions[batch],
+                list(numbers[batch]),
+                seed=config.seed,
+                steps=config.steps,
+                guidance_scale=config.guidance_scale,
             )
-            for number, caption, image in zip(numbers, batch, model.decode_images(latents), strict=True):
-                found.append((f"q{number:04d}", caption, _png(image)))
-            advance(len(batch))
-    return found
+            images += [_png(image) for image in model.decode_images(latents)]
+            advance(len(captions[batch]))
+    return images
+
+
+def _twin_queries(context: Context, samples: Stage, key: str) -> tuple[pa.Table, list[Row]]:
+    """The queries of the twin test: generated ones, then training images; and the twin of each.
+
+    An id holds a part of the set's key: twins of several sets may stand in one snapshot.
+    """
+    config = context.config.queries
+    twins = draw_twins(samples, config.twins, config.seed)
+    alone = [twin for twin in twins if not twin.shared]
+    if twins and not alone:
+        console.print("twin test: captions are shared by several samples, so only training images are asked")
+    if alone and not can_generate(context.model()):
+        console.print("twin test: the model is sampled by a pipeline of its own, so only training images are asked")
+        alone = []
+    images = _images_of(
+        context, "twins", [twin.caption for twin in alone], [TWIN_NUMBERS + twin.train_id for twin in alone]
+    )
+    found = [(TWIN, twin, png) for twin, png in zip(alone, images, strict=True)]
+    found += [(PSEUDO, twin, _png(twin.image)) for twin in twins]
+    rows = [(f"{kind}-{twin.train_id}-{key[:6]}", kind, twin.caption, png) for kind, twin, png in found]
+    train_ids = [twin.train_id for _, twin, _ in found]
+    return tables.TWINS.rows(query_id=[row[0] for row in rows], train_id=train_ids), rows
 
 
 def count_queries(config: QueriesConfig) -> int:
     """How many there will be, at most, without making them."""
     if config.captions:
-        return len(config.captions)
+        return len(config.captions) + 2 * config.twins
     samples, _ = scan(_shards(config), lambda: None)
-    return config.split.of(len(samples)).total
+    return config.split.of(len(samples)).total + 2 * config.twins
 
 
 def _shards(config: QueriesConfig) -> list[Path]:

@@ -16,17 +16,19 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
+from fastgda_core.diffusion.objective import Objective
 from fastgda_core.evaluation.ranking_metrics import descending_ranks, top_mask
 from fastgda_core.features import cosines
 from storage_schemas import tables
 from storage_schemas.commit import commit, committed, input_key
 from tasks.context import Context, Stage
+from tasks.evaluation import CAPTIONS
 from tasks.features import load_features
 from tasks.head import load_trained_head, rows_of_split, score_matrix
 from tasks.pictures import loss_curve
 from tasks.queries import Query, load_queries
 from tasks.samples import sample_images, samples_table
-from tasks.teacher_checks import OTHER_GRADIENT, OTHER_NOISE
+from tasks.trust import KINDS, OTHER_CURVATURE, OTHER_GRADIENT, OTHER_NOISE, OTHER_TEACHER, trust_of
 
 matplotlib.use("Agg")
 THUMBNAIL = 96
@@ -88,15 +90,19 @@ def _render(context: Context, run: str, stages: dict[str, Stage]) -> str:
         measures=_measures(context.config.evaluation.cutoffs),
         means=means,
         headline=context.config.evaluation.validation_cutoff,
-        other_noise=OTHER_NOISE,
-        other_gradient=OTHER_GRADIENT,
-        ceiling=means.get(("spearman", OTHER_NOISE, 0)),
+        parts=[OTHER_NOISE, OTHER_GRADIENT, OTHER_CURVATURE],
+        other_teacher=OTHER_TEACHER,
+        captions=CAPTIONS,
+        ceiling=means.get(("spearman", OTHER_TEACHER, 0)),
+        trust=trust_of(metrics, context.config.teacher.objective),
+        kinds=KINDS,
+        objective="output's squared norm" if context.config.teacher.objective is Objective.output_norm else "loss",
         agreement=means.get(("spearman", "exact vs first order", 0)),
         loss_curve=curve[curve.index("<svg") :],
         panels=_panels(context, stages, metrics),
         stages=list(stages.values()),
         samples=stages["samples"].rows,
-        queries=stages["queries"].rows,
+        queries=sum(query.split not in KINDS for query in load_queries(stages["queries"])),
     )
 
 

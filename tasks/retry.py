@@ -30,10 +30,11 @@ def config_of(location: str, run: str) -> PipelineConfig:
     if "teacher" not in record.config:
         raise UsageError(f"run {run} was imported: its scores cannot be made again here; import its file once more")
     found = read_assignment(workspace, run)
-    # Earlier releases did not centre and do not say so; with centred features this would be another run.
-    features = {"centre": False, **found.config.get("features", {})}
+    # What earlier releases did not do they do not say; with today's defaults theirs would be other runs.
+    absent = {"features": {"centre": False}, "curvature": {"importance": False}, "queries": {"twins": 0}}
+    sections = {name: {**before, **found.config.get(name, {})} for name, before in absent.items()}
     return PipelineConfig.model_validate(
-        {**found.config, "features": features, "execution": found.execution, "workspace": str(workspace.root)}
+        {**found.config, **sections, "execution": found.execution, "workspace": str(workspace.root)}
     )
 
 

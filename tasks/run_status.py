@@ -13,6 +13,7 @@ from storage_schemas.ledger import derive, process_lives, read_run, run_names
 from storage_schemas.liveness import BEAT_SECONDS, Beat, Wish, asked, read_assignment, read_beats
 from storage_schemas.workspace import Workspace
 from tasks.execution_config import ExecutionConfig
+from tasks.trust import Trust, trust_in
 
 ALIVE_SECONDS = 60.0  # after its last beat a worker is taken for gone
 RECENT = timedelta(minutes=10)  # throughput is that of the last minutes
@@ -73,9 +74,10 @@ class RunStatus:
     stragglers: list[Straggler]
     failures: list[FailedShard]
     left_out: list[LeftOut]
+    trust: Trust
 
     def as_json(self) -> dict[str, object]:
-        return asdict(self)
+        return {**asdict(self), "warnings": self.trust.warnings}
 
 
 def run_status(workspace: Workspace, run: str) -> RunStatus:
@@ -118,6 +120,7 @@ def run_status(workspace: Workspace, run: str) -> RunStatus:
             for r in failed
         ],
         left_out=[LeftOut(row["train_id"], row["found_in"], row["reason"]) for row in left_out.to_pylist()],
+        trust=trust_in(workspace, run),
     )
 
 

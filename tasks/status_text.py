@@ -43,7 +43,7 @@ def facts(status: RunStatus) -> list[tuple[str, str]]:
         found.append(("cost", f"{status.cost:,.2f} {status.currency}"))
     if status.failed_attempts:
         found.append(("failed attempts", ", ".join(f"{n} {name}" for name, n in status.failed_attempts.items())))
-    return found
+    return [*found, *status.trust.facts]
 
 
 def remedies(status: RunStatus) -> list[str]:
@@ -90,6 +90,7 @@ def status_markdown(status: RunStatus) -> str:
     if status.left_out:
         lines += ["", "### Samples left out", "", "| train_id | found in | why |", "| ---: | --- | --- |"]
         lines += [f"| {s.train_id} | {s.found_in} | {_cell(s.reason)} |" for s in status.left_out[:SHOWN]]
+    lines += [line for warning in status.trust.warnings for line in ("", f"> **Warning** {warning}")]
     for command in remedies(status):
         lines += ["", "```", command, "```"]
     return "\n".join(lines) + "\n"
@@ -135,5 +136,6 @@ def status_table(status: RunStatus) -> RenderableType:
         for sample in status.left_out[:SHOWN]:
             left.add_row(str(sample.train_id), sample.found_in, Text(sample.reason))
         parts.append(left)
+    parts += [Text(f"warning: {warning}", "yellow") for warning in status.trust.warnings]
     parts += [Text(f"  {command}", "bold") for command in remedies(status)]
     return Group(*parts)

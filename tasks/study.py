@@ -35,7 +35,7 @@ from tasks.progress import stage
 from tasks.publish import read_checks
 from tasks.queries import joined_queries
 from tasks.study_results import answers, study_plot
-from tasks.teacher_checks import OTHER_NOISE
+from tasks.trust import OTHER_TEACHER
 
 PAIRS_AT_ONCE = 65_536
 
@@ -231,6 +231,6 @@ def draw_study(context: Context, labels: Labels, study: Stage) -> Stage:
 
 
 def _ceiling(context: Context, run: str, cutoff: int) -> float | None:
-    """mAP(L) of the teacher with itself under other noise, where its run was judged."""
+    """mAP(L) of two whole teachers, where its run was judged."""
     checks = [check for check in read_checks(context, run) if check.name == "self-consistency"]
-    return mean_value(checks[0].path, "mAP", OTHER_NOISE, cutoff) if checks else None
+    return mean_value(checks[0].path, "mAP", OTHER_TEACHER, cutoff) if checks else None

@@ -53,7 +53,7 @@ def study_plot(found: list[Answer], cutoff: int, floor: float, ceiling: float | 
         _panel(axis, mine, untuned if question == "feature space" else {})
         axis.axhline(floor, color="#a0aec0", linestyle=":", linewidth=1.2, label="chance")
         if ceiling is not None:
-            axis.axhline(ceiling, color="#2f855a", linestyle="--", linewidth=1.2, label="the teacher under other noise")
+            axis.axhline(ceiling, color="#2f855a", linestyle="--", linewidth=1.2, label="another whole teacher")
         axis.set_title(question, loc="left", fontsize=11, fontweight="bold")
         axis.set_ylim(bottom=0)
         axis.set_ylabel(f"mAP({cutoff})")

@@ -45,7 +45,8 @@ def noise_plan(config: PipelineConfig, seed: int | None = None) -> NoisePlan:
 
 def base_losses_of(context: Context, latents: Stage) -> Stage:
     """Where L(z_i, theta_0) of every sample under the noise plan lies, or will: what the exact teacher subtracts."""
-    key = input_key("base losses", latents.key, noise_plan(context.config), context.config.teacher.precision)
+    teacher = context.config.teacher
+    key = input_key("base losses", latents.key, noise_plan(context.config), teacher.precision, teacher.objective)
     return Stage("base losses", key, context.workspace.base_losses(key), latents.rows, 0.0, True)
 
 

@@ -1,10 +1,10 @@
-"""How far a teacher can be trusted: against the exact one, against itself under other noise, against float64."""
+"""How far a teacher can be trusted: against twins, the exact one, itself drawn again, and float64."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
-from fastgda_core.evaluation.ranking_metrics import agreement, spearman
+from fastgda_core.evaluation.ranking_metrics import agreement, spearman, twin_ranks
+from fastgda_core.evaluation.twins import TwinTest, first_places
 from fastgda_core.teachers.scores import exact_scores
 from fastgda_core.teachers.teachers import TEACHERS
 from fastgda_core.teachers.training_loss import SampleBlock, training_losses
@@ -26,16 +27,28 @@ from storage_schemas import tables
 from storage_schemas.commit import commit_table, committed, input_key
 from storage_schemas.workspace import part
 from tasks.context import Context, Stage, stage_of_parts
+from tasks.curvature import curvature_of, make_curvature
 from tasks.metric_rows import agreement_rows, metric_row, metric_rows
 from tasks.progress import stage
-from tasks.publish import load_ranks
+from tasks.publish import load_influence, load_ranks
 from tasks.queries import Query, load_queries
 from tasks.run_inputs import RunInputs
 from tasks.samples import load_block, unreadable_samples
 from tasks.teacher import noise_plan, without_bad_samples
-from tasks.unlearning import QueryUpdates, device_fisher, query_update, relative_errors
+from tasks.trust import (
+    KINDS,
+    OTHER_CURVATURE,
+    OTHER_GRADIENT,
+    OTHER_NOISE,
+    OTHER_TEACHER,
+    TEACHER,
+    TWIN_RANK,
+    TWIN_SHARE,
+    WORST_TWIN,
+)
+from tasks.twins import load_twins
+from tasks.unlearning import QueryUpdates, device_fisher, gradient_of, relative_errors, update_of
 
-OTHER_NOISE, OTHER_GRADIENT = "teacher with other noise", "teacher with other gradient"
 PRECISION_CHECK_SAMPLES = 32
 PRECISION_CHECK_QUERIES = 64
 PRECISION_AGREEMENT = 0.999  # design section 4, "First order"
@@ -96,23 +109,26 @@ def _scores(
 
 @task(task_run_name="self-consistency", cache_policy=NO_CACHE)
 def check_self_consistency(inputs: RunInputs, ranks: Stage) -> Stage:
-    """Some pairs again, under another noise plan and with other Monte-Carlo pairs behind the query's gradient.
+    """Some pairs again: with other noise, another gradient of the query, another curvature, and all three together.
 
-    Rank correlation and mAP(L) of the teacher with itself: no student can be expected to agree with it better. L is
-    scaled by the share of the candidates that is scored again.
+    Rank correlation and mAP(L) of the teacher with itself; L is scaled by the share of the candidates that is scored
+    again. The last is that of two whole teachers: no student can be expected to agree with one of them better.
     """
     context, score_run, stages = inputs.context, inputs.score_run, inputs.stages
-    latents, curvature, queries = stages["latents"], stages["curvature"], stages["queries"]
-    updates = stages["unlearning steps"]
+    latents, queries, updates = stages["latents"], stages["queries"], stages["unlearning steps"]
     config = context.config.self_consistency
     assert config is not None
     chosen = _test_queries(queries, config.queries)
-    key = input_key("self-consistency 2", score_run.run, curvature.key, config, context.config.evaluation.cutoffs)
+    curvatures = stages["curvature"], curvature_of(_with_other_curvature(context), latents)
+    keys = [stage_.key for stage_ in curvatures]
+    key = input_key("self-consistency 3", ranks.key, keys, config, context.config.evaluation.cutoffs)
 
     def rows() -> list[dict[str, object]]:
+        make_curvature(_with_other_curvature(context), latents)
         seed = context.config.teacher.seed
         draw = np.random.default_rng(seed)
-        stored = load_ranks(context, ranks, [score_run.query_ids[number] for number in chosen])
+        tied = context.config.teacher.negatives == "tie"
+        stored = load_influence(context, ranks, [score_run.query_ids[number] for number in chosen])
         groups = [chosen] if TEACHERS[context.config.teacher.name].first_order else [[number] for number in chosen]
         comparisons: list[_Comparison] = []
         with stage("self-consistency", len(chosen)) as advance:
@@ -121,65 +137,132 @@ def check_self_consistency(inputs: RunInputs, ranks: Stage) -> Stage:
                 pool = np.unique(mine["train_id"].to_numpy())
                 train_ids = np.sort(draw.choice(pool, min(config.samples, len(pool)), replace=False))
                 same = QueryUpdates(updates, numbers, len(numbers), context.device)
-                other = _other_updates(context, [load_queries(queries)[n] for n in numbers], curvature, latents.rows)
+                others = _other_updates(context, [load_queries(queries)[n] for n in numbers], curvatures, latents.rows)
                 block = load_block(context, latents, train_ids.tolist())
-                again = _scores(context, block, [*same, other], seed=seed + 1)
-                for number, noise, gradient in zip(numbers, *again.split(len(numbers)), strict=True):
-                    query_id = score_run.query_ids[number]
-                    comparisons.append(_comparison(query_id, stored, train_ids, noise, gradient))
+                again = _scores(context, block, [*same, *others], seed=seed + 1)
+                again = again.clamp(min=0) if tied else again
+                for number, *scores in zip(numbers, *again.split(len(numbers)), strict=True):
+                    comparisons.append(_comparison(score_run.query_ids[number], stored, train_ids, scores))
                 advance(len(numbers))
         return _consistency_rows(comparisons, context.config.evaluation.cutoffs)
 
     return _check(context, "self-consistency", key, rows)
 
 
-def _other_updates(context: Context, queries: list[Query], curvature: Stage, samples: int) -> dict[str, Tensor]:
-    """Delta theta of some queries from other Monte-Carlo pairs, by layer, (queries, d_out, d_in)."""
+def _with_other_curvature(context: Context) -> Context:
+    """The context whose Fisher is estimated from other rows."""
+    config = context.config
+    curvature = config.curvature.model_copy(update={"seed": config.curvature.seed + 1})
+    return replace(context, config=config.model_copy(update={"curvature": curvature}))
+
+
+def _other_updates(
+    context: Context, queries: list[Query], curvatures: tuple[Stage, Stage], samples: int
+) -> list[dict[str, Tensor]]:
+    """Delta theta of some queries, by layer, (queries, d_out, d_in), three times.
+
+    From other Monte-Carlo pairs; from another curvature; from both.
+    """
     config = context.config.teacher
-    fisher = device_fisher(context, curvature)
-    several = [
-        query_update(context, query, fisher, config.training_size or samples, config.seed + 1) for query in queries
-    ]
-    if config.update_rank is not None:
-        several = [expand(compress(update, config.update_rank)[0]) for update in several]
-    return {name: torch.stack([update[name] for update in several]) for name in several[0]}
+    found: list[dict[str, Tensor]] = []
+    same, other = ([gradient_of(context, query, seed) for query in queries] for seed in (config.seed, config.seed + 1))
+    for curvature, gradients in ((curvatures[0], other), (curvatures[1], same), (curvatures[1], other)):
+        fisher = device_fisher(context, curvature)
+        several = [update_of(context, gradient, fisher, samples) for gradient in gradients]
+        if config.update_rank is not None:
+            several = [expand(compress(update, config.update_rank)[0]) for update in several]
+        found.append({name: torch.stack([update[name] for update in several]) for name in several[0]})
+    return found
 
 
 @dataclass(frozen=True)
 class _Comparison:
-    """One query's scores of a share of its candidates: as stored, under other noise, with another gradient besides."""
+    """One query's scores of a share of its candidates, (n,) each: as stored, and again under other noise.
+
+    noise: nothing else is other; gradient, curvature: this is other, besides; whole: all three are.
+    """
 
     query_id: str
     share: float
     stored: Tensor
     noise: Tensor
     gradient: Tensor
+    curvature: Tensor
+    whole: Tensor
 
     def pair(self, space: str) -> tuple[Tensor, Tensor]:
         """What is compared, (1, n) each."""
-        first, second = (self.stored, self.noise) if space == OTHER_NOISE else (self.noise, self.gradient)
+        first, second = {
+            OTHER_NOISE: (self.stored, self.noise),
+            OTHER_GRADIENT: (self.noise, self.gradient),
+            OTHER_CURVATURE: (self.noise, self.curvature),
+            OTHER_TEACHER: (self.stored, self.whole),
+        }[space]
         return first[None], second[None]
 
 
-def _comparison(
-    query_id: str, stored: pa.Table, train_ids: NDArray[np.int64], noise: Tensor, gradient: Tensor
-) -> _Comparison:
+def _comparison(query_id: str, stored: pa.Table, train_ids: NDArray[np.int64], scores: Sequence[Tensor]) -> _Comparison:
     """What is known of the query's candidates among `train_ids`, (n,), whose new scores are given, (n,) each."""
     mine = stored.filter(pc.equal(stored["query_id"], query_id)).sort_by("train_id")
     candidates = mine["train_id"].to_numpy()
     known = np.isin(train_ids, candidates)
     before = mine["score"].to_numpy()[np.searchsorted(candidates, train_ids[known])]
     mask = torch.from_numpy(known)
-    return _Comparison(query_id, known.sum() / len(candidates), torch.from_numpy(before), noise[mask], gradient[mask])
+    return _Comparison(
+        query_id, known.sum() / len(candidates), torch.from_numpy(before), *(again[mask] for again in scores)
+    )
 
 
 def _consistency_rows(comparisons: list[_Comparison], cutoffs: list[int]) -> list[dict[str, object]]:
     names = [comparison.query_id for comparison in comparisons]
     rows: list[dict[str, object]] = []
-    for space in (OTHER_NOISE, OTHER_GRADIENT):
+    for space in (OTHER_NOISE, OTHER_GRADIENT, OTHER_CURVATURE, OTHER_TEACHER):
         measured = [agreement(*comparison.pair(space), cutoffs, comparison.share) for comparison in comparisons]
         rows += agreement_rows(space, measured, names)
     return rows
+
+
+@task(task_run_name="twin test", cache_policy=NO_CACHE)
+def check_twins(inputs: RunInputs, ranks: Stage) -> Stage:
+    """Where the teacher ranks the training samples that it has to rank first; see `fastgda_core.evaluation.twins`."""
+    context, queries = inputs.context, inputs.stages["queries"]
+    twins = load_twins(queries.path)
+
+    def rows() -> list[dict[str, object]]:
+        found: list[dict[str, object]] = []
+        for kind in KINDS:
+            query_ids = [query.query_id for query in load_queries(queries) if query.split == kind]
+            scored = load_ranks(context, ranks, query_ids)
+            places = {query_id: _twin_place(scored, query_id, twins[query_id]) for query_id in query_ids}
+            known = {query_id: place for query_id, place in places.items() if place is not None}
+            found += _twin_rows(kind, known) if known else []
+        return found
+
+    return _check(context, "twin test", input_key("twin test", ranks.key, queries.key), rows)
+
+
+def _twin_place(scored: pa.Table, query_id: str, twin: int) -> tuple[int, int] | None:
+    """Rank of a query's twin, and how many places count as first; None where the run left the twin out."""
+    mine = scored.filter(pc.equal(scored["query_id"], query_id))
+    place = pc.index(mine["train_id"], twin).as_py()
+    if place < 0:
+        return None
+    scores = torch.from_numpy(mine["score"].to_numpy().copy())[None]
+    return int(twin_ranks(scores, torch.tensor([place]))), first_places(mine.num_rows)
+
+
+def _twin_rows(kind: str, places: dict[str, tuple[int, int]]) -> list[dict[str, object]]:
+    test = TwinTest(*zip(*places.values(), strict=True))
+    found = torch.tensor(test.ranks) <= torch.tensor(test.places)
+    worst = metric_row(WORST_TWIN, TEACHER, torch.tensor([float(test.worst)]), split=kind)
+    return [
+        metric_row(TWIN_SHARE, TEACHER, found.double(), split=kind),
+        worst | {"queries": len(places)},
+        *(
+            metric_row(TWIN_RANK, TEACHER, torch.tensor([float(rank)]), cutoff=first, query_id=query_id, split=kind)
+            for query_id, (rank, first) in places.items()
+        ),
+    ]
 
 
 @task(task_run_name="low-rank error", cache_policy=NO_CACHE)
@@ -212,7 +295,7 @@ def check_against_exact(inputs: RunInputs, ranks: Stage) -> Stage:
         plan, micro_batch = noise_plan(context.config), context.micro_batch("losses")
         for number in missing:
             assert scores is not None
-            model = context.model()  # loaded once, and not at all where nothing is missing
+            model = context.teacher_model(Precision.float32)  # loaded once, and not at all where nothing is missing
             started = time.monotonic()
             mine = scores.filter(pc.equal(scores["query_id"], score_run.query_ids[number])).sort_by(
                 [("score", "descending"), ("train_id", "ascending")]

@@ -37,6 +37,7 @@ def updates_of(context: Context, latents: Stage, curvature: Stage, queries: Stag
         config.damping,
         config.update_rank,
         config.precision,
+        config.objective,
     )
     return Stage("unlearning steps", key, context.workspace.updates(key), queries.rows, 0.0, True)
 
@@ -48,7 +49,7 @@ class UpdateParts:
 
     def __init__(self, context: Context, latents: Stage, curvature: Stage, queries: Stage, updates: Stage) -> None:
         self.context, self.curvature, self.queries, self.stage = context, curvature, queries, updates
-        self.training_size = context.config.teacher.training_size or latents.rows
+        self.samples = latents.rows
         self.count = queries.rows
 
     def path(self, number: int) -> AnyPath:
@@ -66,12 +67,13 @@ class UpdateParts:
         query = load_queries(self.queries)[number]
         fisher = device_fisher(context, self.curvature)
         try:
-            update = query_update(context, query, fisher, self.training_size, config.seed)
+            gradient = gradient_of(context, query, config.seed)
         except NonFiniteLoss as error:
             raise UsageError(
                 f"the loss of query {query.query_id} is no number: look at its image and caption, then take it out of "
                 "the query set or mend it"
             ) from error
+        update = update_of(context, gradient, fisher, self.samples)
         return commit(
             self.path(number),
             functools.partial(save_file, _stored(update, config.update_rank)),
@@ -87,13 +89,13 @@ def device_fisher(context: Context, curvature: Stage) -> Fisher:
     return _load_fisher(curvature, context.config.teacher.damping, context.device)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)  # a run's, and the other one of its self-consistency
 def _load_fisher(curvature: Stage, damping: float, device: torch.device) -> Fisher:
     return load_fisher(local_copy(curvature.path), damping).to(device)
 
 
-def query_update(context: Context, query: Query, fisher: Fisher, training_size: int, seed: int) -> dict[str, Tensor]:
-    """Delta theta of one query; `seed` is that of its gradient's Monte-Carlo pairs."""
+def gradient_of(context: Context, query: Query, seed: int) -> dict[str, Tensor]:
+    """The gradient of one query's objective, by layer; `seed` is that of its Monte-Carlo pairs."""
     config, model = context.config.teacher, context.teacher_model()
     gradient = query_gradient(
         model,
@@ -105,8 +107,13 @@ def query_update(context: Context, query: Query, fisher: Fisher, training_size: 
         pairs=config.gradient_pairs,
         micro_batch=context.micro_batch("gradients"),
     )
-    gradient = {name: layer.float() for name, layer in gradient.items()}
-    return unlearning_update(fisher, gradient, alpha=config.alpha, training_size=training_size)
+    return {name: layer.float() for name, layer in gradient.items()}
+
+
+def update_of(context: Context, gradient: dict[str, Tensor], fisher: Fisher, samples: int) -> dict[str, Tensor]:
+    """Delta theta, by layer, from a query's gradient; `samples` are those of the workspace."""
+    config = context.config.teacher
+    return unlearning_update(fisher, gradient, alpha=config.alpha, training_size=config.training_size or samples)
 
 
 def _stored(update: dict[str, Tensor], rank: int | None) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ from tests import tiny
 
 SAMPLES = 60
 QUERIES = 8
+TWINS = 2
+SCORED = QUERIES + 2 * TWINS  # what is scored: the queries of the twin test too
 
 
 def lay_out(folder: Path, model: Path, *, samples: int = SAMPLES, **changes: Any) -> Path:
@@ -30,6 +32,7 @@ def lay_out(folder: Path, model: Path, *, samples: int = SAMPLES, **changes: Any
             "captions": [f"a {color} shape" for color in tiny.COLORS],
             "steps": 3,
             "split": {"train": 4, "validation": 2, "test": 2},
+            "twins": TWINS,
         },
         "features": {"space": "pixel+minilm_text"},
         "curvature": {"samples": 32},

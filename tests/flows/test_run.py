@@ -45,8 +45,9 @@ from tasks.head import build_search_index, latest_head, read_head
 from tasks.labels import read_labels
 from tasks.plan import open_context
 from tasks.retry import config_of
+from tasks.webdataset_shards import decode_image
 from tests import tiny
-from tests.flows.pipeline_case import QUERIES, SAMPLES, environment, fastgda, lay_out
+from tests.flows.pipeline_case import QUERIES, SAMPLES, SCORED, TWINS, environment, fastgda, lay_out
 
 SCORES = "SELECT query_id, train_id, score FROM scores ORDER BY ALL"
 
@@ -68,7 +69,7 @@ def test_every_pair_is_scored_exactly_once(finished: Path, home: Path) -> None:
     counted = sql(
         finished, "SELECT count(*) AS pairs, count(DISTINCT (query_id, train_id)) AS distinct FROM scores", home
     )
-    assert counted == [{"pairs": str(QUERIES * SAMPLES), "distinct": str(QUERIES * SAMPLES)}]
+    assert counted == [{"pairs": str(SCORED * SAMPLES), "distinct": str(SCORED * SAMPLES)}]
 
 
 def test_metrics_stand_in_sql_for_every_cutoff_before_and_after_tuning(finished: Path) -> None:
@@ -76,7 +77,8 @@ def test_metrics_stand_in_sql_for_every_cutoff_before_and_after_tuning(finished:
         finished / "workspace", "SELECT space, cutoff, value FROM metrics WHERE metric = 'mAP' AND query_id = ''"
     )
     found = {(row["space"], row["cutoff"]) for row in table.to_pylist()}
-    spaces = ("untuned", "tuned", "chance", "teacher with other noise", "teacher with other gradient")
+    again = ("teacher with other noise", "teacher with other gradient", "teacher with other curvature")
+    spaces = ("untuned", "tuned", "captions alone", "chance", "another teacher", *again)
     assert found == {(space, cutoff) for space in spaces for cutoff in (5, 10)}
     assert all(0 < row["value"] <= 1 for row in table.to_pylist())
 
@@ -96,6 +98,38 @@ def test_report_is_one_file_that_shows_every_test_query(finished: Path) -> None:
     assert len(images) == 2 * (1 + 3 * 4)
     assert all(source.startswith("data:image/png;base64,") for source in images)
     assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', page))
+
+
+def test_the_twin_test_is_in_sql_status_and_report(finished: Path, home: Path) -> None:
+    workspace = finished / "workspace"
+    rows = query(
+        workspace,
+        "SELECT split, caption, captions[1] AS own, image, twins.train_id, (SELECT count(*) FROM scores AS other "
+        "WHERE other.query_id = twins.query_id AND other.score >= scores.score) AS rank FROM twins "
+        "JOIN queries USING (query_id) JOIN samples USING (train_id) JOIN scores USING (query_id, train_id)",
+    ).to_pylist()
+    assert [row["split"] for row in rows].count("twin") == [row["split"] for row in rows].count("pseudo") == TWINS
+    assert all(row["caption"] == row["own"] for row in rows)
+    for row in rows:
+        drawn, own = (decode_image(content).tobytes() for content in (row["image"], tiny.draw(row["train_id"])[0]))
+        assert (drawn == own) == (row["split"] == "pseudo")
+    status = json.loads(fastgda("status", "--json", "--workspace", workspace, home=home).stdout)
+    said = fastgda("status", "--workspace", workspace, home=home).stdout
+    page = next((workspace / "reports").rglob("report.html")).read_text()
+    failed = 0
+    for kind in ("twin", "pseudo"):
+        ranks = [row["rank"] for row in rows if row["split"] == kind]
+        share, worst = sum(rank == 1 for rank in ranks) / TWINS, max(ranks)  # 1 % of 60 samples is one place
+        measured = query(
+            workspace,
+            "SELECT max(value) FILTER (metric = 'twin share') AS share, max(value) FILTER (metric = 'worst twin rank') "
+            f"AS worst FROM metrics WHERE split = '{kind}'",
+        ).to_pylist()
+        assert measured == [{"share": share, "worst": worst}]
+        assert sorted(status["trust"]["twins"][kind]["ranks"]) == sorted(ranks)
+        failed += share < 0.9
+    assert "twins found" in said and page.count("Twins found") == 2
+    assert len(status["warnings"]) == failed == page.count("Do not trust this run") == said.count("warning: ")
 
 
 def test_attribute_answers_from_the_index(finished: Path, home: Path) -> None:
@@ -188,12 +222,13 @@ def test_candidates_are_the_nearest_by_the_cosine_of_centred_features(
 ) -> None:
     mean = phi["samples"].mean(0)
     cosine = unit(phi["queries"] - mean) @ unit(phi["samples"] - mean).T
+    query_ids = query(finished / "workspace", "SELECT query_id FROM queries")["query_id"].to_pylist()
     columns = "query_id, train_id, neighbor_rank, similarity"
     rows = query(finished / "workspace", f"SELECT {columns} FROM candidates ORDER BY query_id, train_id")
-    assert rows["train_id"].to_pylist() == list(range(SAMPLES)) * QUERIES
-    found = rows["similarity"].to_numpy().reshape(QUERIES, SAMPLES)
-    np.testing.assert_allclose(found, cosine, atol=1e-5)
-    ranks = rows["neighbor_rank"].to_numpy().reshape(QUERIES, SAMPLES)
+    assert rows["train_id"].to_pylist() == list(range(SAMPLES)) * SCORED
+    found = rows["similarity"].to_numpy().reshape(SCORED, SAMPLES)
+    np.testing.assert_allclose(found, cosine[np.argsort(query_ids)], atol=1e-5)
+    ranks = rows["neighbor_rank"].to_numpy().reshape(SCORED, SAMPLES)
     assert (np.diff(np.take_along_axis(found, np.argsort(ranks, 1), 1)) <= 0).all()
 
 
@@ -207,7 +242,7 @@ def brute_force(head: Path, query_phi: NDArray[np.float64], sample_phi: NDArray[
 
 def answered(workspace: Path, k: int) -> list[tuple[int, float]]:
     """(train_id, similarity) of the service's answer to the first query, best first."""
-    first = query(workspace, "SELECT image, caption FROM queries ORDER BY query_id").to_pylist()[0]
+    first = query(workspace, "SELECT image, caption FROM queries WHERE query_id = 'q0000'").to_pylist()[0]
     image = Image.open(io.BytesIO(first["image"])).convert("RGB")
     answers = AttributionService(Workspace(workspace)).attribute(image, first["caption"], k)
     return [(answer.train_id, answer.similarity) for answer in answers]
@@ -366,7 +401,14 @@ NEIGHBORS = {"candidates": {"policy": "top_k", "k": 20}}
     "changes",
     [
         {"teacher__name": "abu", "exact_check": None, **NEIGHBORS},
-        {"teacher__name": "abu_plus", "exact_check": None, "model__flips": True, **NEIGHBORS},
+        {
+            "teacher__name": "abu_plus",
+            "teacher__objective": "output_norm",
+            "teacher__negatives": "tie",
+            "exact_check": None,
+            "model__flips": True,
+            **NEIGHBORS,
+        },
         {"candidates": {"policy": "top_k", "k": 30, "scored": 20}, "teacher__shard_queries": 3},
         {
             "candidates": {"policy": "pooled", "k": 12},
@@ -375,7 +417,7 @@ NEIGHBORS = {"candidates": {"policy": "top_k", "k": 20}}
             "head": {"epochs": 2, "resident": False, "loss": "regression", "input_norm": True, "patience": 1},
         },
     ],
-    ids=["diagonal Fisher", "exact teacher, mirrored images", "M of K", "pooled, low rank"],
+    ids=["diagonal Fisher", "exact teacher of the output norm, mirrored images", "M of K", "pooled, low rank"],
 )
 def test_other_teachers_and_candidates_give_the_planned_rows(
     tmp_path: Path, model_folder: Path, home: Path, changes: dict[str, object]
@@ -384,12 +426,14 @@ def test_other_teachers_and_candidates_give_the_planned_rows(
     workspace = tmp_path / "workspace"
     counted = query(
         workspace,
-        "SELECT count(*) AS n, count(DISTINCT (query_id, train_id)) AS d, count(DISTINCT train_id) AS pool, "
-        "(SELECT count(*) FROM scores JOIN candidates USING (query_id, train_id)) AS planned FROM scores",
+        "SELECT count(*) AS n, count(DISTINCT (query_id, train_id)) AS d, "
+        "count(DISTINCT train_id) FILTER (query_id LIKE 'q%') AS pool, count(*) FILTER (query_id LIKE 'q%') AS own, "
+        "(SELECT count(*) FROM scores JOIN candidates USING (query_id, train_id)) AS planned, "
+        "(SELECT count(*) FROM scores JOIN twins USING (query_id, train_id)) AS twins FROM scores",
     ).to_pylist()[0]
     each = counted["pool"] if "pooled" in str(changes) else 20
-    assert counted["n"] == counted["d"] == counted["planned"] == QUERIES * each
-    assert counted["pool"] > 5
+    assert counted["n"] == counted["d"] == counted["planned"] and counted["own"] == QUERIES * each
+    assert counted["pool"] > 5 and counted["twins"] == 2 * TWINS
     measured = query(workspace, "SELECT DISTINCT metric, space FROM metrics").to_pylist()
     assert {"metric": "mAP", "space": "teacher with other noise"} in measured
     assert ({"metric": "relative error", "space": "low-rank Delta theta"} in measured) == (

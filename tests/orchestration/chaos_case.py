@@ -26,6 +26,7 @@ def lay_out(folder: Path, model: Path, *, shards: int, **execution: Any) -> Path
         features={"space": "pixel"},
         curvature={"samples": 16},
         teacher={"name": "abu_plus_first_order", "alpha": 1e-4, "timesteps": 4, "gradient_pairs": 4, **shape},
+        queries__twins=0,
         exact_check=None,
         self_consistency=None,
         execution={"runner": "pool", "pools": [{"slots": 2}], **execution},

@@ -57,6 +57,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path
     config = yaml.safe_load(path.read_text())
     config["queries"] = {
         "shards": "generated/{partition}/*.tar",
+        "twins": 0,
         "split": {"validation_share": 0.2, "test_share": 0.2},
     }
     config["evaluation"]["floor"] = 0.99

@@ -41,6 +41,7 @@ def small(folder: Path, model: Path, **execution: Any) -> Path:
         model,
         teacher__shard_samples=4,
         features={"space": "pixel"},
+        queries__twins=0,
         exact_check=None,
         execution={"retry_delay": 0.05, **execution},
     )

@@ -23,6 +23,7 @@ VIEWS = (
     "samples",
     "rejected_samples",
     "queries",
+    "twins",
     "candidates",
     "base_losses",
     "scores",

@@ -19,12 +19,16 @@ def vectors() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     return queries, samples
 
 
-def chosen(vectors: tuple[NDArray[np.float32], NDArray[np.float32]], **config: object) -> list[NDArray[np.int64]]:
+def chosen(
+    vectors: tuple[NDArray[np.float32], NDArray[np.float32]], twins: dict[int, int] | None = None, **config: object
+) -> list[NDArray[np.int64]]:
     """The candidates of each query, whose neighbour ranks and similarities are checked by the way."""
     queries, samples = vectors
+    wanted = [(twins or {}).get(number) for number in range(len(queries))]
     cosines = queries.astype(np.float64) @ samples.T
     found = []
-    for number, train_ids, ranks, similarity in _chosen(CandidatesConfig.model_validate(config), queries, samples):
+    settings = CandidatesConfig.model_validate(config)
+    for number, train_ids, ranks, similarity in _chosen(settings, queries, samples, wanted):
         assert number == len(found)
         nearer = (cosines[number][None] > cosines[number][train_ids, None]).sum(1)
         np.testing.assert_array_equal(ranks[train_ids], nearer + 1)
@@ -70,3 +74,24 @@ def test_m_of_k_are_drawn_for_each_query_by_itself(vectors: tuple[NDArray[np.flo
     # Over queries every place among the k is drawn now and then: not always the nearest.
     places = np.concatenate([chosen(vectors, policy="top_k", k=20, scored=5, seed=seed)[0] for seed in range(30)])
     assert len(set(places.tolist())) == 20
+
+
+@pytest.mark.parametrize("config", [{"policy": "top_k", "k": 7}, {"policy": "top_k", "k": 20, "scored": 5}])
+def test_a_twin_is_scored_however_far_it_is(
+    vectors: tuple[NDArray[np.float32], NDArray[np.float32]], config: dict[str, object]
+) -> None:
+    without = chosen(vectors, **config)
+    queries, samples = vectors
+    far, near = int(np.argmin(samples @ queries[4])), int(without[5][0])
+    found = chosen(vectors, twins={4: far, 5: near}, **config)
+    assert found[4].tolist() == [*without[4].tolist(), far]
+    assert all(np.array_equal(mine, before) for mine, before in zip(found, without, strict=True) if mine[-1] != far)
+
+
+def test_queries_of_the_twin_test_do_not_widen_the_pool(
+    vectors: tuple[NDArray[np.float32], NDArray[np.float32]],
+) -> None:
+    pool = set.union(*nearest(vectors, 4)[:5])
+    far = next(number for number in range(SAMPLES) if number not in pool)
+    found = chosen(vectors, twins={5: far}, policy="pooled", k=4)
+    assert [set(mine.tolist()) for mine in found] == [*[pool] * 5, pool | {far}]
