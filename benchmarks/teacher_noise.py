@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from stages import make_curvature, make_latents
+from stages import make_latents
 from torch import Tensor
 
 from fastgda_core.curvature.fisher import load_fisher
@@ -33,9 +33,10 @@ from fastgda_core.teachers.scores import first_order_scores
 from flows.openmoji import prepare
 from tasks.config import PipelineConfig, load_config
 from tasks.context import Context
+from tasks.curvature import make_curvature
 from tasks.queries import load_queries, make_queries
 from tasks.samples import ingest_samples, load_block
-from tasks.unlearning import query_update
+from tasks.unlearning import gradient_of, update_of
 
 GRID = 20  # timesteps measured
 COPIES = 4  # independent draws at each; the first two make the plans, the others the truth
@@ -112,7 +113,7 @@ def allocated(measured: Measured, count: int) -> Plan:
 
 
 def plans(measured: Measured) -> Iterator[Plan]:
-    for count in (5, 10, 20):
+    for count in (1, 2, 5, 10, 20):
         yield even(count, antithetic=False)
     yield even(5, antithetic=False, draws=2)
     for count in (3, 5, 10):
@@ -120,9 +121,7 @@ def plans(measured: Measured) -> Iterator[Plan]:
     for count in (3, 4, 5, 8, 10):
         yield allocated(measured, count)
     low, high = int(0.4 * GRID), int(0.925 * GRID)
-    yield Plan(
-        "2 timesteps, 400 and 925 of 1000 (the demo's), antithetic pair", [low, high], [0.78, 0.22], antithetic=True
-    )
+    yield Plan("2 timesteps, 400 and 925 of 1000, antithetic pair", [low, high], [0.78, 0.22], antithetic=True)
 
 
 def agreement(first: Tensor, second: Tensor) -> tuple[float, float]:
@@ -165,7 +164,7 @@ def print_gradients(context: Context, curvature, queries, block, training_size: 
         here = Context(config, context.model_hash)
         started = time.monotonic()
         for seed in (71, 72):
-            several = [query_update(here, query, fisher, training_size, seed) for query in chosen]
+            several = [update_of(here, gradient_of(here, query, seed), fisher, training_size) for query in chosen]
             updates.append({name: torch.stack([one[name] for one in several]) for name in several[0]})
         seconds[pairs] = (time.monotonic() - started) / 2 / len(chosen)
     scores = first_order_scores(model, context.layers(model), plan, block, updates, context.micro_batch("gradients"))
@@ -178,14 +177,16 @@ def print_gradients(context: Context, curvature, queries, block, training_size: 
 def run(config: PipelineConfig, count: int) -> None:
     context = Context(config, model_hash(config.model.folder))
     samples = ingest_samples.fn(context)
-    queries = make_queries.fn(context)
+    queries = make_queries.fn(context, samples)
     latents = make_latents(context, samples)
     curvature = make_curvature(context, latents)
     training_size = config.teacher.training_size or samples.rows
     train_ids = np.random.default_rng(11).choice(samples.rows, min(count, samples.rows), replace=False)
     block = load_block(context, latents, np.sort(train_ids).tolist())
     fisher = load_fisher(curvature.path).to(context.device)
-    several = [query_update(context, query, fisher, training_size, 0) for query in load_queries(queries)]
+    several = [
+        update_of(context, gradient_of(context, query, 0), fisher, training_size) for query in load_queries(queries)
+    ]
     updates = {name: torch.stack([one[name] for one in several]) for name in several[0]}
     train_timesteps = context.model().schedule.train_timesteps
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))

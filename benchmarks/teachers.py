@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from stages import make_curvature, make_latents
+from stages import make_latents
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -40,6 +40,7 @@ from fastgda_core.teachers.unlearning import moved, query_gradient, unlearning_u
 from flows.openmoji import prepare
 from tasks.config import load_config
 from tasks.context import Context
+from tasks.curvature import make_curvature
 from tasks.queries import load_queries, make_queries
 from tasks.samples import ingest_samples, load_block
 
@@ -77,7 +78,7 @@ def set_up(folder: Path, samples: int, pairs: int | None) -> Setting:
     config = load_config(prepare(folder))
     context = Context(config, model_hash(config.model.folder))
     ingested = ingest_samples.fn(context)
-    queries = load_queries(make_queries.fn(context))
+    queries = load_queries(make_queries.fn(context, ingested))
     latents = make_latents(context, ingested)
     model = context.model()
     chosen = np.random.default_rng(3).choice(ingested.rows, samples, replace=False)

@@ -22,7 +22,7 @@ from tasks.openmoji import CONFIG, list_openmoji
 from tests.flows.pipeline_case import environment, fastgda, lay_out
 
 ROOT = Path(__file__).parents[2]
-SAMPLES, QUERIES = 3953, 48
+SAMPLES, QUERIES, TWINS = 3953, 96, 16
 FEW = 200  # samples
 
 
@@ -46,11 +46,11 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, hom
     with tarfile.open(first) as many, tarfile.open(first.with_name("few.tar"), "w") as few:
         for member in many.getmembers()[: 2 * FEW]:  # an image and its captions
             few.addfile(member, many.extractfile(member))
-    captions = config["queries"]["captions"][::4]
-    config["queries"].update(steps=5, captions=captions, split={"train": 6, "validation": 2, "test": 4})
+    captions = config["queries"]["captions"][::8]
+    config["queries"].update(steps=10, captions=captions, split={"train": 6, "validation": 2, "test": 4}, twins=8)
     config["curvature"]["samples"] = 32
     config["evaluation"]["cutoffs"] = [50, 100]
-    config["teacher"].update(timestep_list=[500], timestep_weights=[1], gradient_pairs=4)
+    config["teacher"].update(gradient_pairs=4)
     config["exact_check"] = {"queries": 1, "candidates": 8}
     config["head"] = {"epochs": 2}
     path.write_text(yaml.safe_dump(config))
@@ -138,19 +138,54 @@ def test_demo_model_is_small_and_carries_no_machine_path() -> None:
     assert "_name_or_path" not in (model / "unet" / "config.json").read_text()
 
 
+def test_the_demos_teacher_finds_its_twins_on_few_samples(small_demo: Path, home: Path) -> None:
+    rows = figures(small_demo / "demo" / "workspace", "twin share", "worst twin rank")
+    assert rows["twin share", "twin"] == rows["twin share", "pseudo"] == 1.0
+    said = run_in(small_demo, 'fastgda status "$RUN"', home).stdout
+    assert "8 of 8 generated from training captions" in said and "warning" not in said
+
+
+def figures(workspace: Path, *metrics: str) -> dict[tuple[str, str], float]:
+    """Means of some metrics by (metric, split)."""
+    rows = query(workspace, "SELECT metric, split, value FROM metrics WHERE query_id = ''").to_pylist()
+    return {(row["metric"], row["split"]): row["value"] for row in rows if row["metric"] in metrics}
+
+
+def mean_precision(workspace: Path) -> dict[str, float]:
+    """mAP(100) by what is compared with the teacher."""
+    rows = query(workspace, "SELECT space, value FROM metrics WHERE metric = 'mAP' AND query_id = '' AND cutoff = 100")
+    return dict(zip(rows["space"].to_pylist(), rows["value"].to_pylist(), strict=True))
+
+
 @pytest.mark.slow
-def test_full_demo_scores_every_pair_and_tuning_gains_a_third(tmp_path: Path, home: Path) -> None:
+def test_full_demo_finds_its_twins_and_tuning_gains(tmp_path: Path, home: Path) -> None:
     fastgda("demo", "--folder", tmp_path / "demo", home=home)
     workspace = tmp_path / "demo" / "workspace"
     counted = query(workspace, "SELECT count(*) AS n, count(DISTINCT (query_id, train_id)) AS d FROM scores")
-    assert counted.to_pylist() == [{"n": QUERIES * SAMPLES, "d": QUERIES * SAMPLES}]
-    gain = query(
-        workspace,
-        "SELECT max(value) FILTER (space = 'tuned') / max(value) FILTER (space = 'untuned') AS gain "
-        "FROM metrics WHERE metric = 'mAP' AND query_id = '' AND cutoff = 100",
-    )
-    assert gain.to_pylist()[0]["gain"] >= 1.3
+    pairs = (QUERIES + 2 * TWINS) * SAMPLES
+    assert counted.to_pylist() == [{"n": pairs, "d": pairs}]
+    twins = figures(workspace, "twin share", "worst twin rank")
+    assert twins["twin share", "twin"] == twins["twin share", "pseudo"] == 1.0
+    first = query(workspace, "SELECT avg((value = 1)::INT) AS first FROM metrics WHERE metric = 'twin rank'")
+    assert first.to_pylist()[0]["first"] > 0.5
+    whole = "SELECT value FROM metrics WHERE metric = 'spearman' AND query_id = '' AND space = '{}'"
+    assert query(workspace, whole.format("another teacher")).to_pylist()[0]["value"] >= 0.9
+    assert query(workspace, whole.format("exact vs first order")).to_pylist()[0]["value"] >= 0.99
+    precision = mean_precision(workspace)
+    assert 0.5 <= precision["untuned"] <= precision["tuned"]
     before = read_published(Workspace(workspace))
     again = fastgda("demo", "--folder", tmp_path / "demo", home=home)
     assert " new " not in again.stdout
     assert read_published(Workspace(workspace)).run == before.run
+
+
+@pytest.mark.slow
+def test_the_published_settings_fail_the_twin_test_and_say_so(tmp_path: Path, home: Path) -> None:
+    done = fastgda("demo", "--published", "--folder", tmp_path / "demo", home=home)
+    workspace = tmp_path / "demo" / "workspace"
+    twins = figures(workspace, "twin share", "worst twin rank")
+    assert twins["twin share", "twin"] < 0.9 and twins["worst twin rank", "twin"] > SAMPLES / 2
+    assert twins["twin share", "pseudo"] == 1.0
+    assert "set teacher.objective: output_norm" in done.stdout
+    precision = mean_precision(workspace)
+    assert (round(precision["untuned"], 2), round(precision["tuned"], 2)) == (0.14, 0.21)
