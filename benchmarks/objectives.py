@@ -34,7 +34,7 @@ from storage_schemas.metrics_history import mean_value
 from tasks.config import PipelineConfig, load_config
 from tasks.context import Context
 from tasks.features import extract_features, in_space, load_features
-from tasks.head import rows_of_split, score_matrix
+from tasks.head import candidate_scores, rows_of_split
 from tasks.openmoji import PUBLISHED_CONFIG
 from tasks.queries import load_queries
 from tasks.samples import sample_images
@@ -68,8 +68,8 @@ def teach(config: PipelineConfig, objective: Objective) -> Teacher:
     curation = curate(changed)
     (consistency,) = [check for check in judge(changed) if check.name == "self-consistency"]
     inputs = curation.plan.inputs
-    rows = torch.arange(len(load_queries(inputs.stages["queries"])))
-    scores = score_matrix(inputs.context, curation.ranks, [inputs.stages["queries"]], inputs.stages["samples"], rows)
+    names = [query.query_id for query in load_queries(inputs.stages["queries"])]
+    scores = candidate_scores(inputs.context, curation.ranks, names).scores  # the demo's candidates are all samples
     agreement = mean_value(consistency.path, "spearman", OTHER_TEACHER, 0)
     assert agreement is not None
     return Teacher(inputs.context, curation, scores, trust_in(inputs.workspace, curation.run), agreement)

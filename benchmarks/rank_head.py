@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from fastgda_core.evaluation.candidates import CandidateScores
 from fastgda_core.evaluation.ranking_metrics import average_precision, top_mask
 from fastgda_core.ranking.batches import RankBatches, RankPairs
 from fastgda_core.ranking.head import RankHead
@@ -87,8 +88,8 @@ def made_up(queries: int, samples: int, candidates: int, dims: int, seen: int) -
         labels.append(rank / candidates)
     pairs = RankPairs.of(torch.cat(rows), torch.cat(columns), torch.cat(labels), queries=queries, samples=samples)
     validation = torch.arange(train, queries)
-    everything = torch.ones(20, samples, dtype=torch.bool)
-    return RankData(query, sample, pairs, validation, top_mask(scores[train:], TOP), everything), scores
+    everything = CandidateScores(torch.arange(samples, dtype=torch.int32).repeat(20, 1), scores[train:].double())
+    return RankData(query, sample, pairs, validation, everything, top_mask(everything.scores, TOP)), scores
 
 
 def throughput() -> None:

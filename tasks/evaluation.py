@@ -11,18 +11,21 @@ import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
+from torch.nn import functional as F
 
+from fastgda_core.evaluation.candidates import CandidateScores
 from fastgda_core.evaluation.ranking_metrics import (
     agreement,
     expected_random_agreement,
     spearman,
 )
-from fastgda_core.features import cosines, text_space
+from fastgda_core.features import text_space
+from fastgda_core.ranking.head import RankHead
 from storage_schemas import tables
 from storage_schemas.commit import commit_table, committed, input_key
 from tasks.context import Context, Stage
-from tasks.features import extract_features, in_space, load_features, load_query_features
-from tasks.head import load_trained_head, rows_of_split, score_matrix
+from tasks.features import extract_features, in_space, load_query_features
+from tasks.head import candidate_scores, load_trained_head, rows_of_split, sample_features
 from tasks.metric_rows import agreement_rows, metric_row, metric_rows
 from tasks.publish import load_ranks
 from tasks.queries import joined_queries
@@ -52,16 +55,15 @@ def measure_head(
     if manifest is None:
         started = time.monotonic()
         test = rows_of_split(queries, "test")
-        scores = score_matrix(context, ranks, queries, samples, test)
-        phi = load_query_features(context, queries, samples)[test], load_features(context, samples, samples)
-        head_module = load_trained_head(head.path)
-        rankings = {
-            "untuned": cosines(*phi),
-            "tuned": head_module(phi[0]) @ head_module(phi[1]).T,
-            **_by_captions(context, samples, queries, test),
-        }
         several = joined_queries(queries)
         names = [several[row].query_id for row in test.tolist()]
+        scores = candidate_scores(context, ranks, names)
+        phi = load_query_features(context, queries, samples)[test], sample_features(context, samples)
+        rankings = {
+            "untuned": untuned_cosines(scores, *phi),
+            "tuned": tuned_cosines(scores, load_trained_head(head.path), *phi),
+            **_by_captions(context, samples, queries, test, scores),
+        }
         rows = list(_ranking_rows(scores, rankings, cutoffs, names))
         if exact is not None:
             rows += _teacher_rows(context, ranks, exact)
@@ -75,7 +77,19 @@ def measure_head(
     return Stage("evaluation", key, path, manifest.rows, manifest.seconds, reused)
 
 
-def _by_captions(context: Context, samples: Stage, queries: Sequence[Stage], test: Tensor) -> dict[str, Tensor]:
+def untuned_cosines(scores: CandidateScores, queries: Tensor, samples: Tensor) -> Tensor:
+    """How the features alone rank the candidates of queries, (queries, d), among samples, (samples, d)."""
+    return scores.cosines(F.normalize(queries, dim=1), lambda rows: F.normalize(samples[rows], dim=1))
+
+
+def tuned_cosines(scores: CandidateScores, head: RankHead, queries: Tensor, samples: Tensor) -> Tensor:
+    """How a head ranks them."""
+    return scores.cosines(head.queries(queries), lambda rows: head(samples[rows]))
+
+
+def _by_captions(
+    context: Context, samples: Stage, queries: Sequence[Stage], test: Tensor, scores: CandidateScores
+) -> dict[str, Tensor]:
     """The cheapest ranking, which any other has to beat: by the captions' features alone, where there are such."""
     space = context.config.features.space
     if text_space(space) in ("", space):
@@ -83,23 +97,21 @@ def _by_captions(context: Context, samples: Stage, queries: Sequence[Stage], tes
     worded = in_space(context, space=text_space(space))
     for items in (samples, *queries):
         extract_features.fn(worded, items)
-    phi = load_query_features(worded, queries, samples)[test], load_features(worded, samples, samples)
-    return {CAPTIONS: cosines(*phi)}
+    phi = load_query_features(worded, queries, samples)[test], sample_features(worded, samples)
+    return {CAPTIONS: untuned_cosines(scores, *phi)}
 
 
 def _ranking_rows(
-    scores: Tensor, rankings: dict[str, Tensor], cutoffs: list[int], query_ids: list[str]
+    candidates: CandidateScores, rankings: dict[str, Tensor], cutoffs: list[int], query_ids: list[str]
 ) -> Iterator[dict[str, object]]:
-    candidates = scores.isfinite()
+    of_queries = list(zip(candidates.scores, candidates.known, strict=True))
     for space, similarity in rankings.items():
         measured = [
             agreement(teacher[known][None], mine[known][None], cutoffs)
-            for teacher, mine, known in zip(scores, similarity, candidates, strict=True)
+            for (teacher, known), mine in zip(of_queries, similarity, strict=True)
         ]
         yield from agreement_rows(space, measured, query_ids)
-    by_chance = [
-        expected_random_agreement(teacher[known], cutoffs) for teacher, known in zip(scores, candidates, strict=True)
-    ]
+    by_chance = [expected_random_agreement(teacher[known], cutoffs) for teacher, known in of_queries]
     for metric, cutoff in by_chance[0]:
         values = torch.tensor([one[metric, cutoff] for one in by_chance], dtype=torch.float64)
         yield metric_row(metric, "chance", values, cutoff=cutoff)

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgda_core.errors import UsageError
+from fastgda_core.evaluation.candidates import CandidateScores
 from fastgda_core.evaluation.ranking_metrics import top_mask
 from fastgda_core.ranking.batches import RankPairs, first_pairs
 from fastgda_core.ranking.head import RankHead, load_head, load_release_checkpoint, save_head
@@ -45,18 +46,17 @@ ROWS_AT_ONCE = 300_000
 INDEX_MEAN = "mean.safetensors"  # of the training samples' features, beside an index of a head over centred ones
 
 
-def score_matrix(context: Context, ranks: Stage, queries: Sequence[Stage], samples: Stage, rows: Tensor) -> Tensor:
-    """The teacher's scores of some queries, (rows, samples) float64, -inf where a sample is no candidate.
+def candidate_scores(context: Context, ranks: Stage, query_ids: Sequence[str]) -> CandidateScores:
+    """The teacher's scores of some queries' candidates; negative ones are 0 where the labels tie them."""
+    table = load_influence(context, ranks, list(query_ids))
+    number = pc.index_in(table["query_id"], pa.array(query_ids, pa.string())).to_numpy()
+    columns = (number, table["train_id"].to_numpy(), table["score"].to_numpy())
+    return CandidateScores.of(*(torch.from_numpy(each.copy()) for each in columns), queries=len(query_ids))
 
-    Negative scores are 0 where the labels tie them.
-    """
-    names = [joined_queries(queries)[row].query_id for row in rows.tolist()]
-    table = load_influence(context, ranks, names)
-    number = pc.index_in(table["query_id"], pa.array(names)).to_numpy()
-    matrix = torch.full((len(names), samples.rows), -torch.inf, dtype=torch.float64)
-    train_id, score = (torch.from_numpy(table[name].to_numpy().copy()) for name in ("train_id", "score"))
-    matrix[torch.from_numpy(number.copy()).long(), train_id] = score.double()
-    return matrix
+
+def sample_features(context: Context, samples: Stage) -> Tensor:
+    """phi of all samples, (samples, d): in memory, or mapped from a file where `head.resident` is false."""
+    return load_features(context, samples, samples) if context.config.head.resident else map_features(context, samples)
 
 
 def rank_pairs(
@@ -126,18 +126,16 @@ def fit_rank_head(context: Context, samples: Stage, queries: Sequence[Stage], fe
 
         started = time.monotonic()
         train, validation = rows_of_split(queries, "train"), rows_of_split(queries, "validation")
-        scores = score_matrix(context, ranks, queries, samples, validation)
         query_ids = [query.query_id for query in joined_queries(queries)]
+        scores = candidate_scores(context, ranks, [query_ids[row] for row in validation.tolist()])
         standardised = LOSSES[config.head.loss].standardised_scores
         data = RankData(
             query_features=load_query_features(context, queries, samples),
-            sample_features=load_features(context, samples, samples)
-            if config.head.resident
-            else map_features(context, samples),
+            sample_features=sample_features(context, samples),
             train_pairs=rank_pairs(context.workspace, ranks, query_ids, train, samples.rows, standardised=standardised),
             validation=validation,
-            relevant=top_mask(scores, config.evaluation.validation_cutoff),
-            candidates=scores.isfinite(),
+            validation_scores=scores,
+            relevant=top_mask(scores.scores, config.evaluation.validation_cutoff),
         )
         with stage("rank head", config.head.epochs) as advance:
             training = HeadTraining(**config.head.model_dump())

@@ -21,8 +21,7 @@ def attribution_sheet(
 ) -> bytes:
     """JPEG: a row for each of some queries, spread over the set, with its most influential training images."""
     every = load_queries(queries)
-    step = max(1, len(every) // shown_queries)
-    chosen = [every[number] for number in range(0, len(every), step)][:shown_queries]
+    chosen = [every[number] for number in spread(len(every), shown_queries)]
     ranks = read_ranks(workspace, snapshot, [query.query_id for query in chosen]).to_pylist()
     width = (shown_samples + 1) * (TILE + GAP) + 2 * GAP
     sheet = Image.new("RGB", (width, len(chosen) * (TILE + LABEL + GAP) + GAP), "white")
@@ -40,6 +39,11 @@ def attribution_sheet(
     buffer = io.BytesIO()
     sheet.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
+
+
+def spread(items: int, shown: int) -> list[int]:
+    """Numbers of `shown` of some items, evenly spaced from the first on; of all where they are no more."""
+    return list(range(0, items, max(1, items // shown)))[:shown]
 
 
 def _tile(image: Image.Image) -> Image.Image:

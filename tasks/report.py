@@ -11,21 +11,19 @@ from pathlib import Path
 
 import jinja2
 import matplotlib
-import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
 from fastgda_core.diffusion.objective import Objective
 from fastgda_core.evaluation.ranking_metrics import descending_ranks, top_mask
-from fastgda_core.features import cosines
 from storage_schemas import tables
 from storage_schemas.commit import commit, committed, input_key
 from tasks.context import Context, Stage
-from tasks.evaluation import CAPTIONS
+from tasks.evaluation import CAPTIONS, tuned_cosines, untuned_cosines
 from tasks.features import load_features
-from tasks.head import load_trained_head, rows_of_split, score_matrix
-from tasks.pictures import loss_curve
+from tasks.head import candidate_scores, load_trained_head, rows_of_split, sample_features
+from tasks.pictures import loss_curve, spread
 from tasks.queries import Query, load_queries
 from tasks.samples import sample_images, samples_table
 from tasks.trust import KINDS, OTHER_CURVATURE, OTHER_GRADIENT, OTHER_NOISE, OTHER_TEACHER, trust_of
@@ -117,15 +115,23 @@ def _measures(cutoffs: list[int]) -> list[tuple[str, str, int]]:
 
 
 def _panels(context: Context, stages: dict[str, Stage], metrics: list[dict[str, object]]) -> list[QueryPanel]:
-    samples, queries = stages["samples"], stages["queries"]
+    samples, queries, config = stages["samples"], stages["queries"], context.config.evaluation
+    several = load_queries(queries)
     test = rows_of_split([queries], "test")
-    scores = score_matrix(context, stages["rank labels"], [queries], samples, test)
-    phi = load_features(context, queries, samples)[test], load_features(context, samples, samples)
-    head = load_trained_head(stages["rank head"].path)
-    untuned = cosines(*phi)
-    tuned = head(phi[0]) @ head(phi[1]).T
-    cutoff, k = context.config.evaluation.validation_cutoff, context.config.evaluation.neighbors
-    teacher_rank, relevant = descending_ranks(scores), top_mask(scores, cutoff)
+    test = test[spread(len(test), config.shown_queries)]
+    scores = candidate_scores(context, stages["rank labels"], [several[number].query_id for number in test.tolist()])
+    phi = load_features(context, queries, samples)[test], sample_features(context, samples)
+    rankings = [
+        ("Untuned features", "nearest by the frozen encoders", untuned_cosines(scores, *phi)),
+        (
+            "Tuned features",
+            "nearest by the rank head: FastGDA's answer",
+            tuned_cosines(scores, load_trained_head(stages["rank head"].path), *phi),
+        ),
+        ("Teacher", "the truth it learned from, by AbU+ score", scores.scores),
+    ]
+    cutoff = config.validation_cutoff
+    teacher_rank, relevant = descending_ranks(scores.scores), top_mask(scores.scores, cutoff)
     precision = {
         (row["query_id"], row["space"]): row["value"]
         for row in metrics
@@ -133,24 +139,22 @@ def _panels(context: Context, stages: dict[str, Stage], metrics: list[dict[str, 
     }
     panels = []
     for row, number in enumerate(test.tolist()):
-        query = load_queries(queries)[number]
-        masked = [ranking[row].masked_fill(~scores[row].isfinite(), -torch.inf) for ranking in (untuned, tuned)]
+        query = several[number]
+        judged = scores.train_ids[row], teacher_rank[row], relevant[row]
         rows = [
-            Row(title, note, _pictures(samples, ranking.topk(k).indices, teacher_rank[row], relevant[row]))
-            for title, note, ranking in (
-                ("Untuned features", "nearest by the frozen encoders", masked[0]),
-                ("Tuned features", "nearest by the rank head: FastGDA's answer", masked[1]),
-                ("Teacher", "the truth it learned from, by AbU+ score", scores[row]),
-            )
+            Row(title, note, _pictures(samples, ranking[row].topk(config.neighbors).indices, *judged))
+            for title, note, ranking in rankings
         ]
         mine = {space: float(precision[query.query_id, space]) for space in ("untuned", "tuned")}  # type: ignore[arg-type]
         panels.append(QueryPanel(query, _data_url(query.image), mine, rows))
     return panels
 
 
-def _pictures(samples: Stage, chosen: Tensor, teacher_rank: Tensor, relevant: Tensor) -> list[Picture]:
-    """Some training images with the teacher's rank of each; `relevant` says which of all, (samples,), agree with it."""
-    train_ids = chosen.tolist()
+def _pictures(
+    samples: Stage, chosen: Tensor, candidates: Tensor, teacher_rank: Tensor, relevant: Tensor
+) -> list[Picture]:
+    """Some of a query's candidates, by their places among all, (n,); `relevant` says which of these agree."""
+    train_ids = candidates[chosen].tolist()
     captions = samples_table(samples.path)["captions"].take(train_ids).to_pylist()
     judged = zip(teacher_rank[chosen].tolist(), relevant[chosen].tolist(), strict=True)
     return [

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgda_core.evaluation.ranking_metrics import average_precision, expected_random_average_precision, top_mask
-from fastgda_core.features import cosines, encoder_names
+from fastgda_core.features import encoder_names
 from fastgda_core.ranking.batches import RankPairs
 from fastgda_core.ranking.losses import LOSSES, LossName
 from fastgda_core.ranking.subsets import random_priority, some_queries, thin
@@ -27,8 +27,9 @@ from storage_schemas.metrics_history import mean_value
 from storage_schemas.snapshots import read_published, write_published
 from tasks.config import PipelineConfig
 from tasks.context import Context, Stage
-from tasks.features import extract_features, features_key, in_space, load_features, load_query_features
-from tasks.head import rank_pairs, rows_of_split, score_matrix
+from tasks.evaluation import tuned_cosines, untuned_cosines
+from tasks.features import extract_features, features_key, in_space, load_query_features
+from tasks.head import candidate_scores, rank_pairs, rows_of_split, sample_features
 from tasks.labels import Labels
 from tasks.metric_rows import metric_rows
 from tasks.progress import stage
@@ -122,16 +123,18 @@ class _Laboratory:
     def __init__(self, context: Context, labels: Labels) -> None:
         self.context, self.labels = context, labels
         self.queries = load_query_features(context, labels.queries, labels.samples)
-        self.samples = load_features(context, labels.samples, labels.samples)
+        self.samples = sample_features(context, labels.samples)
         self.query_ids = [query.query_id for query in joined_queries(labels.queries)]
         rows = {split: rows_of_split(labels.queries, split) for split in ("train", "validation", "test")}
         self.rows = rows
         self.scores = {
-            split: score_matrix(context, labels.ranks, labels.queries, labels.samples, rows[split])
-            for split in ("validation", "test")
+            split: candidate_scores(context, labels.ranks, self._names(split)) for split in ("validation", "test")
         }
         self.pairs: dict[bool, RankPairs] = {}
         self.nearness: Tensor | None = None
+
+    def _names(self, split: str) -> list[str]:
+        return [self.query_ids[row] for row in self.rows[split].tolist()]
 
     def measure(self, variant: Variant) -> Iterator[dict[str, object]]:
         """Metrics of the variant's head; of the untuned features too, where the question is the feature space."""
@@ -144,26 +147,22 @@ class _Laboratory:
             sample_features=self.samples,
             train_pairs=self._pairs(variant),
             validation=self.rows["validation"],
-            relevant=top_mask(validation, config.evaluation.validation_cutoff),
-            candidates=validation.isfinite(),
+            validation_scores=validation,
+            relevant=top_mask(validation.scores, config.evaluation.validation_cutoff),
         )
         changes = {"loss": variant.loss, "seed": config.head.seed + variant.seed}
         if variant.outside is not None:
             changes["outside_probability"] = variant.outside
         head = train_head(data, HeadTraining(**{**config.head.model_dump(), **changes})).head
-        test = self.rows["test"]
-        yield from self._precision(variant.name, head(self.queries[test]) @ head(self.samples).T)
+        scores, queries = self.scores["test"], self.queries[self.rows["test"]]
+        yield from self._precision(variant.name, tuned_cosines(scores, head, queries, self.samples))
         if variant.question == "feature space" and variant.seed == 0:
-            untuned = cosines(self.queries[test], self.samples)
-            yield from self._precision(f"untuned = {variant.value}", untuned)
+            yield from self._precision(f"untuned = {variant.value}", untuned_cosines(scores, queries, self.samples))
 
     def _precision(self, name: str, similarity: Tensor) -> Iterator[dict[str, object]]:
-        scores = self.scores["test"]
-        names = [self.query_ids[row] for row in self.rows["test"].tolist()]
         for cutoff in self.context.config.evaluation.cutoffs:
-            ranking = similarity.masked_fill(~scores.isfinite(), -torch.inf)
-            precision = average_precision(ranking, top_mask(scores, cutoff))
-            yield from metric_rows("mAP", f"study: {name}", precision, names, cutoff=cutoff)
+            precision = average_precision(similarity, top_mask(self.scores["test"].scores, cutoff))
+            yield from metric_rows("mAP", f"study: {name}", precision, self._names("test"), cutoff=cutoff)
 
     def _pairs(self, variant: Variant) -> RankPairs:
         standardised = LOSSES[variant.loss].standardised_scores
@@ -220,9 +219,11 @@ def draw_study(context: Context, labels: Labels, study: Stage) -> Stage:
     manifest = committed(path, key)
     reused = manifest is not None
     if manifest is None:
-        test = rows_of_split(labels.queries, "test")
-        scores = score_matrix(context, labels.ranks, labels.queries, labels.samples, test)
-        counts = zip(scores.isfinite().sum(1).tolist(), top_mask(scores, cutoff).sum(1).tolist(), strict=True)
+        several = joined_queries(labels.queries)
+        names = [several[row].query_id for row in rows_of_split(labels.queries, "test").tolist()]
+        scores = candidate_scores(context, labels.ranks, names)
+        relevant = top_mask(scores.scores, cutoff).sum(1)
+        counts = zip(scores.known.sum(1).tolist(), relevant.tolist(), strict=True)
         floor = statistics.fmean(expected_random_average_precision(known, relevant) for known, relevant in counts)
         found = answers(tables.read(study.path, tables.METRICS), cutoff)
         picture = study_plot(found, cutoff, floor, _ceiling(context, labels.run, cutoff))

@@ -19,12 +19,12 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from fastgda_core.evaluation.candidates import CandidateScores
 from fastgda_core.evaluation.ranking_metrics import average_precision
 from fastgda_core.ranking.batches import RankBatches, RankPairs, epoch_seed
 from fastgda_core.ranking.head import RankHead, start_from_features
 from fastgda_core.ranking.losses import LOSSES, LossName, rank_loss
 
-ENCODE_ROWS = 16_384
 PREFETCHED = 4
 LATEST = "latest"
 
@@ -65,16 +65,16 @@ class RankData:
     """Everything the head is trained on.
 
     query_features: (queries, d); sample_features: (samples, d), phi; train_pairs: labelled pairs of the training
-    queries; validation: rows of the validation queries; relevant: (validation, samples) bool, the teacher's top L;
-    candidates: (validation, samples) bool, the samples that the teacher ranked.
+    queries; validation: rows of the validation queries; validation_scores: the teacher's, of their candidates;
+    relevant: bool of the shape of these, the teacher's top L.
     """
 
     query_features: Tensor
     sample_features: Tensor
     train_pairs: RankPairs
     validation: Tensor
+    validation_scores: CandidateScores
     relevant: Tensor
-    candidates: Tensor
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class RankDataModule(lightning.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(TensorDataset(torch.zeros(1)))  # one step, which ranks all samples for all queries
+        return DataLoader(TensorDataset(torch.zeros(1)))  # one step, which ranks the candidates of all queries
 
 
 class RankModule(lightning.LightningModule):
@@ -213,15 +213,13 @@ class RankModule(lightning.LightningModule):
 
     def validation_step(self, _batch: Tensor, _index: int) -> None:
         features = self.trainer.datamodule  # type: ignore[attr-defined]
-        queries = self.head(features.query_features[self.data.validation].to(self.device))
-        similarity = torch.cat(
-            [
-                (queries @ self.head(rows.to(self.device)).T).cpu()
-                for rows in features.sample_features.split(ENCODE_ROWS)
-            ],
-            dim=1,
-        )
-        similarity[~self.data.candidates] = -torch.inf
+        queries = self.head.queries(features.query_features[self.data.validation].to(self.device))
+
+        def encode(rows: Tensor) -> Tensor:
+            samples = features.sample_features
+            return self.head(samples[rows.to(samples.device)].to(self.device))
+
+        similarity = self.data.validation_scores.cosines(queries, encode)
         mean_average_precision = average_precision(similarity, self.data.relevant).mean()
         self.log("validation_map", mean_average_precision, batch_size=1)
         self.history.append(((self.total / max(1, self.steps)).item(), mean_average_precision.item()))
@@ -303,11 +301,22 @@ def _whole(checkpoint: Path) -> bool:
     return True
 
 
-def _quiet() -> warnings.catch_warnings:
+@contextmanager
+def _quiet() -> Iterator[None]:
     """Hold back Lightning's notices about loaders and devices, which say nothing about this data path."""
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    return warnings.catch_warnings(action="ignore")
+    loggers = [
+        logging.getLogger(name)
+        for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric")
+    ]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager
