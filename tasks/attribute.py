@@ -56,9 +56,9 @@ class AttributionService:
 
     @torch.no_grad()
     def embed(self, image: Image.Image, caption: str) -> Tensor:
-        """f_psi of one query, (1, 768)."""
+        """The vector that one query is searched by, (1, 768)."""
         parts = [encoder.encode([image if encoder.modality == "image" else caption]) for encoder in self.encoders]
-        return self.head(concatenate(parts, unit_length=self.unit_length, mean=self.mean))
+        return self.head.queries(concatenate(parts, unit_length=self.unit_length, mean=self.mean))
 
     def attribute(self, image: Image.Image, caption: str, k: int) -> list[Attribution]:
         """The k training samples that influenced the image most, by the rank head's estimate."""

@@ -334,8 +334,9 @@ class EvaluationConfig(Section):
         default=None, gt=0, lt=1, description="tuned mAP(validation_cutoff) below which a head is not promoted"
     )
     gain_floor: float | None = Field(
-        default=None, gt=0, description="the same as a multiple of the untuned features' mAP"
+        default=1.0, gt=0, description="the same as a multiple of the untuned features' mAP; null: none"
     )
+    shown_queries: int = Field(default=24, ge=1, description="test queries that the report shows, spread over all")
 
     @model_validator(mode="after")
     def _validated_is_measured(self) -> Self:

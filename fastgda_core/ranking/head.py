@@ -48,7 +48,7 @@ class RankHead(nn.Module):
         features: d of phi.
         input_norm: whether a LayerNorm comes first.
         outputs: affine maps of the cosine; 1 but for the ordinal loss.
-        scale: what theirs starts at; negative, as a high cosine means a low rank label.
+        scale: what theirs starts at; negative, as a high cosine is to mean a low rank label.
         hidden, width: of the layers.
     """
 
@@ -71,6 +71,13 @@ class RankHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(n, features) to unit vectors, (n, width)."""
         return F.normalize(self.mlp(features), dim=1)
+
+    def queries(self, features: Tensor) -> Tensor:
+        """Unit vectors of queries, (n, features) to (n, width), whose cosine with a sample's grows with its influence.
+
+        They are those of `forward`, negated where the scale is positive: there a high cosine means a high rank label.
+        """
+        return -self(features) if bool((self.scale > 0).all()) else self(features)
 
     def affine(self, cosine: Tensor) -> Tensor:
         """scale * cos + bias, (...) to (..., outputs)."""
@@ -153,7 +160,7 @@ def load_release_checkpoint(path: Path) -> RankHead:
     Source: github.com/PeterWang512/FastGDA, fastgda/models.py (DualMLPModel).
 
     Raises:
-        UsageError: the file cannot be read as plain tensors, holds something else, or ranks the wrong way round.
+        UsageError: the file cannot be read as plain tensors, holds something else, or ranks neither way round.
     """
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -162,9 +169,8 @@ def load_release_checkpoint(path: Path) -> RankHead:
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise UsageError(f"{path} is no state_dict: tensors by name are expected")
     head = head_of_weights(weights, path)
-    if not (head.scale < 0).all():
+    if not ((head.scale < 0).all() or (head.scale > 0).all()):
         raise UsageError(
-            f"{path}: its scale is {head.scale.tolist()}, so that a high cosine means a high rank label, little "
-            "influence; an index finds high cosines"
+            f"{path}: its scale is {head.scale.tolist()}, so that a cosine does not say which sample has more influence"
         )
     return head

@@ -49,7 +49,7 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, hom
     captions = config["queries"]["captions"][::8]
     config["queries"].update(steps=10, captions=captions, split={"train": 6, "validation": 2, "test": 4}, twins=8)
     config["curvature"]["samples"] = 32
-    config["evaluation"]["cutoffs"] = [50, 100]
+    config["evaluation"].update(cutoffs=[50, 100], gain_floor=None)
     config["teacher"].update(gradient_pairs=4)
     config["exact_check"] = {"queries": 1, "candidates": 8}
     config["head"] = {"epochs": 2}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import threading
 import time
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgda_core.errors import UsageError
+from fastgda_core.evaluation.candidates import CandidateScores
 from fastgda_core.evaluation.ranking_metrics import (
     average_precision,
     expected_random_average_precision,
@@ -50,14 +52,19 @@ def features() -> tuple[Tensor, Tensor, Tensor]:
     return query, sample, scores
 
 
+def everything(scores: Tensor) -> CandidateScores:
+    """Scores, (queries, samples), of which all samples are candidates."""
+    return CandidateScores(torch.arange(scores.shape[1], dtype=torch.int32).repeat(len(scores), 1), scores.double())
+
+
 def rank_data(query: Tensor, sample: Tensor, scores: Tensor) -> RankData:
     return RankData(
         query_features=query,
         sample_features=sample,
         train_pairs=pairs_of(scores[TRAIN]),
         validation=torch.arange(QUERIES)[VALIDATION],
+        validation_scores=everything(scores[VALIDATION]),
         relevant=top_mask(scores[VALIDATION], TOP),
-        candidates=torch.ones(10, SAMPLES, dtype=torch.bool),
     )
 
 
@@ -96,8 +103,8 @@ def test_head_becomes_the_metric_where_there_are_queries_enough() -> None:
         sample_features=sample,
         train_pairs=pairs_of(scores[:200]),
         validation=torch.arange(200, 220),
+        validation_scores=everything(scores[200:220]),
         relevant=top_mask(scores[200:220], 50),
-        candidates=torch.ones(20, 500, dtype=torch.bool),
     )
     head = train_head(data, HeadTraining(epochs=4, batch_size=1024)).head
     tuned = average_precision(head(query[220:]) @ head(sample).T, top_mask(scores[220:], 50)).mean()
@@ -116,6 +123,17 @@ def test_head_stays_near_chance_on_shuffled_labels() -> None:
     assert max(score for _, score in trained.history) == pytest.approx(chance, abs=0.04)
 
 
+def test_training_leaves_the_log_levels_of_the_process_alone() -> None:
+    log = logging.getLogger("lightning.pytorch")
+    before = log.level
+    log.setLevel(logging.DEBUG)
+    try:
+        train_head(rank_data(*features()), HeadTraining(epochs=1, batch_size=4096))
+        assert log.level == logging.DEBUG
+    finally:
+        log.setLevel(before)
+
+
 def test_same_seed_gives_the_same_head() -> None:
     query, sample, scores = features()
     first, second, other = (
@@ -131,7 +149,9 @@ def test_samples_that_the_teacher_did_not_rank_do_not_count_in_validation() -> N
     """Only the relevant samples are candidates: whatever the head says, they come first."""
     query, sample, scores = features()
     data = rank_data(query, sample, scores)
-    data = RankData(**{**vars(data), "candidates": data.relevant})
+    row, train_id = data.relevant.nonzero(as_tuple=True)
+    few = CandidateScores.of(row, train_id, scores[VALIDATION][data.relevant], queries=10)
+    data = dataclasses.replace(data, validation_scores=few, relevant=torch.ones(10, TOP, dtype=torch.bool))
     trained = train_head(data, HeadTraining(epochs=1, batch_size=4096))
     assert trained.history[0][1] == pytest.approx(1.0)
 
@@ -237,9 +257,22 @@ def test_what_is_no_rank_head_is_refused_in_one_line(
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_head_that_ranks_the_wrong_way_round_is_refused(tmp_path: Path) -> None:
-    torch.save({**release_weights(input_norm=False), "scale": torch.ones(1)}, tmp_path / "head.pth")
-    with pytest.raises(UsageError, match=r"head\.pth: its scale is \[1\.0\]"):
+@pytest.mark.parametrize("scale", [-3.0, 0.98])
+def test_an_imported_head_ranks_by_its_logits_whatever_the_sign_of_its_scale(scale: float, tmp_path: Path) -> None:
+    """The release orders samples by scale * cos + bias, the lowest logit first (its `get_rank`)."""
+    torch.save({**release_weights(input_norm=False), "scale": torch.tensor([scale])}, tmp_path / "head.pth")
+    head = load_release_checkpoint(tmp_path / "head.pth")
+    queries, samples = torch.randn(2, 5, head.features, generator=torch.Generator().manual_seed(0))
+    logits = scale * F.cosine_similarity(head(queries)[:, None], head(samples)[None], dim=2) + 0.5
+    similarity = head.queries(queries) @ head(samples).T
+    assert torch.equal(similarity.argsort(1, descending=True), logits.argsort(1))
+
+
+@pytest.mark.parametrize("scale", [[0.0], [1.0, -1.0]])
+def test_a_head_whose_cosines_say_nothing_is_refused(scale: list[float], tmp_path: Path) -> None:
+    content = {**release_weights(input_norm=False), "scale": torch.tensor(scale), "bias": torch.zeros(len(scale))}
+    torch.save(content, tmp_path / "head.pth")
+    with pytest.raises(UsageError, match=r"head\.pth: its scale is \["):
         load_release_checkpoint(tmp_path / "head.pth")
 
 
