@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from fastgda_core.diffusion.objective import Objective
@@ -12,6 +13,7 @@ from storage_schemas import tables
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath
 from storage_schemas.ledger import read_run
+from storage_schemas.snapshots import read_published
 from storage_schemas.workspace import Workspace
 
 TWIN, PSEUDO = "twin", "pseudo"  # queries of the twin test, in place of a split
@@ -20,7 +22,15 @@ TEACHER = "teacher"  # what the twin test's rows of `metrics` are about
 TWIN_SHARE, TWIN_RANK, WORST_TWIN = "twin share", "twin rank", "worst twin rank"
 OTHER_NOISE, OTHER_GRADIENT = "teacher with other noise", "teacher with other gradient"
 OTHER_CURVATURE, OTHER_TEACHER = "teacher with other curvature", "another teacher"
+HEAD = "tuned"
 
+# Below it less than half of what orders the samples would come back if the teacher were drawn again.
+LEAST_AGREEMENT = 0.5
+_RAISED = {
+    OTHER_NOISE: "teacher.timesteps or teacher.draws",
+    OTHER_GRADIENT: "teacher.gradient_pairs",
+    OTHER_CURVATURE: "curvature.samples or teacher.damping",
+}
 _LOST_SIGN = (
     "on pictures that the model made itself the loss's gradient can lose its sign: set teacher.objective: output_norm"
 )
@@ -37,11 +47,15 @@ class Trust:
     twins: the twin test of each kind of query, where it was made.
     agreement: Spearman's between two whole teachers; None where it was not measured.
     objective: whose gradients the scores are made of.
+    parts: Spearman's of the teacher with itself where one part alone is drawn again, by the name of that teacher.
+    precision: mean of mAP(L) over L, of another whole teacher and of the head, where both were measured.
     """
 
     twins: dict[str, TwinTest]
     agreement: float | None
     objective: Objective
+    parts: dict[str, float] = field(default_factory=dict)
+    precision: tuple[float, float] | None = None
 
     @property
     def facts(self) -> list[tuple[str, str]]:
@@ -54,11 +68,30 @@ class Trust:
     @property
     def warnings(self) -> list[str]:
         """A line for each test that failed: what, and how to mend it."""
-        return [
+        wrong = [
             f"the teacher names wrong images: it found {_summary(kind, test)}; "
             + (_LOST_SIGN if (kind, self.objective) == (TWIN, Objective.loss) else _NOISY)
             for kind, test in self.twins.items()
             if not test.passed
+        ]
+        return [*wrong, *self._disagreement()]
+
+    def _disagreement(self) -> list[str]:
+        """What is wrong with a teacher that, drawn again, is another one."""
+        if self.agreement is not None and self.agreement < LEAST_AGREEMENT:
+            what = f"two teachers that differ in their draws alone agree at Spearman {self.agreement:.2f} only"
+        elif self.precision is not None and self.precision[0] < self.precision[1]:
+            another, head = self.precision
+            what = f"its head agrees with it better (mAP {head:.3f}) than another such teacher does ({another:.3f})"
+        else:
+            return []
+        noisiest = sorted(self.parts, key=self.parts.__getitem__)
+        alone = ", ".join(f"{name.removeprefix('teacher with ')} {self.parts[name]:.2f}" for name in noisiest)
+        raised = _RAISED[noisiest[0]] if noisiest else "teacher.timesteps, teacher.gradient_pairs and curvature.samples"
+        return [
+            f"the teacher is mostly noise, and so is any gain measured against it: {what}"
+            + (f" (by itself: {alone})" if alone else "")
+            + f"; raise {raised}"
         ]
 
 
@@ -71,7 +104,7 @@ def _summary(kind: str, test: TwinTest) -> str:
 
 def trust_in(workspace: Workspace, run: str) -> Trust:
     """What the checks of a run have found so far; nothing of a run that was never judged."""
-    rows: list[dict[str, Any]] = []
+    rows = _of_the_head(workspace, run)
     for name, (_, path, _) in check_paths(workspace, run).items():
         if name != "exact check":  # pairs, not metrics
             rows += tables.read(path, tables.METRICS).to_pylist()
@@ -86,8 +119,31 @@ def trust_of(rows: list[dict[str, Any]], objective: Objective) -> Trust:
         if of_kind:
             ranks, places = zip(*((int(row["value"]), row["cutoff"]) for row in of_kind), strict=True)
             twins[kind] = TwinTest(ranks, places)
-    means = {(row["metric"], row["space"]): row["value"] for row in rows if not row["query_id"]}
-    return Trust(twins, means.get(("spearman", OTHER_TEACHER)), objective)
+    means = {(row["metric"], row["space"], row["cutoff"]): row["value"] for row in rows if not row["query_id"]}
+    parts = {name: means["spearman", name, 0] for name in _RAISED if ("spearman", name, 0) in means}
+    precision = [
+        [value for (metric, name, _), value in means.items() if (metric, name) == ("mAP", space)]
+        for space in (OTHER_TEACHER, HEAD)
+    ]
+    return Trust(
+        twins,
+        means.get(("spearman", OTHER_TEACHER, 0)),
+        objective,
+        parts,
+        (fmean(precision[0]), fmean(precision[1])) if all(precision) else None,
+    )
+
+
+def _of_the_head(workspace: Workspace, run: str) -> list[dict[str, Any]]:
+    """The metrics of the head that is published with a run."""
+    try:
+        published = read_published(workspace)
+    except StoreError:
+        return []
+    if published.run != run or published.metrics is None:
+        return []
+    rows = tables.read(workspace.file(published.metrics), tables.METRICS).to_pylist()
+    return [row for row in rows if row["space"] == HEAD]
 
 
 def check_paths(workspace: Workspace, run: str) -> dict[str, tuple[str, AnyPath, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,13 +11,28 @@ import pytest
 
 from fastgda_core.diffusion.objective import Objective
 from storage_schemas import tables
-from storage_schemas.commit import commit_table
+from storage_schemas.commit import commit_table, write_atomically
+from storage_schemas.snapshots import publish_runs, write_published
+from storage_schemas.workspace import Workspace
 from tasks.context import Stage
+from tasks.run_status import run_status
 from tasks.samples import samples_stage
-from tasks.trust import OTHER_TEACHER, PSEUDO, TEACHER, TWIN, TWIN_RANK, trust_of
+from tasks.trust import (
+    OTHER_CURVATURE,
+    OTHER_GRADIENT,
+    OTHER_NOISE,
+    OTHER_TEACHER,
+    PSEUDO,
+    TEACHER,
+    TWIN,
+    TWIN_RANK,
+    trust_in,
+    trust_of,
+)
 from tasks.twins import draw_twins
 from tasks.webdataset_shards import scan
 from tests import tiny
+from tests.storage_schemas.workspaces import finish_run
 
 SAMPLES = 40
 
@@ -88,9 +104,58 @@ def test_a_failed_test_names_the_line_to_change(objective: Objective, mend: str)
     assert "8 of 8 training images" in dict(trust.facts)["twins found"]
 
 
+def mean_row(metric: str, space: str, value: float, cutoff: int = 0) -> dict[str, object]:
+    return {"metric": metric, "space": space, "split": "test", "cutoff": cutoff, "query_id": "", "value": value}
+
+
 def test_a_teacher_that_finds_its_twins_is_not_warned_of() -> None:
-    whole = {"metric": "spearman", "space": OTHER_TEACHER, "split": "test", "query_id": "", "value": 0.97}
+    whole = mean_row("spearman", OTHER_TEACHER, 0.97)
     trust = trust_of([*[rank_row(TWIN, rank) for rank in (1, 1, 3)], whole], Objective.loss)
     assert not trust.warnings
     assert dict(trust.facts)["two teachers agree"] == "Spearman 0.970"
     assert trust_of([], Objective.loss).facts == []
+
+
+@pytest.mark.parametrize(
+    ("noise", "gradient", "curvature", "mend"),
+    [
+        (0.31, 0.9, 0.8, "teacher.timesteps or teacher.draws"),
+        (0.9, 0.4, 0.8, "teacher.gradient_pairs"),
+        (0.9, 0.8, 0.4, "curvature.samples or teacher.damping"),
+    ],
+)
+def test_a_teacher_that_does_not_agree_with_itself_is_told_with_what_to_raise(
+    noise: float, gradient: float, curvature: float, mend: str
+) -> None:
+    alone = {OTHER_NOISE: noise, OTHER_GRADIENT: gradient, OTHER_CURVATURE: curvature}
+    rows = [mean_row("spearman", space, value) for space, value in {**alone, OTHER_TEACHER: 0.30}.items()]
+    (warning,) = trust_of(rows, Objective.output_norm).warnings
+    assert "Spearman 0.30" in warning and warning.endswith(f"raise {mend}")
+
+
+@pytest.mark.parametrize(("head", "warned"), [(0.174, True), (0.130, False)])
+def test_a_head_cannot_agree_with_its_teacher_better_than_another_such_teacher(head: float, warned: bool) -> None:
+    rows = [mean_row("spearman", OTHER_TEACHER, 0.6)]
+    rows += [mean_row("mAP", OTHER_TEACHER, value, cutoff) for cutoff, value in ((50, 0.1), (100, 0.2))]
+    rows += [mean_row("mAP", "tuned", head, cutoff) for cutoff in (50, 100)]
+    warnings = trust_of(rows, Objective.output_norm).warnings
+    assert bool(warnings) == warned
+    assert not warned or (f"mAP {head:.3f}" in warnings[0] and "(0.150)" in warnings[0])
+
+
+def test_the_status_of_a_run_warns_by_what_its_checks_and_its_head_have_found(tmp_path: Path) -> None:
+    finish_run(tmp_path)
+    workspace = Workspace(tmp_path)
+    checks, metrics = tmp_path / "checks.parquet", workspace.metrics("m")
+    for path, rows in (
+        (checks, [mean_row("mAP", OTHER_TEACHER, 0.15, 100), mean_row("spearman", OTHER_TEACHER, 0.6)]),
+        (metrics, [mean_row("mAP", "tuned", 0.17, 100), mean_row("mAP", OTHER_TEACHER, 0.9, 100)]),
+    ):
+        whole = [{**row, "standard_error": 0.0, "queries": 8} for row in rows]
+        commit_table(path, pa.Table.from_pylist(whole, tables.METRICS.schema), tables.METRICS, key="m", started=0.0)
+    write_atomically(workspace.checks("run-1"), json.dumps({"self-consistency": ["m", "checks.parquet", 2]}).encode())
+    assert trust_in(workspace, "run-1").warnings == []
+    published = publish_runs(workspace, ["run-1"])
+    write_published(workspace, published.model_copy(update={"metrics": workspace.relative(metrics)}))
+    (warning,) = run_status(workspace, "run-1").trust.warnings
+    assert "mostly noise" in warning
