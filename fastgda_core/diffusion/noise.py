@@ -45,12 +45,20 @@ class NoisePlan:
     weights: tuple[float, ...] | None = None
     antithetic: bool = False
 
+    def __post_init__(self) -> None:
+        if self.draws > MAX_DRAWS:
+            raise UsageError(f"teacher.draws is {self.draws:,}: noise is told apart up to {MAX_DRAWS:,} draws")
+
     def timestep_values(self, train_timesteps: int) -> Tensor:
         """The timesteps at which a loss is taken: `arange(first, T_train, T_train // T)`, or those listed.
 
         Raises:
-            UsageError: the model's schedule has no such grid.
+            UsageError: the model's schedule has no such grid, or has too many timesteps.
         """
+        if train_timesteps > MAX_TIMESTEPS:
+            raise UsageError(
+                f"the model's schedule has {train_timesteps:,} timesteps: at most {MAX_TIMESTEPS:,} are used"
+            )
         if not isinstance(self.timesteps, int):
             if max(self.timesteps) >= train_timesteps:
                 raise UsageError(

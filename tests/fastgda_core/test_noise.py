@@ -69,6 +69,13 @@ def test_philox_gives_the_known_answers_side_by_side_under_one_key() -> None:
     assert tuple(word[1].item() for word in words) == expected
 
 
+def test_plan_with_more_than_can_be_told_apart_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"teacher\.draws is 65,537"):
+        NoisePlan(seed=0, timesteps=1, draws=MAX_DRAWS + 1)
+    with pytest.raises(UsageError, match=r"schedule has 65,537 timesteps"):
+        NoisePlan(seed=0, timesteps=1, draws=1).timestep_values(MAX_TIMESTEPS + 1)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(row, min_size=1, max_size=9), st.randoms(use_true_random=False))
 def test_noise_is_the_same_alone_in_any_batch_and_in_any_order(rows: list[tuple[int, ...]], random: Random) -> None:
