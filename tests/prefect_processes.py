@@ -105,12 +105,13 @@ class Prefect:
         assert done.returncode == 0, f"prefect {' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    def deploy(self, config: Path) -> None:
-        """The two work pools, and everything in `deployments/prefect.yaml`, by the documented command."""
+    def deploy(self, config: Path, name: str | None = None) -> None:
+        """The two work pools, and a deployment of `deployments/prefect.yaml`, or all, by the documented command."""
         for pool in ("fastgda", "fastgda-gpu"):
             self.prefect("work-pool", "create", "--type", "process", pool)
         file = str(ROOT / "deployments" / "prefect.yaml")
-        self.prefect("deploy", "--all", "--prefect-file", file, extra={"FASTGDA_CONFIG": str(config)})
+        chosen = ("--all",) if name is None else ("--name", name)
+        self.prefect("deploy", *chosen, "--prefect-file", file, extra={"FASTGDA_CONFIG": str(config)})
 
     def kill(self, name: str, *, group: bool = True) -> None:
         process = self.processes.pop(name)

@@ -92,7 +92,7 @@ def test_every_planned_row_but_those_of_quarantined_samples_whatever_dies(
     rate = 24 if shards < 100 else 40
     config = lay_out(user, model_folder, shards=shards, job_minutes=0.1, forwards_per_second=rate, **patience)
     with prefect_server(tmp_path / "server") as server:
-        server.deploy(config)
+        server.deploy(config, "process")  # all that a coordinator starts
         fastgda = [str(BIN / "fastgda")]
         planned_by = {**server.environment, "PYTHONFAULTHANDLER": "1"}
         plan = subprocess.run(

@@ -68,7 +68,7 @@ def test_a_link_that_is_cut_for_a_minute_costs_no_row_and_doubles_none(
         server.start("s3", str(BIN / "moto_server"), "-H", HEAD, "-p", "5055")
         make_bucket = "import s3fs; s3fs.S3FileSystem().mkdir('fastgda')"
         wait_until(lambda: _run(server, make_bucket, store) == 0)
-        server.deploy(path)
+        server.deploy(path, "process")
         # The worker's host reaches the server and the store through the link, and nothing else.
         remote = Prefect(server.folder, host=HEAD, port=server.port, prefix=work, processes=server.processes)
         remote.start_worker("worker", "fastgda-gpu", extra=store)
