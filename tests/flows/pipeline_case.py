@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tests import tiny
+from tests import tiny, warm
 
 SAMPLES = 60
 QUERIES = 8
@@ -70,11 +70,13 @@ def environment(home: Path) -> dict[str, str]:
 def fastgda(
     *arguments: str | Path, home: Path, check: bool = True, extra: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run the real command in a process of its own."""
-    command = [str(Path(sys.executable).with_name("fastgda")), *map(str, arguments)]
-    done = subprocess.run(
-        command, env={**environment(home), **(extra or {})}, capture_output=True, text=True, check=False
-    )
+    """Run the real command in a process of its own; with `extra` in its environment from the interpreter's start."""
+    words = [str(argument) for argument in arguments]
+    if extra is None:
+        done = warm.run(words, environment(home))
+    else:
+        command = [str(Path(sys.executable).with_name("fastgda")), *words]
+        done = subprocess.run(command, env={**environment(home), **extra}, capture_output=True, text=True, check=False)
     if check and done.returncode:
         raise AssertionError(f"fastgda {arguments[0]} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done
