@@ -40,7 +40,7 @@ from storage_schemas.files import (
     sync_folders,
     write_atomically,
 )
-from storage_schemas.tables import SCHEMA_VERSION, Table
+from storage_schemas.tables import Table
 
 __all__ = [
     "Manifest",
@@ -60,6 +60,7 @@ __all__ = [
 ]
 
 
+KEY_VERSION = "2"  # of input keys of what is no table
 QUARANTINED = "quarantined"  # key in the metadata of a Parquet file
 
 
@@ -94,7 +95,7 @@ class Manifest(BaseModel):
     rows: int = Field(ge=0, description="rows in the file, or items where it is no table")
     size: int = Field(ge=0, description="bytes")
     sha256: str = Field(description="of the file")
-    schema_version: str = SCHEMA_VERSION
+    schema_version: str = Field(default="", description="of its table; empty where it is none")
     code_version: str = Field(default="", description="release and commit that made the file; empty before 0.2")
     seconds: float = Field(default=0.0, description="how long the work behind it took")
     device: str = Field(default="cpu", description="where it ran")
@@ -120,9 +121,14 @@ def made_in(flow_run: str) -> Iterator[None]:
         _origin.reset(token)
 
 
-def input_key(*parts: object) -> str:
-    """A 16-digit key of inputs (models, dataclasses, dicts, lists, numbers, text) and the version of the schemas."""
-    document = json.dumps([SCHEMA_VERSION, *parts], sort_keys=True, default=_plain, ensure_ascii=True)
+def input_key(*parts: object, table: Table | None = None) -> str:
+    """A 16-digit key of inputs: models, dataclasses, dicts, lists, numbers, text.
+
+    Args:
+        table: what is made from the inputs, where it is a table: files that are too old to be read have another key.
+    """
+    version = str(table.oldest) if table is not None else KEY_VERSION
+    document = json.dumps([version, *parts], sort_keys=True, default=_plain, ensure_ascii=True)
     return hashlib.sha256(document.encode()).hexdigest()[:16]
 
 
@@ -168,16 +174,19 @@ def commit(
     started: float,
     device: str = "cpu",
     quarantined: Mapping[int, str] | None = None,
+    table: Table | None = None,
 ) -> Manifest:
     """Write one file through `write(temporary path)` and commit it with its manifest.
 
-    `started` is the `time.monotonic()` at which the work behind the file began.
+    `started` is the `time.monotonic()` at which the work behind the file began; `table` is what the file is of, if it
+    is Parquet.
     """
     made: list[Manifest] = []
+    version = table.metadata["schema_version"] if table is not None else ""
 
     def look(temporary: Path) -> None:
         size, digest = temporary.stat().st_size, file_sha256(temporary)
-        made.append(_manifest(key, rows, size, digest, started, device, quarantined))
+        made.append(_manifest(key, rows, size, digest, started, device, quarantined, version))
         # A manifest never stands beside a file that it does not describe.
         remove(manifest_path(path))
 
@@ -232,7 +241,14 @@ def _commit_one(item: TableCommit) -> Manifest:
     content = item.table.encode(item.rows, metadata)
     digest = hashlib.sha256(content).hexdigest()
     manifest = _manifest(
-        item.key, item.rows.num_rows, len(content), digest, item.started, item.device, item.quarantined
+        item.key,
+        item.rows.num_rows,
+        len(content),
+        digest,
+        item.started,
+        item.device,
+        item.quarantined,
+        item.table.metadata["schema_version"],
     )
     if not create(item.path, content):
         there = _adopted(item)
@@ -260,19 +276,28 @@ def _adopted(item: TableCommit) -> Manifest | None:
         return None
     digest = hashlib.sha256(content).hexdigest()
     left_out = {int(name): why for name, why in json.loads(metadata.get(QUARANTINED.encode(), b"{}")).items()}
-    manifest = _manifest(item.key, found.num_rows, len(content), digest, item.started, item.device, left_out)
+    version = metadata.get(b"schema_version", b"").decode()
+    manifest = _manifest(item.key, found.num_rows, len(content), digest, item.started, item.device, left_out, version)
     _write_manifest(item.path, manifest)
     return manifest
 
 
 def _manifest(
-    key: str, rows: int, size: int, digest: str, started: float, device: str, quarantined: Mapping[int, str] | None
+    key: str,
+    rows: int,
+    size: int,
+    digest: str,
+    started: float,
+    device: str,
+    quarantined: Mapping[int, str] | None,
+    schema_version: str,
 ) -> Manifest:
     return Manifest(
         input_key=key,
         rows=rows,
         size=size,
         sha256=digest,
+        schema_version=schema_version,
         code_version=code_version(),
         seconds=time.monotonic() - started,
         device=device,

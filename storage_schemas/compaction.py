@@ -195,7 +195,7 @@ def _build(
         (shard, manifest.sha256) for shard in numbers if (manifest := manifests.get(workspace.score_shard(run, shard)))
     ]
     labelling = [] if negatives == "keep" else [negatives]  # keys of earlier releases know no other
-    key = input_key("ranks", run, group.queries, content, *labelling)
+    key = input_key("ranks", run, group.queries, content, *labelling, table=tables.RANKS)
     path = workspace.ranks(run) / f"part-{group.number:05d}-{key}.parquet"
     manifest = committed(path, key)
     if manifest is None:
@@ -214,7 +214,7 @@ def _build(
                     "`fastgda verify`, then `fastgda retry`"
                 )
 
-        manifest = commit(path, write, key=key, rows=group.rows, started=started)
+        manifest = commit(path, write, key=key, rows=group.rows, started=started, table=tables.RANKS)
     return Part(
         run=run,
         path=workspace.relative(path),
@@ -276,7 +276,7 @@ def _write_ranks(
                     FROM ({sources}) JOIN planned USING (query_id)
                 ) JOIN planned USING (number)
             ) TO {literal(str(destination))}
-            ({_WRITER}, KV_METADATA {{schema_version: {literal(tables.SCHEMA_VERSION)}}})
+            ({_WRITER}, KV_METADATA {{schema_version: {literal(tables.RANKS.metadata["schema_version"])}}})
         """)
 
 

@@ -100,7 +100,7 @@ def check_empty(destination: Path) -> None:
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     return pq.ParquetWriter(
         path,
-        schema,
+        schema.with_metadata(RANKS.metadata),
         compression="zstd",
         use_dictionary=[name for name in (*RANKS.dictionary, "caption") if name in schema.names],
         column_encoding=dict.fromkeys(RANKS.delta, "DELTA_BINARY_PACKED"),
@@ -166,7 +166,7 @@ Each row is {RANKS.comment}: how much a training image influenced a generated im
 | teacher | `{record.teacher}` |
 | created | {record.created_at:%Y-%m-%d %H:%M} UTC |
 | code version | {record.code_version} |
-| schema version | {tables.SCHEMA_VERSION} |
+| schema version | {RANKS.version} |
 
 | column | meaning |
 | --- | --- |

@@ -118,10 +118,12 @@ def _tried(what: str, read: Callable[[], Found], facts: Facts) -> Found | None:
     """What `read` gives; None, and a fact that says why, where its file is missing or damaged."""
     try:
         return read()
-    except (FileNotFoundError, StoreError):
+    except FileNotFoundError:
         facts[what] = _GONE
-    except (OSError, ValueError, TypeError, duckdb.Error) as error:
+    except (OSError, ValueError, TypeError, duckdb.Error) as error:  # a damaged table too
         facts[what] = f"cannot be read: {' '.join(str(error).split())[:200]}"
+    except StoreError:
+        facts[what] = _GONE
     return None
 
 

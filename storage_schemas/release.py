@@ -109,8 +109,8 @@ def import_release(
     queries, candidates = release.scores.shape
     names = [f"q{row:05d}" for row in range(queries)] if query_ids is None else query_ids
     _check_arguments(workspace, release, name, names, samples)
-    run = f"{name}-{input_key('release', sha256, teacher, names, samples)[:10]}"
-    keys = [input_key("release", sha256, row, query_id) for row, query_id in enumerate(names)]
+    run = f"{name}-{input_key('release', sha256, teacher, names, samples, table=tables.SCORES)[:10]}"
+    keys = [input_key("release", sha256, row, query_id, table=tables.SCORES) for row, query_id in enumerate(names)]
     record = RunRecord(
         run=run,
         name=name,

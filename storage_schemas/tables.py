@@ -1,28 +1,41 @@
 """Every table on disk: columns, what each means, and how its Parquet files are written.
 
-The only place where a column name is spelled. Each file carries the schema version in its metadata; `read` refuses
-a file of another version. Version 2 is the only one that this release reads.
+The only place where a column name is spelled. Each file carries the version of its table in its metadata. To give a
+table a column is to raise its `version` and to name the column in `added`, with what files of earlier versions have in
+it: they are read as before, and their input keys stay. Any other change raises `oldest` too: then earlier files are
+refused and made again (candidates and plans with their run, whose name goes by `oldest` of the scores).
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, matching
-
-SCHEMA_VERSION = "2"
 
 INSTANT = pa.timestamp("us", tz="UTC")
 TEXTS = pa.list_(pa.field("element", pa.string(), nullable=False))
 NULLABLE = {"finished_at", "best_epoch", "validation_map"}
 VECTOR = pa.list_(pa.field("element", pa.float32(), nullable=False))
+
+
+class DamagedTable(StoreError, ValueError):
+    """A file of a table cannot be read: it is damaged, or of a version that this release does not know."""
+
+
+@dataclass(frozen=True)
+class Added:
+    """A column that earlier files lack: the version that brought it, and what their rows have in it."""
+
+    version: int
+    default: bool | int | float | str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +52,17 @@ class Table:
     delta: tuple[str, ...] = ()
     """Integer columns stored as differences: dense ids, half the bytes and half the time of a dictionary."""
     row_group_rows: int = 122_880  # DuckDB's: what one of its threads takes at a time
+    version: int = 2
+    """Of the files that are written."""
+    oldest: int = 2
+    """The earliest version whose files are read; part of input keys."""
+    added: Mapping[str, Added] = field(default_factory=dict)
+    """Columns that came after the oldest version, by name."""
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What each of its files says of itself."""
+        return {"schema_version": str(self.version)}
 
     def rows(self, **columns: Any) -> pa.Table:
         """A table of these columns, which are exactly those of the schema, in any order.
@@ -53,7 +77,7 @@ class Table:
 
     def encode(self, rows: pa.Table, metadata: Mapping[str, str]) -> pa.Buffer:
         """The bytes of a Parquet file, with `metadata` beside the schema version."""
-        schema = self.schema.with_metadata({"schema_version": SCHEMA_VERSION, **metadata})
+        schema = self.schema.with_metadata({**self.metadata, **metadata})
         if self.sorted_by:
             rows = rows.take(pc.sort_indices(rows, [(name, "ascending") for name in self.sorted_by]))
         sink = pa.BufferOutputStream()
@@ -77,8 +101,7 @@ def _schema(*fields: tuple[str, pa.DataType, str]) -> pa.Schema:
         [
             pa.field(name, kind, nullable=name in NULLABLE, metadata={"comment": comment})
             for name, kind, comment in fields
-        ],
-        metadata={"schema_version": SCHEMA_VERSION},
+        ]
     )
 
 
@@ -359,25 +382,70 @@ RUN_SCORES = Table(
 )
 
 
-def read(path: AnyPath, table: Table, chosen: pc.Expression | None = None) -> pa.Table:
-    """Read one Parquet file of ours, or the rows that fulfil an expression.
+def read(
+    path: AnyPath, table: Table, chosen: pc.Expression | None = None, *, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Read one Parquet file of ours, or the rows that fulfil an expression, or some columns.
+
+    Rows of a file that is older than a column have the column's default in it.
 
     Raises:
-        ValueError: the file is of another schema version, or is damaged.
+        DamagedTable: the file is damaged, lacks a column, or is of a version that this release does not read.
     """
-    # Bytes first: no name of a folder is taken for a partition, and one call serves disk and object store.
-    source = io.BytesIO(path.read_bytes())
-    try:
-        rows = pq.read_table(source, filters=chosen, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path} is damaged ({error}): `fastgda verify` quarantines what must be made again") from None
-    version = (rows.schema.metadata or {}).get(b"schema_version", b"none").decode()
-    if version != SCHEMA_VERSION:
-        raise ValueError(
-            f"{path} has schema version {version}, this release reads {SCHEMA_VERSION}: "
-            "run the stage that wrote it again, or use the release that did"
+    # A stream: no name of a folder is taken for a partition, and one way serves disk and object store. All bytes at
+    # once, except where columns that are not asked for would be most of them.
+    with io.BytesIO(path.read_bytes()) if columns is None else path.open("rb") as source:
+        try:
+            stored = pq.read_schema(source)
+            absent = _absent(path, table, stored)
+            # Before columns are filled no expression that names them can be evaluated.
+            wanted = table.schema.names if columns is None or (absent and chosen is not None) else columns
+            rows = pq.read_table(
+                source,
+                columns=[name for name in wanted if name not in absent],
+                filters=None if absent else chosen,
+                page_checksum_verification=True,
+            )
+        except (OSError, pa.ArrowException) as error:
+            raise DamagedTable(
+                f"{path} is damaged ({error}): `fastgda verify` quarantines what must be made again"
+            ) from None
+    rows = _filled(rows, table, wanted)
+    if absent and chosen is not None:
+        rows = rows.filter(chosen)
+    return rows if columns is None else rows.select(columns)
+
+
+def _absent(path: AnyPath, table: Table, stored: pa.Schema) -> set[str]:
+    """The columns that a file is too old to have; DamagedTable where it is of a version that is not read."""
+    text = (stored.metadata or {}).get(b"schema_version", b"none").decode()
+    version = int(text) if text.isdecimal() else 0
+    if not table.oldest <= version <= table.version:
+        read = f"{table.oldest} to {table.version}" if table.oldest < table.version else str(table.version)
+        mend = "run the stage that wrote it again, or use the release that did"
+        if version > table.version:
+            mend = "use the release that wrote it, or a newer one"
+        raise DamagedTable(f"{path} has schema version {text}, this release reads {read} of {table.name}: {mend}")
+    absent = set(table.schema.names) - set(stored.names)
+    unexplained = [name for name in absent if name not in table.added or table.added[name].version <= version]
+    if unexplained:
+        raise DamagedTable(
+            f"{path} lacks {', '.join(sorted(unexplained))}, which every file of {table.name} of schema version "
+            f"{version} has: run the stage that wrote it again"
         )
-    return rows.cast(table.schema)
+    return absent
+
+
+def _filled(rows: pa.Table, table: Table, names: Sequence[str]) -> pa.Table:
+    """These columns of the table, with defaults for those that the rows lack."""
+    schema = pa.schema([table.schema.field(name) for name in names])
+    columns = [
+        rows[field.name]
+        if field.name in rows.schema.names
+        else pa.repeat(pa.scalar(table.added[field.name].default, field.type), rows.num_rows)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(columns, names=schema.names).cast(schema)
 
 
 def read_parts(folder: AnyPath, table: Table) -> pa.Table:

@@ -46,9 +46,8 @@ def measure_head(
     cutoffs = context.config.evaluation.cutoffs
     exact = next((check for check in checks if check.name == "exact check"), None)
     others = [check for check in checks if check is not exact]
-    key = input_key(
-        "metrics 3", head.key, ranks.key, cutoffs, exact.key if exact else None, [check.key for check in others]
-    )
+    behind = [exact.key if exact else None, [check.key for check in others]]
+    key = input_key("metrics 3", head.key, ranks.key, cutoffs, *behind, table=tables.METRICS)
     path = context.workspace.metrics(key)
     manifest = committed(path, key)
     reused = manifest is not None

@@ -209,13 +209,14 @@ def features_key(context: Context, items: Stage) -> str:
     config = context.config.features
     raw = [] if config.unit_length else ["raw"]
     centred = ["centred"] if config.centre else []
-    return input_key(config.space, items.key, *filter(None, _weights_keys(context).values()), *raw, *centred)
+    weights = filter(None, _weights_keys(context).values())
+    return input_key(config.space, items.key, *weights, *raw, *centred, table=tables.FEATURES)
 
 
 def feature_folders(context: Context, items: Stage) -> dict[str, tuple[AnyPath, str]]:
     """Folder and input key of each encoder of the config's feature space."""
     keys = {
-        name: input_key("features", name, items.key, *filter(None, [weights]))
+        name: input_key("features", name, items.key, *filter(None, [weights]), table=tables.FEATURES)
         for name, weights in _weights_keys(context).items()
     }
     return {name: (context.workspace.features(name, key), key) for name, key in keys.items()}

@@ -318,7 +318,7 @@ def _latest(paths: list[AnyPath], what: str, command: str) -> str:
 @task(task_run_name="index", cache_policy=NO_CACHE)
 def build_search_index(context: Context, samples: Stage, features: Stage, head: Stage) -> Stage:
     """`index.faiss`, its id map, its head, what its features were centred by, its manifest: one immutable version."""
-    key = input_key("index", head.key, features.key, "with its head's version")
+    key = input_key("index", head.key, features.key, "with its head's version", table=tables.INDEX_IDS)
     folder = context.workspace.index(key)
     manifest, mean = committed(folder / "index.faiss", key), feature_mean(context, samples)
     if mean is not None and committed(folder / INDEX_MEAN, key) is None:

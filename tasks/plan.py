@@ -12,6 +12,7 @@ from prefect.runtime import flow_run
 
 from fastgda_core.diffusion.model import model_hash, train_timesteps
 from fastgda_core.teachers.teachers import TEACHERS
+from storage_schemas import tables
 from storage_schemas.commit import input_key
 from storage_schemas.errors import StoreError
 from storage_schemas.files import Stamps, stamps
@@ -74,7 +75,8 @@ def stages_of(context: Context, samples: Stage, queries: Stage) -> dict[str, Sta
 def run_name(context: Context, stages: dict[str, Stage], features: Stage) -> str:
     """The configuration's name and a hash of everything that the run's scores depend on."""
     config = context.config
-    key = input_key(stages["unlearning steps"].key, features.key, config.candidates, config.teacher.science())
+    science = config.teacher.science()
+    key = input_key(stages["unlearning steps"].key, features.key, config.candidates, science, table=tables.SCORES)
     return f"{config.name}-{key[:10]}"
 
 

@@ -65,7 +65,8 @@ def make_queries(context: Context, samples: Stage) -> Stage:
     # Images that exist depend on no setting of their generation.
     settings = config.model_dump(mode="json", include=None if _generates(config) else {"split", "seed", "twins"})
     model_hash = context.model_hash if _generates(config) else None
-    key = input_key("queries", settings, stamps(_shards(config)), model_hash, samples.key if config.twins else None)
+    twins_of = samples.key if config.twins else None
+    key = input_key("queries", settings, stamps(_shards(config)), model_hash, twins_of, table=tables.QUERIES)
     path = context.workspace.queries(key)
     manifest = committed(path, key)
     reused = manifest is not None

@@ -36,7 +36,7 @@ def ingest_samples(context: Context) -> Stage:
     """Index and check every sample of the tars; a tar that changed since is read again."""
     workspace = context.workspace
     shards = find_shards(context.config.data.shards, "data.shards")
-    key = input_key("samples", stamps(shards))
+    key = input_key("samples", stamps(shards), table=tables.SAMPLES)
     samples_path, rejected_path = workspace.samples(key), workspace.rejected_samples(key)
     manifest, rejected = committed(samples_path, key), committed(rejected_path, key)
     reused = manifest is not None and rejected is not None

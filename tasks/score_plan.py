@@ -58,7 +58,7 @@ class ScoreRun:
         return np.unique(np.concatenate([self.candidates[number] for number in numbers]))
 
     def shard_key(self, shard: ScoreShard) -> str:
-        return input_key(self.run, shard.query_numbers, shard.train_ids.tolist())
+        return input_key(self.run, shard.query_numbers, shard.train_ids.tolist(), table=tables.SCORES)
 
 
 def plan_scores(context: Context, candidates: Stage, queries: Stage) -> ScoreRun:

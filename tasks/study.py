@@ -93,7 +93,10 @@ def compare_heads(context: Context, labels: Labels) -> Stage:
     key = input_key("study", labels.ranks.key, labels.samples.key, config.head.learned, measured)
     folder = context.workspace.study(key)
     features = {space: features_key(in_space(context, space=space), labels.samples) for space in _spaces(several)}
-    keys = {each: input_key("variant 2", key, dataclasses.astuple(each), features[each.space]) for each in several}
+    keys = {
+        each: input_key("variant 2", key, dataclasses.astuple(each), features[each.space], table=tables.METRICS)
+        for each in several
+    }
     paths = {variant: folder / f"{each}.parquet" for variant, each in keys.items()}
     missing = [variant for variant in several if committed(paths[variant], keys[variant]) is None]
     for space in _spaces(missing):  # before the study's own progress bar: only one is shown at a time
@@ -199,7 +202,7 @@ def _publish(context: Context, labels: Labels, key: str, paths: Sequence[AnyPath
     """All rows in one file, which SQL shows beside the metrics of the published head."""
     workspace = context.workspace
     rows = pa.concat_tables([tables.read(path, tables.METRICS) for path in paths])
-    whole = input_key("study", key, [path.name for path in paths])
+    whole = input_key("study", key, [path.name for path in paths], table=tables.METRICS)
     path = workspace.study(key) / f"study-{whole}.parquet"
     if committed(path, whole) is None:
         commit_table(path, rows, tables.METRICS, key=whole, started=time.monotonic())

@@ -46,7 +46,8 @@ def noise_plan(config: PipelineConfig, seed: int | None = None) -> NoisePlan:
 def base_losses_of(context: Context, latents: Stage) -> Stage:
     """Where L(z_i, theta_0) of every sample under the noise plan lies, or will: what the exact teacher subtracts."""
     teacher = context.config.teacher
-    key = input_key("base losses", latents.key, noise_plan(context.config), teacher.precision, teacher.objective)
+    noise = noise_plan(context.config)
+    key = input_key("base losses", latents.key, noise, teacher.precision, teacher.objective, table=tables.BASE_LOSSES)
     return Stage("base losses", key, context.workspace.base_losses(key), latents.rows, 0.0, True)
 
 

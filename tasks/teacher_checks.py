@@ -86,7 +86,8 @@ def check_precision(inputs: RunInputs) -> Stage:
         names = [load_queries(queries)[number].query_id for number in numbers]
         return list(metric_rows("spearman", f"{precision} vs float64", correlation, names))
 
-    return _check(context, "precision check", input_key("precision check", updates.key, precision), rows)
+    key = input_key("precision check", updates.key, precision, table=tables.METRICS)
+    return _check(context, "precision check", key, rows)
 
 
 def _scores(
@@ -121,7 +122,8 @@ def check_self_consistency(inputs: RunInputs, ranks: Stage) -> Stage:
     chosen = _test_queries(queries, config.queries)
     curvatures = stages["curvature"], curvature_of(_with_other_curvature(context), latents)
     keys = [stage_.key for stage_ in curvatures]
-    key = input_key("self-consistency 3", ranks.key, keys, config, context.config.evaluation.cutoffs)
+    cutoffs = context.config.evaluation.cutoffs
+    key = input_key("self-consistency 3", ranks.key, keys, config, cutoffs, table=tables.METRICS)
 
     def rows() -> list[dict[str, object]]:
         make_curvature(_with_other_curvature(context), latents)
@@ -238,7 +240,7 @@ def check_twins(inputs: RunInputs, ranks: Stage) -> Stage:
             found += _twin_rows(kind, known) if known else []
         return found
 
-    return _check(context, "twin test", input_key("twin test", ranks.key, queries.key), rows)
+    return _check(context, "twin test", input_key("twin test", ranks.key, queries.key, table=tables.METRICS), rows)
 
 
 def _twin_place(scored: pa.Table, query_id: str, twin: int) -> tuple[int, int] | None:
@@ -274,7 +276,7 @@ def measure_low_rank(inputs: RunInputs) -> Stage:
         errors = torch.tensor(relative_errors(updates, list(range(queries.rows))))
         return [metric_row("relative error", "low-rank Delta theta", errors)]
 
-    return _check(context, "low-rank error", input_key("low-rank error", updates.key), rows)
+    return _check(context, "low-rank error", input_key("low-rank error", updates.key, table=tables.METRICS), rows)
 
 
 @task(task_run_name="exact check", cache_policy=NO_CACHE)
@@ -285,7 +287,7 @@ def check_against_exact(inputs: RunInputs, ranks: Stage) -> Stage:
     config = context.config.exact_check
     assert config is not None
     run = score_run.run
-    key = input_key("exact check", run, config)
+    key = input_key("exact check", run, config, table=tables.SCORES)
     folder = context.workspace.exact_check(key)
     chosen = _test_queries(queries, config.queries)
     paths = {number: part(folder, number) for number in chosen}

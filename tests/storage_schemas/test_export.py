@@ -119,7 +119,7 @@ def test_parquet_is_what_sql_says(tmp_path: Path) -> None:
     assert by_duckdb.fetchall() == [tuple(row.values()) for row in expected.to_pylist()]
     schema = pq.read_schema(destination)
     assert schema.names == RANKS.schema.names
-    assert schema.metadata[b"schema_version"].decode() == tables.SCHEMA_VERSION
+    assert schema.metadata[b"schema_version"].decode() == str(tables.RANKS.version)
     assert [path.name for path in destination.parent.iterdir()] == [destination.name]
 
 

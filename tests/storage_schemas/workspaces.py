@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -154,3 +155,13 @@ def publish_run(
     published = published.model_copy(update=paths)
     write_published(workspace, published)
     return published
+
+
+def with_column(
+    table: Table, name: str, kind: pa.DataType, default: bool | int | float | str | None, *, position: int = 0
+) -> Table:
+    """The table as a later release has it: of the next version, which brought one more column."""
+    new = pa.field(name, kind, nullable=default is None, metadata={"comment": "new"})
+    version = table.version + 1
+    schema = table.schema.insert(position, new)
+    return dataclasses.replace(table, schema=schema, version=version, added={name: tables.Added(version, default)})

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
+from storage_schemas import tables
 from storage_schemas.commit import input_key
 from tasks.config import PipelineConfig
 from tasks.context import Context, Stage
-from tasks.features import features_key
+from tasks.features import feature_folders, features_key
 from tasks.plan import run_name, stages_of
+from tasks.score_plan import ScoreRun, ScoreShard
+from tests.storage_schemas.workspaces import with_column
 from tests.tasks.configs import document
 
 EVERYTHING = {"latents", "curvature", "unlearning steps", "base losses", "run"}
@@ -97,3 +103,39 @@ def test_no_two_of_these_configurations_share_a_key(tmp_path: Path) -> None:
     sections = {"curvature": {}, "features": {"space": "pixel+minilm_text"}, "execution": {}, "head": {}}
     changing = [keys(tmp_path, **sections, **changes) for changes, expected in CASES if "run" in expected]  # type: ignore[arg-type]
     assert len({found["run"] for found in changing}) == len(changing)
+
+
+def every_key(root: Path) -> dict[str, str]:
+    """As `keys`, with the keys of encoders and of a score shard."""
+    sections = {"curvature": {}, "features": {"space": "pixel+minilm_text"}, "execution": {}, "head": {}}
+    found = keys(root, **sections)
+    samples = Stage("samples", "s", root / "samples", 12, 0.0, True)
+    config = PipelineConfig.model_validate(document(workspace=str(root), **sections))
+    folders = feature_folders(Context(config, "m"), samples)
+    shard = ScoreRun("run-1", ["q"], [], []).shard_key(ScoreShard(0, 0, [0], np.arange(3)))
+    return found | {f"features {name}": key for name, (_, key) in folders.items()} | {"score shard": shard}
+
+
+@pytest.mark.parametrize("name", ["METRICS", "SAMPLES", "QUERIES", "FEATURES", "BASE_LOSSES", "SCORES", "RANKS"])
+def test_a_column_more_in_a_table_changes_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    before = every_key(tmp_path)
+    monkeypatch.setattr(tables, name, with_column(getattr(tables, name), "new", pa.int32(), 7))
+    assert every_key(tmp_path) == before
+
+
+CHANGED = [
+    ("METRICS", set()),
+    ("SCORES", {"run", "score shard"}),
+    ("BASE_LOSSES", {"base losses"}),
+    ("FEATURES", {"features pixel", "features minilm_text", "run"}),
+]
+
+
+@pytest.mark.parametrize(("name", "expected"), CHANGED)
+def test_a_table_whose_files_are_no_longer_read_is_made_again_with_what_rests_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, expected: set[str]
+) -> None:
+    before = every_key(tmp_path)
+    monkeypatch.setattr(tables, name, dataclasses.replace(getattr(tables, name), version=3, oldest=3))
+    after = every_key(tmp_path)
+    assert {key for key in before if before[key] != after[key]} == expected

@@ -1,0 +1,125 @@
+"""A table that a later release gave one more column: files of both releases in one workspace."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from storage_schemas import tables
+from storage_schemas.commit import commit_table, input_key, read_manifest
+from storage_schemas.errors import StoreError
+from storage_schemas.workspace import part
+from tests.storage_schemas.workspaces import KEY, with_column, write_table
+
+OLD = tables.SCORES
+NEW = with_column(OLD, "noise", pa.float64(), 0.25, position=1)
+ROWS: list[dict[str, object]] = [{"query_id": "q", "train_id": train, "score": float(train)} for train in range(3)]
+NEW_ROWS = [row | {"noise": 2.0} for row in ROWS]
+
+
+def test_a_file_that_is_older_than_a_column_has_its_default_in_order_and_type(tmp_path: Path) -> None:
+    found = tables.read(write_table(part(tmp_path, 0), OLD, ROWS), NEW)
+    assert found.schema.equals(NEW.schema)
+    assert found.column_names == ["query_id", "noise", "train_id", "score"]
+    assert found.to_pylist() == [row | {"noise": 0.25} for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("kind", "default"),
+    [(pa.string(), "it's"), (pa.int32(), 7), (pa.bool_(), True), (pa.float32(), None), (tables.INSTANT, None)],
+)
+def test_a_default_may_be_of_any_kind(tmp_path: Path, kind: pa.DataType, default: str | int | bool | None) -> None:
+    table = with_column(OLD, "new", kind, default)
+    found = tables.read(write_table(part(tmp_path, 0), OLD, ROWS), table)
+    assert found.schema.equals(table.schema)
+    assert found["new"].to_pylist() == [default] * 3
+
+
+def test_parts_of_both_releases_are_one_table(tmp_path: Path) -> None:
+    write_table(part(tmp_path, 0), NEW, NEW_ROWS)
+    write_table(part(tmp_path, 1), OLD, ROWS)
+    assert tables.read_parts(tmp_path, NEW)["noise"].to_pylist() == [2.0] * 3 + [0.25] * 3
+
+
+@pytest.mark.parametrize(("table", "rows", "kept"), [(OLD, ROWS, 0.25), (NEW, NEW_ROWS, 2.0)], ids=["old", "new"])
+def test_rows_are_chosen_by_a_column_that_the_file_may_lack(
+    tmp_path: Path, table: tables.Table, rows: list[dict[str, object]], kept: float
+) -> None:
+    path = write_table(part(tmp_path, 0), table, rows)
+    chosen = (pc.field("noise") == kept) & (pc.field("train_id") > 0)
+    found = tables.read(path, NEW, chosen, columns=["score"])
+    assert found.to_pydict() == {"score": [1.0, 2.0]}
+    assert tables.read(path, NEW, pc.field("noise") != kept).num_rows == 0
+
+
+def test_single_columns_are_filled_too(tmp_path: Path) -> None:
+    path = write_table(part(tmp_path, 0), OLD, ROWS)
+    assert tables.read(path, NEW, columns=["noise"]).to_pydict() == {"noise": [0.25] * 3}
+    found = tables.read(path, NEW, columns=["score", "noise"])
+    assert found.schema.equals(pa.schema([NEW.schema.field("score"), NEW.schema.field("noise")]))
+
+
+def test_columns_that_are_not_asked_for_stay_unread(tmp_path: Path) -> None:
+    """The images are most of a queries file: with one of them destroyed the other columns are still there."""
+    image = {"query_id": "q", "split": "test", "caption": "c", "image": b"\x89PNG", "image_sha256": "0" * 64}
+    path = write_table(tmp_path / "queries.parquet", tables.QUERIES, [image])
+    images = pq.read_metadata(path).row_group(0).column(3)
+    content = bytearray(path.read_bytes())
+    content[images.data_page_offset + images.total_compressed_size - 1] ^= 1
+    path.write_bytes(content)
+    found = tables.read(path, tables.QUERIES, columns=["query_id", "image_sha256"])
+    assert found.to_pylist() == [{"query_id": "q", "image_sha256": "0" * 64}]
+    with pytest.raises(tables.DamagedTable, match="is damaged"):
+        tables.read(path, tables.QUERIES)
+
+
+def test_a_file_of_a_newer_release_is_refused(tmp_path: Path) -> None:
+    path = write_table(part(tmp_path, 0), NEW, NEW_ROWS)
+    with pytest.raises(StoreError) as refusal:
+        tables.read(path, OLD)
+    assert str(refusal.value) == (
+        f"{path} has schema version 3, this release reads 2 of scores: use the release that wrote it, or a newer one"
+    )
+
+
+def test_a_file_that_is_older_than_the_oldest_version_is_refused(tmp_path: Path) -> None:
+    path = write_table(part(tmp_path, 0), OLD, ROWS)
+    later = dataclasses.replace(NEW, version=5, oldest=4, added={"noise": tables.Added(5, 0.25)})
+    with pytest.raises(tables.DamagedTable, match="version 2, this release reads 4 to 5 of scores: run the stage"):
+        tables.read(path, later)
+
+
+@pytest.mark.parametrize("added", [{}, {"noise": tables.Added(2, 0.25)}], ids=["no default", "of its own version"])
+def test_a_file_that_lacks_a_column_without_a_default_is_refused(
+    tmp_path: Path, added: dict[str, tables.Added]
+) -> None:
+    path = write_table(part(tmp_path, 0), OLD, ROWS)
+    with pytest.raises(tables.DamagedTable, match=r"part-00000.parquet lacks noise, .* run the stage"):
+        tables.read(path, dataclasses.replace(NEW, added=added))
+
+
+def test_a_column_more_leaves_the_keys_of_its_table_and_a_later_oldest_version_changes_them() -> None:
+    assert input_key("x", table=NEW) == input_key("x", table=OLD) == input_key("x")
+    assert input_key("x", table=dataclasses.replace(NEW, oldest=3)) != input_key("x")
+
+
+def test_file_and_manifest_say_which_version_of_the_table_was_written(tmp_path: Path) -> None:
+    for number, table, rows, version in ((0, OLD, ROWS, "2"), (1, NEW, NEW_ROWS, "3")):
+        path = write_table(part(tmp_path, number), table, rows)
+        manifest = read_manifest(path)
+        assert manifest is not None and manifest.schema_version == version
+        assert pq.read_schema(path).metadata[b"schema_version"] == version.encode()
+
+
+def test_a_file_of_the_release_before_answers_to_the_same_key(tmp_path: Path) -> None:
+    """Its writer died before the manifest was there."""
+    path = write_table(part(tmp_path, 0), OLD, ROWS)
+    path.with_name(path.name + ".manifest.json").unlink()
+    manifest = commit_table(path, pa.Table.from_pylist(NEW_ROWS, schema=NEW.schema), NEW, key=KEY, started=0.0)
+    assert manifest.schema_version == "2"
+    assert tables.read(path, NEW)["noise"].to_pylist() == [0.25] * 3
