@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from storage_schemas import tables
 from storage_schemas.attempts import ShardState
 from storage_schemas.commit import commit, committed, input_key, manifest_path
-from storage_schemas.database import duckdb_type, file_list, literal, open_database
+from storage_schemas.database import duckdb_type, file_list, literal, open_database, rows_of
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, file_sha256, matching, remove, write_atomically
 from storage_schemas.ledger import (
@@ -266,12 +266,13 @@ def _write_ranks(
             f"{values.get(field.name, field.name)}::{duckdb_type(field.type)} AS {field.name}"
             for field in tables.RANKS.schema
         )
+        scored = ", ".join(name for name in tables.SCORES.schema.names if name != "query_id")
         # One sort: the place in all rows less the place where the query starts is the rank. Numbers stand for the
         # queries in it, which compare faster than text.
         connection.execute(f"""
             COPY (
                 SELECT {columns} FROM (
-                    SELECT number, train_id, score,
+                    SELECT number, {scored},
                            row_number() OVER (ORDER BY number, score DESC, train_id) AS place
                     FROM ({sources}) JOIN planned USING (query_id)
                 ) JOIN planned USING (number)
@@ -284,6 +285,7 @@ def _sources(
     workspace: Workspace, run: str, group: _Group, shards: dict[int, list[int]], connection: duckdb.DuckDBPyConnection
 ) -> Iterator[str]:
     """Where the group's rows lie: in shards, or, for queries whose shards are vacuumed, in earlier parts."""
+    columns = ", ".join(tables.SCORES.schema.names)
     raw: list[AnyPath] = []
     from_parts: list[str] = []
     whole: dict[int, bool] = {}
@@ -299,7 +301,7 @@ def _sources(
         if from_parts:  # a shard may hold rows of queries that come from a part
             connection.execute("CREATE TABLE elsewhere AS SELECT unnest(?) AS query_id", [from_parts])
             chosen = " WHERE query_id NOT IN (FROM elsewhere)"
-        yield f"SELECT query_id, train_id, score FROM read_parquet({file_list(raw)}){chosen}"
+        yield f"SELECT {columns} FROM {rows_of(tables.SCORES, file_list(raw))}{chosen}"
     if from_parts:
         compaction = read_compaction(workspace, run)
         held = [
@@ -308,9 +310,7 @@ def _sources(
             if any(part.first_query <= query_id <= part.last_query for query_id in from_parts)
         ]
         connection.execute("CREATE TABLE vacuumed AS SELECT unnest(?) AS query_id", [from_parts])
-        yield (
-            f"SELECT query_id, train_id, score FROM read_parquet({file_list(held)}) WHERE query_id IN (FROM vacuumed)"
-        )
+        yield f"SELECT {columns} FROM {rows_of(tables.SCORES, file_list(held))} WHERE query_id IN (FROM vacuumed)"
 
 
 def vacuum(workspace: Workspace, *, older_than: timedelta, dry_run: bool = False) -> list[AnyPath]:

@@ -13,6 +13,7 @@ import duckdb
 import pyarrow as pa
 
 from storage_schemas.files import FULL_DISK, AnyPath
+from storage_schemas.tables import Table
 from storage_schemas.workspace import Workspace
 
 _NO_EXTENSIONS = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
@@ -76,6 +77,19 @@ def file_list(paths: Iterable[AnyPath]) -> str:
 def parts_glob(folder: AnyPath) -> str:
     """SQL literal of all parts of a folder, whose own name is taken as it stands."""
     return literal(f"{glob.escape(location(folder))}/part-*.parquet")
+
+
+def rows_of(table: Table, files: str) -> str:
+    """SQL for the rows of a table's Parquet files, a list or a glob, with defaults for columns that a file lacks."""
+    if not table.added:
+        return f"read_parquet({files})"
+    columns = []
+    for field in table.schema:
+        default = table.added[field.name].default if field.name in table.added else None
+        value = "NULL" if default is None else literal(str(default))
+        column = f"name: {literal(field.name)}, type: {literal(duckdb_type(field.type))}, default_value: {value}"
+        columns.append(f"{literal(field.name)}: {{{column}}}")
+    return f"read_parquet({files}, schema = MAP {{{', '.join(columns)}}})"
 
 
 def allowed_folders(root: AnyPath) -> str:

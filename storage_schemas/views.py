@@ -30,6 +30,7 @@ from storage_schemas.database import (
     literal,
     new_connection,
     parts_glob,
+    rows_of,
 )
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, matching
@@ -144,7 +145,7 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, s
 
     def files(*relative: str | None) -> str | None:
         chosen = [workspace.file(path) for path in relative if path is not None]
-        return f"read_parquet({file_list(chosen)})" if chosen else None
+        return file_list(chosen) if chosen else None
 
     def folder(relative: str | None) -> str | None:
         return None if relative is None else _parts(workspace.file(relative))
@@ -161,10 +162,10 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, s
         tables.METRICS: files(published.metrics, published.study) if published else None,
     }
     for table, source in sources.items():
-        _create_view(connection, table, [f"SELECT {_columns(table)} FROM {source}"] if source else [])
+        _create_view(connection, table, [_select(table, source)] if source else [])
     _create_view(connection, tables.RANKS_VIEW, _ranks(workspace, snapshot.parts) if snapshot else [])
     exact = folder(published.exact_check) if published else None
-    _create_view(connection, tables.EXACT_CHECK, [f"SELECT {_columns(tables.SCORES)} FROM {exact}"] if exact else [])
+    _create_view(connection, tables.EXACT_CHECK, [_select(tables.SCORES, exact)] if exact else [])
     _create_view(connection, tables.RUN_SCORES, _run_scores(workspace, state.runs))
     _load(connection, workspace, state)
 
@@ -184,23 +185,29 @@ def _ranks(workspace: Workspace, parts: Iterable[Part]) -> Iterator[str]:
         by_labelling.setdefault(part.negatives, []).append(workspace.file(part.path))
     for negatives, paths in by_labelling.items():
         influence = "score" if negatives == "keep" else "greatest(score, 0)"
-        yield f"SELECT {_columns(tables.RANKS)}, {influence} AS influence FROM read_parquet({file_list(paths)})"
+        source = rows_of(tables.RANKS, file_list(paths))
+        yield f"SELECT {_columns(tables.RANKS)}, {influence} AS influence FROM {source}"
 
 
 def _parts(folder: AnyPath) -> str | None:
     """All parts of a folder, those that are yet to come included; None while there is none."""
-    return f"read_parquet({parts_glob(folder)})" if matching(folder, "part-*.parquet") else None
+    return parts_glob(folder) if matching(folder, "part-*.parquet") else None
 
 
 def _run_scores(workspace: Workspace, runs: Iterable[str]) -> Iterator[str]:
     for run in runs:
         compaction = read_compaction(workspace, run)
         if compaction is not None:
-            source: str | None = f"read_parquet({file_list(workspace.file(part.path) for part in compaction.parts)})"
+            source: str | None = file_list(workspace.file(part.path) for part in compaction.parts)
         else:
             source = _parts(workspace.scores(run))
         if source is not None:
-            yield f"SELECT {literal(run)} AS run, {_columns(tables.SCORES)} FROM {source}"
+            rows = rows_of(tables.SCORES, source)
+            yield f"SELECT {literal(run)} AS run, {_columns(tables.SCORES)} FROM {rows}"
+
+
+def _select(table: Table, files: str) -> str:
+    return f"SELECT {_columns(table)} FROM {rows_of(table, files)}"
 
 
 def _create_view(connection: duckdb.DuckDBPyConnection, table: Table, selects: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import timedelta
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,11 +11,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from storage_schemas import tables
+from storage_schemas import export, tables
 from storage_schemas.commit import commit_table, input_key, read_manifest
+from storage_schemas.compaction import compact, vacuum
 from storage_schemas.errors import StoreError
-from storage_schemas.workspace import part
-from tests.storage_schemas.workspaces import KEY, with_column, write_table
+from storage_schemas.export import export_parquet
+from storage_schemas.ledger import read_ledger
+from storage_schemas.lineage import lineage
+from storage_schemas.metrics_history import mean_value
+from storage_schemas.snapshots import publish_runs, read_ranks, write_published
+from storage_schemas.verify import duplicated_pairs
+from storage_schemas.views import connect
+from storage_schemas.workspace import Workspace, part
+from tests.storage_schemas.workspaces import KEY, finish_run, plan_run, shard_key, with_column, write_table
 
 OLD = tables.SCORES
 NEW = with_column(OLD, "noise", pa.float64(), 0.25, position=1)
@@ -123,3 +132,120 @@ def test_a_file_of_the_release_before_answers_to_the_same_key(tmp_path: Path) ->
     manifest = commit_table(path, pa.Table.from_pylist(NEW_ROWS, schema=NEW.schema), NEW, key=KEY, started=0.0)
     assert manifest.schema_version == "2"
     assert tables.read(path, NEW)["noise"].to_pylist() == [0.25] * 3
+
+
+@pytest.fixture
+def later_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This code as a later release, in which scores, their ranks and metrics have one column more."""
+    ranks = with_column(tables.RANKS, "noise", pa.float64(), 0.25, position=1)
+    views = {
+        "RANKS_VIEW": [*ranks.schema, tables.RANKS_VIEW.schema.field("influence")],
+        "RUN_SCORES": [tables.RUN_SCORES.schema.field("run"), *NEW.schema],
+        "EXACT_CHECK": NEW.schema,
+    }
+    changed = {
+        name: dataclasses.replace(getattr(tables, name), schema=pa.schema(fields)) for name, fields in views.items()
+    }
+    metrics = with_column(tables.METRICS, "seed", pa.int32(), -1)
+    for name, table in {**changed, "SCORES": NEW, "RANKS": ranks, "METRICS": metrics}.items():
+        monkeypatch.setattr(tables, name, table)
+    monkeypatch.setattr(export, "RANKS", ranks)
+
+
+def mixed_workspace(root: Path) -> Workspace:
+    """Run old is all of the release before, run new has a shard of each; metrics are old, those of a study new."""
+    workspace = Workspace(root)
+    queries = ("q1", "q2")
+    plan_run(root, "old", queries=["q0"])
+    plan_run(root, "new", queries=queries)
+    for run, shard, query, table in (("old", 0, "q0", OLD), ("new", 0, "q1", OLD), ("new", 1, "q2", tables.SCORES)):
+        extra: dict[str, object] = {"noise": 2.0} if table is not OLD else {}
+        rows = [{"query_id": query, "train_id": train, "score": float(train), **extra} for train in range(4)]
+        write_table(workspace.score_shard(run, shard), table, rows, shard_key(run, shard))
+    return workspace
+
+
+def sql(workspace: Workspace, statement: str) -> list[tuple[object, ...]]:
+    with connect(workspace.root) as connection:
+        return connection.sql(statement).fetchall()
+
+
+NOISE_BY_QUERY = [("q0", 0.25, 4), ("q1", 0.25, 4), ("q2", 2.0, 4)]
+
+
+def test_a_run_that_the_release_before_began_is_counted_compacted_and_published(
+    tmp_path: Path, later_release: None
+) -> None:
+    workspace = mixed_workspace(tmp_path)
+    assert set(read_ledger(workspace, "new")["state"].to_pylist()) == {"done"}
+    assert duplicated_pairs(workspace, "new") == 0
+    noise = "SELECT query_id, noise, count(*) FROM {} GROUP BY ALL ORDER BY ALL"
+    assert sql(workspace, noise.format("run_scores")) == NOISE_BY_QUERY
+    publish_runs(workspace, ["old", "new"])
+    for view in ("scores", "ranks", "run_scores"):
+        assert sql(workspace, noise.format(view)) == NOISE_BY_QUERY, view
+    assert sql(workspace, "SELECT max(train_id) FROM ranks WHERE noise = 2 AND rank = 1") == [(3,)]
+
+
+def test_parts_of_the_release_before_are_read_beside_those_of_this_one(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    finish_run(tmp_path, "old", queries=["q0"])
+    published = publish_runs(Workspace(tmp_path), ["old"])
+    request.getfixturevalue("later_release")
+    workspace = mixed_workspace(tmp_path)
+    again = publish_runs(workspace, ["old"])
+    assert again.snapshot == published.snapshot, "the same rows are the same snapshot"
+    snapshot = publish_runs(workspace, ["old", "new"]).snapshot
+    found = sql(workspace, "SELECT query_id, noise, count(*) FROM ranks GROUP BY ALL ORDER BY ALL")
+    assert found == NOISE_BY_QUERY
+    read = read_ranks(workspace, snapshot, ["q0", "q2"])
+    assert read.schema.equals(tables.RANKS.schema)
+    assert read["noise"].to_pylist() == [0.25] * 4 + [2.0] * 4
+    assert export_columns(workspace) == {"old": [0.25], "new": [0.25, 2.0]}
+    vacuum(workspace, older_than=timedelta(0))
+    assert not workspace.score_shard("new", 1).exists()
+    compact(workspace, "new", negatives="tie")
+    assert export_columns(workspace) == {"old": [0.25], "new": [0.25, 2.0]}, "out of large files"
+
+
+def export_columns(workspace: Workspace) -> dict[str, list[float]]:
+    """The new column's values in an export of each run."""
+    found = {}
+    for run in ("old", "new"):
+        path = Path(workspace.root) / f"{run}.parquet"
+        export_parquet(workspace, run, path)
+        found[run] = sorted(set(pq.read_table(path)["noise"].to_pylist()))
+        path.unlink()
+    return found
+
+
+def test_metrics_and_checked_pairs_of_both_releases_are_one_view(tmp_path: Path, later_release: None) -> None:
+    workspace = mixed_workspace(tmp_path)
+    published = publish_runs(workspace, ["old", "new"])
+    row = {"metric": "mAP", "space": "tuned", "split": "test", "cutoff": 2, "query_id": "", "queries": 3}
+    figures = row | {"value": 0.5, "standard_error": 0.1}
+    old_metrics = dataclasses.replace(tables.METRICS, version=2, added={}, schema=tables.METRICS.schema.remove(0))
+    write_table(workspace.metrics("m"), old_metrics, [figures])
+    write_table(workspace.metrics("s"), tables.METRICS, [figures | {"seed": 5}])
+    write_table(part(workspace.exact_check("x"), 0), OLD, ROWS)
+    paths = {
+        "metrics": workspace.metrics("m"),
+        "study": workspace.metrics("s"),
+        "exact_check": workspace.exact_check("x"),
+    }
+    changes = {name: workspace.relative(path) for name, path in paths.items()}
+    write_published(workspace, published.model_copy(update=changes))
+    assert sql(workspace, "SELECT seed, value FROM metrics ORDER BY seed") == [(-1, 0.5), (5, 0.5)]
+    assert sql(workspace, "SELECT DISTINCT noise FROM exact_check") == [(0.25,)]
+    assert mean_value(workspace.metrics("m"), "mAP", "tuned", 2) == 0.5
+    write_published(workspace, published.model_copy(update={"metrics": changes["metrics"]}))
+    assert sql(workspace, "SELECT seed FROM metrics") == [(-1,)], "no file has the column"
+
+
+def test_a_pair_is_explained_out_of_files_of_both_releases(tmp_path: Path, later_release: None) -> None:
+    workspace = mixed_workspace(tmp_path)
+    publish_runs(workspace, ["old", "new"])
+    for query in ("q0", "q1", "q2"):
+        facts = lineage(workspace, f"{query}:3").facts
+        assert (facts["score"], facts["rank"], facts["shard_found_by"]) == ("3.0", "1", "its file")
