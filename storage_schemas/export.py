@@ -109,11 +109,10 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def _captions(workspace: Workspace, record: RunRecord) -> pa.Table | None:
-    """The query_id and caption of each query; its images, which are most of that file, stay unread."""
+    """The query_id and caption of each query."""
     if record.queries is None:
         return None
-    with workspace.file(record.queries).open("rb") as file:
-        found = pq.read_table(file, columns=["query_id", "caption"])
+    found = tables.read(workspace.file(record.queries), tables.QUERIES, columns=["query_id", "caption"])
     planned = tables.read(workspace.plan_queries(record.run), tables.PLAN_QUERIES)["query_id"]
     unknown = planned.filter(pc.invert(pc.is_in(planned, value_set=found["query_id"])))
     if len(unknown):

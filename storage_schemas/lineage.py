@@ -26,7 +26,7 @@ from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, matching
 from storage_schemas.ledger import RunRecord, read_labelling, read_ledger, read_run, run_names
 from storage_schemas.liveness import Assignment, read_assignment
-from storage_schemas.pairs import planned_shard, ranked_pair, select_rows, shard_of_pair
+from storage_schemas.pairs import planned_shard, ranked_pair, shard_of_pair
 from storage_schemas.snapshots import NotPublished, Published, read_published, read_snapshot
 from storage_schemas.workspace import Workspace
 
@@ -430,8 +430,9 @@ def _pair(workspace: Workspace, run: str, block: int, query_id: str, train_id: i
 
 def _query(workspace: Workspace, queries: str, query_id: str) -> Node:
     facts: Facts = {"path": queries}
-    statement = "SELECT caption, split, image_sha256 FROM {files} WHERE query_id = ?"  # its images stay unread
-    found = _tried("file", lambda: select_rows(workspace, [workspace.file(queries)], statement, [query_id]), facts)
-    for caption, split, digest in found or []:
-        facts |= _known({"caption": caption, "split": split, "image_sha256": digest})
+    path, chosen = workspace.file(queries), pc.field("query_id") == query_id
+    names = ["caption", "split", "image_sha256"]
+    found = _tried("file", lambda: tables.read(path, tables.QUERIES, chosen, columns=names).to_pylist(), facts)
+    for row in found or []:
+        facts |= _known(row)
     return Node("query", query_id, facts)

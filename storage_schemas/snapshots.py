@@ -152,7 +152,7 @@ def _check_agreement(workspace: Workspace, records: list[RunRecord]) -> None:
     for record in records:
         if record.queries is None:
             continue
-        rows = tables.read(workspace.file(record.queries), tables.QUERIES)
+        rows = tables.read(workspace.file(record.queries), tables.QUERIES, columns=["query_id", "image_sha256"])
         for query_id, digest in zip(rows["query_id"].to_pylist(), rows["image_sha256"].to_pylist(), strict=True):
             if images.setdefault(query_id, digest) != digest:
                 raise CannotPublish(

@@ -15,7 +15,7 @@ from storage_schemas import export, tables
 from storage_schemas.commit import commit_table, input_key, read_manifest
 from storage_schemas.compaction import compact, vacuum
 from storage_schemas.errors import StoreError
-from storage_schemas.export import export_parquet
+from storage_schemas.export import export_datasets, export_parquet
 from storage_schemas.ledger import read_ledger
 from storage_schemas.lineage import lineage
 from storage_schemas.metrics_history import mean_value
@@ -23,7 +23,15 @@ from storage_schemas.snapshots import publish_runs, read_ranks, write_published
 from storage_schemas.verify import duplicated_pairs
 from storage_schemas.views import connect
 from storage_schemas.workspace import Workspace, part
-from tests.storage_schemas.workspaces import KEY, finish_run, plan_run, shard_key, with_column, write_table
+from tests.storage_schemas.workspaces import (
+    KEY,
+    finish_run,
+    plan_run,
+    shard_key,
+    spoil_column,
+    with_column,
+    write_table,
+)
 
 OLD = tables.SCORES
 NEW = with_column(OLD, "noise", pa.float64(), 0.25, position=1)
@@ -77,10 +85,7 @@ def test_columns_that_are_not_asked_for_stay_unread(tmp_path: Path) -> None:
     """The images are most of a queries file: with one of them destroyed the other columns are still there."""
     image = {"query_id": "q", "split": "test", "caption": "c", "image": b"\x89PNG", "image_sha256": "0" * 64}
     path = write_table(tmp_path / "queries.parquet", tables.QUERIES, [image])
-    images = pq.read_metadata(path).row_group(0).column(3)
-    content = bytearray(path.read_bytes())
-    content[images.data_page_offset + images.total_compressed_size - 1] ^= 1
-    path.write_bytes(content)
+    spoil_column(path, "image")
     found = tables.read(path, tables.QUERIES, columns=["query_id", "image_sha256"])
     assert found.to_pylist() == [{"query_id": "q", "image_sha256": "0" * 64}]
     with pytest.raises(tables.DamagedTable, match="is damaged"):
@@ -249,3 +254,25 @@ def test_a_pair_is_explained_out_of_files_of_both_releases(tmp_path: Path, later
     for query in ("q0", "q1", "q2"):
         facts = lineage(workspace, f"{query}:3").facts
         assert (facts["score"], facts["rank"], facts["shard_found_by"]) == ("3.0", "1", "its file")
+
+
+def test_publishing_compares_query_images_without_reading_them(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    for run in ("first", "second"):
+        finish_run(tmp_path, run)
+        spoil_column(Path(workspace.queries(run)), "image")
+    assert publish_runs(workspace, ["first", "second"]).queries == [
+        workspace.relative(workspace.queries(run)) for run in ("first", "second")
+    ]
+
+
+def test_readers_of_some_columns_refuse_a_newer_file_too(tmp_path: Path) -> None:
+    workspace, newer = Workspace(tmp_path / "w"), dataclasses.replace(tables.QUERIES, version=3)
+    finish_run(workspace.root, "run-1", queries=["q0"])
+    publish_runs(workspace, ["run-1"])
+    row = {"query_id": "q0", "split": "test", "caption": "c", "image": b"png", "image_sha256": "0" * 64}
+    write_table(workspace.queries("run-1"), newer, [row], key="another")
+    with pytest.raises(tables.DamagedTable, match="version 3"):
+        export_datasets(workspace, "run-1", tmp_path / "out")
+    (query,) = (node for node in lineage(workspace, "q0:1").made_from if node.kind == "query")
+    assert "version 3" in query.facts["file"]

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from storage_schemas import tables
 from storage_schemas.commit import commit_table, input_key
@@ -165,3 +166,12 @@ def with_column(
     version = table.version + 1
     schema = table.schema.insert(position, new)
     return dataclasses.replace(table, schema=schema, version=version, added={name: tables.Added(version, default)})
+
+
+def spoil_column(path: Path, name: str) -> None:
+    """Flip a bit in the first rows of a column of a Parquet file."""
+    column = pq.read_schema(path).get_field_index(name)
+    chunk = pq.read_metadata(path).row_group(0).column(column)
+    content = bytearray(path.read_bytes())
+    content[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
+    path.write_bytes(content)
