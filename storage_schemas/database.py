@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,8 +13,9 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from storage_schemas.files import FULL_DISK, AnyPath
-from storage_schemas.tables import Table
+from storage_schemas.commit import read_manifest
+from storage_schemas.files import FULL_DISK, AnyPath, file_sha256, matching
+from storage_schemas.tables import Table, damaged
 from storage_schemas.workspace import Workspace
 
 _NO_EXTENSIONS = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
@@ -49,7 +51,8 @@ def open_database(
     with tempfile.TemporaryDirectory(prefix=".spill-", dir=local) as spill:
         connection = new_connection(workspace, memory_gigabytes=memory_gigabytes, threads=threads, spill=spill)
         try:
-            yield connection
+            with damage_explained(workspace):
+                yield connection
         except duckdb.IOException as error:
             # DuckDB's errors carry no number.
             for number in FULL_DISK:
@@ -58,6 +61,44 @@ def open_database(
             raise
         finally:
             connection.close()
+
+
+# One that cannot be opened is missing or forbidden.
+_NAMED = re.compile(r"""(?<!open )file ["']([^"']+\.parquet)["']""", re.IGNORECASE)
+
+
+@contextmanager
+def damage_explained(workspace: Workspace) -> Iterator[None]:
+    """Raises DamagedTable, with the file's name, in place of what DuckDB says where it cannot read a Parquet file."""
+    try:
+        yield
+    except duckdb.Error as error:
+        path = _unreadable(workspace, error)
+        if path is None:
+            raise
+        raise damaged(path, error) from error
+
+
+def _unreadable(workspace: Workspace, error: duckdb.Error) -> AnyPath | str | None:
+    """The Parquet file behind an error; None where the error is another."""
+    text = str(error).split("\n")[0]
+    if any(os.strerror(number) in text for number in FULL_DISK):
+        return None
+    named = _NAMED.search(text)
+    if named and isinstance(error, (duckdb.IOException, duckdb.InvalidInputException)):
+        return named[1]
+    # Some errors of DuckDB's reader name no file.
+    return _first_damaged(workspace) if type(error) is duckdb.Error or "corrupt" in text else None
+
+
+def _first_damaged(workspace: Workspace) -> AnyPath | None:
+    """A committed Parquet file that is not what its manifest says."""
+    for path in matching(workspace.root, "**/*.parquet"):
+        manifest = read_manifest(path)
+        quarantined = workspace.root / "quarantine" in path.parents
+        if manifest is not None and not quarantined and file_sha256(path) != manifest.sha256:
+            return path
+    return None
 
 
 def location(path: AnyPath) -> str:

@@ -30,6 +30,12 @@ class DamagedTable(StoreError, ValueError):
     """A file of a table cannot be read: it is damaged, or of a version that this release does not know."""
 
 
+def damaged(path: AnyPath | str, error: Exception) -> DamagedTable:
+    """A line for people, without what a damaged file puts into messages and a terminal might obey."""
+    why = "".join(sign for sign in str(error).split("\n")[0] if sign.isprintable())
+    return DamagedTable(f"{path} is damaged ({why}): `fastgda verify` quarantines what must be made again")
+
+
 @dataclass(frozen=True)
 class Added:
     """A column that earlier files lack: the version that brought it, and what their rows have in it."""
@@ -407,9 +413,7 @@ def read(
                 page_checksum_verification=True,
             )
         except (OSError, pa.ArrowException) as error:
-            raise DamagedTable(
-                f"{path} is damaged ({error}): `fastgda verify` quarantines what must be made again"
-            ) from None
+            raise damaged(path, error) from None
     rows = _filled(rows, table, wanted)
     if absent and chosen is not None:
         rows = rows.filter(chosen)

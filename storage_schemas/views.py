@@ -24,6 +24,7 @@ from storage_schemas import tables
 from storage_schemas.commit import read_manifest
 from storage_schemas.database import (
     allowed_folders,
+    damage_explained,
     duckdb_type,
     file_list,
     half_the_memory,
@@ -59,6 +60,7 @@ def connect(
 
     Raises:
         NotPublished: there is no run, or the published one was written by another release.
+        DamagedTable: a file cannot be read.
     """
     workspace = Workspace.at(location)
     state = _State.of(workspace)
@@ -72,7 +74,8 @@ def connect(
     connection.execute("SET timezone = 'UTC'")
     connection.execute(f"SET allowed_directories = {allowed_folders(workspace.root)}")
     connection.execute("SET enable_external_access = false")
-    _create_views(connection, workspace, state)
+    with damage_explained(workspace):
+        _create_views(connection, workspace, state)
     connection.execute("SET lock_configuration = true")
     return connection
 
@@ -83,13 +86,14 @@ def query(
     """Run one read-only statement over a workspace.
 
     Raises:
-        NotPublished: see `connect`.
+        NotPublished, DamagedTable: see `connect`.
         RefusedStatement: several statements, or one that is no query.
         duckdb.Error: the query is wrong, or does not fit the memory that it may take.
     """
     connection = connect(location, memory_gigabytes=memory_gigabytes, threads=threads)
     try:
-        return connection.sql(single_query(connection, statement)).to_arrow_table()
+        with damage_explained(Workspace.at(location)):
+            return connection.sql(single_query(connection, statement)).to_arrow_table()
     finally:
         connection.close()
 
@@ -112,7 +116,7 @@ def write_catalog(workspace: Workspace) -> None:
     temporary = workspace.catalog.with_name(f".{os.getpid()}-catalog.duckdb")
     temporary.unlink(missing_ok=True)
     try:
-        with new_connection(workspace, database=str(temporary)) as connection:
+        with damage_explained(workspace), new_connection(workspace, database=str(temporary)) as connection:
             _create_views(connection, workspace, _State.of(workspace))
         temporary.replace(workspace.catalog)
     finally:
