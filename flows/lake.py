@@ -8,6 +8,7 @@ import typer
 
 from flows.rows import (
     FormatOption,
+    LimitOption,
     MemoryOption,
     OutputOption,
     StatementArgument,
@@ -64,6 +65,7 @@ def sql(
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     format: FormatOption = TableFormat.table,
     output: OutputOption = None,
+    limit: LimitOption = None,
     memory: MemoryOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -74,8 +76,7 @@ def sql(
     from storage_schemas.lake import Lake
     from storage_schemas.workspace import Workspace
 
-    def run_query(text: str) -> Any:
-        lake = Lake(Workspace.at(workspace), catalog)
-        return lake.query(text, at=at, memory_gigabytes=memory, threads=threads)
+    def asked(text: str) -> Any:
+        return Lake(Workspace.at(workspace), catalog).ask(text, at=at, memory_gigabytes=memory, threads=threads)
 
-    print_query(run_query, statement, format, output)
+    print_query(asked, statement, format, output, limit)

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from fastgda_core.errors import UsageError
 from flows.lake import lake_app
@@ -25,6 +24,7 @@ from flows.operations import print_summary, run_commands
 from flows.own_server import start_server, wait_for_server
 from flows.rows import (
     FormatOption,
+    LimitOption,
     MemoryOption,
     OutputOption,
     StatementArgument,
@@ -33,8 +33,10 @@ from flows.rows import (
     print_query,
 )
 from flows.store import DEFAULT_WORKSPACE, DEMO_FOLDER, WorkspaceOption, ledger_app, store_commands
+from flows.text_table import print_rows
 from storage_schemas.errors import StoreError
 from storage_schemas.files import FULL_DISK
+from tasks.printable import printable
 
 app = typer.Typer(
     name="fastgda",
@@ -79,6 +81,7 @@ def sql(
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     format: FormatOption = TableFormat.table,
     output: OutputOption = None,
+    limit: LimitOption = None,
     memory: MemoryOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -86,12 +89,12 @@ def sql(
 
     Example: `fastgda sql "SELECT count(*) FROM scores"`
     """
-    from storage_schemas.views import query
+    from storage_schemas.views import ask
 
-    def run_query(text: str) -> Any:
-        return query(workspace, text, memory_gigabytes=memory, threads=threads)
+    def asked(text: str) -> Any:
+        return ask(workspace, text, memory_gigabytes=memory, threads=threads)
 
-    print_query(run_query, statement, format, output)
+    print_query(asked, statement, format, output, limit)
 
 
 @app.command()
@@ -121,17 +124,18 @@ def attribute(
     if as_json:
         print(json.dumps([asdict(answer) for answer in answers], indent=2))
         return
-    table = Table("#", "train_id", "cosine", "key", "caption", "shard")
-    for answer in answers:
-        table.add_row(
+    rows = [
+        [
             str(answer.position),
             str(answer.train_id),
             f"{answer.similarity:.4f}",
             answer.key,
             answer.caption,
             Path(answer.shard).name,
-        )
-    out.print(table)
+        ]
+        for answer in answers
+    ]
+    print_rows(["#", "train_id", "cosine", "key", "caption", "shard"], rows, sys.stdout)
 
 
 @app.command()
@@ -200,7 +204,7 @@ def _run() -> int:
 
 def _said(what: str, error: BaseException, code: int) -> int:
     err.print(f"[red]{what}:[/] ", end="")
-    err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    err.print(printable(str(error), lines=True), markup=False, highlight=False, soft_wrap=True)
     return code
 
 

@@ -28,6 +28,7 @@ import duckdb
 import pyarrow as pa
 
 from storage_schemas import tables
+from storage_schemas.answers import Answer
 from storage_schemas.attempts import ShardState
 from storage_schemas.commit import Manifest, read_manifest, worker_name
 from storage_schemas.database import allowed_folders, duckdb_type, half_the_memory, literal, location, new_connection
@@ -166,6 +167,19 @@ class Lake:
             RefusedStatement: several statements, or one that is no query.
             duckdb.Error: the query is wrong.
         """
+        with self.ask(statement, at=at, memory_gigabytes=memory_gigabytes, threads=threads) as answer:
+            return answer.table()
+
+    @contextmanager
+    def ask(
+        self,
+        statement: str,
+        *,
+        at: int | None = None,
+        memory_gigabytes: float | None = None,
+        threads: int | None = None,
+    ) -> Iterator[Answer]:
+        """As `query`, for rows that need not fit into memory: they are read inside the `with` block."""
         options = ", READ_ONLY" + (f", SNAPSHOT_VERSION {int(at)}" if at is not None else "")
         limits = {"memory_gigabytes": memory_gigabytes or half_the_memory(), "threads": threads}
         with self._attached(options, **limits) as connection:
@@ -176,7 +190,8 @@ class Lake:
             refused = _REFUSED.search(statement)
             if refused:
                 raise RefusedStatement(f"{refused[0]!r} is refused: only the views of the lake are read")
-            return _patiently(lambda: connection.sql(single_query(connection, statement)).to_arrow_table())
+            checked = single_query(connection, statement)
+            yield Answer(connection, checked, _patiently(lambda: connection.sql(checked)), _patiently)
 
     def _committed(self, run: str) -> dict[int, Manifest]:
         ledger = read_ledger(self.workspace, run).to_pydict()

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import duckdb
 import pyarrow as pa
 
 from storage_schemas import tables
+from storage_schemas.answers import Answer
 from storage_schemas.commit import read_manifest
 from storage_schemas.database import (
     allowed_folders,
@@ -90,10 +93,20 @@ def query(
         RefusedStatement: several statements, or one that is no query.
         duckdb.Error: the query is wrong, or does not fit the memory that it may take.
     """
+    with ask(location, statement, memory_gigabytes=memory_gigabytes, threads=threads) as answer:
+        return answer.table()
+
+
+@contextmanager
+def ask(
+    location: str | AnyPath, statement: str, *, memory_gigabytes: float | None = None, threads: int | None = None
+) -> Iterator[Answer]:
+    """As `query`, for rows that need not fit into memory: they are read inside the `with` block."""
     connection = connect(location, memory_gigabytes=memory_gigabytes, threads=threads)
     try:
         with damage_explained(Workspace.at(location)):
-            return connection.sql(single_query(connection, statement)).to_arrow_table()
+            checked = single_query(connection, statement)
+            yield Answer(connection, checked, connection.sql(checked))
     finally:
         connection.close()
 
@@ -103,10 +116,16 @@ def single_query(connection: duckdb.DuckDBPyConnection, statement: str) -> duckd
     statements = connection.extract_statements(statement)
     if len(statements) != 1:
         raise RefusedStatement(f"{len(statements)} statements given: run one query at a time")
-    # EXPLAIN is no exception: EXPLAIN ANALYZE runs what it explains.
-    if statements[0].type != duckdb.StatementType.SELECT:
-        raise RefusedStatement(f"{statements[0].type.name} is refused: the workspace is open for reading only")
-    return statements[0]
+    found = statements[0]
+    if found.type == duckdb.StatementType.EXPLAIN:
+        # EXPLAIN ANALYZE runs what it explains, so that must be a query too.
+        explained = re.sub(r"^\s*EXPLAIN\s+(ANALYZE\s+|\([^()]*\)\s*(?=\w))?", "", found.query, flags=re.IGNORECASE)
+        kinds = [each.type for each in connection.extract_statements(explained)]
+        if kinds != [duckdb.StatementType.SELECT]:
+            raise RefusedStatement("only a query can be explained: the workspace is open for reading only")
+    elif found.type != duckdb.StatementType.SELECT:
+        raise RefusedStatement(f"{found.type.name} is refused: the workspace is open for reading only")
+    return found
 
 
 def write_catalog(workspace: Workspace) -> None:
