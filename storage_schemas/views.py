@@ -4,7 +4,8 @@
 locks it out. `catalog.duckdb` holds the same views for tools that want a file; it is built under another
 name and renamed, so nobody ever opens the published one for writing.
 
-`scores` and `ranks` are the published snapshot: a fixed list of files. `run_scores` shows every run as it grows.
+`scores` and `ranks` are the published snapshot: a fixed list of files. `run_scores` shows every run as it grows, and
+before anything is published `samples` are those that were indexed last; what was rejected of these is always shown.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from storage_schemas.database import (
 )
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, matching
+from storage_schemas.indexed_samples import Indexed, read_indexed
 from storage_schemas.ledger import Part, read_compaction, read_run, run_names
 from storage_schemas.snapshots import NotPublished, Published, Snapshot, read_published, read_snapshot
 from storage_schemas.tables import Table
@@ -62,7 +64,7 @@ def connect(
         threads: all cores unless given.
 
     Raises:
-        NotPublished: there is no run, or the published one was written by another release.
+        NotPublished: there is neither a run nor an index of samples, or what is published is another release's.
         DamagedTable: a file cannot be read.
     """
     workspace = Workspace.at(location)
@@ -148,19 +150,33 @@ class _State:
 
     published: Published | None
     snapshot: Snapshot | None
+    indexed: Indexed | None
     runs: list[str]
 
     @classmethod
     def of(cls, workspace: Workspace) -> _State:
-        runs = run_names(workspace)
+        runs, indexed = run_names(workspace), read_indexed(workspace)
         try:
             published = read_published(workspace)
         except NotPublished:
-            # A first run can be watched while it grows.
-            if not runs or workspace.current.exists():
+            # A first run can be watched while it grows, from its samples on.
+            if not (runs or indexed) or workspace.current.exists():
                 raise
-            return cls(None, None, runs)
-        return cls(published, read_snapshot(workspace, published.snapshot), runs)
+            return cls(None, None, indexed, runs)
+        return cls(published, read_snapshot(workspace, published.snapshot), indexed, runs)
+
+    @property
+    def samples(self) -> str | None:
+        """The published ones, and before there are any those that were indexed last."""
+        if self.published is not None:
+            return self.published.samples
+        return self.indexed.samples if self.indexed else None
+
+    @property
+    def rejected_samples(self) -> list[str]:
+        """What was rejected beside the published samples, and beside those that were indexed last."""
+        both = (self.published and self.published.rejected_samples, self.indexed and self.indexed.rejected_samples)
+        return list(dict.fromkeys(path for path in both if path))
 
 
 def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, state: _State) -> None:
@@ -175,8 +191,8 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, s
 
     ranks = files(*(part.path for part in snapshot.parts)) if snapshot else None
     sources = {
-        tables.SAMPLES: files(published.samples) if published else None,
-        tables.REJECTED_SAMPLES: files(published.rejected_samples) if published else None,
+        tables.SAMPLES: files(state.samples),
+        tables.REJECTED_SAMPLES: files(*state.rejected_samples),
         tables.QUERIES: files(*published.queries) if published else None,
         tables.TWINS: files(*_twins(workspace, published.queries)) if published else None,
         tables.CANDIDATES: files(*published.candidates) if published else None,
@@ -185,7 +201,9 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, s
         tables.METRICS: files(published.metrics, published.study) if published else None,
     }
     for table, source in sources.items():
-        _create_view(connection, table, [_select(table, source)] if source else [])
+        # Two tables of what was rejected may have a tar in common.
+        rows = "DISTINCT " if table is tables.REJECTED_SAMPLES and len(state.rejected_samples) > 1 else ""
+        _create_view(connection, table, [_select(table, source, rows)] if source else [])
     _create_view(connection, tables.RANKS_VIEW, _ranks(workspace, snapshot.parts) if snapshot else [])
     exact = folder(published.exact_check) if published else None
     _create_view(connection, tables.EXACT_CHECK, [_select(tables.SCORES, exact)] if exact else [])
@@ -229,8 +247,8 @@ def _run_scores(workspace: Workspace, runs: Iterable[str]) -> Iterator[str]:
             yield f"SELECT {literal(run)} AS run, {_columns(tables.SCORES)} FROM {rows}"
 
 
-def _select(table: Table, files: str) -> str:
-    return f"SELECT {_columns(table)} FROM {rows_of(table, files)}"
+def _select(table: Table, files: str, rows: str = "") -> str:
+    return f"SELECT {rows}{_columns(table)} FROM {rows_of(table, files)}"
 
 
 def _create_view(connection: duckdb.DuckDBPyConnection, table: Table, selects: Iterable[str]) -> None:

@@ -39,6 +39,11 @@ class Workspace:
     def rejected_samples(self, key: str) -> AnyPath:
         return self.root / "samples" / key / "rejected.parquet"
 
+    @property
+    def newest_samples(self) -> AnyPath:
+        """JSON that names the samples indexed last, published or not: `Indexed`."""
+        return self.root / "samples" / "newest.json"
+
     def latents(self, key: str) -> AnyPath:
         return self.root / "latents" / key
 

@@ -24,8 +24,10 @@ from fastgda_core.teachers.training_loss import SampleBlock
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit, commit_table, committed, input_key, read_manifest
 from storage_schemas.files import AnyPath, stamps
+from storage_schemas.indexed_samples import write_indexed
 from storage_schemas.workspace import part
 from tasks.context import Context, Stage, load_tensors
+from tasks.printable import printable
 from tasks.progress import console, stage
 from tasks.webdataset_shards import Rejection, find_shards, read_image, scan
 
@@ -64,6 +66,7 @@ def ingest_samples(context: Context) -> Stage:
             started=started,
         )
     assert manifest is not None and rejected is not None
+    write_indexed(workspace, samples_path, rejected_path)
     if rejected.rows:
         warn_of_rejections(tables.read(rejected_path, tables.REJECTED_SAMPLES))
     return replace(samples_stage(samples_path), seconds=manifest.seconds, reused=reused)
@@ -104,7 +107,7 @@ def _json_texts(texts: pa.Array) -> pa.Array:
 
 
 def describe(rejection: Rejection) -> str:
-    return f"{rejection.shard}{'/' + rejection.key if rejection.key else ''}: {rejection.reason}"
+    return printable(f"{rejection.shard}{'/' + rejection.key if rejection.key else ''}: {rejection.reason}")
 
 
 def warn_of_rejections(table: pa.Table) -> None:
@@ -112,7 +115,7 @@ def warn_of_rejections(table: pa.Table) -> None:
         f'[yellow]{table.num_rows} skipped[/] (all: fastgda sql "SELECT * FROM rejected_samples"):', highlight=False
     )
     for row in table.slice(0, 5).to_pylist():
-        console.print("  " + describe(Rejection(**row)), markup=False, highlight=False)
+        console.print("  " + describe(Rejection(**row)), markup=False, highlight=False, soft_wrap=True)
 
 
 @functools.lru_cache(maxsize=2)

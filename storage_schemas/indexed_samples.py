@@ -1,0 +1,33 @@
+"""Which samples were indexed last: SQL shows them before a run of them is published."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from storage_schemas.files import AnyPath, write_atomically
+from storage_schemas.workspace import Workspace
+
+
+class Indexed(BaseModel):
+    """`samples/newest.json`: two tables, by their paths relative to the workspace."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    samples: str
+    rejected_samples: str
+
+
+def write_indexed(workspace: Workspace, samples: AnyPath, rejected_samples: AnyPath) -> None:
+    """Note which samples were indexed last, also where they had been indexed before."""
+    indexed = Indexed(samples=workspace.relative(samples), rejected_samples=workspace.relative(rejected_samples))
+    write_atomically(workspace.newest_samples, indexed.model_dump_json(indent=2).encode() + b"\n")
+
+
+def read_indexed(workspace: Workspace) -> Indexed | None:
+    """The samples indexed last, if this release or a later one indexed any and they are still there."""
+    try:
+        indexed = Indexed.model_validate_json(workspace.newest_samples.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        return None
+    there = all(workspace.file(path).exists() for path in (indexed.samples, indexed.rejected_samples))
+    return indexed if there else None
