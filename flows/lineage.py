@@ -12,6 +12,7 @@ from rich.tree import Tree
 
 from flows.operations import JsonOption
 from flows.store import DEFAULT_WORKSPACE, WorkspaceOption
+from tasks.printable import printable
 
 if TYPE_CHECKING:
     from storage_schemas.lineage import Node
@@ -47,15 +48,10 @@ def lineage(
 
 
 def _tree(node: Node, above: Tree | None = None) -> Tree:
-    label = Text.assemble((node.kind, "bold"), " ", _printable(node.name))
+    label = Text.assemble((node.kind, "bold"), " ", printable(node.name))
     for name, value in node.facts.items():
-        label.append(f"\n{_printable(name)}: {_printable(value)}", "dim")
+        label.append(f"\n{printable(name)}: {printable(value)}", "dim")
     tree = Tree(label) if above is None else above.add(label)
     for behind in node.made_from:
         _tree(behind, tree)
     return tree
-
-
-def _printable(text: str) -> str:
-    """A caption may hold what would move a terminal's cursor."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)

@@ -20,6 +20,7 @@ from fastgda_core.errors import UsageError
 from flows.own_server import start_server, wait_for_server
 from flows.store import DEFAULT_WORKSPACE, RunArgument, WorkspaceOption, say
 from storage_schemas.errors import StoreError
+from tasks.printable import printable
 
 ConfigArgument = Annotated[Path, typer.Argument(help="YAML config; see deployments/openmoji.yaml.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -350,7 +351,7 @@ def print_stages(run: str, stages: list[Any], trust: Any) -> None:
     for name, value in trust.facts:
         say(f"{name}: {value}")
     for warning in trust.warnings:
-        out.print(f"[bold yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+        out.print(f"[bold yellow]warning:[/] {escape(printable(warning))}", highlight=False, soft_wrap=True)
 
 
 run_commands = (

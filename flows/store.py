@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tasks.printable import printable
+
 DEMO_FOLDER = Path("demo")
 DEFAULT_WORKSPACE = str(DEMO_FOLDER / "workspace")
 WorkspaceOption = Annotated[str, typer.Option(help="Folder or URL of the workspace.", envvar="FASTGDA_WORKSPACE")]
@@ -176,7 +178,7 @@ def import_release(
 
 
 def say(text: str) -> None:
-    out.print(text, highlight=False, soft_wrap=True, markup=False)
+    out.print(printable(text, lines=True), highlight=False, soft_wrap=True, markup=False)
 
 
 store_commands = (publish, retract, compact, vacuum, verify, export, import_release)

@@ -11,6 +11,7 @@ from prefect.runtime import flow_run
 from fastgda_core.errors import UsageError
 from tasks.config import PipelineConfig
 from tasks.make_parts import RunCancelled
+from tasks.printable import printable
 from tasks.progress import console
 
 
@@ -67,7 +68,7 @@ class PartitionOutcome:
             except RunCancelled:
                 raise
             except Exception as error:  # its flow run has the traceback; the next partition has its own data
-                console.print(f"partition {name}: {error}", markup=False, highlight=False)
+                console.print(printable(f"partition {name}: {error}", lines=True), markup=False, highlight=False)
                 found.append(cls(name, "", f"{type(error).__name__}: {error}"))
         failed = [outcome for outcome in found if outcome.error]
         if failed:

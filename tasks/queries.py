@@ -173,7 +173,7 @@ def _collect(config: QueriesConfig) -> list[tuple[str, str, bytes]]:
     with stage("queries", len(shards)) as advance:
         samples, rejections = scan(shards, lambda: advance(1))
     for rejection in rejections:
-        console.print(f"query skipped: {describe(rejection)}", markup=False, highlight=False)
+        console.print(f"query skipped: {describe(rejection)}", markup=False, highlight=False, soft_wrap=True)
     return [
         (sample.key, sample.captions[0], _png(read_image(sample.shard, sample.offset, sample.size)))
         for sample in samples

@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tasks.printable import printable
 from tasks.run_status import RunStatus
 
 BAR = 24
@@ -107,13 +108,14 @@ def status_table(status: RunStatus) -> RenderableType:
     about.add_column(style="dim")
     about.add_column()
     for name, value in facts(status):
-        about.add_row(name, Text(value, style=colors.get(value, "") if name == "state" else ""))
+        about.add_row(name, Text(printable(value), style=colors.get(value, "") if name == "state" else ""))
     parts: list[RenderableType] = [Text(status.run, style="bold"), about]
     if status.workers:
         workers = Table("worker", "device", "at", "for", "parts", "rows", title="workers", title_justify="left")
         for w in status.workers:
             at, seconds = str(w["at"]) or "-", duration(float(str(w["part_seconds"])))
-            workers.add_row(str(w["worker"]), str(w["device"]), at, seconds, str(w["parts"]), f"{w['rows']:,}")
+            names = Text(printable(str(w["worker"]))), Text(printable(str(w["device"])))
+            workers.add_row(*names, at, seconds, str(w["parts"]), f"{w['rows']:,}")
         parts.append(workers)
     for s in status.stragglers:
         parts.append(
@@ -126,7 +128,8 @@ def status_table(status: RunStatus) -> RenderableType:
         failed = Table("shard", "state", "attempts", "worker", title="failed", title_justify="left")
         failed.add_column("why", overflow="fold")
         for f in status.failures[:SHOWN]:
-            failed.add_row(str(f.shard), f.state, str(f.attempts), f.worker, Text(f"{f.error_class}: {f.error}"))
+            why = Text(printable(f"{f.error_class}: {f.error}"))
+            failed.add_row(str(f.shard), f.state, str(f.attempts), Text(printable(f.worker)), why)
         parts.append(failed)
         if len(status.failures) > SHOWN:
             parts.append(Text(f"and {len(status.failures) - SHOWN} more"))
@@ -134,8 +137,8 @@ def status_table(status: RunStatus) -> RenderableType:
         left = Table("train_id", "found in", title="samples left out", title_justify="left")
         left.add_column("why", overflow="fold")
         for sample in status.left_out[:SHOWN]:
-            left.add_row(str(sample.train_id), sample.found_in, Text(sample.reason))
+            left.add_row(str(sample.train_id), sample.found_in, Text(printable(sample.reason)))
         parts.append(left)
-    parts += [Text(f"warning: {warning}", "yellow") for warning in status.trust.warnings]
+    parts += [Text(f"warning: {printable(warning)}", "yellow") for warning in status.trust.warnings]
     parts += [Text(f"  {command}", "bold") for command in remedies(status)]
     return Group(*parts)
