@@ -76,6 +76,10 @@ def print_query(
                 raise UsageError(f"{error}: cast that column to another type, or choose another --format") from error
     except duckdb.Error as error:
         raise UsageError(str(error)) from error
+    except RuntimeError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # what DuckDB makes of Ctrl-C
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _statement(given: str) -> str:
