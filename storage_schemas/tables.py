@@ -116,7 +116,7 @@ SAMPLES = Table(
     "a training sample: where it lies, captions, size",
     _schema(
         ("train_id", pa.int64(), "row number of the training sample, dense from 0 in shard order"),
-        ("key", pa.string(), "WebDataset key: the member's name up to its first dot"),
+        ("key", pa.string(), "the name of its members up to the last dot"),
         ("shard", pa.string(), "path of the tar that holds the image"),
         ("offset", pa.int64(), "first byte of the image in the tar"),
         ("size", pa.int64(), "length of the image in bytes"),

@@ -34,7 +34,7 @@ from tasks.progress import console, stage
 from tasks.samples import describe
 from tasks.trust import PSEUDO, TWIN
 from tasks.twins import draw_twins
-from tasks.webdataset_shards import decode_image, find_shards, read_image, scan
+from tasks.webdataset_shards import RULES, decode_image, find_shards, read_image, scan
 
 GENERATION_BATCH = 16
 TWIN_NUMBERS = 2**32  # + train_id: the starting noise of a twin's query, apart from those of captions
@@ -66,7 +66,8 @@ def make_queries(context: Context, samples: Stage) -> Stage:
     settings = config.model_dump(mode="json", include=None if _generates(config) else {"split", "seed", "twins"})
     model_hash = context.model_hash if _generates(config) else None
     twins_of = samples.key if config.twins else None
-    key = input_key("queries", settings, stamps(_shards(config)), model_hash, twins_of, table=tables.QUERIES)
+    tars = [RULES, *stamps(_shards(config))] if config.shards else []
+    key = input_key("queries", settings, tars, model_hash, twins_of, table=tables.QUERIES)
     path = context.workspace.queries(key)
     manifest = committed(path, key)
     reused = manifest is not None

@@ -29,7 +29,7 @@ from storage_schemas.workspace import part
 from tasks.context import Context, Stage, load_tensors
 from tasks.printable import printable
 from tasks.progress import console, stage
-from tasks.webdataset_shards import Rejection, find_shards, read_image, scan
+from tasks.webdataset_shards import RULES, Rejection, find_shards, read_image, scan
 
 LATENT_PART_SAMPLES = 512
 _CONDITION = "condition/"
@@ -40,7 +40,7 @@ def ingest_samples(context: Context) -> Stage:
     """Index and check every sample of the tars; a tar that changed since is read again."""
     workspace = context.workspace
     shards = find_shards(context.config.data.shards, "data.shards")
-    key = input_key("samples", stamps(shards), table=tables.SAMPLES)
+    key = input_key("samples", RULES, stamps(shards), table=tables.SAMPLES)
     samples_path, rejected_path = workspace.samples(key), workspace.rejected_samples(key)
     manifest, rejected = committed(samples_path, key), committed(rejected_path, key)
     reused = manifest is not None and rejected is not None

@@ -1,5 +1,7 @@
 """Read WebDataset tars: where each image lies, its captions, and what is wrong with the rest.
 
+A key is what is before the last dot of a file name, so that `photo.v2.0001.jpg` and `photo.v2.0001.txt` are a sample.
+A member under a longer key without an image and a caption of its own, `0001.seg.png`, is a companion of sample `0001`.
 Nothing is extracted and nothing but images, text and JSON is ever decoded.
 """
 
@@ -22,6 +24,17 @@ from fastgda_core.errors import BadSample, UsageError
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_SUFFIXES = ("txt", "json")
 MAX_MEMBER_BYTES = 256 * 2**20
+MAX_NAME = 4096  # characters: what a path may have on Linux
+RULES = 2  # of what is a sample: a tar that was read by other rules is read again
+_COMPRESSIONS = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+    b"PK\x03\x04": "zip",
+}
+# What tarfile raises on headers that were made to hurt, beside its own errors.
+_DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, LookupError, OverflowError, MemoryError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ def scan(shards: list[Path], on_shard: Callable[[], None]) -> tuple[list[ShardSa
             else:
                 rejections.append(item)
         if len(samples) + len(rejections) == before:
-            rejections.append(Rejection(str(shard), "", "the shard is empty: remove it or write it again"))
+            rejections.append(Rejection(str(shard), "", "the shard is empty: write it again"))
         on_shard()
     return samples, rejections
 
@@ -116,41 +129,90 @@ def decode_image(content: bytes) -> Image.Image:
 
 
 def _scan_shard(shard: Path) -> Iterator[ShardSample | Rejection]:
-    members: dict[str, dict[str, tarfile.TarInfo]] = {}
-    duplicates: dict[str, Rejection] = {}
+    members: list[tarfile.TarInfo] = []
     damage: Rejection | None = None
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with tarfile.open(shard, "r:", encoding="utf-8") as tar:
             for member in tar:
-                key, suffix = _split_name(member.name)
-                if not member.isreg() or suffix not in IMAGE_SUFFIXES + CAPTION_SUFFIXES:
-                    continue
-                if suffix in members.setdefault(key, {}):
-                    reason = f"duplicate key: {_printable(member.name)} occurs twice; rename one"
-                    duplicates[key] = Rejection(str(shard), _printable(key), reason)
-                else:
-                    members[key][suffix] = member
+                if member.size < 0:  # tarfile would step back and read the same members for ever
+                    raise tarfile.ReadError("a member of negative size")
+                if not member.isdir():
+                    members.append(member)
             _check_end(tar)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        damage = Rejection(str(shard), "", f"the tar is damaged ({error}): samples before the damage are used")
+    except _DAMAGE as error:
+        damage = Rejection(str(shard), "", _describe_damage(shard, error, begins_well=bool(members)))
     if members:
         with shard.open("rb") as file:
-            for key, parts in members.items():
-                try:
-                    yield _check_sample(shard, _printable(key), parts, file)
-                except BadSample as error:
-                    yield Rejection(str(shard), _printable(key), str(error))
-    yield from duplicates.values()
+            yield from _check_members(shard, members, file)
     if damage is not None:
         yield damage
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """tarfile takes a file cut between two members for a whole one: ask for the zero block that ends a tar."""
+    """tarfile takes a file cut between two members for a whole one, and stops at the first block of zeros."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("no end mark where the last readable member ends")
+    while block := tar.fileobj.read(2**20):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError("more data behind its end mark, as where tars are joined without tar --concatenate")
+
+
+def _describe_damage(shard: Path, error: BaseException, *, begins_well: bool) -> str:
+    if not begins_well and shard.is_file():
+        with shard.open("rb") as file:
+            start = file.read(8)
+        for mark, name in _COMPRESSIONS.items():
+            if start.startswith(mark):
+                return f"the shard is a {name} file: unpack it to a plain tar, in which images have a fixed place"
+    return f"the tar is damaged ({error}): samples before the damage are used"
+
+
+def _check_members(
+    shard: Path, members: list[tarfile.TarInfo], file: io.BufferedReader
+) -> Iterator[ShardSample | Rejection]:
+    """Account for every member: it is of a sample, or a companion of one, or a rejection has its key."""
+    for member in members:
+        if len(member.name) > MAX_NAME:
+            reason = f"its name is longer than {MAX_NAME} characters: shorten it"
+            yield Rejection(str(shard), _printable(member.name)[:MAX_NAME], reason)
+    keyed, duplicates, others = _by_key([member for member in members if len(member.name) <= MAX_NAME])
+    complete = {key for key, parts in keyed.items() if _is_complete(parts)}
+    for key, parts in keyed.items():
+        if key not in complete and not complete.isdisjoint(_shorter_keys(key)):
+            continue  # `0001.seg.png` beside `0001.jpg` and `0001.txt`
+        try:
+            yield _check_sample(shard, _printable(key), parts, file)
+        except BadSample as error:
+            yield Rejection(str(shard), _printable(key), str(error))
+    for key, name in duplicates.items():
+        yield Rejection(str(shard), _printable(key), f"duplicate key: {_printable(name)} occurs twice; rename one")
+    possible = ([*_shorter_keys(key), key] for key in others)
+    for key in dict.fromkeys(keys[0] for keys in possible if keyed.keys().isdisjoint(keys)):
+        yield Rejection(str(shard), _printable(key), "is no sample: no image and no caption has this key")
+
+
+def _by_key(
+    members: list[tarfile.TarInfo],
+) -> tuple[dict[str, dict[str, tarfile.TarInfo]], dict[str, str], list[str]]:
+    """Images and captions by key and suffix; key and name of what occurs again; keys of all other members."""
+    keyed: dict[str, dict[str, tarfile.TarInfo]] = {}
+    duplicates: dict[str, str] = {}
+    others: list[str] = []
+    for member in members:
+        key, suffix = _split_name(member.name)
+        if suffix not in IMAGE_SUFFIXES + CAPTION_SUFFIXES:
+            others.append(key)
+        elif suffix in keyed.setdefault(key, {}):
+            duplicates.setdefault(key, member.name)
+        else:
+            keyed[key][suffix] = member
+    return keyed, duplicates, others
+
+
+def _is_complete(parts: dict[str, tarfile.TarInfo]) -> bool:
+    return not any(parts.keys().isdisjoint(suffixes) for suffixes in (IMAGE_SUFFIXES, CAPTION_SUFFIXES))
 
 
 def _printable(name: str) -> str:
@@ -159,10 +221,16 @@ def _printable(name: str) -> str:
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the key ends at the first dot of the file name, the rest is the suffix."""
-    folder, _, base = name.rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), suffix.lower()
+    """Key and suffix: what is before and behind the last dot of the file name; `.x` and `..` have no suffix."""
+    stem, _, suffix = name.rpartition(".")
+    return (stem, suffix.lower()) if stem.rpartition("/")[2].strip(".") and "/" not in suffix else (name, "")
+
+
+def _shorter_keys(key: str) -> list[str]:
+    """What is before each dot of a key's file name, the shortest first: that is WebDataset's."""
+    base = key.rpartition("/")[2].lstrip(".")
+    start = len(key) - len(base)
+    return [key[: start + number] for number, letter in enumerate(base) if letter == "." and number]
 
 
 def _check_sample(shard: Path, key: str, parts: dict[str, tarfile.TarInfo], file: io.BufferedReader) -> ShardSample:
@@ -175,6 +243,9 @@ def _check_sample(shard: Path, key: str, parts: dict[str, tarfile.TarInfo], file
             raise BadSample(f"{_printable(member.name)} is cut short: write the shard again")
         return whole
 
+    for member in parts.values():
+        if not member.isreg() or member.issparse():
+            raise BadSample(f"{_printable(member.name)} is a link, a device or sparse: store the whole file in the tar")
     images = [parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts]
     if len(images) != 1:
         problem = "has no image: add a" if not images else "has several images: keep one"

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import pickle
 import struct
 import tarfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -178,6 +180,62 @@ def test_the_same_name_in_two_folders_of_a_tar_is_two_samples(tmp_path: Path) ->
     assert [(sample.key, sample.captions) for sample in samples] == [("x/a", ["a cat"]), ("y.z/a", ["a dog"])]
 
 
+def pair(key: str) -> Members:
+    return [(f"{key}.jpg", JPEG), (f"{key}.txt", key.encode())]
+
+
+@pytest.mark.parametrize(
+    ("members", "used", "rejected"),
+    [
+        ([*pair("photo.v2.0001"), *pair("photo.v2.0002")], ["photo.v2.0001", "photo.v2.0002"], []),
+        ([*pair("a.b/photo.v2"), *pair("a.b/photo.v3")], ["a.b/photo.v2", "a.b/photo.v3"], []),
+        ([*pair("photo"), *pair("photo.v2")], ["photo", "photo.v2"], []),
+        ([*pair("1"), ("1.seg.png", JPEG), ("1.cls.txt", b"3"), ("1.cls", b"3"), ("1.pose.npy", b"")], ["1"], []),
+        ([*pair("p.v2"), ("p.v2.seg.png", JPEG)], ["p.v2"], []),
+        ([("1.txt", b"a cat"), ("1.seg.png", JPEG)], [], ["1", "1.seg"]),
+        ([("1.jpg", JPEG), ("1.caption.txt", b"a cat")], [], ["1", "1.caption"]),
+        ([("p.v2.jpg", JPEG), ("p.v3.jpg", JPEG)], [], ["p.v2", "p.v3"]),
+        ([(name, b"") for name in ("p.v2.npy", "p.v3.npy", "README", ".jpg", "..")], [], ["p", "README", ".jpg", ".."]),
+        ([*pair("s" * 5000)], [], ["s" * 4096]),
+    ],
+    ids=[
+        "only dotted",
+        "dotted folder",
+        "dotted beside undotted",
+        "fields of a sample",
+        "fields of a dotted sample",
+        "image under a longer name",
+        "caption under a longer name",
+        "no captions",
+        "nothing of ours",
+        "long name",
+    ],
+)
+def test_dots_in_a_name_lose_nothing(tmp_path: Path, members: Members, used: list[str], rejected: list[str]) -> None:
+    samples, rejections = scan_quietly(write_tar(tmp_path / "data.tar", members))
+    assert [sample.key for sample in samples] == used
+    assert list(dict.fromkeys(rejection.key for rejection in rejections)) == rejected
+
+
+@pytest.mark.parametrize("what", ["damaged", "joined with cat", "of negative size"])
+def test_what_lies_behind_is_not_lost_in_silence(tmp_path: Path, what: str) -> None:
+    shard = write_tar(tmp_path / "data.tar", sample_members(range(3)))
+    content = bytearray(shard.read_bytes())
+    last = layout(shard)[-1].offset
+    if what == "damaged":
+        content[last : last + 512] = b"x" * 512
+    elif what == "of negative size":
+        content[last + 124 : last + 136] = b"\xff" * 10 + b"\xfc\x00"  # -1024: back to the member before
+        content[last + 148 : last + 156] = b" " * 8
+        content[last + 148 : last + 156] = b"%06o\0 " % sum(content[last : last + 512])
+    else:
+        content += write_tar(tmp_path / "more.tar", sample_members(range(3, 5))).read_bytes()
+    shard.write_bytes(content)
+    samples, rejections = scan_quietly(shard)
+    assert [sample.key for sample in samples] == (GOOD if what.startswith("joined") else GOOD[:2])
+    assert rejections[-1].key == "" and "damaged" in rejections[-1].reason
+
+
 def no_members(path: Path) -> None:
     write_tar(path, [])
 
@@ -191,23 +249,40 @@ def no_tar(path: Path) -> None:
 
 
 def nothing_of_ours(path: Path) -> None:
-    write_tar(path, [("readme.md", b"hello"), ("a.cls", b"3")])
+    write_tar(path, [("readme.md", b"hello"), ("readme.cls", b"3")])
+
+
+def zipped(path: Path) -> None:
+    write_tar(path, sample_members(range(3)))
+    path.write_bytes(gzip.compress(path.read_bytes()))
 
 
 def nowhere(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("make", [no_members, no_bytes, no_tar, nothing_of_ours, nowhere])
-def test_a_useless_shard_is_named_once_and_the_other_shards_survive(tmp_path: Path, make) -> None:
+@pytest.mark.parametrize(
+    ("make", "key", "reason"),
+    [
+        (no_members, "", "empty"),
+        (no_bytes, "", "damaged"),
+        (no_tar, "", "damaged"),
+        (nothing_of_ours, "readme", "no sample"),
+        (zipped, "", "gzip"),
+        (nowhere, "", "damaged"),
+    ],
+)
+def test_a_useless_shard_is_named_once_and_the_other_shards_survive(
+    tmp_path: Path, make: Callable[[Path], None], key: str, reason: str
+) -> None:
     bad = tmp_path / "bad.tar"
     make(bad)
     before = write_tar(tmp_path / "a.tar", sample_members(range(1)))
     after = write_tar(tmp_path / "c.tar", sample_members(range(1, 3)))
     samples, (rejection,) = scan_quietly(before, bad, after)
     assert [sample.key for sample in samples] == GOOD
-    assert (rejection.shard, rejection.key) == (str(bad), "")
-    assert rejection.reason
+    assert (rejection.shard, rejection.key) == (str(bad), key)
+    assert reason in rejection.reason
 
 
 def cut(shard: Path, end: int) -> Path:
@@ -256,20 +331,24 @@ def test_samples_behind_a_damaged_header_are_not_lost_in_silence(tmp_path: Path)
     assert [(rejection.shard, rejection.key) for rejection in rejections] == [(str(shard), "")]
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
-def test_links_and_devices_are_ignored(tmp_path: Path, kind: bytes) -> None:
+KINDS = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.GNUTYPE_SPARSE]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_links_devices_and_sparse_files_are_named_and_folders_hold_nothing(tmp_path: Path, kind: bytes) -> None:
     shard = tmp_path / "data.tar"
     with tarfile.open(shard, "w") as tar:
         odd = tarfile.TarInfo("link.jpg")
         odd.type, odd.linkname = kind, "/etc/passwd"
         tar.addfile(odd)
-        for name, content in sample_members(range(3)):
+        for name, content in [("link.txt", b"a cat"), *sample_members(range(3))]:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    samples, rejections = scan_quietly(shard)
+    samples, (rejection,) = scan_quietly(shard)
     assert [sample.key for sample in samples] == GOOD
-    assert rejections == []
+    assert rejection.key == "link"
+    assert ("no image" if kind == tarfile.DIRTYPE else "store the whole file") in rejection.reason
 
 
 class Trap:
@@ -289,7 +368,8 @@ def test_a_pickle_is_never_loaded(tmp_path: Path, suffix: str) -> None:
     pickle.loads(trap)
     assert sprung.exists()
     sprung.unlink()
-    assert scan_among_good(tmp_path, [(f"s0001.{suffix}", trap), (f"other.{suffix}", trap)]) == []
+    (rejection,) = scan_among_good(tmp_path, [(f"s0001.{suffix}", trap), (f"other.{suffix}", trap)])
+    assert rejection.key == "other"
     assert not sprung.exists()
 
 
