@@ -19,6 +19,7 @@ from tasks.config import PipelineConfig
 from tasks.context import pick_device
 from tasks.features import load_encoders
 from tasks.head import described_space, load_trained_head, read_index_mean
+from tasks.images import as_rgb
 from tasks.samples import samples_table
 
 
@@ -57,7 +58,9 @@ class AttributionService:
     @torch.no_grad()
     def embed(self, image: Image.Image, caption: str) -> Tensor:
         """The vector that one query is searched by, (1, 768)."""
-        parts = [encoder.encode([image if encoder.modality == "image" else caption]) for encoder in self.encoders]
+        parts = [
+            encoder.encode([as_rgb(image) if encoder.modality == "image" else caption]) for encoder in self.encoders
+        ]
         return self.head.queries(concatenate(parts, unit_length=self.unit_length, mean=self.mean))
 
     def attribute(self, image: Image.Image, caption: str, k: int) -> list[Attribution]:

@@ -30,11 +30,12 @@ from storage_schemas.files import AnyPath, stamps
 from storage_schemas.workspace import twins_beside
 from tasks.config import QueriesConfig
 from tasks.context import Context, Stage
+from tasks.images import decode_image
 from tasks.progress import console, stage
-from tasks.samples import describe
+from tasks.samples import describe, tell_of_several_pictures
 from tasks.trust import PSEUDO, TWIN
 from tasks.twins import draw_twins
-from tasks.webdataset_shards import RULES, decode_image, find_shards, read_image, scan
+from tasks.webdataset_shards import RULES, find_shards, read_image, scan
 
 GENERATION_BATCH = 16
 TWIN_NUMBERS = 2**32  # + train_id: the starting noise of a twin's query, apart from those of captions
@@ -173,6 +174,7 @@ def _collect(config: QueriesConfig) -> list[tuple[str, str, bytes]]:
     shards = _shards(config)
     with stage("queries", len(shards)) as advance:
         samples, rejections = scan(shards, lambda: advance(1))
+    tell_of_several_pictures(samples)
     for rejection in rejections:
         console.print(f"query skipped: {describe(rejection)}", markup=False, highlight=False, soft_wrap=True)
     return [

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 
@@ -29,7 +30,7 @@ from storage_schemas.workspace import part
 from tasks.context import Context, Stage, load_tensors
 from tasks.printable import printable
 from tasks.progress import console, stage
-from tasks.webdataset_shards import RULES, Rejection, find_shards, read_image, scan
+from tasks.webdataset_shards import RULES, Rejection, ShardSample, find_shards, read_image, scan
 
 LATENT_PART_SAMPLES = 512
 _CONDITION = "condition/"
@@ -48,6 +49,7 @@ def ingest_samples(context: Context) -> Stage:
         started = time.monotonic()
         with stage("samples", len(shards)) as advance:
             samples, rejections = scan(shards, lambda: advance(1))
+        tell_of_several_pictures(samples)
         if not samples:
             raise UsageError(f"data.shards holds no usable sample; the first fault: {describe(rejections[0])}")
         rows = [{"train_id": number, **asdict(sample)} for number, sample in enumerate(samples)]
@@ -108,6 +110,13 @@ def _json_texts(texts: pa.Array) -> pa.Array:
 
 def describe(rejection: Rejection) -> str:
     return printable(f"{rejection.shard}{'/' + rejection.key if rejection.key else ''}: {rejection.reason}")
+
+
+def tell_of_several_pictures(samples: list[ShardSample]) -> None:
+    """Say, once a tar, that of an animation the first picture is used."""
+    for shard, count in Counter(sample.shard for sample in samples if sample.pictures > 1).items():
+        said = f"{shard}: the first picture is used of {count} images that are animations or hold several"
+        console.print(said, markup=False, highlight=False)
 
 
 def warn_of_rejections(table: pa.Table) -> None:

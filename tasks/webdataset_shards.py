@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import tarfile
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 from PIL import Image
 
 from fastgda_core.errors import BadSample, UsageError
+from tasks.images import decode_first, decode_image
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_SUFFIXES = ("txt", "json")
@@ -49,6 +49,8 @@ class ShardSample:
     width: int
     height: int
     image_sha256: str
+    pictures: int
+    """In the image's file, of which the first is used."""
 
 
 @dataclass(frozen=True)
@@ -107,25 +109,6 @@ def read_image(shard: str, offset: int, size: int, sha256: str | None = None) ->
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise BadSample("the image changed since its tar was indexed: restore the tar")
     return decode_image(content)
-
-
-def decode_image(content: bytes) -> Image.Image:
-    """Decode to RGB, transparency on white.
-
-    Raises:
-        BadSample: not an image, damaged, or absurdly large.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadSample(f"image does not decode ({error}): replace it") from error
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return image.convert("RGB")
 
 
 def _scan_shard(shard: Path) -> Iterator[ShardSample | Rejection]:
@@ -252,16 +235,17 @@ def _check_sample(shard: Path, key: str, parts: dict[str, tarfile.TarInfo], file
         raise BadSample(f"{problem} .jpg, .png or .webp")
     captions = _captions({suffix: content(parts[suffix]) for suffix in CAPTION_SUFFIXES if suffix in parts})
     encoded = content(images[0])
-    width, height = decode_image(encoded).size
+    image, pictures = decode_first(encoded)
     return ShardSample(
         str(shard),
         key,
         images[0].offset_data,
         len(encoded),
         captions,
-        width,
-        height,
+        image.width,
+        image.height,
         hashlib.sha256(encoded).hexdigest(),
+        pictures,
     )
 
 

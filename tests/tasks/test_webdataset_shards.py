@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastgda_core.errors import BadSample, UsageError
+from tasks.progress import console
+from tasks.samples import tell_of_several_pictures
 from tasks.webdataset_shards import Rejection, ShardSample, decode_image, find_shards, read_image, scan
 from tests.tiny import draw, sample_members, write_tar
 
@@ -250,6 +252,29 @@ def no_tar(path: Path) -> None:
 
 def nothing_of_ours(path: Path) -> None:
     write_tar(path, [("readme.md", b"hello"), ("readme.cls", b"3")])
+
+
+def test_sizes_are_those_of_upright_images(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 4)).save(buffer, "JPEG", exif=exif)
+    members = [("a.jpg", buffer.getvalue()), ("a.txt", b"a cat")]
+    ((sample,), _) = scan_quietly(write_tar(tmp_path / "data.tar", members))
+    assert (sample.width, sample.height) == (4, 6)
+
+
+def test_of_animations_the_first_picture_is_used_and_said_once_a_tar(tmp_path: Path) -> None:
+    buffer, red, blue = io.BytesIO(), Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    red.save(buffer, "WEBP", save_all=True, append_images=[blue], lossless=True)
+    moving = [(f"{key}.webp", buffer.getvalue()) for key in "ab"] + [(f"{key}.txt", b"red") for key in "ab"]
+    samples, _ = scan_quietly(write_tar(tmp_path / "data.tar", [*moving, *sample_members(range(1))]))
+    assert [sample.pictures for sample in samples] == [2, 2, 1]
+    first = read_image(samples[0].shard, samples[0].offset, samples[0].size)
+    assert first.getpixel((0, 0)) == (255, 0, 0)
+    with console.capture() as said:
+        tell_of_several_pictures(samples)
+    assert " ".join(said.get().split()).count("picture is used of 2 images") == said.get().count("data.tar") == 1
 
 
 def zipped(path: Path) -> None:
