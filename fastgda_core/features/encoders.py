@@ -110,7 +110,7 @@ def load_clip(source: str, device: torch.device) -> Encoder:
     """CLIP's projected image embedding; ViT-B/32 gives 512-d."""
     from transformers import CLIPVisionModelWithProjection
 
-    network = CLIPVisionModelWithProjection.from_pretrained(source)
+    network = _pretrained(CLIPVisionModelWithProjection, source)
     return _image_encoder(network, CLIP, lambda found: found.image_embeds, device)
 
 
@@ -119,7 +119,7 @@ def load_clip_text(source: str, device: torch.device) -> Encoder:
     from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
     tokenizer = AutoTokenizer.from_pretrained(source)
-    network = CLIPTextModelWithProjection.from_pretrained(source).to(device).eval().requires_grad_(False)
+    network = _pretrained(CLIPTextModelWithProjection, source).to(device).eval().requires_grad_(False)
     longest = network.config.max_position_embeddings
 
     @torch.no_grad()
@@ -134,7 +134,7 @@ def load_dino(source: str, device: torch.device) -> Encoder:
     """DINO's class token after the last norm; ViT-B/16 gives 768-d."""
     from transformers import ViTModel
 
-    network = ViTModel.from_pretrained(source, add_pooling_layer=False)
+    network = _pretrained(ViTModel, source, add_pooling_layer=False)
     return _image_encoder(network, DINO, lambda found: found.last_hidden_state[:, 0], device)
 
 
@@ -142,8 +142,20 @@ def load_dinov2(source: str, device: torch.device) -> Encoder:
     """DINOv2's class token after the last norm; ViT-L/14 with registers gives 1,024-d."""
     from transformers import Dinov2WithRegistersModel
 
-    network = Dinov2WithRegistersModel.from_pretrained(source)
+    network = _pretrained(Dinov2WithRegistersModel, source)
     return _image_encoder(network, DINO, lambda found: found.last_hidden_state[:, 0], device)
+
+
+def _pretrained(kind: Any, source: str, **options: Any) -> Any:
+    """A transformers module of a folder or hub id.
+
+    Raises:
+        ValueError: a weight is not in the file, which `from_pretrained` would draw at random: in each process another.
+    """
+    network, info = kind.from_pretrained(source, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"it lacks the weights {', '.join(missing[:3])}{', ...' if missing[3:] else ''}")
+    return network
 
 
 def _image_encoder(

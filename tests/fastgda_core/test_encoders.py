@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
     CLIPConfig,
@@ -146,6 +148,25 @@ def test_weights_that_cannot_be_loaded_are_named_in_one_line(tmp_path: Path, nam
     with pytest.raises(UsageError, match=f"features.weights.{name}") as caught:
         load_encoder(name, CPU, str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("clip", "dino"), ("clip_text", "dinov2"), ("dino", "clip"), ("dino", "dinov2"), ("dinov2", "dino")],
+)
+def test_the_folder_of_another_network_is_refused(folders: dict[str, str], name: str, folder: str) -> None:
+    with pytest.raises(UsageError, match=f"features.weights.{name}") as caught:
+        load_encoder(name, CPU, folders[folder])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_lacks_one_layer_is_refused(folders: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(folders["dino"], tmp_path / "short")
+    weights = load_file(tmp_path / "short" / "model.safetensors")
+    lost = next(name for name in weights if "layer.1" in name)
+    save_file({key: value for key, value in weights.items() if key != lost}, tmp_path / "short" / "model.safetensors")
+    with pytest.raises(UsageError, match="it lacks the weights"):
+        load_encoder("dino", CPU, str(tmp_path / "short"))
 
 
 def test_a_feature_space_lays_unit_vectors_end_to_end() -> None:
