@@ -48,7 +48,14 @@ class Query:
     query_id: str
     split: str
     caption: str
-    image: Image.Image
+    path: AnyPath
+    """The table of its query set."""
+    row: int
+
+    @property
+    def image(self) -> Image.Image:
+        """Decoded anew each time: thousands of images are more than there is memory for."""
+        return decode_image(_encoded_images(self.path)[self.row].as_py())
 
     @property
     def owner(self) -> int:
@@ -204,10 +211,17 @@ def joined_queries(sets: Sequence[Stage]) -> list[Query]:
     return [loaded[number][row] for number, row in join_queries(sets)]
 
 
-@functools.lru_cache(maxsize=64)
 def load_queries(stage_: Stage) -> tuple[Query, ...]:
-    """The queries of a query set, in order."""
-    return tuple(
-        Query(row["query_id"], row["split"], row["caption"], decode_image(row["image"]))
-        for row in tables.read(stage_.path, tables.QUERIES).to_pylist()
-    )
+    """The queries of a query set, in order; their images are read when one is asked for."""
+    return _queries_in(stage_.path)
+
+
+@functools.lru_cache(maxsize=64)
+def _queries_in(path: AnyPath) -> tuple[Query, ...]:
+    rows = tables.read(path, tables.QUERIES, columns=["query_id", "split", "caption"]).to_pylist()
+    return tuple(Query(**row, path=path, row=number) for number, row in enumerate(rows))
+
+
+@functools.lru_cache(maxsize=2)
+def _encoded_images(path: AnyPath) -> pa.ChunkedArray:
+    return tables.read(path, tables.QUERIES, columns=["image"])["image"]
