@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ from tasks.twins import draw_twins
 from tasks.webdataset_shards import RULES, find_shards, read_image, scan
 
 GENERATION_BATCH = 16
+_PLAIN_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 TWIN_NUMBERS = 2**32  # + train_id: the starting noise of a twin's query, apart from those of captions
 
 
@@ -86,7 +88,8 @@ def make_queries(context: Context, samples: Stage) -> Stage:
         rows = [(query_id, split, *rest) for (query_id, *rest), split in zip(asked, splits, strict=True)]
         twins, of_twins = _twin_queries(context, samples, key)
         table = pa.Table.from_pylist(
-            [_write_image(path, *row) for row in (*rows, *of_twins)], schema=tables.QUERIES.schema
+            [_write_image(path, number, *row) for number, row in enumerate((*rows, *of_twins))],
+            schema=tables.QUERIES.schema,
         )
         commit_table(twins_beside(path), twins, tables.TWINS, key=key, started=started)
         manifest = commit_table(path, table, tables.QUERIES, key=key, started=started, device=str(context.device))
@@ -97,9 +100,12 @@ def _generates(config: QueriesConfig) -> bool:
     return bool(config.captions or config.twins)
 
 
-def _write_image(path: AnyPath, query_id: str, split: str, caption: str, png: bytes) -> dict[str, object]:
-    """A row of the table, its PNG beside it."""
-    write_atomically(path.parent / "images" / f"{query_id.replace('/', '_')}.png", png)
+def _write_image(path: AnyPath, number: int, query_id: str, split: str, caption: str, png: bytes) -> dict[str, object]:
+    """A row of the table, its PNG beside it: named after the query where the name is fit for a file, else numbered."""
+    stem = query_id
+    if not _PLAIN_NAME.fullmatch(query_id):
+        stem = f"{number:05d}-{hashlib.sha256(query_id.encode()).hexdigest()[:12]}"
+    write_atomically(path.parent / "images" / f"{stem}.png", png)
     digest = hashlib.sha256(png).hexdigest()
     return {"query_id": query_id, "split": split, "caption": caption, "image": png, "image_sha256": digest}
 

@@ -15,7 +15,7 @@ from fastgda_core.errors import BadSample
 from storage_schemas import tables
 from storage_schemas.commit import commit_table
 from tasks.context import Stage
-from tasks.queries import joined_queries, load_queries, queries_stage
+from tasks.queries import _write_image, joined_queries, load_queries, queries_stage
 from tests.tiny import draw
 
 
@@ -59,3 +59,26 @@ def test_of_queries_of_one_name_the_last_sets_is_joined(tmp_path: Path) -> None:
     found = joined_queries([first, second])
     assert [query.query_id for query in found] == ["a", "b", "c"]
     assert found[1].image.tobytes() == load_queries(second)[0].image.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("query_id", "name"),
+    [
+        *[(kept, f"{kept}.png") for kept in ("q0003", "twin-12-0123ab", "x" * 100)],
+        *[(odd, None) for odd in ("a b", "a/b", "..", ".hidden", "a\nb", "x" * 300, "über/" * 60)],
+    ],
+)
+def test_a_query_of_any_name_has_a_picture_file_of_its_own(query_id: str, name: str | None, tmp_path: Path) -> None:
+    png = draw(1)[0]
+    names = [query_id, query_id.replace("/", "_"), query_id + "0"]
+    for number, each in enumerate(dict.fromkeys(names)):
+        row = _write_image(tmp_path / "set" / "queries.parquet", number, each, "test", "x", png)
+        assert row["query_id"] == each and row["image"] == png
+    files = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert len(files) == len(dict.fromkeys(names)) and {path.parent.name for path in tmp_path.rglob("*.png")} == {
+        "images"
+    }
+    if name is not None:
+        assert name in files
+    else:
+        assert any(file.startswith("00000-") for file in files) and all(file.isascii() for file in files)
