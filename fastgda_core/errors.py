@@ -61,7 +61,7 @@ _PASSING = {
     errno.ESTALE,
     errno.ETIMEDOUT,
 }
-# By name, as the libraries that raise them need not be installed: botocore, aiohttp, fsspec, urllib3, httpx.
+# By name, as the libraries that raise them need not be installed: botocore, aiohttp, fsspec, urllib3, httpx, azure.
 _PASSING_CLASSES = {
     "ClientConnectionError",
     "ClientConnectorError",
@@ -72,10 +72,16 @@ _PASSING_CLASSES = {
     "FSTimeoutError",
     "HTTPClientError",
     "IncompleteReadError",
+    "NetworkError",
+    "ProtocolError",
+    "ProxyError",
     "ReadError",
     "ReadTimeout",
     "ReadTimeoutError",
     "ServerDisconnectedError",
+    "ServiceRequestError",
+    "ServiceResponseError",
+    "TimeoutException",
     "WorkerCrashedError",
 }
 # After these the CUDA context may be lost: the process has to be replaced, which is a retry elsewhere.
@@ -118,9 +124,10 @@ def device_lost(error: BaseException) -> bool:
 
 
 def _throttled(error: BaseException) -> bool:
-    """An object store that answered with a 5xx, or that asks to slow down."""
+    """A server that answered with a 5xx, or that asks to slow down or to come again."""
     response = getattr(error, "response", None)
-    if not isinstance(response, dict):
-        return False
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return bool(status >= 500 or status == 429)
+    if isinstance(response, dict):  # botocore
+        statuses = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]
+    else:  # Azure and httpx, aiohttp, Google and gcsfs
+        statuses = [getattr(each, name, None) for each in (error, response) for name in ("status_code", "status", "code")]
+    return any(isinstance(status, int) and (500 <= status < 600 or status in (408, 429)) for status in statuses)

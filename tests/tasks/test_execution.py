@@ -6,8 +6,11 @@ import errno
 import multiprocessing
 import threading
 from datetime import UTC, date, datetime
+from http import HTTPStatus
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import pytest
 import torch
 import yaml
@@ -53,6 +56,14 @@ class ClientError(Exception):
         self.response = {"ResponseMetadata": {"HTTPStatusCode": status}}
 
 
+class HttpError(Exception):
+    """Of gcsfs (`code`), google.api_core (`code`, an HTTPStatus), azure.core (`status_code`), aiohttp (`status`)."""
+
+    def __init__(self, **status: object) -> None:
+        super().__init__(str(status))
+        vars(self).update(status)
+
+
 def _raised_from(error: Exception, cause: Exception) -> Exception:
     error.__cause__ = cause
     return error
@@ -72,6 +83,17 @@ def _raised_from(error: Exception, cause: Exception) -> Exception:
         (ClientError(503), Remedy.retry),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), Remedy.retry),
         (_raised_from(ValueError("cannot read"), ConnectionResetError()), Remedy.retry),
+        (HttpError(code=503), Remedy.retry),
+        (HttpError(code=HTTPStatus.TOO_MANY_REQUESTS), Remedy.retry),
+        (HttpError(status_code=500), Remedy.retry),
+        (HttpError(status=429, message="slow down"), Remedy.retry),
+        (HttpError(response=SimpleNamespace(status_code=502)), Remedy.retry),
+        (httpx.ConnectTimeout("no answer"), Remedy.retry),
+        (httpx.RemoteProtocolError("closed without an answer"), Remedy.retry),
+        (httpx.UnsupportedProtocol("htp://"), Remedy.stop),
+        (HttpError(code=404), Remedy.stop),
+        (HttpError(status_code=403), Remedy.stop),
+        (HttpError(code="E500", status="gone"), Remedy.stop),
         (ClientError(403), Remedy.stop),
         (OSError(errno.ENOSPC, "disk full"), Remedy.stop),
         (FileNotFoundError("gone"), Remedy.stop),
