@@ -9,22 +9,19 @@ from types import TracebackType
 from typing import Self
 from uuid import UUID
 
-import httpx
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
-from prefect.exceptions import PrefectException
 from prefect.runtime import flow_run
 
 from fastgda_core.errors import UsageError
 from storage_schemas.errors import StoreError
 from storage_schemas.workspace import Workspace
+from tasks.prefect_answers import tolerated
 from tasks.run_status import run_status
 from tasks.status_text import status_markdown
 
 UPDATE_SECONDS = 10.0
-# A client of Prefect that cannot reach its server at all raises a plain RuntimeError.
-_UNREACHABLE = (httpx.HTTPError, PrefectException, ConnectionError, RuntimeError)
 
 
 def artifact_key(*words: str) -> str:
@@ -36,11 +33,10 @@ def publish_markdown(key: str, text: str, description: str) -> UUID | None:
     """A new version of an artifact; None where there is no flow run or no server to hear of it."""
     if flow_run.get_id() is None:
         return None
-    try:
+    with tolerated(f"keep the artifact {artifact_key(key)}"):
         made = create_markdown_artifact(text, key=artifact_key(key), description=description)
-    except _UNREACHABLE:
-        return None
-    return made if isinstance(made, UUID) else None
+        return made if isinstance(made, UUID) else None
+    return None
 
 
 def publish_image(key: str, picture: bytes, description: str) -> None:
@@ -49,10 +45,8 @@ def publish_image(key: str, picture: bytes, description: str) -> None:
         return
     kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
     url = f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
-    try:
+    with tolerated(f"keep the artifact {artifact_key(key)}"):
         create_image_artifact(url, key=artifact_key(key), description=description)
-    except _UNREACHABLE:
-        return
 
 
 class Board:
@@ -84,8 +78,5 @@ class Board:
         if self.artifact is None:
             self.artifact = publish_markdown(f"progress {self.run}", text, f"Progress of run {self.run}")
             return
-        try:
-            with get_client(sync_client=True) as client:
-                client.update_artifact(self.artifact, ArtifactUpdate(data=text))
-        except _UNREACHABLE:
-            return
+        with tolerated("show how the run stands"), get_client(sync_client=True) as client:
+            client.update_artifact(self.artifact, ArtifactUpdate(data=text))

@@ -7,21 +7,24 @@ the workspace to learn what a job got done: its Prefect state may never come whe
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from uuid import UUID
+from typing import TypeVar
+from uuid import UUID, uuid4
 
-import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.filters import FlowRunFilterTags as Tags
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
-from prefect.exceptions import ObjectNotFound, PrefectException
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Cancelling, Crashed
+from rich.markup import escape
 
 from fastgda_core.errors import UsageError
 from storage_schemas.attempts import Attempt, ShardState, read_attempts
@@ -30,14 +33,15 @@ from storage_schemas.workspace import Workspace
 from tasks.execution_config import PoolConfig
 from tasks.fan_out import Failure, Order, Outcome, quarantine_deadly
 from tasks.number_ranges import as_ranges, from_ranges
+from tasks.prefect_answers import away, refusal, tolerated
 from tasks.progress import console
+from tasks.worker import HUNG_FACTOR
 
 POLL_SECONDS = 2.0
 SHORTEST_JOB = 60.0  # seconds of work: below it, the start of a process costs more than the job
 PROBE_PARTS = 4  # in a job while nothing is known of how long a part takes
 IDLE_JOBS = 5  # in a row that end before they start a part: then no worker can do this
 UNTAKEN_SECONDS = 60.0  # after which somebody is told that no worker takes a job
-HUNG_FACTOR = 1.5  # x the time limit of a part, after which its job is ended from outside
 _UNFINISHED = [
     StateType.SCHEDULED,
     StateType.PENDING,
@@ -45,7 +49,8 @@ _UNFINISHED = [
     StateType.PAUSED,
     StateType.CANCELLING,
 ]
-_UNREACHABLE = (httpx.HTTPError, PrefectException, ConnectionError)
+PAGE = 200  # flow runs in one answer, at most: PREFECT_SERVER_API_DEFAULT_LIMIT
+T = TypeVar("T")
 
 
 @dataclass
@@ -58,6 +63,15 @@ class _Job:
     beat: int = -1
     beat_changed: float = field(default_factory=time.monotonic)
     ending: bool = False  # it was told to end
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A job to be started. However often the server is asked, by its key it starts it once."""
+
+    pool: PoolConfig
+    numbers: list[int]
+    key: str = field(default_factory=lambda: uuid4().hex)
 
 
 @dataclass
@@ -76,18 +90,23 @@ class JobPool:
     _known: dict[int, int] = field(default_factory=dict)  # attempt records of a part, when it was last looked at
     _idle: int = 0
     _told: bool = False
+    _unanswered: _Request | None = None  # the server was away before it said whether it has started this one
+    _waiting: bool = False
 
     def make(self, numbers: list[int], tick: Callable[[], bool]) -> Outcome:
         """Keep jobs under way until every part is there, failed, or somebody stops it."""
         outcome = Outcome()
         self._known = {number: len(several) for number, several in self._attempts().items()}
-        with get_client(sync_client=True) as client:
+        # Prefect's client would try for minutes by itself, in which nobody could stop the run.
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 1}), get_client(sync_client=True) as client:
             while not self._adopt(client):
-                time.sleep(POLL_SECONDS)  # the server is away
+                if not tick():
+                    return Outcome(stopped=True)
+                time.sleep(POLL_SECONDS)
             held = {number for job in self._jobs for number in job.numbers}
             waiting = deque(number for number in numbers if number not in held)
             try:
-                while self._jobs or (waiting and not outcome.stopped):
+                while self._jobs or ((waiting or self._unanswered) and not outcome.stopped):
                     outcome.stopped |= not tick()
                     if not outcome.stopped:
                         self._start(waiting)
@@ -111,56 +130,119 @@ class JobPool:
 
     def _adopt(self, client: SyncPrefectClient) -> bool:
         """Take over the jobs that a coordinator of this run left under way when it died; False where nobody answers."""
-        chosen = FlowRunFilter(
-            tags=Tags(all_=self._tags()),
-            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED)),
-        )
-        try:
-            under_way = client.read_flow_runs(flow_run_filter=chosen, limit=200)
-        except _UNREACHABLE:
+        under_way: list[FlowRun] = []
+        while True:
+            chosen = FlowRunFilter(
+                tags=Tags(all_=self._tags()),
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED)),
+                id=FlowRunFilterId(not_any_=[found.id for found in under_way]),
+            )
+            page = self._page(client, chosen)
+            if page is None:
+                return False
+            under_way += page
+            if len(page) < PAGE:
+                break
+        deployments = self._deployments(client) if under_way else {}
+        if deployments is None:
             return False
         for found in under_way:
             numbers = from_ranges(str(found.parameters.get("numbers", "")))
-            self._jobs.append(_Job(found.id, found.name, self._pool_of(found), numbers))
+            self._jobs.append(_Job(found.id, found.name, self._pool_of(found, deployments), numbers))
         return True
 
-    def _pool_of(self, flow_run: FlowRun) -> PoolConfig:
-        named = [pool for pool in self.order.execution.pools if pool.queue == flow_run.work_queue_name]
-        return (named or list(self.order.execution.pools))[0]
+    def _page(self, client: SyncPrefectClient, chosen: FlowRunFilter) -> list[FlowRun] | None:
+        return self._answer("list the run's jobs", lambda: client.read_flow_runs(flow_run_filter=chosen, limit=PAGE))
+
+    def _deployments(self, client: SyncPrefectClient) -> dict[str, UUID] | None:
+        """What the server calls the deployments of the pools; None while it is away."""
+        found = {}
+        for pool in self.order.execution.pools:
+            ask = functools.partial(client.read_deployment_by_name, pool.deployment)
+            deployment = self._answer(f"show {pool.deployment}", ask, pool)
+            if deployment is None:
+                return None
+            found[pool.deployment] = deployment.id
+        return found
+
+    def _pool_of(self, flow_run: FlowRun, deployments: dict[str, UUID]) -> PoolConfig:
+        pools = self.order.execution.pools
+        same = [pool for pool in pools if deployments[pool.deployment] == flow_run.deployment_id]
+        # Of the pools that share a deployment, one without a queue takes what no other one names.
+        fit = [pool for pool in same if pool.queue == flow_run.work_queue_name] or [p for p in same if p.queue is None]
+        return (fit or same or list(pools))[0]
+
+    def _answer(self, asked: str, ask: Callable[[], T], pool: PoolConfig | None = None) -> T | None:
+        """What the server says; None while it is away, which is told once.
+
+        Raises:
+            UsageError: it refuses, and will do so again.
+        """
+        try:
+            answer = ask()
+        except ObjectNotFound as error:
+            if pool is None:
+                raise refusal(error, asked) from error
+            raise UsageError(
+                f"execution.pools names the deployment {pool.deployment!r}, which this server does not have: "
+                "deploy it (`prefect deploy --all`) or correct the name"
+            ) from error
+        except Exception as error:
+            if not away(error):
+                raise refusal(error, asked) from error
+            if not self._waiting:
+                why = escape(" ".join(str(error).split()) or type(error).__name__)
+                console.print(
+                    f"[yellow]waiting:[/] the Prefect server is away ({why}); jobs under way go on, and "
+                    f"`fastgda cancel {self.order.run}` stops the run",
+                    highlight=False,
+                )
+            self._waiting = True
+            return None
+        if self._waiting:
+            console.print("the Prefect server answers again", highlight=False)
+        self._waiting = False
+        return answer
 
     def _start(self, waiting: deque[int]) -> None:
         """New jobs for the free slots."""
-        order = self.order
+        if self._unanswered is not None and not self._submit(self._unanswered):
+            return
         for pool in self.order.execution.pools:
             while waiting and sum(job.pool == pool for job in self._jobs) < pool.slots:
                 numbers = [waiting.popleft() for _ in range(min(len(waiting), self._size(pool, len(waiting))))]
-                try:
-                    started = run_deployment(
-                        name=pool.deployment,
-                        parameters={
-                            "location": order.location,
-                            "run": order.run,
-                            "assignment": order.assignment,
-                            "kind": order.kind,
-                            "numbers": as_ranges(numbers),
-                            "execution": order.execution.model_dump(mode="json"),
-                            "timeout": order.timeout(self.part_seconds()),
-                        },
-                        timeout=0,
-                        flow_run_name=f"{order.kind} {order.run} {as_ranges(numbers)[:60]}",
-                        tags=self._tags(),
-                        work_queue_name=pool.queue,
-                        as_subflow=True,
-                    )
-                except ObjectNotFound as error:
-                    raise UsageError(
-                        f"execution.pools names the deployment {pool.deployment!r}, which this server does not have: "
-                        "deploy it (`prefect deploy --all`) or correct the name"
-                    ) from error
-                except _UNREACHABLE:
-                    waiting.extendleft(reversed(numbers))  # the server is away: at the next poll again
+                if not self._submit(_Request(pool, numbers)):
                     return
-                self._jobs.append(_Job(started.id, started.name, pool, numbers))
+
+    def _submit(self, request: _Request) -> bool:
+        """Start a job; False while the server is away, and then it is to be asked again for the same."""
+        order, pool, numbers = self.order, request.pool, as_ranges(request.numbers)
+        started = self._answer(
+            f"start a run of {pool.deployment}",
+            lambda: run_deployment(
+                name=pool.deployment,
+                parameters={
+                    "location": order.location,
+                    "run": order.run,
+                    "assignment": order.assignment,
+                    "kind": order.kind,
+                    "numbers": numbers,
+                    "execution": order.execution.model_dump(mode="json"),
+                    "timeout": order.timeout(self.part_seconds()),
+                },
+                timeout=0,
+                flow_run_name=f"{order.kind} {order.run} {numbers[:60]}",
+                tags=self._tags(),
+                idempotency_key=request.key,
+                work_queue_name=pool.queue,
+                as_subflow=True,
+            ),
+            pool,
+        )
+        self._unanswered = request if started is None else None
+        if started is not None:
+            self._jobs.append(_Job(started.id, started.name, pool, request.numbers))
+        return started is not None
 
     def _size(self, pool: PoolConfig, waiting: int) -> int:
         """Parts in the next job: as many as others can wait for, fewer towards the end, so that all end at once."""
@@ -179,21 +261,23 @@ class JobPool:
 
         Those that work stop by themselves when the run is to stop; those that wait for a worker are called off.
         """
-        try:
-            ids = [job.flow_run for job in self._jobs]
-            chosen = FlowRunFilter(id=FlowRunFilterId(any_=ids))
-            found = {run.id: run for run in client.read_flow_runs(flow_run_filter=chosen)} if ids else {}
-        except _UNREACHABLE:
-            return  # workers go on without the server
+        found: dict[UUID, FlowRun] = {}
+        for start in range(0, len(self._jobs), PAGE):
+            chosen = FlowRunFilter(id=FlowRunFilterId(any_=[job.flow_run for job in self._jobs[start : start + PAGE]]))
+            page = self._page(client, chosen)
+            if page is None:
+                return  # workers go on without the server
+            found |= {run.id: run for run in page}
         beats = {beat.job: beat for beat in read_beats(self.workspace, self.order.run)}
         for job in list(self._jobs):
             flow_run = found.get(job.flow_run)
             state = flow_run.state if flow_run else None
-            started = state is not None and (state.is_running() or state.is_cancelling())
-            if state is None or state.is_final() or (started and self._is_lost(client, job, beats)):
+            # Of one that the server does not show nothing is known: it may work, as long as it gives signs of life.
+            may_work = state is None or state.is_running() or state.is_cancelling()
+            if (state is not None and state.is_final()) or (may_work and self._is_lost(client, job, beats)):
                 self._jobs.remove(job)
                 yield job
-            elif not started:
+            elif not may_work:
                 job.beat_changed = time.monotonic()  # it waits for a worker
                 self._tell_untaken(job)
                 if stopping:
@@ -209,20 +293,19 @@ class JobPool:
         hung = beat is not None and timeout is not None and beat.part_seconds > HUNG_FACTOR * timeout
         if hung and not silent:
             if not job.ending:
-                job.ending = True
-                self._force(client, job, Cancelling(message="it hangs over a part"))
+                job.ending = self._force(client, job, Cancelling(message="it hangs over a part"))
             return False
         if silent:
             message = f"no sign of life for {self.order.execution.lost_after:.0f} s"
             self._force(client, job, Crashed(message=message))
         return silent
 
-    def _force(self, client: SyncPrefectClient, job: _Job, state: State[None]) -> None:
-        """Say in Prefect how a job stands; what becomes of its parts does not hang on it."""
-        try:
+    def _force(self, client: SyncPrefectClient, job: _Job, state: State[None]) -> bool:
+        """Say in Prefect how a job stands; what becomes of its parts does not hang on it. False where nobody heard."""
+        with tolerated(f"say how the job {job.name} stands"):
             client.set_flow_run_state(job.flow_run, state, force=True)
-        except _UNREACHABLE:
-            return
+            return True
+        return False
 
     def _settle(self, job: _Job, outcome: Outcome) -> list[int]:
         """Note what a finished job left undone; returns the parts that are to be tried again."""
