@@ -211,4 +211,4 @@ def _said(what: str, error: BaseException, code: int) -> int:
 def _explained() -> tuple[type[BaseException], ...]:
     """The failures that have a message of their own, without importing the flows of commands that run none."""
     module = sys.modules.get("tasks.make_parts")
-    return (module.RunIncomplete, module.RunCancelled, module.RunRefused) if module else ()
+    return (module.RunIncomplete, module.RunCancelled, module.RunRefused, module.PartHangs) if module else ()

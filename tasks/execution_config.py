@@ -46,7 +46,12 @@ class ExecutionConfig(Section):
     max_deaths: int = Field(
         default=3, ge=1, description="worker processes that may die over a part before it is quarantined"
     )
-    timeout_factor: float = Field(default=10.0, gt=1, description="a part may take this many times its estimate")
+    timeout_factor: float = Field(
+        default=10.0,
+        gt=1,
+        description="a part may take this many times its estimate; it is stopped between two micro-batches, and at 1.5 "
+        "times that limit its process is ended, or, where the part is made in the run's own process, the run",
+    )
     timeout_floor: float = Field(default=300.0, gt=0, description="seconds that any part may take")
     straggler_factor: float = Field(default=3.0, gt=1, description="times the median after which a part is named slow")
     lost_after: float = Field(

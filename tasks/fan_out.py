@@ -28,7 +28,7 @@ from storage_schemas.workspace import Workspace
 from tasks.context import hold_device
 from tasks.execution_config import ExecutionConfig
 from tasks.run_inputs import load_inputs
-from tasks.worker import coordinator_here, worker_on
+from tasks.worker import coordinator_here, raise_if_hung, worker_on
 
 TICK_SECONDS = 1.0
 
@@ -142,6 +142,9 @@ def run_parts(
         part_seconds: what one part takes, as far as is known.
         finished: called with the number of each part that is there.
         tick: called every second or so; False stops.
+
+    Raises:
+        PartHangs: a part hangs in a thread of this process, which has to end.
     """
     execution = order.execution
     delays = [execution.retry_delay * factor for factor in exponential_backoff(1)(execution.retries)]
@@ -176,6 +179,7 @@ def run_parts(
             try:
                 future = done.get(timeout=TICK_SECONDS)
             except queue.Empty:
+                raise_if_hung(order.run, order.timeout(part_seconds()))
                 continue
             _take(outcome, future, order.kind, in_flight.pop(future), finished)
     except BaseException:
@@ -191,21 +195,24 @@ def _take(
     finished: Callable[[int], None],
 ) -> None:
     """Note how one part ended."""
+    state: State[object] | None = None
+    result: object = None
     try:
         future.wait()
+        state = future.state
         # The state alone where all is well: to resolve the result would take longer than a small part.
-        if future.state.is_completed():
-            finished(number)
-            return
-        result: object = future.result(raise_on_failure=False)
+        if not state.is_completed():
+            result = future.result(raise_on_failure=False)
     except Exception as error:  # a runner whose process died has no state to ask
         result = error
-    if isinstance(result, BrokenExecutor):
+    if state is not None and state.is_completed():
+        finished(number)
+    elif isinstance(result, BrokenExecutor):
         outcome.worker_lost = True
     elif isinstance(result, RuntimeError) and device_lost(result):
         raise DeviceLost(f"this process cannot use its device any more: {result}") from result
     elif isinstance(result, BaseException):
-        if future.state.is_cancelled():
+        if state is not None and state.is_cancelled():
             outcome.stopped = True
         else:
             outcome.failures[number] = Failure.of(kind, number, result)

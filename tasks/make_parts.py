@@ -26,7 +26,7 @@ from tasks.jobs import JobPool
 from tasks.progress import console, stage
 from tasks.run_inputs import RunInputs
 from tasks.runners import submission, task_runner
-from tasks.worker import coordinate_here
+from tasks.worker import PartHangs, coordinate_here
 
 PAUSE_LOOK_SECONDS = 1.0
 MOST_LEFT_OUT = 0.1  # of the samples
@@ -77,6 +77,8 @@ class Makers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if isinstance(error, PartHangs):
+            self._runner = None  # to end it is to wait for the thread that hangs
         self._end_workers()
 
     def _workers(self) -> TaskRunner[Any]:
@@ -102,6 +104,7 @@ class Makers:
         Raises:
             RunIncomplete: parts failed for good.
             RunCancelled: somebody asked for it.
+            PartHangs: one does not come back, in this process.
         """
         inputs = self.inputs
         missing = inputs.missing(kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import functools
 import os
 import threading
@@ -18,13 +19,15 @@ from prefect.runtime import flow_run
 
 from fastgda_core.errors import Remedy, Stopped, TransientError, device_lost, remedy
 from fastgda_core.interruption import checked_by
-from storage_schemas.attempts import AttemptLog
+from storage_schemas.attempts import AttemptLog, ShardState
 from storage_schemas.commit import Manifest, made_in, worker_name
 from storage_schemas.liveness import BEAT_SECONDS, Beat, Wish, asked, write_beat
 from storage_schemas.workspace import Workspace
 from tasks.context import Context
 
 LOST_DEVICE = 75  # exit code of a process that may not use its device again (EX_TEMPFAIL)
+HUNG_FACTOR = 1.5  # x the time limit of a part, after which it hangs within a micro-batch: its process is ended
+LAST_WORDS_SECONDS = 60.0  # that a coordinator has to say why it ends, when a thread of its own hangs
 LOOK_SECONDS = {True: 0.5, False: 2.0}  # between two looks for a wish to stop: on disk, in an object store
 
 
@@ -40,8 +43,31 @@ def coordinator_here(run: str) -> bool:
     return run in _coordinated
 
 
+_at_work: dict[str, Worker] = {}  # by the run a part of which is being made in this process
+
+
+def raise_if_hung(run: str, timeout: float | None) -> None:
+    """For a coordinator, which looks on while a thread of its own makes a part.
+
+    Raises:
+        PartHangs: the part is far beyond its time limit. The process ends once its main thread has, or a minute later:
+            Python would wait for the thread for ever.
+    """
+    if coordinator_here(run) and run in _at_work and timeout is not None:
+        _at_work[run].raise_if_hung(timeout)
+
+
+def _end_process() -> None:
+    threading.main_thread().join(LAST_WORDS_SECONDS)
+    os._exit(LOST_DEVICE)
+
+
 class TookTooLong(TransientError):
     """A part takes much longer than it was estimated to: another try, or another machine, may do better."""
+
+
+class PartHangs(RuntimeError):
+    """A part does not come back, in a thread of the process that coordinates the run: no thread can be ended."""
 
 
 @dataclass(eq=False)
@@ -54,6 +80,7 @@ class Worker:
     _since: float = 0.0
     _looked: float = 0.0
     _wish: Wish | None = None
+    _beats_failed: Exception | None = None
     _logs: dict[str, AttemptLog] = field(default_factory=dict)
     _leaving: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -69,10 +96,17 @@ class Worker:
 
         Raises:
             TookTooLong: the work asked, between two micro-batches, after more than `timeout` seconds.
+
+        A micro-batch that never ends cannot ask. This process ends then, with the place where it hangs on standard
+        error, and others make the part again; unless it coordinates the run (`raise_if_hung`).
         """
         self._tell(kind=kind, number=number, device=str(context.device), job=flow_run.get_id() or "")
         self._since = time.monotonic()
         log = self._logs.setdefault(kind, AttemptLog(self.workspace, self.run, kind=kind))
+        _at_work[self.run] = self
+        if timeout is not None and not coordinator_here(self.run):
+            # By a thread in C, which comes to its turn even where the work holds Python's lock.
+            faulthandler.dump_traceback_later(HUNG_FACTOR * timeout, exit=True, file=2)
         try:
             with (
                 made_in(flow_run.get_id() or ""),
@@ -89,6 +123,8 @@ class Worker:
                         os._exit(LOST_DEVICE)
                     raise
         finally:
+            faulthandler.cancel_dump_traceback_later()
+            _at_work.pop(self.run, None)
             halvings = sum(context.micro_batch(purpose).halvings for purpose in ("losses", "gradients"))
             memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
             self._tell(kind="", number=-1, out_of_memory=halvings, device_memory=memory)
@@ -98,7 +134,9 @@ class Worker:
         self._tell(parts=state.parts + 1, rows=state.rows + manifest.rows, seconds=state.seconds + manifest.seconds)
 
     def stop_if_asked(self) -> None:
-        """Raises Stopped when the run is to pause or to stop."""
+        """Raises Stopped when the run is to pause or to stop, or what keeps this process from its signs of life."""
+        if self._beats_failed is not None:
+            raise self._beats_failed
         now = time.monotonic()
         if now - self._looked >= LOOK_SECONDS[isinstance(self.workspace.root, Path)]:
             self._looked = now
@@ -122,7 +160,25 @@ class Worker:
 
     def _beat(self) -> None:
         while not self._leaving.wait(0.2 if self._state.beat == 0 else BEAT_SECONDS):
-            self._write()
+            try:
+                self._write()
+            except Exception as error:
+                # Without signs of life this process counts as dead before long, and its work is given to others.
+                self._beats_failed = error
+                self.leave()
+
+    def raise_if_hung(self, timeout: float) -> None:
+        state, seconds = self._state, time.monotonic() - self._since
+        if not state.kind or seconds < HUNG_FACTOR * timeout:
+            return
+        error = PartHangs(
+            f"run {self.run}: {state.kind} {state.number:05d} hangs: it has not come back for {seconds:.0f} s, and a "
+            f"part may take {timeout:.0f} s (execution.timeout_factor, timeout_floor); this process "
+            f"ends, what is finished is kept, and `fastgda retry {self.run}` goes on"
+        )
+        self._logs[state.kind].record(state.number, ShardState.failed, seconds=seconds, error=error)
+        threading.Thread(target=_end_process, name="end of a process that hangs", daemon=True).start()
+        raise error
 
     def _write(self, *, ended: bool = False) -> None:
         seconds = time.monotonic() - self._since if self._state.kind else 0.0
@@ -136,7 +192,7 @@ class Worker:
 
     def end(self) -> None:
         """Say that this process is done with the run for now."""
-        if self._state.beat:
+        if self._state.beat and self._beats_failed is None:
             self._write(ended=True)
 
 
