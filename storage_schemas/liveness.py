@@ -27,6 +27,7 @@ class PartsRecord(BaseModel):
     key: str
     path: str = Field(description="relative to the workspace")
     rows: int = Field(ge=0)
+    parts: int = Field(default=0, ge=0, description="of the stages before the scores; 0 in an earlier release")
 
 
 class Assignment(BaseModel):

@@ -161,7 +161,7 @@ def _stamp(workspace: Workspace, run: str) -> Stamp | None:
     # Files come, go and are replaced by rename, which changes the time of their folder; attempt files are appended to.
     folder = workspace.run(run).parent
     folders = [folder, workspace.scores(run), workspace.ranks(run), *stages]
-    files = [*matching(folder, "*"), *matching(workspace.attempts(run), "*.jsonl")]
+    files = [*matching(folder, "*"), *matching(folder, "attempts*/*.jsonl")]
     stamp = tuple(_changed(path) for path in (*folders, *files))
     age = time.time_ns() - max(changed for changed, _ in stamp)
     return stamp if age > SETTLED_SECONDS * 1e9 else None
@@ -195,6 +195,21 @@ def _progress_metrics(runs: list[RunFigures]) -> Iterator[Metric]:
         "Score shards of a run by state.",
         ("run", "state"),
         (((s.run, state), count) for s in statuses for state, count in s.shards.items()),
+    )
+    yield _gauge(
+        "fastgda_parts",
+        "Parts of a run's stages before the scores, by kind and state.",
+        ("run", "kind", "state"),
+        (
+            ((s.run, stage.kind, state), count)
+            for s in statuses
+            for stage in s.stages
+            for state, count in (
+                ("done", stage.done),
+                ("failed", stage.failed),
+                ("pending", stage.parts - stage.done - stage.failed),
+            )
+        ),
     )
     yield _counter(
         "fastgda_rows_total",

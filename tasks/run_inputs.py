@@ -109,7 +109,12 @@ class RunInputs:
 
     def assignment(self, generation: int, origin: str) -> Assignment:
         stages = {
-            name: PartsRecord(key=stage.key, path=self.workspace.relative(stage.path), rows=stage.rows)
+            name: PartsRecord(
+                key=stage.key,
+                path=self.workspace.relative(stage.path),
+                rows=stage.rows,
+                parts=self.count(name) if name in KINDS and name != "scores" else 0,
+            )
             for name, stage in self.stages.items()
         }
         config = self.context.config.model_dump(mode="json", exclude={"execution"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from storage_schemas.attempts import ShardState, read_attempts
 from storage_schemas.errors import StoreError
@@ -13,22 +13,10 @@ from storage_schemas.ledger import derive, process_lives, read_run, run_names
 from storage_schemas.liveness import BEAT_SECONDS, Beat, Wish, asked, read_assignment, read_beats
 from storage_schemas.workspace import Workspace
 from tasks.execution_config import ExecutionConfig
+from tasks.stage_progress import FailedShard, StageProgress, recent_speed, stages_before_scores
 from tasks.trust import Trust, trust_in
 
 ALIVE_SECONDS = 60.0  # after its last beat a worker is taken for gone
-RECENT = timedelta(minutes=10)  # throughput is that of the last minutes
-
-
-@dataclass(frozen=True)
-class FailedShard:
-    """A shard that is failed or quarantined, and why."""
-
-    shard: int
-    state: str
-    attempts: int
-    worker: str
-    error_class: str
-    error: str
 
 
 @dataclass(frozen=True)
@@ -40,6 +28,7 @@ class Straggler:
     worker: str
     seconds: float
     median: float
+    hangs: bool = False  # beyond its time limit, too: it does not come back
 
 
 @dataclass(frozen=True)
@@ -53,7 +42,10 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Counts are of score shards and their rows; seconds are those of devices."""
+    """Counts are of score shards and their rows; seconds are those of devices.
+
+    stages: those before the scores; failures: of all.
+    """
 
     run: str
     name: str
@@ -75,6 +67,7 @@ class RunStatus:
     failures: list[FailedShard]
     left_out: list[LeftOut]
     trust: Trust
+    stages: list[StageProgress]
 
     def as_json(self) -> dict[str, object]:
         return {**asdict(self), "warnings": self.trust.warnings}
@@ -93,6 +86,7 @@ def run_status(workspace: Workspace, run: str) -> RunStatus:
     beats = [beat for beat in read_beats(workspace, run) if _lives(beat, now)]
     speed = _rows_per_second(done, now) if beats else 0.0
     hours = sum(row["seconds"] for row in done) / 3600
+    stages, stages_failed = stages_before_scores(workspace, run, now, alive=bool(beats))
     failed = [row for row in ledger if row["state"] in (ShardState.failed, ShardState.quarantined)]
     wish = asked(workspace, run)
     attempts = [attempt for several in read_attempts(workspace, run).values() for attempt in several]
@@ -101,7 +95,7 @@ def run_status(workspace: Workspace, run: str) -> RunStatus:
         run=run,
         name=record.name,
         teacher=record.teacher,
-        state=_state(states, len(ledger), bool(beats), wish),
+        state=_state(states, len(ledger), bool(beats), wish, stages),
         wish=wish or "",
         created_at=record.created_at.isoformat(timespec="seconds"),
         shards={state: states.get(state, 0) for state in ShardState},
@@ -114,13 +108,17 @@ def run_status(workspace: Workspace, run: str) -> RunStatus:
         currency=execution.currency,
         failed_attempts=dict(Counter(a.error_class for a in attempts if a.state == ShardState.failed)),
         workers=[_worker(beat, now) for beat in beats],
-        stragglers=_stragglers(done, beats, now, execution.straggler_factor),
+        stragglers=_stragglers(done, stages, beats, now, execution),
         failures=[
-            FailedShard(r["shard"], r["state"], r["attempts"], r["worker"], r["error_class"], r["error"])
-            for r in failed
+            *stages_failed,
+            *(
+                FailedShard(r["shard"], r["state"], r["attempts"], r["worker"], r["error_class"], r["error"])
+                for r in failed
+            ),
         ],
         left_out=[LeftOut(row["train_id"], row["found_in"], row["reason"]) for row in left_out.to_pylist()],
         trust=trust_in(workspace, run),
+        stages=stages,
     )
 
 
@@ -144,26 +142,21 @@ def _execution_of(workspace: Workspace, run: str) -> ExecutionConfig:
         return ExecutionConfig()
 
 
-def _state(states: Counter[str], shards: int, alive: bool, wish: Wish | None) -> str:
+def _state(states: Counter[str], shards: int, alive: bool, wish: Wish | None, stages: list[StageProgress]) -> str:
     if states[ShardState.done] == shards:
         return "done"
     if wish is not None:
         return "paused" if wish == Wish.pause else "cancelled"
     if alive:
         return "running"
-    if states[ShardState.failed] or states[ShardState.quarantined]:
+    if states[ShardState.failed] or states[ShardState.quarantined] or any(stage.failed for stage in stages):
         return "incomplete"
-    return "stopped" if states[ShardState.done] else "planned"
+    return "stopped" if states[ShardState.done] or any(stage.done for stage in stages) else "planned"
 
 
 def _rows_per_second(done: list[dict[str, object]], now: datetime) -> float:
-    """Of the last minutes, or of as long as it has been going on."""
     ends = [(row["finished_at"], row["rows"], row["seconds"]) for row in done if row["finished_at"] is not None]
-    recent = [(at, rows, seconds) for at, rows, seconds in ends if now - at < RECENT]
-    if not recent:
-        return 0.0
-    first = min(at - timedelta(seconds=seconds) for at, _, seconds in recent)
-    return sum(rows for _, rows, _ in recent) / max((now - max(first, now - RECENT)).total_seconds(), 1e-3)
+    return recent_speed(ends, now)
 
 
 def _lives(beat: Beat, now: datetime) -> bool:
@@ -190,15 +183,25 @@ def _worker(beat: Beat, now: datetime) -> dict[str, object]:
     }
 
 
-def _stragglers(done: list[dict[str, object]], beats: list[Beat], now: datetime, factor: float) -> list[Straggler]:
-    """Of the score shards under way, those that take much longer than the median of the finished ones."""
-    if len(done) < 5:
-        return []
-    median = statistics.median(float(row["seconds"]) for row in done)  # type: ignore[arg-type]
-    limit = max(factor * median, 2 * BEAT_SECONDS)
+def _stragglers(
+    done: list[dict[str, object]],
+    stages: list[StageProgress],
+    beats: list[Beat],
+    now: datetime,
+    execution: ExecutionConfig,
+) -> list[Straggler]:
+    """Of the parts under way, those that take much longer than the median of the finished ones of their kind."""
+    medians = {stage.kind: (stage.done, stage.median) for stage in stages if stage.median is not None}
+    if done:
+        medians["scores"] = len(done), statistics.median(float(row["seconds"]) for row in done)  # type: ignore[arg-type]
     found = []
     for beat in beats:
+        count, median = medians.get(beat.kind, (0, None))
+        if median is None:
+            continue
         seconds = beat.part_seconds + _seconds_since(beat, now)
-        if beat.kind == "scores" and seconds > limit:
-            found.append(Straggler(beat.kind, beat.number, beat.worker, seconds, median))
+        hangs = seconds > max(execution.timeout_floor, execution.timeout_factor * median)
+        slow = count >= 5 and seconds > max(execution.straggler_factor * median, 2 * BEAT_SECONDS)
+        if slow or hangs:
+            found.append(Straggler(beat.kind, beat.number, beat.worker, seconds, median, hangs))
     return found

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from tasks.printable import printable
 from tasks.run_status import RunStatus
+from tasks.stage_progress import StageProgress
 
 BAR = 24
 SHOWN = 20  # failures, samples: more than that nobody reads
@@ -37,7 +38,9 @@ def facts(status: RunStatus) -> list[tuple[str, str]]:
         ("shards", shards),
         ("device-hours", f"{status.device_hours:.3f}"),
     ]
-    if status.state == "running":
+    if status.state != "done":
+        found[1:1] = [(stage.kind, _stage(stage)) for stage in status.stages]
+    if status.state == "running" and (status.rows or not any(stage.done < stage.parts for stage in status.stages)):
         left = ("speed", f"{status.rows_per_second:,.1f} rows/s"), ("time left", duration(status.seconds_left))
         found[-1:-1] = left
     if status.cost is not None:
@@ -45,6 +48,24 @@ def facts(status: RunStatus) -> list[tuple[str, str]]:
     if status.failed_attempts:
         found.append(("failed attempts", ", ".join(f"{n} {name}" for name, n in status.failed_attempts.items())))
     return [*found, *status.trust.facts]
+
+
+def _stage(stage: StageProgress) -> str:
+    said = [f"{stage.done:,} of {stage.parts:,} parts"]
+    said += [f"{stage.failed:,} failed"] if stage.failed else []
+    said += [f"{duration(stage.seconds_left)} left"] if stage.seconds_left is not None else []
+    return ", ".join(said)
+
+
+def slow_parts(status: RunStatus) -> list[str]:
+    """What is said of the parts that take too long, and what to do about those that hang."""
+    found = []
+    for s in status.stragglers:
+        host, _, process = s.worker.rpartition(":")
+        told = f"{s.kind} {s.number:05d} on {s.worker}: {duration(s.seconds)}, others took {duration(s.median)}"
+        mend = f"; it hangs: `kill -9 {process}` on {host} ends it, and then `fastgda retry {status.run}`"
+        found.append(told + (mend if s.hangs else ""))
+    return found
 
 
 def remedies(status: RunStatus) -> list[str]:
@@ -70,20 +91,17 @@ def status_markdown(status: RunStatus) -> str:
         ]
     if status.stragglers:
         lines += ["", "**Slow**", ""]
-        lines += [
-            f"- {s.kind} {s.number:05d} on {s.worker}: {duration(s.seconds)}, others took {duration(s.median)}"
-            for s in status.stragglers
-        ]
+        lines += [f"- {told}" for told in slow_parts(status)]
     if status.failures:
         lines += [
             "",
             "### Failed",
             "",
-            "| shard | state | attempts | worker | why |",
-            "| ---: | --- | ---: | --- | --- |",
+            "| part | state | attempts | worker | why |",
+            "| --- | --- | ---: | --- | --- |",
         ]
         lines += [
-            f"| {f.shard} | {f.state} | {f.attempts} | {f.worker} | {_cell(f'{f.error_class}: {f.error}')} |"
+            f"| {f.name} | {f.state} | {f.attempts} | {f.worker} | {_cell(f'{f.error_class}: {f.error}')} |"
             for f in status.failures[:SHOWN]
         ]
         if len(status.failures) > SHOWN:
@@ -117,19 +135,13 @@ def status_table(status: RunStatus) -> RenderableType:
             names = Text(printable(str(w["worker"]))), Text(printable(str(w["device"])))
             workers.add_row(*names, at, seconds, str(w["parts"]), f"{w['rows']:,}")
         parts.append(workers)
-    for s in status.stragglers:
-        parts.append(
-            Text(
-                f"slow: {s.kind} {s.number:05d} on {s.worker}: {duration(s.seconds)}, others {duration(s.median)}",
-                "yellow",
-            )
-        )
+    parts += [Text(f"slow: {told}", "yellow") for told in slow_parts(status)]
     if status.failures:
-        failed = Table("shard", "state", "attempts", "worker", title="failed", title_justify="left")
+        failed = Table("part", "state", "attempts", "worker", title="failed", title_justify="left")
         failed.add_column("why", overflow="fold")
         for f in status.failures[:SHOWN]:
             why = Text(printable(f"{f.error_class}: {f.error}"))
-            failed.add_row(str(f.shard), f.state, str(f.attempts), Text(printable(f.worker)), why)
+            failed.add_row(f.name, f.state, str(f.attempts), Text(printable(f.worker)), why)
         parts.append(failed)
         if len(status.failures) > SHOWN:
             parts.append(Text(f"and {len(status.failures) - SHOWN} more"))

@@ -69,7 +69,7 @@ def test_a_workspace_without_runs_has_no_series_and_every_metric_has_its_help(tm
     text = exposition(Workspace(tmp_path / "nowhere"))
     assert read(text) == {}
     families = list(text_string_to_metric_families(text))
-    assert len(families) == 15
+    assert len(families) == 16
     assert all(family.documentation and family.type in ("gauge", "counter") for family in families)
 
 
