@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what fails is raised, and said once, by us
+import sys
+from pathlib import Path
+
+from flows import interruption
+
+if Path(sys.argv[0]).name == "fastgda":  # the command, not a program that imports it: what follows takes a second
+    interruption.watch(begun=False)
 import atexit
 import contextlib
 import json
-import sys
 import warnings
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -166,16 +171,22 @@ app.add_typer(lake_app)
 
 
 def main() -> None:
-    """Entry point: exit code 0 done, 1 failed, 2 usage."""
+    """Entry point: exit code 0 done, 1 failed, 2 usage, 130 interrupted, 143 terminated."""
+    interruption.watch(begun=True)
     code = 1
     # Registered first, so it comes last of what is done at the end, and instead of what would follow: taking the
     # interpreter apart costs a second with torch, and now and then a library's thread aborts the process meanwhile.
     atexit.register(lambda: _leave(code))
     try:
         code = _run()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        raise
+    except BaseException as end:
+        if interruption.exit_code() is None:
+            if isinstance(end, SystemExit):
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            raise
+    if (interrupted := interruption.exit_code()) is not None:  # however the way out of it looked
+        interruption.say_how_to_go_on()
+        code = interrupted
 
 
 def _leave(code: int) -> None:

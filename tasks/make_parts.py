@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from prefect.task_runners import TaskRunner
 
+from fastgda_core.interruption import checkpoint
 from storage_schemas import tables
 from storage_schemas.attempts import ShardState, deaths, read_attempts
 from storage_schemas.commit import committed, read_manifest
@@ -193,6 +194,7 @@ class Makers:
     def _wait_until_resumed(self, watch: Watch) -> None:
         """Raises RunCancelled unless it is a pause, which ends when somebody resumes the run."""
         inputs = self.inputs
+        checkpoint()
         if asked(inputs.workspace, inputs.run) == Wish.pause:
             console.print(f"paused: `fastgda resume {inputs.run}` goes on", highlight=False)
         while (wish := asked(inputs.workspace, inputs.run)) == Wish.pause and not cancellation.requested():

@@ -9,6 +9,7 @@ import torch
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from fastgda_core.errors import UsageError
+from fastgda_core.interruption import stop_on_interrupt
 from tasks.config import PipelineConfig
 
 
@@ -27,7 +28,7 @@ def task_runner(config: PipelineConfig) -> TaskRunner[Any]:
         return _dask(execution.address, workers)
     if workers == 1:
         return ThreadPoolTaskRunner(max_workers=1)
-    return ProcessPoolTaskRunner(max_workers=workers)
+    return ProcessPoolTaskRunner(max_workers=workers, initializer=stop_on_interrupt)
 
 
 def submission(config: PipelineConfig) -> AbstractContextManager[object]:

@@ -18,7 +18,7 @@ import torch
 from prefect.runtime import flow_run
 
 from fastgda_core.errors import Remedy, Stopped, TransientError, device_lost, remedy
-from fastgda_core.interruption import checked_by
+from fastgda_core.interruption import checked_by, stopping
 from storage_schemas.attempts import AttemptLog, ShardState
 from storage_schemas.commit import Manifest, made_in, worker_name
 from storage_schemas.liveness import BEAT_SECONDS, Beat, Wish, asked, write_beat
@@ -141,7 +141,7 @@ class Worker:
         if now - self._looked >= LOOK_SECONDS[isinstance(self.workspace.root, Path)]:
             self._looked = now
             self._wish = asked(self.workspace, self.run)
-        if self._wish is not None or self._leaving.is_set():
+        if self._wish is not None or self._leaving.is_set() or stopping():
             raise Stopped
 
     def _check(self, timeout: float | None) -> None:

@@ -118,10 +118,14 @@ def test_without_a_server_a_command_has_its_own_which_ends_with_it(calm: Path, t
     assert servers() == 0
 
 
-def test_a_server_whose_command_died_before_it_began_ends_at_once() -> None:
+def test_a_server_whose_command_died_before_it_began_ends_at_once(tmp_path: Path) -> None:
     died = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     server = ("--factory", "prefect.server.api.server:create_app", "--port", str(free_port()))
-    subprocess.run([sys.executable, "-c", own_server._SERVER, died.stdout, *server], check=True, timeout=60)
+    folder = tmp_path / "database"
+    folder.mkdir()
+    started = [sys.executable, "-c", own_server._SERVER, died.stdout, str(folder), *server]
+    subprocess.run(started, check=True, timeout=60)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(
