@@ -157,6 +157,10 @@ class Workspace:
     def report(self, run: str) -> AnyPath:
         return self.root / "reports" / run / "report.html"
 
+    def lease(self, key: str) -> AnyPath:
+        """Folder of those who make, or made, the thing with this key: `Lease`."""
+        return self.root / "leases" / key
+
     @property
     def current(self) -> AnyPath:
         """JSON that names the published run, head, index and metrics; SQL and `attribute` answer from it."""

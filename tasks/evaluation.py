@@ -29,6 +29,7 @@ from tasks.head import candidate_scores, load_trained_head, rows_of_split, sampl
 from tasks.metric_rows import agreement_rows, metric_row, metric_rows
 from tasks.publish import load_ranks
 from tasks.queries import joined_queries
+from tasks.sole_maker import sole_maker
 
 CAPTIONS = "captions alone"
 
@@ -49,6 +50,21 @@ def measure_head(
     behind = [exact.key if exact else None, [check.key for check in others]]
     key = input_key("metrics 3", head.key, ranks.key, cutoffs, *behind, table=tables.METRICS)
     path = context.workspace.metrics(key)
+    with sole_maker(context, "evaluation", path, key):
+        return _metrics(context, samples, queries, ranks, head, exact, others, key)
+
+
+def _metrics(
+    context: Context,
+    samples: Stage,
+    queries: Sequence[Stage],
+    ranks: Stage,
+    head: Stage,
+    exact: Stage | None,
+    others: list[Stage],
+    key: str,
+) -> Stage:
+    cutoffs, path = context.config.evaluation.cutoffs, context.workspace.metrics(key)
     manifest = committed(path, key)
     reused = manifest is not None
     if manifest is None:

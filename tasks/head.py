@@ -41,6 +41,7 @@ from tasks.pictures import loss_curve
 from tasks.progress import stage
 from tasks.publish import load_influence, run_behind
 from tasks.queries import joined_queries
+from tasks.sole_maker import sole_maker
 
 ROWS_AT_ONCE = 300_000
 INDEX_MEAN = "mean.safetensors"  # of the training samples' features, beside an index of a head over centred ones
@@ -117,6 +118,12 @@ def fit_rank_head(context: Context, samples: Stage, queries: Sequence[Stage], fe
     """`head.safetensors` and `head.json` of a head version, named after everything it was trained on."""
     config = context.config
     key = input_key("head 3", ranks.key, features.key, config.head.learned, config.evaluation.validation_cutoff)
+    with sole_maker(context, "rank head", context.workspace.head(key) / "head.safetensors", key):
+        return _rank_head(context, samples, queries, ranks, key)
+
+
+def _rank_head(context: Context, samples: Stage, queries: Sequence[Stage], ranks: Stage, key: str) -> Stage:
+    config = context.config
     folder = context.workspace.head(key)
     manifest = committed(folder / "head.safetensors", key)
     reused = manifest is not None
@@ -319,6 +326,11 @@ def _latest(paths: list[AnyPath], what: str, command: str) -> str:
 def build_search_index(context: Context, samples: Stage, features: Stage, head: Stage) -> Stage:
     """`index.faiss`, its id map, its head, what its features were centred by, its manifest: one immutable version."""
     key = input_key("index", head.key, features.key, "with its head's version", table=tables.INDEX_IDS)
+    with sole_maker(context, "index", context.workspace.index(key) / "index.faiss", key):
+        return _search_index(context, samples, head, key)
+
+
+def _search_index(context: Context, samples: Stage, head: Stage, key: str) -> Stage:
     folder = context.workspace.index(key)
     manifest, mean = committed(folder / "index.faiss", key), feature_mean(context, samples)
     if mean is not None and committed(folder / INDEX_MEAN, key) is None:

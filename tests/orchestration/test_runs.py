@@ -94,6 +94,18 @@ def test_a_second_execution_makes_nothing(calm: Path, home: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in (calm / "workspace").rglob("*.manifest.json")}
 
 
+def test_two_that_train_the_same_head_at_once_train_it_once(calm: Path, home: Path) -> None:
+    command = [str(Path(sys.executable).with_name("fastgda")), "train", str(calm / "config.yaml")]
+    trainers = [
+        subprocess.Popen(command, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    told = [trainer.communicate() for trainer in trainers]
+    assert [trainer.returncode for trainer in trainers] == [0, 0], told
+    assert sorted("(was there)" in output for output, _ in told) == [False, True]
+    assert sum("makes it already; waiting for it" in errors for _, errors in told) == 1
+
+
 def test_without_a_server_a_command_has_its_own_which_ends_with_it(calm: Path, tmp_path: Path) -> None:
     nothing = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
     command = [str(Path(sys.executable).with_name("fastgda")), "curate", str(calm / "config.yaml")]

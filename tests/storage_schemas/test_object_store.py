@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from datetime import timedelta
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from moto.server import ThreadedMotoServer
 
-from storage_schemas import tables
+from storage_schemas import lease, tables
 from storage_schemas.attempts import AttemptLog, ShardState
 from storage_schemas.commit import committed, manifest_path, read_manifest
 from storage_schemas.compaction import vacuum
@@ -169,3 +170,21 @@ def test_a_lake_registers_objects(root: AnyPath, tmp_path: Path) -> None:
     assert lake.add(RUN) == 3
     rows = lake.query("SELECT query_id, count(*) AS n, sum(score) AS s FROM run_scores GROUP BY ALL").to_pylist()
     assert {row["query_id"]: (row["n"], row["s"]) for row in rows} == dict.fromkeys(QUERIES, (SAMPLES, 3.0))
+
+
+def test_one_of_several_makers_makes_it(root: AnyPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.05)
+    workspace, made = Workspace.at(root), []
+
+    def make(number: int) -> None:
+        with lease.sole_maker(workspace, "k", lambda: bool(made), lambda owner: None):
+            if not made:
+                time.sleep(0.5)
+                made.append(number)
+
+    threads = [threading.Thread(target=make, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
