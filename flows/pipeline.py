@@ -11,6 +11,7 @@ from flows.evaluation import evaluate, judge
 from flows.indexing import rebuild_index
 from flows.names import named
 from flows.training import train_rank_head
+from tasks import events
 from tasks.config import PipelineConfig
 from tasks.context import Stage
 from tasks.report import write_report
@@ -37,11 +38,12 @@ class RunSummary:
 @flow(name="attribution pipeline", flow_run_name=named("pipeline"))
 def attribution_pipeline(config: PipelineConfig) -> RunSummary:
     """Teach, distil, serve: see the design's first section."""
-    curation = curate(config)
-    checks = judge(config)
-    head = train_rank_head(config, curation.ranks.key)
-    index = rebuild_index(config, head.key)
-    evaluation = evaluate(config, index.key)
+    with events.followed():
+        curation = curate(config)
+        checks = judge(config)
+        head = train_rank_head(config, curation.ranks.key)
+        index = rebuild_index(config, head.key)
+        evaluation = evaluate(config, index.key)
     stages = [*curation.stages, *checks, head, index, evaluation.metrics]
     context = curation.plan.inputs.context
     report = write_report(context, curation.run, stages)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 from prefect.events import emit_event
 from prefect.runtime import flow_run
 
@@ -13,6 +17,19 @@ INDEX_BUILT = "fastgda.index.built"
 INDEX_PROMOTED = "fastgda.index.promoted"
 PROMOTION_REFUSED = "fastgda.promotion.refused"
 RUN_INCOMPLETE = "fastgda.run.incomplete"
+FOLLOWED = "fastgda.followed"  # label of every event: "true" where whoever emits it does itself what follows
+
+_followed: ContextVar[bool] = ContextVar("followed", default=False)
+
+
+@contextmanager
+def followed() -> Iterator[None]:
+    """What follows from events in the block is done by the block itself: no deployment need start on them."""
+    token = _followed.set(True)
+    try:
+        yield
+    finally:
+        _followed.reset(token)
 
 
 def announce(event: str, context: Context, kind: str, name: str, **payload: object) -> None:
@@ -31,6 +48,7 @@ def announce(event: str, context: Context, kind: str, name: str, **payload: obje
             "prefect.resource.name": name,
             "fastgda.name": context.config.name,
             "fastgda.workspace": context.config.workspace,
+            FOLLOWED: "true" if _followed.get() else "false",  # on all: Prefect matches no label that is absent
         },
         related=[
             {
