@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
 
-from tasks.alert import send_alert
+from tasks.alert import VARIABLE, addresses, send_alert
 
 
 @flow(name="alert", flow_run_name="alert: {title}")
-def alert(title: str, text: str = "") -> None:
+def alert(title: str, text: str = "") -> State[None] | None:
     """Send a message to every address in `FASTGDA_ALERT_URLS`: Apprise URLs, as `json://`, `mailto://`, `slack://`."""
-    send_alert(title, text)
+    if not addresses():
+        message = f"nobody was told: set {VARIABLE}, for the worker that runs alerts, to Apprise URLs"
+        return Completed(name="Skipped", message=message)
+    return send_alert(title, text)

@@ -11,7 +11,13 @@ from tasks.config import load_config
 def read_config(path: str) -> dict[str, Any]:
     """The configuration in a YAML file, checked, with absolute paths, as the parameter `config` of deployed flows.
 
+    `partitioned` says whether its queries come day by day: without them nothing is scheduled, or missed.
+
     Raises:
         UsageError: a fault in it; one line for each.
     """
-    return {"config": load_config(Path(path)).model_dump(mode="json")}
+    config = load_config(Path(path))
+    return {
+        "config": config.model_dump(mode="json"),
+        "partitioned": "{partition}" in (config.queries.shards or ""),
+    }

@@ -13,14 +13,16 @@ from fastgda_core.errors import TransientError, UsageError
 VARIABLE = "FASTGDA_ALERT_URLS"
 
 
+def addresses() -> list[str]:
+    """Where alerts go: Apprise URLs."""
+    return os.environ.get(VARIABLE, "").split()
+
+
 @task(task_run_name="send", cache_policy=NO_CACHE, retries=3, retry_delay_seconds=[5, 30, 120])
 def send_alert(title: str, text: str) -> None:
     """Raises TransientError when an address did not take it; it is then tried again."""
-    urls = os.environ.get(VARIABLE, "").split()
-    if not urls:
-        raise UsageError(f"{VARIABLE} is empty: set it, for the worker that runs alerts, to Apprise URLs")
     sender = apprise.Apprise()
-    for place, url in enumerate(urls, start=1):
+    for place, url in enumerate(addresses(), start=1):
         if not sender.add(url):  # the URL itself may hold a password
             raise UsageError(f"{VARIABLE}: URL number {place} is none that Apprise knows: see its list of services")
     if not sender.notify(title=title, body=text or title):
