@@ -20,7 +20,9 @@ from rich.progress import (
 
 console = Console(stderr=True)
 _PLAIN_INTERVAL = 15.0  # seconds between lines where the output is no terminal
-_showing = threading.Lock()  # rich draws one live display at a time
+_lock = threading.Lock()
+_display: Progress | None = None  # rich draws one at a time: stages that are under way at the same time share it
+_under_way = 0
 
 
 @contextmanager
@@ -32,8 +34,22 @@ def stage(name: str, total: int) -> Iterator[Callable[[int], None]]:
     if not total:
         yield lambda count: None
         return
-    with _showing:
-        if console.is_terminal:
+    if not console.is_terminal:
+        yield _plain(name, total)
+        return
+    progress = _begin()
+    try:
+        bar = progress.add_task(name, total=total)
+        yield lambda count: progress.advance(bar, count)
+    finally:
+        _end()
+
+
+def _begin() -> Progress:
+    """The display, which is there from the first stage that is under way."""
+    global _display, _under_way  # noqa: PLW0603  # one a process
+    with _lock:
+        if _display is None:
             columns = (
                 SpinnerColumn(finished_text="[green]✓"),
                 TextColumn("{task.description:<34}"),
@@ -44,11 +60,20 @@ def stage(name: str, total: int) -> Iterator[Callable[[int], None]]:
                 TextColumn("[dim]left"),
                 TimeRemainingColumn(),
             )
-            with Progress(*columns, console=console) as progress:
-                bar = progress.add_task(name, total=total)
-                yield lambda count: progress.advance(bar, count)
-        else:
-            yield _plain(name, total)
+            _display = Progress(*columns, console=console)
+            _display.start()
+        _under_way += 1
+        return _display
+
+
+def _end() -> None:
+    """Take the display away after the last stage that is under way; what it shows stays on the terminal."""
+    global _display, _under_way  # noqa: PLW0603
+    with _lock:
+        _under_way -= 1
+        if not _under_way and _display is not None:
+            _display.stop()
+            _display = None
 
 
 def _plain(name: str, total: int) -> Callable[[int], None]:
@@ -58,7 +83,7 @@ def _plain(name: str, total: int) -> Callable[[int], None]:
         nonlocal done, printed
         done += count
         now = time.monotonic()
-        if done >= total or now - printed >= _PLAIN_INTERVAL:
+        if done >= total or (done and now - printed >= _PLAIN_INTERVAL):
             printed = now
             left = (now - started) / done * (total - done)
             line = f"{name}: {done:.0f}/{total}, {now - started:.0f} s elapsed, {left:.0f} s left"
