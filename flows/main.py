@@ -180,11 +180,11 @@ def main() -> None:
     try:
         code = _run()
     except BaseException as end:
-        if interruption.exit_code() is None:
-            if isinstance(end, SystemExit):
-                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end, SystemExit):
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if interruption.exit_code() is None or code == 0:
             raise
-    if (interrupted := interruption.exit_code()) is not None:  # however the way out of it looked
+    if code and (interrupted := interruption.exit_code()) is not None:  # whatever it was that the signal led to
         interruption.say_how_to_go_on()
         code = interrupted
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.flows.pipeline_case import environment
 from tests.orchestration.test_runs import SHARDS, shard_files, small, wait_for, with_faults
-from tests.prefect_processes import kill_marked, marked
+from tests.prefect_processes import free_port, kill_marked, marked
 
 SOON = 20.0  # seconds on a loaded machine; a micro-batch of these runs takes 0.5 s, and without an answer it is minutes
 BIN = Path(sys.executable).parent
@@ -116,3 +116,13 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, model_folder: Path, home: 
     seconds, errors = ended(process)
     assert seconds < 2 and process.returncode == 130 and errors == [go_on(config)]
     wait_for(lambda: not marked(str(tmp_path)))
+
+
+def test_ctrl_c_is_how_a_server_ends_well(tmp_path: Path, home: Path) -> None:
+    command = [str(BIN / "fastgda"), "metrics", "--port", str(free_port()), "--workspace", str(tmp_path)]
+    server = subprocess.Popen(
+        command, env={**environment(home), "TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE, text=True
+    )
+    assert server.stderr is not None and "Ctrl-C ends it" in server.stderr.readline()
+    server.send_signal(signal.SIGINT)
+    assert server.wait(SOON) == 0 and server.stderr.read() == ""
