@@ -11,7 +11,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from flows.operations import JsonOption
-from flows.store import DEFAULT_WORKSPACE, WorkspaceOption
+from flows.store import DEFAULT_WORKSPACE, WorkspaceOption, trimmed
 from tasks.printable import printable
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ IdentifierArgument = Annotated[
         metavar="ID",
         help="`served`, `train:TRAIN_ID`, an index, head or snapshot version, a run, RUN/SHARD, "
         "QUERY_ID:TRAIN_ID or RUN/QUERY_ID:TRAIN_ID.",
+        callback=trimmed,
     ),
 ]
 

@@ -15,6 +15,7 @@ if Path(sys.argv[0]).name == "fastgda":  # the command, not a program that impor
 import atexit
 import contextlib
 import json
+import shlex
 import warnings
 from typing import Annotated, Any
 
@@ -37,10 +38,12 @@ from flows.rows import (
     ThreadsOption,
     print_query,
 )
-from flows.store import DEFAULT_WORKSPACE, DEMO_FOLDER, WorkspaceOption, ledger_app, store_commands
+from flows.store import DEFAULT_WORKSPACE, DEMO_FOLDER, WorkspaceOption, ledger_app, say, store_commands
 from flows.text_table import print_rows
 from storage_schemas.errors import StoreError
 from storage_schemas.files import FULL_DISK
+from storage_schemas.which_workspace import option
+from storage_schemas.workspace import Workspace
 from tasks.printable import printable
 
 app = typer.Typer(
@@ -72,11 +75,10 @@ def demo(
 
     wait_for_server()
     print_summary(run_demo(folder.resolve(), PUBLISHED_CONFIG if published else CONFIG))
-    out.print(
-        f"\nAsk it something:  fastgda attribute {folder}/workspace/queries/*/images/q0003.png "
-        '--caption "a laughing face with sunglasses"',
-        highlight=False,
-        soft_wrap=True,
+    workspace = folder / "workspace"
+    say(
+        f"\nAsk it something:  fastgda attribute {shlex.quote(str(workspace))}/queries/*/images/q0003.png "
+        f'--caption "a laughing face with sunglasses"{option(Workspace.at(workspace))}'
     )
 
 
@@ -117,7 +119,6 @@ def attribute(
     from dataclasses import asdict
 
     from fastgda_core.errors import BadSample
-    from storage_schemas.workspace import Workspace
     from tasks.attribute import AttributionService
     from tasks.webdataset_shards import decode_image
 

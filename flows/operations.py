@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from dataclasses import asdict
 from datetime import datetime
@@ -18,8 +19,10 @@ from rich.table import Table
 
 from fastgda_core.errors import UsageError
 from flows.own_server import start_server, wait_for_server
-from flows.store import DEFAULT_WORKSPACE, RunArgument, WorkspaceOption, say
+from flows.store import DEFAULT_WORKSPACE, RunArgument, WorkspaceOption, say, trimmed
 from storage_schemas.errors import StoreError
+from storage_schemas.which_workspace import command
+from storage_schemas.workspace import Workspace
 from tasks.printable import printable
 
 ConfigArgument = Annotated[Path, typer.Argument(help="YAML config; see deployments/openmoji.yaml.")]
@@ -112,7 +115,7 @@ def train(
 
     wait_for_server()
     head = train_rank_head(checked, snapshot)
-    say(f"head {head.key}{' (was there)' if head.reused else ''}: `fastgda index` builds its index")
+    _say_head(head, config)
 
 
 def import_head(
@@ -124,8 +127,7 @@ def import_head(
     """
     from tasks.head import import_head as import_checkpoint
 
-    head = import_checkpoint(read_config(config), checkpoint)
-    say(f"head {head.key}{' (was there)' if head.reused else ''}: `fastgda index` builds its index")
+    _say_head(import_checkpoint(read_config(config), checkpoint), config)
 
 
 def index(
@@ -141,7 +143,8 @@ def index(
 
     wait_for_server()
     built = rebuild_index(checked, head)
-    say(f"index {built.key}{' (was there)' if built.reused else ''}: `fastgda evaluate` measures and promotes it")
+    again = f"`fastgda evaluate {shlex.quote(str(config))}`"
+    say(f"index {built.key}{' (was there)' if built.reused else ''}: {again} measures and promotes it")
 
 
 def evaluate(
@@ -158,7 +161,8 @@ def evaluate(
     wait_for_server()
     found = evaluation(checked, index)
     say(f"index {found.index.key}: mAP {found.tuned:.3f} tuned, {found.untuned:.3f} untuned")
-    say(found.refused or "promoted: `fastgda attribute` answers from it")
+    asking = command(Workspace.at(checked.workspace), "attribute IMAGE --caption CAPTION")
+    say(found.refused or f"promoted: {asking} answers from it")
     if found.refused:
         raise typer.Exit(1)
 
@@ -256,7 +260,10 @@ def retry(
 
 
 def status(
-    run: Annotated[str | None, typer.Argument(help="The run; default: the one planned last.")] = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(help="The run; default: the one planned last.", callback=lambda run: run and trimmed(run)),
+    ] = None,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: JsonOption = False,
     watch: Annotated[bool, typer.Option("--watch", help="Go on until the run is over.")] = False,
@@ -265,7 +272,6 @@ def status(
 
     Example: `fastgda status`
     """
-    from storage_schemas.workspace import Workspace
     from tasks.run_status import RunStatus, latest_run, run_status
     from tasks.status_text import status_table
 
@@ -294,8 +300,8 @@ def pause(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> N
 
     Example: `fastgda pause openmoji-1b2c3d4e5f`
     """
-    _ask(run, workspace, "pause")
-    say(f"asked; `fastgda resume {run}` lets it go on")
+    place = _ask(run, workspace, "pause")
+    say(f"asked; {command(place, f'resume {run}')} lets it go on")
 
 
 def cancel(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
@@ -303,18 +309,18 @@ def cancel(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> 
 
     Example: `fastgda cancel openmoji-1b2c3d4e5f`
     """
-    _ask(run, workspace, "cancel")
-    say(f"asked; `fastgda retry {run}` would go on")
+    place = _ask(run, workspace, "cancel")
+    say(f"asked; {command(place, f'retry {run}')} would go on")
 
 
-def _ask(run: str, workspace: str, wish: str) -> None:
+def _ask(run: str, workspace: str, wish: str) -> Workspace:
     from storage_schemas.ledger import read_run
     from storage_schemas.liveness import Wish, ask
-    from storage_schemas.workspace import Workspace
 
     place = Workspace.at(workspace)
     read_run(place, run)
     ask(place, run, Wish(wish))
+    return place
 
 
 def resume(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
@@ -324,14 +330,18 @@ def resume(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> 
     """
     from storage_schemas.ledger import read_run
     from storage_schemas.liveness import Wish, asked, withdraw
-    from storage_schemas.workspace import Workspace
 
     place = Workspace.at(workspace)
     read_run(place, run)
     if asked(place, run) != Wish.pause:
-        raise StoreError(f"run {run} is not paused; `fastgda status {run}` says how it stands")
+        raise StoreError(f"run {run} is not paused; {command(place, f'status {run}')} says how it stands")
     withdraw(place, run)
-    say(f"it goes on, if its coordinator still waits; otherwise `fastgda retry {run}`")
+    say(f"it goes on, if its coordinator still waits; otherwise {command(place, f'retry {run}')}")
+
+
+def _say_head(head: Any, config: Path) -> None:
+    again = f"`fastgda index {shlex.quote(str(config))}`"
+    say(f"head {head.key}{' (was there)' if head.reused else ''}: {again} builds its index")
 
 
 def print_summary(summary: Any) -> None:

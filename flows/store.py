@@ -12,12 +12,50 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from storage_schemas.which_workspace import ENVIRONMENT, command, default_location
 from tasks.printable import printable
 
 DEMO_FOLDER = Path("demo")
-DEFAULT_WORKSPACE = str(DEMO_FOLDER / "workspace")
-WorkspaceOption = Annotated[str, typer.Option(help="Folder or URL of the workspace.", envvar="FASTGDA_WORKSPACE")]
-RunArgument = Annotated[str, typer.Argument(help='The run\'s name; see `fastgda sql "SELECT run, state FROM runs"`.')]
+DEFAULT_WORKSPACE = ""  # that of the current folder
+
+
+def _chosen_workspace(given: str) -> str:
+    """The workspace that is meant: the one named, that of the config named, or that of the current folder."""
+    if not given:
+        found = default_location()
+        typer.echo(f"workspace {found} (-c CONFIG or --workspace PATH name another one)", err=True)
+        return found
+    if "://" not in given and (Path(given).is_file() or given.endswith((".yaml", ".yml"))):
+        from tasks.config_document import workspace_of
+
+        return workspace_of(Path(given))
+    return given
+
+
+WorkspaceOption = Annotated[
+    str,
+    typer.Option(
+        "--workspace",
+        "--config",
+        "-c",
+        metavar="PATH",
+        help="The workspace, as a folder, a URL, or a config whose workspace it is.",
+        show_default="that of the current folder: itself, ./workspace or ./demo/workspace",
+        envvar=ENVIRONMENT,
+        callback=_chosen_workspace,
+    ),
+]
+
+
+def trimmed(given: str) -> str:
+    """Without what a shell's $(...) leaves at the end of a line that another program wrote."""
+    return given.strip()
+
+
+RunArgument = Annotated[
+    str,
+    typer.Argument(help='The run\'s name; see `fastgda sql "SELECT run, state FROM runs"`.', callback=trimmed),
+]
 
 out = Console()
 ledger_app = typer.Typer(name="ledger", help="The ledger of runs and score shards.", no_args_is_help=True)
@@ -38,7 +76,13 @@ def rebuild(workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
 
 
 def publish(
-    runs: Annotated[list[str], typer.Argument(help="A later run's queries replace the same queries of earlier ones.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="A later run's queries replace the same queries of earlier ones.",
+            callback=lambda runs: [trimmed(run) for run in runs],
+        ),
+    ],
     add: Annotated[bool, typer.Option("--add", help="Beside the runs that are published already.")] = False,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
 ) -> None:
@@ -129,7 +173,7 @@ def verify(workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
     out.print(table)
     for run, count in twice.items():
         say(f"run {run}: {count:,} pairs occur more than once")
-    say("`fastgda retry RUN` makes damaged score shards again, `fastgda run CONFIG` everything else")
+    say(f"{command(place, 'retry RUN')} makes damaged score shards again, `fastgda run CONFIG` everything else")
     raise typer.Exit(1)
 
 
@@ -173,8 +217,9 @@ def import_release(
     from storage_schemas.release import import_release as import_pickle
     from storage_schemas.workspace import Workspace
 
-    run = import_pickle(Workspace.at(workspace), pickle, name=name, teacher=teacher)
-    say(f"run {run}; `fastgda publish {run}` shows it to readers")
+    place = Workspace.at(workspace)
+    run = import_pickle(place, pickle, name=name, teacher=teacher)
+    say(f"run {run}; {command(place, f'publish {run}')} shows it to readers")
 
 
 def say(text: str) -> None:

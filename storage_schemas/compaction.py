@@ -42,6 +42,7 @@ from storage_schemas.ledger import (
     run_names,
     write_ledger,
 )
+from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 
 PART_ROWS = 4_000_000
@@ -98,7 +99,7 @@ def compact(
     if open_shards and (not incomplete or len(open_shards) == len(state)):
         raise RunUnfinished(
             f"run {run}: {len(open_shards)} of {len(state)} score shards are not done "
-            f"(first: {open_shards[0]}): `fastgda retry {run}` computes them"
+            f"(first: {open_shards[0]}): {command(workspace, f'retry {run}')} computes them"
         )
     shards = _shards_by_block(workspace, run, frozenset(open_shards))
     left_out = samples_left_out.num_rows
@@ -175,9 +176,13 @@ def _counted(
         if left_out is not None and planned - counts.get(query_id, 0) > left_out:
             raise RunUnfinished(
                 f"run {run}: query {query_id} has {counts.get(query_id, 0)} of {planned} candidates, and only "
-                f"{left_out} samples are quarantined: `fastgda verify`, then `fastgda retry`"
+                f"{left_out} samples are quarantined: {_remedy(workspace, run)}"
             )
     return _Group(group.number, [(name, block, counts[name]) for name, block, _ in group.queries if name in counts])
+
+
+def _remedy(workspace: Workspace, run: str) -> str:
+    return f"{command(workspace, 'verify')}, then {command(workspace, f'retry {run}')}"
 
 
 def _build(
@@ -211,7 +216,7 @@ def _build(
             if not _in_order(written["score"].to_numpy(), written["rank"].to_numpy(), group, negatives):
                 raise RunUnfinished(
                     f"run {run}: its shards do not hold the planned number of candidates of each query: "
-                    "`fastgda verify`, then `fastgda retry`"
+                    f"{_remedy(workspace, run)}"
                 )
 
         manifest = commit(path, write, key=key, rows=group.rows, started=started, table=tables.RANKS)

@@ -16,6 +16,7 @@ from storage_schemas.errors import StoreError
 from storage_schemas.files import replace_through, sync_folders
 from storage_schemas.ledger import Part, RunRecord, read_run
 from storage_schemas.tables import QUERIES, RANKS
+from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 
 
@@ -118,7 +119,7 @@ def _captions(workspace: Workspace, record: RunRecord) -> pa.Table | None:
     if len(unknown):
         raise UnknownQueries(
             f"{record.queries} lacks {len(unknown)} queries of run {record.run} (first: {unknown[0].as_py()!r}): "
-            "run `fastgda verify` and the stage that wrote it"
+            f"run {command(workspace, 'verify')} and the stage that wrote it"
         )
     return found
 

@@ -36,6 +36,7 @@ from storage_schemas.errors import StoreError
 from storage_schemas.files import remove, write_atomically
 from storage_schemas.ledger import read_ledger
 from storage_schemas.views import RefusedStatement, single_query
+from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 
 T = TypeVar("T")
@@ -216,7 +217,7 @@ class Lake:
             if there.get(shard, manifest.sha256) != manifest.sha256:
                 raise LakeConflict(
                     f"shard {shard} of run {run} was scored anew since it was registered: "
-                    f"`fastgda lake remove {run}`, then add it again"
+                    f"{command(self.workspace, f'lake remove {run}')}, then add it again"
                 )
         chosen = [shard for shard in shards if shard not in there][:SHARDS_AT_ONCE]
         if not chosen:

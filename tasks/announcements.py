@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 from storage_schemas.metrics_history import metrics_history
 from storage_schemas.snapshots import read_snapshot
+from storage_schemas.workspace import Workspace
 from tasks import events
 from tasks.artifacts import publish_image, publish_markdown
 from tasks.context import Context, Stage
@@ -26,7 +28,9 @@ def announce_scores(inputs: RunInputs, snapshot: str) -> None:
     publish_image(f"top attributions {inputs.run}", picture, "The most influential training images of five queries")
     rows = read_snapshot(inputs.workspace, snapshot)
     links = f"snapshot `{snapshot}`: runs {', '.join(f'`{run}`' for run in rows.runs)}, {rows.rows:,} rows"
-    publish_markdown(f"published {snapshot}", f"{links}\n\n`fastgda lineage {snapshot}`\n", "What was published")
+    publish_markdown(
+        f"published {snapshot}", f"{links}\n\n{_lineage(inputs.workspace, snapshot)}\n", "What was published"
+    )
     events.announce(events.SCORES_PUBLISHED, context, "snapshot", snapshot, run=inputs.run)
 
 
@@ -46,7 +50,7 @@ def announce_head(context: Context, head: Stage, labels: Labels) -> None:
     publish_markdown(
         f"head {head.key}",
         f"head `{head.key}`, trained on snapshot `{labels.ranks.key}` of run `{labels.run}`\n\n"
-        f"`fastgda lineage {head.key}`\n",
+        f"{_lineage(context.workspace, head.key)}\n",
         "Where the head comes from",
     )
     events.announce(events.HEAD_TRAINED, context, "head", head.key, snapshot=labels.ranks.key)
@@ -56,7 +60,8 @@ def announce_index(context: Context, index: Stage, head: Stage) -> None:
     """An index is built."""
     publish_markdown(
         f"index {index.key}",
-        f"index `{index.key}` of head `{head.key}`: {index.rows:,} vectors\n\n`fastgda lineage {index.key}`\n",
+        f"index `{index.key}` of head `{head.key}`: {index.rows:,} vectors\n\n"
+        f"{_lineage(context.workspace, index.key)}\n",
         "Where the index comes from",
     )
     events.announce(events.INDEX_BUILT, context, "index", index.key, head=head.key)
@@ -86,3 +91,8 @@ def _history(context: Context, cutoff: int) -> list[str]:
         f"| `{made.key}` | {made.tuned:.3f} | {made.untuned:.3f} | {made.queries} | {made.at:%Y-%m-%d %H:%M} |"
         for made in metrics_history(context.workspace, cutoff)
     ]
+
+
+def _lineage(workspace: Workspace, version: str) -> str:
+    """The command that tells more, for people in whatever folder."""
+    return f"`fastgda lineage {version} --workspace {shlex.quote(str(workspace.root))}`"

@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     Discriminator,
     Field,
@@ -28,6 +27,7 @@ from fastgda_core.features import ENCODERS, encoder_names
 from fastgda_core.ranking.losses import LOSSES, LossName
 from fastgda_core.teachers.teachers import TEACHERS
 from storage_schemas.ledger import Negatives
+from tasks.config_document import read_document, workspace_from
 from tasks.config_section import Section
 from tasks.execution_config import ExecutionConfig
 
@@ -448,15 +448,7 @@ def load_config(path: Path) -> PipelineConfig:
         UsageError: unreadable, a field unknown, missing or out of range; one line per fault.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"config {path} does not exist: give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise UsageError(f"config {path} is not readable YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(document, dict):
-        raise UsageError(f"config {path} is not a mapping of sections: see deployments/openmoji.yaml")
-    try:
-        config = PipelineConfig.model_validate(document)
+        config = PipelineConfig.model_validate(read_document(path))
     except ValidationError as error:
         faults = [_fault(path, dict(detail)) for detail in error.errors()]
         raise UsageError("\n".join(faults)) from None
@@ -464,7 +456,7 @@ def load_config(path: Path) -> PipelineConfig:
     literal = Path(glob.escape(str(folder)))  # only what the config itself says is a pattern
     return config.model_copy(
         update={
-            "workspace": config.workspace if "://" in config.workspace else str(folder / config.workspace),
+            "workspace": workspace_from(path, config.workspace),
             "data": DataConfig(shards=str(literal / config.data.shards)),
             "model": config.model.model_copy(update={"folder": folder / config.model.folder}),
             "features": config.features.seen_from(folder),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from storage_schemas import tables
 from storage_schemas.commit import code_version, commit, commit_table, committed, input_key, read_manifest
 from storage_schemas.files import AnyPath, file_sha256, local_files, matching
 from storage_schemas.snapshots import read_influence
+from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 from tasks.config import FeaturesConfig, PipelineConfig
 from tasks.context import Context, Stage, load_tensors, pick_device
@@ -259,7 +261,9 @@ def read_head(workspace: Workspace, version: str) -> tuple[Stage, dict[str, Any]
     Raises:
         UsageError: there is no such head.
     """
-    return _read(workspace.head(version) / "head.safetensors", version, "rank head", "SELECT head FROM heads")
+    return _read(
+        workspace, workspace.head(version) / "head.safetensors", version, "rank head", "SELECT head FROM heads"
+    )
 
 
 def read_index_head(workspace: Workspace, version: str) -> tuple[Stage, str]:
@@ -269,7 +273,7 @@ def read_index_head(workspace: Workspace, version: str) -> tuple[Stage, str]:
         UsageError: there is no such index.
     """
     path = workspace.index(version) / "index.faiss"
-    stage_, description = _read(path, version, "index", "SELECT index_version FROM indexes")
+    stage_, description = _read(workspace, path, version, "index", "SELECT index_version FROM indexes")
     return stage_, description["head"]
 
 
@@ -283,15 +287,15 @@ def read_index_mean(index: AnyPath) -> Tensor:
         return load_tensors(index / INDEX_MEAN)["mean"]
     except FileNotFoundError:
         raise UsageError(
-            f"{index} lacks {INDEX_MEAN}, which centres a query's features: `fastgda index` makes it again"
+            f"{index} lacks {INDEX_MEAN}, which centres a query's features: `fastgda index CONFIG` makes it again"
         ) from None
 
 
-def _read(path: AnyPath, version: str, what: str, listing: str) -> tuple[Stage, dict[str, Any]]:
+def _read(workspace: Workspace, path: AnyPath, version: str, what: str, listing: str) -> tuple[Stage, dict[str, Any]]:
     """The stage that a committed file is of, and the JSON file that describes it."""
     manifest = committed(path, version)
     if manifest is None:
-        raise UsageError(f'no {what} {version!r}: `fastgda sql "{listing}"` lists them')
+        raise UsageError(f"no {what} {version!r}: {command(workspace, f'sql {shlex.quote(listing)}')} lists them")
     description = json.loads(path.with_suffix(".json").read_text())
     return Stage(what, version, path.parent, manifest.rows, manifest.seconds, True), description
 

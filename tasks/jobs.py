@@ -29,6 +29,7 @@ from rich.markup import escape
 from fastgda_core.errors import UsageError
 from storage_schemas.attempts import Attempt, ShardState, read_attempts
 from storage_schemas.liveness import Beat, read_beats
+from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 from tasks.execution_config import PoolConfig
 from tasks.fan_out import Failure, Order, Outcome, quarantine_deadly
@@ -118,7 +119,7 @@ class JobPool:
                         raise UsageError(
                             f"{self._idle} jobs in a row ended before they started a part: look at the Prefect flow "
                             f"runs tagged run:{self.order.run}, mend the workers' environment, then "
-                            f"`fastgda retry {self.order.run}`"
+                            f"{command(self.workspace, f'retry {self.order.run}')}"
                         )
             except BaseException:
                 self._end_all(client)

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from prefect.task_runners import TaskRunner
+from rich.markup import escape
 
 from fastgda_core.interruption import checkpoint
 from storage_schemas import tables
@@ -18,6 +19,8 @@ from storage_schemas.attempts import ShardState, deaths, read_attempts
 from storage_schemas.commit import committed, read_manifest
 from storage_schemas.ledger import kept_ledger, ledger_as_written
 from storage_schemas.liveness import Wish, asked
+from storage_schemas.which_workspace import command
+from storage_schemas.workspace import Workspace
 from tasks import cancellation, events
 from tasks.artifacts import Board
 from tasks.context import Stage
@@ -37,13 +40,13 @@ SAMPLE_PARTS = 9  # whose seconds tell what a part takes
 class RunIncomplete(RuntimeError):
     """Some parts failed after their retries; the finished ones are kept."""
 
-    def __init__(self, run: str, kind: str, count: int, failures: list[Failure]) -> None:
+    def __init__(self, workspace: Workspace, run: str, kind: str, count: int, failures: list[Failure]) -> None:
         self.run, self.failures = run, failures
         shown = [str(failure) for failure in failures[:20]]
         more = [f"and {len(failures) - 20} more"] if len(failures) > 20 else []
         lines = [
             f"run {run}: {len(failures)} of {count} parts of {kind!r} failed; "
-            f"`fastgda retry {run}` computes only these",
+            f"{command(workspace, f'retry {run}')} computes only these",
             *shown,
             *more,
         ]
@@ -141,7 +144,7 @@ class Makers:
         if failures:
             several = [failures[number] for number in sorted(failures)]
             events.announce(events.RUN_INCOMPLETE, inputs.context, "run", inputs.run, parts=kind, failed=len(several))
-            raise RunIncomplete(inputs.run, kind, inputs.count(kind), several)
+            raise RunIncomplete(inputs.workspace, inputs.run, kind, inputs.count(kind), several)
         self._check_left_out(kind)
         return self._made(before, reused=False)
 
@@ -155,7 +158,8 @@ class Makers:
         if len(reasons) > max(2, MOST_LEFT_OUT * samples):
             raise RunRefused(
                 f"run {inputs.run}: {len(reasons):,} of {samples:,} samples had to be left out, the first because: "
-                f"{reasons[0].as_py()}: look at the model and the tars, then `fastgda retry {inputs.run}`"
+                f"{reasons[0].as_py()}: look at the model and the tars, "
+                f"then {command(inputs.workspace, f'retry {inputs.run}')}"
             )
 
     def _given_up(self, kind: str) -> dict[int, Failure]:
@@ -196,13 +200,15 @@ class Makers:
         inputs = self.inputs
         checkpoint()
         if asked(inputs.workspace, inputs.run) == Wish.pause:
-            console.print(f"paused: `fastgda resume {inputs.run}` goes on", highlight=False)
+            goes_on = escape(command(inputs.workspace, f"resume {inputs.run}"))
+            console.print(f"paused: {goes_on} goes on", highlight=False, soft_wrap=True)
         while (wish := asked(inputs.workspace, inputs.run)) == Wish.pause and not cancellation.requested():
             watch.tick()
             time.sleep(PAUSE_LOOK_SECONDS)
         if wish == Wish.cancel or cancellation.requested():
             raise RunCancelled(
-                f"run {inputs.run} was cancelled; what is finished is kept, and `fastgda retry {inputs.run}` goes on"
+                f"run {inputs.run} was cancelled; what is finished is kept, and "
+                f"{command(inputs.workspace, f'retry {inputs.run}')} goes on"
             )
 
     def _made(self, before: Stage, *, reused: bool) -> Stage:

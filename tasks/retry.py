@@ -13,6 +13,7 @@ from storage_schemas.commit import manifest_path
 from storage_schemas.files import move, remove
 from storage_schemas.ledger import quarantined_parts, read_ledger, read_run
 from storage_schemas.liveness import read_assignment, withdraw, write_assignment
+from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 from tasks.config import PipelineConfig
 from tasks.number_ranges import from_ranges
@@ -96,5 +97,5 @@ def _check(workspace: Workspace, run: str, chosen: set[int]) -> None:
     if chosen - known:
         raise UsageError(
             f"run {run} has no shard {min(chosen - known)}: it has {len(known)}; "
-            f"`fastgda status {run}` names those that failed"
+            f"{command(workspace, f'status {run}')} names those that failed"
         )

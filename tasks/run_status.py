@@ -48,6 +48,7 @@ class RunStatus:
     """
 
     run: str
+    workspace: str
     name: str
     teacher: str
     state: str
@@ -93,6 +94,7 @@ def run_status(workspace: Workspace, run: str) -> RunStatus:
     price = execution.price_per_device_hour
     return RunStatus(
         run=run,
+        workspace=str(workspace.root),
         name=record.name,
         teacher=record.teacher,
         state=_state(states, len(ledger), bool(beats), wish, stages),

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from rich.markup import escape
 from safetensors.torch import save_file
 
 from fastgda_core.diffusion.loss import concatenate
@@ -26,7 +27,8 @@ from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit, commit_table, committed, input_key, read_manifest
 from storage_schemas.files import AnyPath, stamps
 from storage_schemas.indexed_samples import write_indexed
-from storage_schemas.workspace import part
+from storage_schemas.which_workspace import command
+from storage_schemas.workspace import Workspace, part
 from tasks.context import Context, Stage, load_tensors
 from tasks.printable import printable
 from tasks.progress import console, stage
@@ -70,7 +72,7 @@ def ingest_samples(context: Context) -> Stage:
     assert manifest is not None and rejected is not None
     write_indexed(workspace, samples_path, rejected_path)
     if rejected.rows:
-        warn_of_rejections(tables.read(rejected_path, tables.REJECTED_SAMPLES))
+        warn_of_rejections(workspace, tables.read(rejected_path, tables.REJECTED_SAMPLES))
     return replace(samples_stage(samples_path), seconds=manifest.seconds, reused=reused)
 
 
@@ -119,10 +121,9 @@ def tell_of_several_pictures(samples: list[ShardSample]) -> None:
         console.print(said, markup=False, highlight=False)
 
 
-def warn_of_rejections(table: pa.Table) -> None:
-    console.print(
-        f'[yellow]{table.num_rows} skipped[/] (all: fastgda sql "SELECT * FROM rejected_samples"):', highlight=False
-    )
+def warn_of_rejections(workspace: Workspace, table: pa.Table) -> None:
+    listing = command(workspace, 'sql "SELECT * FROM rejected_samples"')
+    console.print(f"[yellow]{table.num_rows} skipped[/] (all: {escape(listing)}):", highlight=False, soft_wrap=True)
     for row in table.slice(0, 5).to_pylist():
         console.print("  " + describe(Rejection(**row)), markup=False, highlight=False, soft_wrap=True)
 

@@ -6,6 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from storage_schemas.which_workspace import option
+from storage_schemas.workspace import Workspace
 from tasks.printable import printable
 from tasks.run_status import RunStatus
 from tasks.stage_progress import StageProgress
@@ -70,11 +72,11 @@ def slow_parts(status: RunStatus) -> list[str]:
 
 def remedies(status: RunStatus) -> list[str]:
     """What to do about what is wrong."""
-    found = []
+    found, workspace = [], option(Workspace.at(status.workspace))
     if status.failures or (status.left_out and status.state == "done") or status.state in ("stopped", "cancelled"):
-        found.append(f"fastgda retry {status.run}")
+        found.append(f"fastgda retry {status.run}{workspace}")
     if status.state == "paused":
-        found.append(f"fastgda resume {status.run}")
+        found.append(f"fastgda resume {status.run}{workspace}")
     return found
 
 

@@ -73,7 +73,7 @@ def run_in(folder: Path, command: str, home: Path) -> subprocess.CompletedProces
     return subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
-        env={**environment(home), "PATH": path, "RUN": run},
+        env={**environment(home), "PATH": path, "RUN": run, "FASTGDA_WORKSPACE": "demo/workspace"},  # there are two
         capture_output=True,
         text=True,
         check=False,

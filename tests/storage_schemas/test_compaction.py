@@ -174,7 +174,9 @@ def test_compacting_again_makes_nothing_anew(tmp_path: Path) -> None:
 def test_an_unfinished_run_is_not_compacted(tmp_path: Path) -> None:
     plan_run(tmp_path)
     commit_shard(tmp_path, "run-1", 0, "q0")
-    with pytest.raises(RunUnfinished, match=r"2 of 3 score shards are not done \(first: 1\): `fastgda retry run-1`"):
+    with pytest.raises(
+        RunUnfinished, match=r"2 of 3 score shards are not done \(first: 1\): `fastgda retry run-1 --workspace "
+    ):
         compact(Workspace(tmp_path), "run-1")
     assert read_compaction(Workspace(tmp_path), "run-1") is None
 

@@ -194,3 +194,19 @@ def test_keys_that_are_no_text_are_refused(tmp_path: Path) -> None:
 def test_a_config_that_is_absent_or_a_folder_is_refused(tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "absent.yaml")
     assert refusal(tmp_path)
+
+
+def test_a_key_that_is_written_twice_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    text = path.read_text()
+    first, last = text.splitlines().index("name: tiny") + 1, len(text.splitlines()) + 1
+    path.write_text(text + "name: again\n")
+    assert f"'name' stands twice, in lines {first} and {last}: remove one" in refusal(path)
+    path.write_text(text + "extra: {a: 1, b: 2, a: 3}\n")
+    assert f"'a' stands twice, in lines {last} and {last}: remove one" in refusal(path)
+
+
+def test_what_yaml_merges_in_may_be_overridden(tmp_path: Path) -> None:
+    path = write(tmp_path, data=ABSENT)
+    path.write_text(path.read_text() + "data:\n  <<: {shards: other.tar}\n  shards: shards/*.tar\n")
+    assert load_config(path).data.shards == f"{tmp_path}/shards/*.tar"
