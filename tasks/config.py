@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import random
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     Discriminator,
@@ -19,15 +19,16 @@ from pydantic import (
     model_validator,
 )
 
-from fastgda_core.curvature.fisher import DAMPING
+from fastgda_core.curvature.damping import DAMPING
 from fastgda_core.diffusion.objective import Objective
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
-from fastgda_core.features import ENCODERS, encoder_names
-from fastgda_core.ranking.losses import LOSSES, LossName
+from fastgda_core.feature_spaces import SOURCES, encoder_names
+from fastgda_core.ranking.loss_names import LossName
 from fastgda_core.teachers.teachers import TEACHERS
 from storage_schemas.ledger import Negatives
 from tasks.config_document import read_document, workspace_from
+from tasks.config_faults import faults
 from tasks.config_section import Section
 from tasks.execution_config import ExecutionConfig
 
@@ -107,7 +108,9 @@ class SplitShares(Section):
 
 
 def _kind_of_split(given: object) -> str:
-    named = given if isinstance(given, dict) else vars(given)
+    if not isinstance(given, (dict, Section)):
+        return "counts"  # where it is refused
+    named = given if isinstance(given, dict) else type(given).model_fields
     return "shares" if any(str(name).endswith("_share") for name in named) else "counts"
 
 
@@ -177,7 +180,7 @@ class FeaturesConfig(Section):
     @field_validator("weights")
     @classmethod
     def _wanted(cls, weights: dict[str, str]) -> dict[str, str]:
-        takers = [name for name, encoder in ENCODERS.items() if encoder.source]
+        takers = [name for name, source in SOURCES.items() if source]
         if strange := sorted(weights.keys() - set(takers)):
             raise ValueError(f"{strange[0]!r} is no encoder that takes weights: these are {', '.join(takers)}")
         return weights
@@ -352,7 +355,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 class StudyConfig(Section):
     spaces: list[str] = Field(default=[], description="feature spaces; none: features.space and each of its encoders")
-    losses: list[LossName] = Field(default=list(LOSSES), description="losses of the head")
+    losses: list[LossName] = Field(default=list(get_args(LossName)), description="losses of the head")
     query_shares: list[Share] = Field(default=[0.125, 0.25, 0.5, 1.0], description="of the training queries")
     candidate_shares: list[Share] = Field(default=[0.05, 0.1, 0.25, 0.5, 1.0], description="of a query's candidates")
     outside_probabilities: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -450,8 +453,7 @@ def load_config(path: Path) -> PipelineConfig:
     try:
         config = PipelineConfig.model_validate(read_document(path))
     except ValidationError as error:
-        faults = [_fault(path, dict(detail)) for detail in error.errors()]
-        raise UsageError("\n".join(faults)) from None
+        raise UsageError("\n".join(f"{path}: {fault}" for fault in faults(error, PipelineConfig))) from None
     folder = path.resolve().parent
     literal = Path(glob.escape(str(folder)))  # only what the config itself says is a pattern
     return config.model_copy(
@@ -467,13 +469,15 @@ def load_config(path: Path) -> PipelineConfig:
     )
 
 
-def _fault(path: Path, detail: dict[str, object]) -> str:
-    location = detail["loc"]
-    assert isinstance(location, tuple)
-    field = ".".join(str(step) for step in location if step not in ("counts", "shares")) or "config"
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    if detail["type"] == "extra_forbidden":
-        message = "no such field: correct the spelling or remove it"
-    if detail["type"] == "missing":
-        message = "is missing: add it"
-    return f"{path}: {field}: {message}"
+def with_runner(config: PipelineConfig, runner: str) -> PipelineConfig:
+    """The configuration with its parts made elsewhere.
+
+    Raises:
+        UsageError: the other settings of `execution` do not fit.
+    """
+    try:
+        execution = ExecutionConfig.model_validate({**config.execution.model_dump(), "runner": runner})
+    except ValidationError as error:
+        lines = [fault.removeprefix("config: ") for fault in faults(error, ExecutionConfig)]
+        raise UsageError("\n".join(f"--runner {runner}: execution: {line}" for line in lines)) from None
+    return config.model_copy(update={"execution": execution})

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from fastgda_core.evaluation.ranking_metrics import average_precision, expected_random_average_precision, top_mask
 from fastgda_core.features import encoder_names
 from fastgda_core.ranking.batches import RankPairs
-from fastgda_core.ranking.losses import LOSSES, LossName
+from fastgda_core.ranking.loss_names import LossName
+from fastgda_core.ranking.losses import LOSSES
 from fastgda_core.ranking.subsets import random_priority, some_queries, thin
 from storage_schemas import tables
 from storage_schemas.commit import commit, commit_table, committed, input_key

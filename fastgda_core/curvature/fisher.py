@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from fastgda_core.curvature.damping import DAMPING
 from fastgda_core.curvature.eigenvalues import mean_squared_gradients
 from fastgda_core.errors import UsageError
 
-DAMPING = 0.1  # x the layer's mean eigenvalue: design section 4
 FLOAT64_EIGEN_LIMIT = 4096  # rows of a factor; above, a float64 eigendecomposition takes minutes
 
 FisherKind = Literal["diagonal", "ekfac"]

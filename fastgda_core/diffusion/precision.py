@@ -1,14 +1,16 @@
-"""In which number format the denoiser runs."""
+"""In which number format the denoiser runs; a configuration names one without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-
-import torch
+from typing import TYPE_CHECKING
 
 from fastgda_core.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Precision(StrEnum):
@@ -22,6 +24,8 @@ class Precision(StrEnum):
     @property
     def dtype(self) -> torch.dtype:
         """Of weights, latents and caption embeddings."""
+        import torch
+
         return torch.float64 if self is Precision.float64 else torch.float32
 
     @property
@@ -37,6 +41,8 @@ def running(precision: Precision, device: torch.device) -> Iterator[None]:
     Raises:
         UsageError: tf32 without a CUDA device.
     """
+    import torch
+
     if precision is Precision.tf32 and device.type != "cuda":
         raise UsageError("teacher.precision is tf32, which only CUDA devices have: use float32 or bf16")
     with multiplying(precision), torch.autocast(device.type, torch.bfloat16, enabled=precision is Precision.bf16):
@@ -49,6 +55,8 @@ def multiplying(precision: Precision) -> Iterator[None]:
 
     Says so for float32 too: torch lets convolutions run in TF32 unless told otherwise.
     """
+    import torch
+
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = precision is Precision.tf32

@@ -1,11 +1,11 @@
 """Frozen feature encoders."""
 
+from fastgda_core.feature_spaces import encoder_names
 from fastgda_core.features.encoders import (
     ENCODERS,
     Encoder,
     concatenate,
     cosines,
-    encoder_names,
     load_encoder,
     mean_over,
     text_space,

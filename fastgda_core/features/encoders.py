@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from fastgda_core.diffusion.model import square
 from fastgda_core.errors import UsageError
+from fastgda_core.feature_spaces import SOURCES, encoder_names
 
 
 @dataclass(frozen=True)
@@ -189,10 +190,10 @@ ENCODERS: dict[str, Registered] = {
     "pixel": Registered(load_pixel, batch=1024),
     "efficientnet_lite0": Registered(load_efficientnet_lite0),
     "minilm_text": Registered(load_minilm_text, text=True),
-    "clip": Registered(load_clip, "openai/clip-vit-base-patch32", batch=256),
-    "clip_text": Registered(load_clip_text, "openai/clip-vit-base-patch32", batch=256, text=True),
-    "dino": Registered(load_dino, "facebook/dino-vitb16", batch=128),
-    "dinov2": Registered(load_dinov2, "facebook/dinov2-with-registers-large"),
+    "clip": Registered(load_clip, SOURCES["clip"], batch=256),
+    "clip_text": Registered(load_clip_text, SOURCES["clip_text"], batch=256, text=True),
+    "dino": Registered(load_dino, SOURCES["dino"], batch=128),
+    "dinov2": Registered(load_dinov2, SOURCES["dinov2"]),
 }
 
 
@@ -219,23 +220,6 @@ def load_encoder(name: str, device: torch.device, source: str | None = None) -> 
             f"encoder {name}: {source} cannot be loaded ({reason}): name a folder with its weights in "
             f"features.weights.{name}"
         ) from error
-
-
-def encoder_names(space: str) -> list[str]:
-    """The encoders of a feature space such as `efficientnet_lite0+minilm_text`.
-
-    Raises:
-        UsageError: an encoder is not registered, or named twice.
-    """
-    names = space.split("+")
-    for name in names:
-        if name not in ENCODERS:
-            raise UsageError(
-                f"features.space names the encoder {name!r}: known are {', '.join(ENCODERS)}, joined by '+'"
-            )
-    if len(set(names)) < len(names):
-        raise UsageError(f"features.space {space!r} names an encoder twice: once is enough")
-    return names
 
 
 def text_space(space: str) -> str:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgda_core.ranking.loss_names import LossName
+
 ORDINAL_BINS = 10
-LossName = Literal["bce", "mse", "ordinal", "regression", "listwise"]
 
 
 def bce(outputs: Tensor, label: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from fastgda_core.evaluation.candidates import CandidateScores
 from fastgda_core.evaluation.ranking_metrics import average_precision
 from fastgda_core.ranking.batches import RankBatches, RankPairs, epoch_seed
 from fastgda_core.ranking.head import RankHead, start_from_features
-from fastgda_core.ranking.losses import LOSSES, LossName, rank_loss
+from fastgda_core.ranking.loss_names import LossName
+from fastgda_core.ranking.losses import LOSSES, rank_loss
 
 PREFETCHED = 4
 LATEST = "latest"

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
-
-from fastgda_core.curvature.fisher import FisherKind
-from fastgda_core.curvature.layers import Layer
-from fastgda_core.diffusion.model import DiffusionModel
-from fastgda_core.diffusion.noise import NoisePlan
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
-from fastgda_core.teachers.micro_batch import MicroBatch
-from fastgda_core.teachers.scores import Update, exact_scores, first_order_scores
-from fastgda_core.teachers.training_loss import SampleBlock
+
+if TYPE_CHECKING:  # a configuration looks teachers up, and is checked before torch is loaded
+    from torch import Tensor
+
+    from fastgda_core.curvature.fisher import FisherKind
+    from fastgda_core.curvature.layers import Layer
+    from fastgda_core.diffusion.model import DiffusionModel
+    from fastgda_core.diffusion.noise import NoisePlan
+    from fastgda_core.teachers.micro_batch import MicroBatch
+    from fastgda_core.teachers.scores import Update
+    from fastgda_core.teachers.training_loss import SampleBlock
 
 
 class Teacher(Protocol):
@@ -72,6 +73,10 @@ class ExactTeacher:
         base_losses: Tensor | None,
         micro_batch: MicroBatch,
     ) -> Tensor:
+        import torch
+
+        from fastgda_core.teachers.scores import exact_scores
+
         self.check_precision(model.precision)
         assert base_losses is not None
         return torch.stack(
@@ -103,6 +108,8 @@ class FirstOrderTeacher:
         base_losses: Tensor | None,
         micro_batch: MicroBatch,
     ) -> Tensor:
+        from fastgda_core.teachers.scores import first_order_scores
+
         return first_order_scores(model, layers, plan, block, updates, micro_batch)
 
 

@@ -95,8 +95,13 @@ def test_shards_are_found_whatever_the_folder_of_the_config_is_called(tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "field", "reason"),
     [
-        ({"teacher__alhpa": 1.0}, "teacher.alhpa", "no such field"),
-        ({"tracher": {}}, "tracher", "no such field"),
+        ({"teacher__alhpa": 1.0}, "teacher.alhpa", "no such field: did you mean alpha?"),
+        ({"tracher": {}}, "tracher", "no such field: did you mean teacher?"),
+        ({"queries__split__tests": 1}, "queries.split.tests", "no such field: did you mean test?"),
+        ({"execution": {"pools": [{"slot": 1}]}}, "execution.pools.0.slot", "no such field: did you mean slots?"),
+        ({"zzz": 1}, "zzz", "no such field: correct the spelling or remove it"),
+        ({"queries__split": 5}, "queries.split", "valid dictionary"),
+        ({"queries__split": None}, "queries.split", "valid dictionary"),
         ({"teacher__alpha": ABSENT}, "teacher.alpha", "is missing"),
         ({"evaluation": ABSENT}, "evaluation", "is missing"),
         ({"queries__split__test": ABSENT}, "queries.split.test", "is missing"),

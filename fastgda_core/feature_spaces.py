@@ -1,0 +1,33 @@
+"""Feature spaces by name: known without torch, so that a configuration is checked before anything is loaded."""
+
+from __future__ import annotations
+
+from fastgda_core.errors import UsageError
+
+# Every encoder, with the hub id of its weights: empty where they come with a package.
+SOURCES = {
+    "pixel": "",
+    "efficientnet_lite0": "",
+    "minilm_text": "",
+    "clip": "openai/clip-vit-base-patch32",
+    "clip_text": "openai/clip-vit-base-patch32",
+    "dino": "facebook/dino-vitb16",
+    "dinov2": "facebook/dinov2-with-registers-large",
+}
+
+
+def encoder_names(space: str) -> list[str]:
+    """The encoders of a feature space such as `efficientnet_lite0+minilm_text`.
+
+    Raises:
+        UsageError: an encoder is not registered, or named twice.
+    """
+    names = space.split("+")
+    for name in names:
+        if name not in SOURCES:
+            raise UsageError(
+                f"features.space names the encoder {name!r}: known are {', '.join(SOURCES)}, joined by '+'"
+            )
+    if len(set(names)) < len(names):
+        raise UsageError(f"features.space {space!r} names an encoder twice: once is enough")
+    return names
