@@ -18,8 +18,9 @@ from tasks.partitions import PartitionOutcome, in_partition, partition_names, sc
 from tasks.plan import RunPlan, begin_run, open_context, run_inputs, run_name, stages_of
 from tasks.publish import publish_checks, publish_scores
 from tasks.queries import make_queries
-from tasks.retry import config_of, release
+from tasks.retry import release
 from tasks.samples import ingest_samples
+from tasks.stored_config import config_of
 from tasks.teacher_checks import check_precision, check_twins
 from tasks.trust import Trust, trust_in
 
@@ -99,7 +100,7 @@ def backfill(
 
 
 @flow(name="retry", flow_run_name="retry {run}")
-def retry(workspace: str, run: str, shards: str = "") -> Curation:
+def retry(workspace: str, run: str, shards: str | None = None) -> Curation:
     """Only what a run lacks: shards that failed or were quarantined, all or some (`0-2,5`), and samples left out."""
     release(workspace, run, shards)
     return curate(config_of(workspace, run))

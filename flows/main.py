@@ -118,15 +118,15 @@ def attribute(
     """
     from dataclasses import asdict
 
-    from fastgda_core.errors import BadSample
-    from tasks.attribute import AttributionService
-    from tasks.webdataset_shards import decode_image
+    from storage_schemas.snapshots import read_published
+    from tasks.question import check_caption, read_picture
 
-    try:
-        picture = decode_image(image.read_bytes())
-    except (OSError, BadSample) as error:
-        raise UsageError(f"{image}: {error}") from error
-    answers = AttributionService(Workspace.at(workspace)).attribute(picture, caption, k)
+    picture, place = read_picture(image), Workspace.at(workspace)
+    check_caption(caption)
+    read_published(place)
+    from tasks.attribute import AttributionService
+
+    answers = AttributionService(place).attribute(picture, caption, k)
     if as_json:
         print(json.dumps([asdict(answer) for answer in answers], indent=2))
         return

@@ -17,7 +17,6 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from fastgda_core.errors import UsageError
 from flows.own_server import start_server, wait_for_server
 from flows.store import DEFAULT_WORKSPACE, RunArgument, WorkspaceOption, say, trimmed
 from storage_schemas.errors import StoreError
@@ -46,19 +45,17 @@ out = Console()
 
 def read_config(path: Path, runner: Runner | None = None) -> Any:
     """The configuration, with another runner where one is given."""
-    from tasks.config import PipelineConfig, load_config
+    from tasks.config import load_config, with_runner
 
     config = load_config(path)
-    if runner is None:
-        return config
-    execution = {**config.execution.model_dump(), "runner": runner.value}
-    return PipelineConfig.model_validate({**config.model_dump(), "execution": execution})
+    return with_runner(config, runner.value) if runner else config
 
 
 def _begin(path: Path, runner: Runner | None = None) -> Any:
-    """The configuration, checked while a server starts and before the flows and what they need are loaded."""
+    """The configuration, checked before a server starts and before the flows and what they need are loaded."""
+    config = read_config(path, runner)
     start_server()
-    return read_config(path, runner)
+    return config
 
 
 def run(config: ConfigArgument, runner: RunnerOption = None) -> None:
@@ -78,9 +75,10 @@ def plan(config: ConfigArgument, as_json: JsonOption = False) -> None:
 
     Example: `fastgda plan my_config.yaml`
     """
+    checked = read_config(config)
     from tasks.estimate import estimate
 
-    found = estimate(read_config(config))
+    found = estimate(checked)
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
         return
@@ -125,9 +123,10 @@ def import_head(
 
     Example: `fastgda import-head dino+clip_text.pth my_config.yaml`
     """
+    checked = read_config(config)
     from tasks.head import import_head as import_checkpoint
 
-    _say_head(import_checkpoint(read_config(config), checkpoint), config)
+    _say_head(import_checkpoint(checked, checkpoint), config)
 
 
 def index(
@@ -241,22 +240,24 @@ def retry(
 
     Example: `fastgda retry openmoji-1b2c3d4e5f`
     """
+    from tasks.config import with_runner
+    from tasks.number_ranges import chosen_shards
+    from tasks.stored_config import config_of
+
+    config = config_of(workspace, run)
+    config = with_runner(config, runner.value) if runner else config
+    shards = ",".join(shard) if shard else None
+    chosen_shards(Workspace.at(workspace), run, shards)
     start_server()
     from flows.pipeline import attribution_pipeline
-    from tasks.retry import config_of, release
+    from tasks.retry import release
 
     wait_for_server()
-    config = config_of(workspace, run)
-    if runner is not None:
-        execution = config.execution.model_copy(update={"runner": runner.value})
-        config = config.model_copy(update={"execution": execution})
-    release(workspace, run, ",".join(shard or []))
+    release(workspace, run, shards)
     summary = attribution_pipeline(config)
     print_summary(summary)
     if summary.run != run:
-        raise UsageError(
-            f"the data or the model of run {run} changed since it was planned: run {summary.run} was made instead"
-        )
+        _warn(f"the data or the model of run {run} changed since it was planned: run {summary.run} was made instead")
 
 
 def status(
@@ -361,7 +362,11 @@ def print_stages(run: str, stages: list[Any], trust: Any) -> None:
     for name, value in trust.facts:
         say(f"{name}: {value}")
     for warning in trust.warnings:
-        out.print(f"[bold yellow]warning:[/] {escape(printable(warning))}", highlight=False, soft_wrap=True)
+        _warn(warning)
+
+
+def _warn(text: str) -> None:
+    out.print(f"[bold yellow]warning:[/] {escape(printable(text))}", highlight=False, soft_wrap=True)
 
 
 run_commands = (

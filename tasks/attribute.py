@@ -15,7 +15,6 @@ from fastgda_core.search.index import read_index, search
 from storage_schemas.files import local_copy
 from storage_schemas.snapshots import read_published
 from storage_schemas.workspace import Workspace
-from tasks.config import PipelineConfig
 from tasks.context import pick_device
 from tasks.features import load_encoders
 from tasks.head import described_space, load_trained_head, read_index_mean
@@ -42,8 +41,8 @@ class AttributionService:
         published = read_published(workspace)
         if published.head is None or published.index is None or published.samples is None:
             raise UsageError(f"{workspace.root} has scores but no index yet: let the run finish")
-        config = PipelineConfig.model_validate(published.config)
-        self.device = pick_device(config.device)
+        # Nothing else of the configuration is needed, which another release may have written.
+        self.device = pick_device(str(published.config.get("device", "auto")))
         head = workspace.file(published.head)
         # The head's own space: a run that was published since may have been configured with another.
         space = described_space(json.loads((head / "head.json").read_text()))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pyarrow.compute as pc
 import torch
 
+from fastgda_core.errors import UsageError
 from fastgda_core.teachers.teachers import TEACHERS
 from storage_schemas import tables
 from storage_schemas.commit import Manifest
@@ -21,6 +22,7 @@ from tasks.config import PipelineConfig
 from tasks.context import Context
 from tasks.curvature import pilot_rows
 from tasks.samples import samples_table
+from tasks.stored_config import lifted
 from tasks.teacher import BASE_LOSS_PART
 
 GRADIENT_FORWARDS = 2.1  # one forward and backward to the chosen layers, in forwards (benchmarks/RESULTS.md)
@@ -110,7 +112,10 @@ def _measured(workspace: Workspace, model_hash: str) -> Rate | None:
         done = [s for s, state in zip(ledger["seconds"], ledger["state"], strict=True) if state == "done"]
         if not done:
             continue
-        config = PipelineConfig.model_validate(found.config)
+        try:
+            config, _ = lifted(PipelineConfig, found.config, f"run {run}")
+        except UsageError:
+            continue  # another release's, which is no reason why this one should not run
         record = read_run(workspace, run)
         queries = found.stages["queries"].rows
         samples = found.stages["samples"]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fastgda_core.errors import UsageError
+from storage_schemas.ledger import read_ledger
+from storage_schemas.which_workspace import command
+from storage_schemas.workspace import Workspace
 
 
 def as_ranges(numbers: Iterable[int]) -> str:
@@ -25,9 +28,30 @@ def from_ranges(text: str) -> list[int]:
         UsageError: it is no list of numbers and ranges.
     """
     numbers: list[int] = []
-    for piece in filter(None, text.split(",")):
-        first, _, last = piece.strip().partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()):
+    for piece in text.split(",") if text else []:
+        first, dash, last = piece.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise UsageError(f"{text!r} is no list of part numbers: write them as 0-2,5")
-        numbers += range(int(first), int(last or first) + 1)
+        numbers += range(int(first), int(last) + 1)
     return numbers
+
+
+def chosen_shards(workspace: Workspace, run: str, text: str | None) -> set[int] | None:
+    """Score shards of a run that somebody named; None, which stands for all, where nobody did.
+
+    Raises:
+        UsageError: none is named, or one that the run does not have.
+    """
+    if text is None:
+        return None
+    chosen = set(from_ranges(text))
+    known = set(read_ledger(workspace, run)["shard"].to_pylist())
+    if not chosen:
+        raise UsageError(f"{text!r} names no shard of run {run}: write them as 0-2,5")
+    if chosen - known:
+        raise UsageError(
+            f"run {run} has no shard {min(chosen - known)}: it has {len(known)}; "
+            f"{command(workspace, f'status {run}')} names those that failed"
+        )
+    return chosen

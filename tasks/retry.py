@@ -7,44 +7,22 @@ from datetime import UTC, datetime
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from fastgda_core.errors import UsageError
 from storage_schemas.attempts import AttemptLog, ShardState, read_attempts
 from storage_schemas.commit import manifest_path
 from storage_schemas.files import move, remove
-from storage_schemas.ledger import quarantined_parts, read_ledger, read_run
+from storage_schemas.ledger import quarantined_parts
 from storage_schemas.liveness import read_assignment, withdraw, write_assignment
-from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
-from tasks.config import PipelineConfig
-from tasks.number_ranges import from_ranges
+from tasks.number_ranges import chosen_shards
 from tasks.run_inputs import KINDS
 
 
-def config_of(location: str, run: str) -> PipelineConfig:
-    """The configuration of a run, for the folder given: it may be mounted elsewhere than when the run was planned.
-
-    Raises:
-        UsageError: it was imported, and no teacher of this workspace scored it.
-    """
-    workspace = Workspace.at(location)
-    record = read_run(workspace, run)
-    if "teacher" not in record.config:
-        raise UsageError(f"run {run} was imported: its scores cannot be made again here; import its file once more")
-    found = read_assignment(workspace, run)
-    # What earlier releases did not do they do not say; with today's defaults theirs would be other runs.
-    absent = {"features": {"centre": False}, "curvature": {"importance": False}, "queries": {"twins": 0}}
-    sections = {name: {**before, **found.config.get(name, {})} for name, before in absent.items()}
-    return PipelineConfig.model_validate(
-        {**found.config, **sections, "execution": found.execution, "workspace": str(workspace.root)}
-    )
-
-
 @task(task_run_name="release", cache_policy=NO_CACHE)
-def release(location: str, run: str, shards: str = "") -> int:
+def release(location: str, run: str, shards: str | None = None) -> int:
     """Make failed and quarantined parts pending again, and throw away parts that left samples out.
 
     Args:
-        shards: numbers of the score shards meant, as `0-2,5`; all where empty.
+        shards: numbers of the score shards meant, as `0-2,5`; None: all.
 
     Returns:
         How many parts will be made again.
@@ -53,11 +31,10 @@ def release(location: str, run: str, shards: str = "") -> int:
         UsageError: a shard named is not one of those.
     """
     workspace = Workspace.at(location)
-    chosen = set(from_ranges(shards))
+    chosen = chosen_shards(workspace, run, shards)
     short = quarantined_parts(workspace, run)
     given_up = _given_up(workspace, run)
-    if chosen:
-        _check(workspace, run, chosen)
+    if chosen is not None:
         given_up = {"scores": given_up.get("scores", set()) & chosen}
         short = {
             "scores": [
@@ -89,13 +66,3 @@ def _given_up(workspace: Workspace, run: str) -> dict[str, set[int]]:
             if attempts and attempts[-1].state in (ShardState.failed, ShardState.quarantined):
                 found.setdefault(kind, set()).add(number)
     return found
-
-
-def _check(workspace: Workspace, run: str, chosen: set[int]) -> None:
-    ledger = read_ledger(workspace, run)
-    known = set(ledger["shard"].to_pylist())
-    if chosen - known:
-        raise UsageError(
-            f"run {run} has no shard {min(chosen - known)}: it has {len(known)}; "
-            f"{command(workspace, f'status {run}')} names those that failed"
-        )

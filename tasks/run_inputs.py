@@ -19,6 +19,7 @@ from tasks.context import Context, Stage
 from tasks.curvature import CurvatureParts
 from tasks.samples import LatentParts
 from tasks.score_plan import ScoreRun, plan_scores
+from tasks.stored_config import lifted
 from tasks.teacher import BaseLossParts, ScoreParts
 from tasks.unlearning import UpdateParts
 
@@ -140,7 +141,7 @@ def load_inputs(location: str, run: str, _assignment: str) -> RunInputs:
     workspace = Workspace.at(location)
     found = read_assignment(workspace, run)
     # The workspace as this process sees it: it may be mounted elsewhere here.
-    config = PipelineConfig.model_validate({**found.config, "workspace": location})
+    config, _ = lifted(PipelineConfig, {**found.config, "workspace": location}, f"run {run}")
     stages = {
         name: Stage(name, record.key, workspace.file(record.path), record.rows, 0.0, True)
         for name, record in found.stages.items()

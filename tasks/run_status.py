@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
+from fastgda_core.errors import UsageError
 from storage_schemas.attempts import ShardState, read_attempts
 from storage_schemas.errors import StoreError
 from storage_schemas.ledger import derive, process_lives, read_run, run_names
@@ -14,6 +15,7 @@ from storage_schemas.liveness import BEAT_SECONDS, Beat, Wish, asked, read_assig
 from storage_schemas.workspace import Workspace
 from tasks.execution_config import ExecutionConfig
 from tasks.stage_progress import FailedShard, StageProgress, recent_speed, stages_before_scores
+from tasks.stored_config import lifted
 from tasks.trust import Trust, trust_in
 
 ALIVE_SECONDS = 60.0  # after its last beat a worker is taken for gone
@@ -139,8 +141,8 @@ def latest_run(workspace: Workspace) -> str:
 def _execution_of(workspace: Workspace, run: str) -> ExecutionConfig:
     """How the run's last coordinator carried it out."""
     try:
-        return ExecutionConfig.model_validate(read_assignment(workspace, run).execution)
-    except StoreError:  # imported
+        return lifted(ExecutionConfig, read_assignment(workspace, run).execution, f"run {run}")[0]
+    except (StoreError, UsageError):  # imported, or another release's
         return ExecutionConfig()
 
 

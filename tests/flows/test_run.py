@@ -44,7 +44,7 @@ from tasks.features import (
 from tasks.head import build_search_index, latest_head, read_head
 from tasks.labels import read_labels
 from tasks.plan import open_context
-from tasks.retry import config_of
+from tasks.stored_config import config_of
 from tasks.webdataset_shards import decode_image
 from tests import tiny
 from tests.flows.pipeline_case import QUERIES, SAMPLES, SCORED, TWINS, environment, fastgda, lay_out

@@ -40,7 +40,7 @@ def test_numbers_survive_as_ranges(numbers: set[int]) -> None:
     assert from_ranges(as_ranges(numbers)) == sorted(numbers)
 
 
-@pytest.mark.parametrize("text", ["a", "1-b", "1,,x", "-3", "0-2 5", "1.5"])
+@pytest.mark.parametrize("text", ["a", "1-b", "1,,x", "-3", "0-2 5", "1.5", "5-2", ",", "3,", "4-", " "])
 def test_what_is_no_range_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="write them as 0-2,5"):
         from_ranges(text)
