@@ -9,7 +9,7 @@ from prefect import flow
 
 from flows.names import named
 from tasks.announcements import announce_trust
-from tasks.candidates import choose_candidates
+from tasks.candidates import candidate_features, choose_candidates
 from tasks.config import PipelineConfig, check_sizes
 from tasks.context import Stage
 from tasks.features import extract_features
@@ -51,10 +51,12 @@ def plan_run(config: PipelineConfig) -> RunPlan:
     queries = make_queries(context, samples)
     features = extract_features(context, samples)
     query_features = extract_features(context, queries)
+    more_features = candidate_features(context, samples, queries)
     stages = stages_of(context, samples, queries)
-    candidates = choose_candidates(context, run_name(context, stages, features), samples, queries)
+    candidates = choose_candidates(context, run_name(context, stages), samples, queries)
+    check_sizes(config, samples.rows, candidates.rows // queries.rows)
     inputs = run_inputs(context, stages, candidates)
-    return RunPlan(inputs, [samples, queries, features, query_features, candidates])
+    return RunPlan(inputs, [samples, queries, features, query_features, *more_features, candidates])
 
 
 @flow(name="curate", flow_run_name=named("curate"))

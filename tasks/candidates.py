@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 
@@ -16,11 +17,25 @@ from storage_schemas import tables
 from storage_schemas.commit import commit_table, committed
 from tasks.config import CandidatesConfig
 from tasks.context import Context, Stage
-from tasks.features import load_features
+from tasks.features import extract_features, in_space, load_features
 from tasks.queries import load_queries
 from tasks.twins import load_twins
 
 QUERIES_AT_ONCE = 64
+
+
+def candidate_space(context: Context) -> Context:
+    """The context with the feature space in which candidates are near, for its section `features`."""
+    return in_space(context, space=context.config.candidates.space or context.config.features.space)
+
+
+def candidate_features(context: Context, samples: Stage, queries: Stage) -> list[Stage]:
+    """Features of samples and queries in that space; none where it is the head's, whose features are there."""
+    near = candidate_space(context)
+    if near == context:
+        return []
+    made = [extract_features(near, items) for items in (samples, queries)]
+    return [dataclasses.replace(stage, name=f"{stage.name} for candidates") for stage in made]
 
 
 @task(task_run_name="candidates", cache_policy=NO_CACHE)
@@ -31,8 +46,9 @@ def choose_candidates(context: Context, run: str, samples: Stage, queries: Stage
     reused = manifest is not None
     if manifest is None:
         started = time.monotonic()
-        sample_features = torch.nn.functional.normalize(load_features(context, samples, samples), dim=1).numpy()
-        query_features = torch.nn.functional.normalize(load_features(context, queries, samples), dim=1).numpy()
+        near = candidate_space(context)
+        sample_features = torch.nn.functional.normalize(load_features(near, samples, samples), dim=1).numpy()
+        query_features = torch.nn.functional.normalize(load_features(near, queries, samples), dim=1).numpy()
         names = [query.query_id for query in load_queries(queries)]
         twins = load_twins(queries.path)
         wanted = [twins.get(name) for name in names]

@@ -216,6 +216,22 @@ class CandidatesConfig(Section):
     k: int | None = Field(default=None, ge=2, description="neighbours per query of policies top_k and pooled")
     scored: int | None = Field(default=None, ge=2, description="of policy top_k: how many of the k, drawn at random")
     seed: int = Field(default=0, ge=0, description="of that draw")
+    space: str | None = Field(
+        default=None,
+        description="encoders in whose space a sample is near, joined by '+'; null: those of features.space. Named "
+        "here, features.space may change without another choice of candidates",
+    )
+
+    @field_validator("space")
+    @classmethod
+    def _known(cls, space: str | None) -> str | None:
+        if space is not None:
+            encoder_names(space)
+        return space
+
+    def science(self) -> dict[str, object]:
+        """What the choice depends on, beside the features."""
+        return self.model_dump(mode="json", exclude={"space"})
 
     @model_validator(mode="after")
     def _k_with_neighbors(self) -> Self:
@@ -422,8 +438,12 @@ class PipelineConfig(Section):
         return self
 
 
-def check_sizes(config: PipelineConfig, samples: int) -> None:
+def check_sizes(config: PipelineConfig, samples: int, pool: int | None = None) -> None:
     """Compare what is asked with how many samples there are, before any work.
+
+    Args:
+        samples: in the workspace.
+        pool: of policy pooled, how many samples the queries brought together, where that is known.
 
     Raises:
         UsageError: more is asked than there is.
@@ -433,7 +453,7 @@ def check_sizes(config: PipelineConfig, samples: int) -> None:
         raise UsageError(
             f'candidates.k is {k} but the workspace has {samples} samples: lower it or set candidates.policy to "all"'
         )
-    k = config.candidates.scored or k
+    k = (pool or samples) if config.candidates.policy == "pooled" else config.candidates.scored or k
     asked = {
         "evaluation.cutoffs": max(config.evaluation.cutoffs),
         "evaluation.validation_cutoff": config.evaluation.validation_cutoff,

@@ -75,11 +75,10 @@ def estimate(config: PipelineConfig) -> Estimate:
     """
     context = open_context(config)
     samples = ingest_samples.fn(context)
-    check_sizes(config, samples.rows)
     queries = count_queries(config.queries)
-    size = Size(
-        samples.rows, mean_captions(samples.path), queries, _candidates(config.candidates, samples.rows, queries)
-    )
+    candidates = _candidates(config.candidates, samples.rows, queries)
+    check_sizes(config, samples.rows, candidates)
+    size = Size(samples.rows, mean_captions(samples.path), queries, candidates)
     execution = config.execution
     return Estimate(size, costs(config, size), rate(context), execution.price_per_device_hour, execution.currency)
 

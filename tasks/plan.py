@@ -18,11 +18,12 @@ from storage_schemas.errors import StoreError
 from storage_schemas.files import Stamps, stamps
 from storage_schemas.liveness import read_assignment, withdraw, write_assignment
 from storage_schemas.workspace import Workspace
+from tasks.candidates import candidate_space
 from tasks.config import PipelineConfig
 from tasks.context import Context, Stage
 from tasks.cost import Size, costs, known_rate, mean_captions
 from tasks.curvature import curvature_of
-from tasks.features import feature_folders
+from tasks.features import feature_folders, features_key
 from tasks.make_parts import Makers
 from tasks.run_inputs import RunInputs
 from tasks.samples import latents_of
@@ -72,11 +73,13 @@ def stages_of(context: Context, samples: Stage, queries: Stage) -> dict[str, Sta
     return {stage.name: stage for stage in (samples, queries, *found)}
 
 
-def run_name(context: Context, stages: dict[str, Stage], features: Stage) -> str:
+def run_name(context: Context, stages: dict[str, Stage]) -> str:
     """The configuration's name and a hash of everything that the run's scores depend on."""
     config = context.config
-    science = config.teacher.science()
-    key = input_key(stages["unlearning steps"].key, features.key, config.candidates, science, table=tables.SCORES)
+    # Where every sample is scored no feature has a say; the head's may then change and the scores stay.
+    chosen_by = [] if config.candidates.policy == "all" else [features_key(candidate_space(context), stages["samples"])]
+    science = config.candidates.science(), config.teacher.science()
+    key = input_key(stages["unlearning steps"].key, *chosen_by, *science, table=tables.SCORES)
     return f"{config.name}-{key[:10]}"
 
 
@@ -85,7 +88,8 @@ def run_inputs(context: Context, stages: dict[str, Stage], candidates: Stage) ->
     run = candidates.key
     features = {
         f"features of samples {name}": Stage(name, key, folder, stages["samples"].rows, 0.0, True)
-        for name, (folder, key) in feature_folders(context, stages["samples"]).items()
+        for space in (candidate_space(context), context)
+        for name, (folder, key) in feature_folders(space, stages["samples"]).items()
     }
     scores = Stage("scores", run, context.workspace.scores(run), candidates.rows, 0.0, True)
     return RunInputs(run, context, {**stages, **features, "candidates": candidates, "scores": scores})

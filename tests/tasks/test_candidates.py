@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tasks.candidates import _chosen
-from tasks.config import CandidatesConfig
+from storage_schemas import tables
+from tasks.candidates import _chosen, candidate_space, choose_candidates
+from tasks.config import CandidatesConfig, PipelineConfig
+from tasks.context import Context
+from tasks.features import extract_features
+from tasks.queries import make_queries
+from tasks.samples import ingest_samples
+from tests import tiny
+from tests.tasks.configs import document
 
 SAMPLES, QUERIES = 40, 6
 
@@ -95,3 +104,28 @@ def test_queries_of_the_twin_test_do_not_widen_the_pool(
     far = next(number for number in range(SAMPLES) if number not in pool)
     found = chosen(vectors, twins={5: far}, policy="pooled", k=4)
     assert [set(mine.tolist()) for mine in found] == [*[pool] * 5, pool | {far}]
+
+
+def test_candidates_are_near_in_a_space_of_their_own(tmp_path: Path, model_folder: Path) -> None:
+    """No feature of the head's space is there, whose weights this machine does not have."""
+    shapes, queries_tar = tmp_path / "shapes.tar", tmp_path / "queries.tar"
+    tiny.write_tar(shapes, tiny.sample_members(range(12)))
+    tiny.write_tar(queries_tar, tiny.sample_members(range(4)))
+    changes = document(
+        workspace=str(tmp_path / "workspace"),
+        data__shards=str(shapes),
+        model__folder=str(model_folder),
+        queries={"shards": str(queries_tar), "split": {"train": 2, "validation": 1, "test": 1}, "twins": 0},
+        features={"space": "dinov2"},
+        candidates={"policy": "top_k", "k": 3, "space": "pixel"},
+    )
+    context = Context(PipelineConfig.model_validate(changes), "m")
+    samples = ingest_samples.fn(context)
+    queries = make_queries.fn(context, samples)
+    for items in (samples, queries):
+        extract_features.fn(candidate_space(context), items)
+    chosen = choose_candidates.fn(context, "run-1", samples, queries)
+    nearest = tables.read(chosen.path, tables.CANDIDATES).to_pylist()
+    assert len(nearest) == 3 * 4
+    first = [row for row in nearest if row["neighbor_rank"] == 1]
+    assert [row["similarity"] for row in first] == pytest.approx([1.0] * 4), "each query is a sample, too"

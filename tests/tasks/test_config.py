@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from fastgda_core.errors import UsageError
-from tasks.config import PipelineConfig, SplitConfig, load_config
+from tasks.config import PipelineConfig, SplitConfig, check_sizes, load_config
 from tasks.openmoji import CONFIG, list_openmoji
 from tasks.webdataset_shards import find_shards
 from tests.tasks.configs import ABSENT, document
@@ -133,6 +133,7 @@ def test_shards_are_found_whatever_the_folder_of_the_config_is_called(tmp_path: 
         ({"candidates": {"policy": "pooled"}}, "candidates", "k belongs to policies top_k and pooled"),
         ({"candidates": {"policy": "top_k", "k": 5, "scored": 6}}, "candidates", "at most k"),
         ({"candidates": {"policy": "pooled", "k": 5, "scored": 3}}, "candidates", "scored belongs to policy top_k"),
+        ({"candidates__space": "crystal_ball"}, "candidates.space", "crystal_ball"),
         ({"teacher__layers": "mlp"}, "teacher.layers", "cross-attn-kv"),
         ({"teacher__damping": 0}, "teacher.damping", "greater than"),
         ({"teacher__precision": "bf16"}, "teacher", "difference of two losses"),
@@ -165,6 +166,17 @@ def test_a_wrong_field_is_named_with_its_file(
     assert message.startswith(f"{path}: {field}: ")
     assert reason in message
     assert len(message.splitlines()) == 1
+
+
+def test_a_pooled_query_has_the_whole_pool_as_candidates() -> None:
+    asked = document(candidates={"policy": "pooled", "k": 2}, evaluation__cutoffs=[1, 8], evaluation__neighbors=3)
+    config = PipelineConfig.model_validate(asked)
+    check_sizes(config, samples=12)
+    check_sizes(config, samples=12, pool=9)
+    with pytest.raises(UsageError, match=r"evaluation\.cutoffs is 8 but a query has 8 candidates"):
+        check_sizes(config, samples=12, pool=8)
+    with pytest.raises(UsageError, match=r"evaluation\.cutoffs is 8 but a query has 2 candidates"):
+        check_sizes(PipelineConfig.model_validate(document(**{**asked, "candidates": {"policy": "top_k", "k": 2}})), 12)
 
 
 def test_every_fault_is_told_at_once(tmp_path: Path) -> None:

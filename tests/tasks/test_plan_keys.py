@@ -28,11 +28,11 @@ def keys(root: Path, samples: str = "s", queries: str = "q", model: str = "m", *
     context = Context(config, model)
     ingested = Stage("samples", samples, root / "samples", 12, 0.0, True)
     stages = stages_of(context, ingested, Stage("queries", queries, root / "queries", 3, 0.0, True))
-    features = Stage("features of samples", features_key(context, ingested), root, 12, 0.0, True)
     found = {name: stage.key for name, stage in stages.items() if name not in ("samples", "queries")}
-    return {**found, "run": run_name(context, stages, features)}
+    return {**found, "run": run_name(context, stages)}
 
 
+NEAR = {"policy": "pooled", "k": 5}
 CASES: list[tuple[dict[str, object], set[str]]] = [
     ({"samples": "other"}, EVERYTHING),
     ({"model": "other"}, EVERYTHING),
@@ -51,8 +51,11 @@ CASES: list[tuple[dict[str, object], set[str]]] = [
     ({"teacher__seed": 1}, {"unlearning steps", "base losses", "run"}),
     ({"teacher__precision": "float64"}, {"unlearning steps", "base losses", "run"}),
     ({"candidates__policy": "top_k", "candidates__k": 5}, {"run"}),
-    ({"features__space": "pixel"}, {"run"}),
-    ({"features__centre": False}, {"run"}),
+    ({"features__space": "pixel"}, set()),
+    ({"features__centre": False}, set()),
+    ({"candidates__space": "pixel"}, set()),
+    ({"candidates": NEAR, "features__space": "pixel"}, {"run"}),
+    ({"candidates": {**NEAR, "space": "minilm_text"}}, {"run"}),
     ({"teacher__loaded_queries": 7}, set()),
     ({"teacher__negatives": "tie"}, set()),
     ({"model__micro_batch": 7}, set()),
@@ -82,11 +85,12 @@ def test_other_weights_of_an_encoder_are_other_features(tmp_path: Path) -> None:
         (tmp_path / content / "model.safetensors").write_text(content)
     for source in (None, "a/hub-id", str(tmp_path / "old"), str(tmp_path / "new")):
         features = {"space": "pixel+clip", "weights": {"clip": source} if source else {}}
-        found.add(keys(tmp_path, curvature={}, features=features)["run"])
+        found.add(keys(tmp_path, curvature={}, features=features, candidates=NEAR)["run"])
     assert len(found) == 4
     (tmp_path / "old" / "model.safetensors").write_text("new")
     again = {"space": "pixel+clip", "weights": {"clip": str(tmp_path / "old")}}
-    assert keys(tmp_path, curvature={}, features=again)["run"] in found, "where they lie does not matter"
+    here = keys(tmp_path, curvature={}, features=again, candidates=NEAR)["run"]
+    assert here in found, "where they lie does not matter"
 
 
 def test_features_that_are_not_centred_keep_the_key_of_earlier_releases(tmp_path: Path) -> None:
@@ -107,7 +111,13 @@ def test_no_two_of_these_configurations_share_a_key(tmp_path: Path) -> None:
 
 def every_key(root: Path) -> dict[str, str]:
     """As `keys`, with the keys of encoders and of a score shard."""
-    sections = {"curvature": {}, "features": {"space": "pixel+minilm_text"}, "execution": {}, "head": {}}
+    sections = {
+        "curvature": {},
+        "features": {"space": "pixel+minilm_text"},
+        "execution": {},
+        "head": {},
+        "candidates": NEAR,
+    }
     found = keys(root, **sections)
     samples = Stage("samples", "s", root / "samples", 12, 0.0, True)
     config = PipelineConfig.model_validate(document(workspace=str(root), **sections))
@@ -139,3 +149,13 @@ def test_a_table_whose_files_are_no_longer_read_is_made_again_with_what_rests_on
     monkeypatch.setattr(tables, name, dataclasses.replace(getattr(tables, name), version=3, oldest=3))
     after = every_key(tmp_path)
     assert {key for key in before if before[key] != after[key]} == expected
+
+
+def test_candidates_with_a_space_of_their_own_do_not_depend_on_the_heads(tmp_path: Path) -> None:
+    own = {**NEAR, "space": "pixel+minilm_text"}
+    runs = [
+        keys(tmp_path, candidates=candidates, features={"space": space})["run"]
+        for candidates, space in ((own, "pixel"), (own, "minilm_text"), (NEAR, "pixel+minilm_text"), (NEAR, "pixel"))
+    ]
+    assert runs[0] == runs[1] == runs[2], "named or by default, it is the same space"
+    assert runs[3] != runs[0]
