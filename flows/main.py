@@ -14,6 +14,7 @@ if Path(sys.argv[0]).name == "fastgda":  # the command, not a program that impor
     interruption.watch(begun=False)
 import atexit
 import contextlib
+import errno
 import json
 import shlex
 import warnings
@@ -56,6 +57,21 @@ app = typer.Typer(
 )
 out = Console()
 err = Console(stderr=True)
+# What a file system says of a place that somebody chose; anything else that it says is a bug, and shows where.
+_ELSEWHERE = "choose a workspace that this user may read and write"
+REFUSALS = {
+    errno.EROFS: _ELSEWHERE,
+    errno.EACCES: _ELSEWHERE,
+    errno.EPERM: _ELSEWHERE,
+    errno.ENOTDIR: "a file stands where a folder is needed: move it, or choose another place",
+    errno.EISDIR: "a folder stands where a file is needed: move it, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "mend the symbolic link",
+    errno.EMFILE: "allow this process more open files (`ulimit -n`)",
+    errno.EIO: "the disk or its connection fails: mend it, then start the same command again",
+    errno.ESTALE: "the file server lost the file: mount it again, then start the same command again",
+    errno.ENOTCONN: "the disk's connection is gone: mount it again, then start the same command again",
+}
 
 
 @app.command()
@@ -206,15 +222,18 @@ def _run() -> int:
     except (UsageError, StoreError) as error:
         return _said("error", error, 2)
     except OSError as error:
-        if error.errno not in FULL_DISK:
+        if error.errno in FULL_DISK:
+            return _said("failed", error, 1)
+        if error.errno not in REFUSALS or not (error.filename or isinstance(error, PermissionError)):
             raise
-        return _said("failed", error, 1)
+        place = f"{os.fsdecode(error.filename)}: " if error.filename else ""  # an object store names none
+        return _said("error", f"{place}{error.strerror}: {REFUSALS[error.errno]}", 2)
     except _explained() as error:
         return _said("failed", error, 1)
     return 0
 
 
-def _said(what: str, error: BaseException, code: int) -> int:
+def _said(what: str, error: object, code: int) -> int:
     err.print(f"[red]{what}:[/] ", end="")
     err.print(printable(str(error), lines=True), markup=False, highlight=False, soft_wrap=True)
     return code

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,8 +17,10 @@ import yaml
 from typer.testing import CliRunner
 
 from fastgda_core.errors import UsageError
+from flows import main
 from flows.main import app
 from storage_schemas.errors import StoreError
+from tests.storage_schemas.test_disk_full import mount
 from tests.storage_schemas.workspaces import plan_run
 from tests.tasks.configs import document
 
@@ -83,3 +91,66 @@ def test_a_name_that_a_shell_cut_from_a_line_is_taken(here: Path, name: str) -> 
         assert "demo-1" in said(command, name)[0]
     assert "is not done" not in refused("resume", name)
     assert "score shards are not done" in refused("publish", name)
+
+
+def ended(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> tuple[int | str | None, str]:
+    """Exit code and standard error of a command, with the errors that it explains."""
+    monkeypatch.setattr(sys, "argv", ["fastgda", *map(str, arguments)])
+    monkeypatch.setattr(main.err, "file", io.StringIO())
+    try:
+        code: int | str | None = main._run()
+    except SystemExit as end:
+        code = end.code
+    return code, main.err.file.getvalue()
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A workspace with a run on a file system that is mounted for reading."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount(folder, "size=1m")
+    try:
+        plan_run(folder)
+        mount(folder, "remount,ro")
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextmanager
+def another_user() -> Iterator[None]:
+    """Files are looked at as a user who owns none while the block runs; needs root."""
+    if os.geteuid():
+        pytest.skip("only root can act as somebody else")
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_place_that_cannot_be_written_is_told_in_one_line(read_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in (("pause", "run-1"), ("ledger", "rebuild")):
+        code, told = ended(monkeypatch, *command, "--workspace", read_only)
+        assert code == 2
+        assert "Read-only file system: choose a workspace" in told and str(read_only) in told
+        assert len(told.splitlines()) == 1
+
+
+def test_a_place_that_is_not_ours_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_run(tmp_path / "workspace")
+    tmp_path.chmod(0o700)
+    with another_user():
+        code, told = ended(monkeypatch, "status", "run-1", "--workspace", tmp_path / "workspace")
+    assert code == 2
+    assert "Permission denied: choose a workspace" in told
+    assert len(told.splitlines()) == 1
+
+
+def test_a_file_in_place_of_a_folder_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_run(tmp_path)
+    (tmp_path / "runs" / "run-1" / "control.json").mkdir()
+    code, told = ended(monkeypatch, "pause", "run-1", "--workspace", tmp_path)
+    assert code == 2
+    assert "Is a directory: a folder stands where a file is needed" in told
