@@ -73,6 +73,8 @@ def run(config: ConfigArgument, runner: RunnerOption = None) -> None:
 def plan(config: ConfigArgument, as_json: JsonOption = False) -> None:
     """What a run will take, without running it: parts, rows, forward passes, device-hours, cost.
 
+    The tars are read for that, and their index is written into the workspace, where the run finds it.
+
     Example: `fastgda plan my_config.yaml`
     """
     checked = read_config(config)
@@ -84,6 +86,7 @@ def plan(config: ConfigArgument, as_json: JsonOption = False) -> None:
         return
     for renderable in found.shown():
         out.print(renderable, highlight=False, soft_wrap=True)
+    say(f"written: the index of the tars, in {checked.workspace}")
 
 
 def curate(config: ConfigArgument, runner: RunnerOption = None) -> None:

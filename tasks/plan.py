@@ -11,6 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
 from fastgda_core.diffusion.model import model_hash, train_timesteps
+from fastgda_core.diffusion.weights import check_weights
 from fastgda_core.teachers.teachers import TEACHERS
 from storage_schemas import tables
 from storage_schemas.commit import input_key
@@ -48,8 +49,9 @@ def open_context(config: PipelineConfig) -> Context:
     """The context of a configuration.
 
     Raises:
-        UsageError: its model or its noise plan cannot be used; before any work.
+        UsageError: its model, the weights of it or its noise plan cannot be used; before any work.
     """
+    check_weights(config.model.folder)
     files = sorted(path for path in config.model.folder.rglob("*") if path.is_file())
     context = Context(config, _model_hash(config.model.folder, stamps(files)))
     noise_plan(config).timestep_values(train_timesteps(config.model.folder))

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from storage_schemas.errors import StoreError
 from tests.storage_schemas.test_disk_full import mount
 from tests.storage_schemas.workspaces import plan_run
 from tests.tasks.configs import document
+from tests.tiny import sample_members, write_tar
 
 
 @pytest.fixture
@@ -154,3 +156,20 @@ def test_a_file_in_place_of_a_folder_is_told_in_one_line(tmp_path: Path, monkeyp
     code, told = ended(monkeypatch, "pause", "run-1", "--workspace", tmp_path)
     assert code == 2
     assert "Is a directory: a folder stands where a file is needed" in told
+
+
+def test_a_plan_finds_bad_weights_before_it_reads_the_tars_and_says_what_it_wrote(
+    here: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(here / "shards" / "a.tar", sample_members(range(12)))
+    shutil.copytree(model_folder, here / "model")
+    execution = {"forwards_per_second": 1.0}
+    path = write_config(here, model__folder="model", workspace="mine", execution=execution)
+    weights = here / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    assert f"{weights} is damaged" in refused("plan", str(path))
+    assert not (here / "mine").exists()
+    weights.write_bytes(whole)
+    assert f"written: the index of the tars, in {here}/mine" in said("plan", str(path))[0]
+    assert [path.name for path in (here / "mine").iterdir()] == ["samples"]
