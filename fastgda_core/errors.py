@@ -129,5 +129,7 @@ def _throttled(error: BaseException) -> bool:
     if isinstance(response, dict):  # botocore
         statuses = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]
     else:  # Azure and httpx, aiohttp, Google and gcsfs
-        statuses = [getattr(each, name, None) for each in (error, response) for name in ("status_code", "status", "code")]
+        statuses = [
+            getattr(each, name, None) for each in (error, response) for name in ("status_code", "status", "code")
+        ]
     return any(isinstance(status, int) and (500 <= status < 600 or status in (408, 429)) for status in statuses)

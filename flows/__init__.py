@@ -5,14 +5,14 @@ The environment is set before Prefect, transformers or diffusers are imported, i
 
 import os
 
-# Nothing is sent anywhere and no hub is asked.
+# Nothing is sent anywhere.
 os.environ.update(
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
     DO_NOT_TRACK="1",
     HF_HUB_DISABLE_TELEMETRY="1",
-    HF_HUB_OFFLINE="1",
     PYTORCH_ENABLE_MPS_FALLBACK="1",
 )
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no hub is asked, unless somebody says so
 # Bars of libraries would stand between ours; and a job whose worker died has nobody left to print them to.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

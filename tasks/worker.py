@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import functools
 import os
@@ -193,7 +194,8 @@ class Worker:
     def end(self) -> None:
         """Say that this process is done with the run for now."""
         if self._state.beat and self._beats_failed is None:
-            self._write(ended=True)
+            with contextlib.suppress(OSError):  # as of a full disk, of which the work itself has told
+                self._write(ended=True)
 
 
 @functools.lru_cache(maxsize=4)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
 import threading
+import time
 from datetime import UTC, date, datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -31,6 +36,7 @@ from tasks.fan_out import Order, quarantine_deadly
 from tasks.jobs import JobPool
 from tasks.number_ranges import as_ranges, from_ranges
 from tasks.partitions import in_partition, partition_names
+from tasks.worker import Worker
 from tests.storage_schemas.workspaces import plan_run
 from tests.tasks.configs import document
 
@@ -286,3 +292,21 @@ def test_a_wrong_setting_is_named_in_one_line(tmp_path: Path, changes: dict[str,
     assert len(lines) == 1, lines
     (line,) = lines
     assert fragment in line, line
+
+
+def test_a_process_whose_disk_is_gone_ends_without_another_error(tmp_path: Path) -> None:
+    worker = Worker(Workspace.at(tmp_path), "run")
+    while not read_beats(worker.workspace, "run"):
+        time.sleep(0.05)
+    worker.leave()
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "runs").write_text("nothing can be written here any more")
+    worker.end()
+
+
+@pytest.mark.parametrize("asked", ["0", "1"])
+def test_whether_the_hub_is_asked_is_the_users_choice(asked: str) -> None:
+    code = "import os, flows; print(os.environ['HF_HUB_OFFLINE'])"
+    environment = {**os.environ, "HF_HUB_OFFLINE": asked, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == asked
