@@ -3,7 +3,8 @@
 The only place where a column name is spelled. Each file carries the version of its table in its metadata. To give a
 table a column is to raise its `version` and to name the column in `added`, with what files of earlier versions have in
 it: they are read as before, and their input keys stay. Any other change raises `oldest` too: then earlier files are
-refused and made again (candidates and plans with their run, whose name goes by `oldest` of the scores).
+refused and made again. A table without a key of its own goes with the one that it is made with: candidates and plans
+with scores, twins with queries, rejected samples with samples.
 """
 
 from __future__ import annotations
