@@ -61,21 +61,16 @@ def print_query(
         raise UsageError(f"--output {output} is a folder: name a file")
     try:
         with asked(_statement(statement)) as answer:
-            try:
-                if output is None:
-                    _print(answer, format, limit)
-                elif output.exists() and not output.is_file():  # a pipe or a device takes rows as they come
-                    _write(answer, format, limit, output)
-                else:
-                    replace_through(
-                        output.resolve(), lambda path: _write(answer, format, limit, path), lambda path: None
-                    )
-            except duckdb.Error as error:
-                raise UsageError(str(error).split("\n\nLINE ")[0]) from error  # the line is SQL of ours
-            except pa.ArrowException as error:
-                raise UsageError(f"{error}: cast that column to another type, or choose another --format") from error
+            if output is None:
+                _print(answer, format, limit)
+            elif output.exists() and not output.is_file():  # a pipe or a device takes rows as they come
+                _write(answer, format, limit, output)
+            else:
+                replace_through(output.resolve(), lambda path: _write(answer, format, limit, path), lambda path: None)
     except duckdb.Error as error:
         raise UsageError(str(error)) from error
+    except pa.ArrowException as error:
+        raise UsageError(f"{error}: cast that column to another type, or choose another --format") from error
     except RuntimeError as error:
         if isinstance(error.__cause__, KeyboardInterrupt):  # what DuckDB makes of Ctrl-C
             raise KeyboardInterrupt from None

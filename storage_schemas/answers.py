@@ -65,7 +65,7 @@ class Answer:
     def first(self, rows: int) -> list[tuple[str | None, ...]]:
         """The first rows as text, None for NULL."""
         texts = ", ".join(_text(place, kind) for place, kind in self._fields())
-        found: list[tuple[str | None, ...]] = self.attempt(lambda: self._select(texts).limit(rows).fetchall())
+        found: list[tuple[str | None, ...]] = self._run(lambda: self._select(texts).limit(rows).fetchall())
         return found
 
     def count(self, seconds: float) -> int | None:
@@ -73,7 +73,7 @@ class Answer:
         timer = threading.Timer(seconds, self.connection.interrupt)
         timer.start()
         try:
-            counted = self.attempt(lambda: self._unordered().query("answer", "SELECT count(*) FROM answer").fetchall())
+            counted = self._run(lambda: self._unordered().query("answer", "SELECT count(*) FROM answer").fetchall())
             return int(counted[0][0])
         except duckdb.InterruptException:
             return None
@@ -129,6 +129,12 @@ class Answer:
             if group:
                 writer.write_table(pa.Table.from_batches(group))
 
+    def _run(self, start: Callable[[], Any]) -> Any:
+        try:
+            return self.attempt(start)
+        except duckdb.Error as error:
+            raise type(error)(_without_our_sql(error)) from None
+
     def _fields(self) -> Iterator[tuple[str, str]]:
         """Each column by the name that `_select` gives it, and its type."""
         return ((f"c{number}", kind) for number, kind in enumerate(self.types))
@@ -145,7 +151,7 @@ class Answer:
             chosen = self._select(expressions, names)
             return (chosen if limit is None else chosen.limit(limit)).to_arrow_reader(BATCH_ROWS)
 
-        reader = self.attempt(start)
+        reader = self._run(start)
         return reader.schema, _read(reader)
 
     def _lines(self, line: str, limit: int | None) -> Iterator[memoryview]:
@@ -164,7 +170,12 @@ def _read(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
     try:
         yield from reader
     except (OSError, pa.ArrowException) as error:
-        raise duckdb.Error(str(error)) from error
+        raise duckdb.InvalidInputException(_without_our_sql(error)) from None
+
+
+def _without_our_sql(error: Exception) -> str:
+    """What DuckDB says, without the line of SQL that it quotes, which is none that the reader wrote."""
+    return str(error).split("\n\nLINE ")[0]
 
 
 def _text(place: str, kind: str) -> str:
