@@ -29,6 +29,7 @@ from tasks.fan_out import Failure, Order, Outcome, quarantine_deadly, run_parts
 from tasks.jobs import JobPool
 from tasks.progress import console, stage
 from tasks.run_inputs import RunInputs
+from tasks.run_status import others_at_work
 from tasks.runners import submission, task_runner
 from tasks.worker import PartHangs, coordinate_here
 
@@ -118,6 +119,8 @@ class Makers:
             return self._made(before, reused=True)
         failures = self._given_up(kind)
         todo = [number for number in missing if number not in failures]
+        if inputs.context.config.execution.runner != "pool" and others_at_work(inputs.workspace, inputs.run):
+            todo.reverse()  # another coordinator began at the start: few parts are made twice, where the two meet
         with self._watched(kind, todo) as watch:
             suspects: list[int] = []
             while todo:

@@ -17,7 +17,7 @@ from storage_schemas import tables
 from storage_schemas.commit import input_key
 from storage_schemas.errors import StoreError
 from storage_schemas.files import Stamps, stamps
-from storage_schemas.liveness import read_assignment, withdraw, write_assignment
+from storage_schemas.liveness import Beat, read_assignment, withdraw, write_assignment
 from storage_schemas.workspace import Workspace
 from tasks.candidates import candidate_space
 from tasks.config import PipelineConfig
@@ -26,7 +26,9 @@ from tasks.cost import Size, costs, known_rate, mean_captions
 from tasks.curvature import curvature_of
 from tasks.features import feature_folders, features_key
 from tasks.make_parts import Makers
+from tasks.progress import console
 from tasks.run_inputs import RunInputs
+from tasks.run_status import others_at_work
 from tasks.samples import latents_of
 from tasks.score_plan import store_plan
 from tasks.teacher import base_losses_of, noise_plan
@@ -107,7 +109,19 @@ def begin_run(inputs: RunInputs) -> Makers:
     assignment = inputs.assignment(_generation(workspace, run), origin)
     write_assignment(workspace, assignment)
     withdraw(workspace, run)
+    others = others_at_work(workspace, run)
+    if others:
+        console.print(_told_of_others(run, others), highlight=False, soft_wrap=True)
     return Makers(inputs, assignment.key, _part_seconds(inputs))
+
+
+def _told_of_others(run: str, others: list[Beat]) -> str:
+    at = [f"{beat.worker} at {beat.kind} {beat.number:05d}" for beat in others if beat.kind]
+    who = (at or [beat.worker for beat in others])[0]
+    return (
+        f"run {run} is under way elsewhere, too: {who}, of {len(others)} at work; this one begins at the other end, "
+        f"and `fastgda cancel {run}` stops all"
+    )
 
 
 def _generation(workspace: Workspace, run: str) -> int:

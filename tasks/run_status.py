@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from fastgda_core.errors import UsageError
 from storage_schemas.attempts import ShardState, read_attempts
+from storage_schemas.commit import worker_name
 from storage_schemas.errors import StoreError
 from storage_schemas.ledger import derive, process_lives, read_run, run_names
 from storage_schemas.liveness import BEAT_SECONDS, Beat, Wish, asked, read_assignment, read_beats
@@ -166,6 +167,12 @@ def _rows_per_second(done: list[dict[str, object]], now: datetime) -> float:
 def _lives(beat: Beat, now: datetime) -> bool:
     """Whether the process behind a beat may still be at work."""
     return not beat.ended and _seconds_since(beat, now) < ALIVE_SECONDS and process_lives(beat.worker)
+
+
+def others_at_work(workspace: Workspace, run: str) -> list[Beat]:
+    """Signs of life of other processes than this one that make parts of the run."""
+    now = datetime.now(UTC)
+    return [beat for beat in read_beats(workspace, run) if beat.worker != worker_name() and _lives(beat, now)]
 
 
 def _seconds_since(beat: Beat, now: datetime) -> float:
