@@ -54,8 +54,9 @@ def raise_if_hung(run: str, timeout: float | None) -> None:
         PartHangs: the part is far beyond its time limit. The process ends once its main thread has, or a minute later:
             Python would wait for the thread for ever.
     """
-    if coordinator_here(run) and run in _at_work and timeout is not None:
-        _at_work[run].raise_if_hung(timeout)
+    worker = _at_work.get(run)
+    if coordinator_here(run) and worker is not None and timeout is not None:
+        worker.raise_if_hung(timeout)
 
 
 def _end_process() -> None:
@@ -101,8 +102,8 @@ class Worker:
         A micro-batch that never ends cannot ask. This process ends then, with the place where it hangs on standard
         error, and others make the part again; unless it coordinates the run (`raise_if_hung`).
         """
-        self._tell(kind=kind, number=number, device=str(context.device), job=flow_run.get_id() or "")
         self._since = time.monotonic()
+        self._tell(kind=kind, number=number, device=str(context.device), job=flow_run.get_id() or "")
         log = self._logs.setdefault(kind, AttemptLog(self.workspace, self.run, kind=kind))
         _at_work[self.run] = self
         if timeout is not None and not coordinator_here(self.run):
