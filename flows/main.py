@@ -18,7 +18,7 @@ import errno
 import json
 import shlex
 import warnings
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -46,6 +46,9 @@ from storage_schemas.files import FULL_DISK
 from storage_schemas.which_workspace import option
 from storage_schemas.workspace import Workspace
 from tasks.printable import printable
+
+if TYPE_CHECKING:
+    from tasks.attribute import Attribution
 
 app = typer.Typer(
     name="fastgda",
@@ -146,6 +149,11 @@ def attribute(
     if as_json:
         print(json.dumps([asdict(answer) for answer in answers], indent=2))
         return
+    print_answers(answers)
+
+
+def print_answers(answers: list[Attribution]) -> None:
+    """The training samples of an answer, best first."""
     rows = [
         [
             str(answer.position),

@@ -20,9 +20,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fastgda_core.errors import UsageError
-from flows.main import app
-from tasks.attribute import Attribution, AttributionService
-from tests import tiny
+from flows.main import app, print_answers
+from tasks.attribute import Attribution
 from tests.storage_schemas.workspaces import publish_run
 
 ROOT = Path(__file__).parents[2]
@@ -181,13 +180,11 @@ def test_ids_are_whole_on_a_narrow_terminal(root: Path) -> None:
     assert all(len(line) <= 80 for line in folded.splitlines()) and f"│ {RUN} │" in folded
 
 
-def test_answers_of_the_index_are_shown_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_of_the_index_are_shown_the_same_way(capsys: pytest.CaptureFixture[str]) -> None:
     key, shard = "folder/" + "k" * 60, f"/data/{'s' * 60}.tar"
     answers = [Attribution(1, 7, 0.5, key, HOSTILE, shard), Attribution(2, 8, 0.4, key, CAPTIONS[1], shard)]
-    monkeypatch.setattr(AttributionService, "__init__", lambda self, workspace: None)
-    monkeypatch.setattr(AttributionService, "attribute", lambda self, image, caption, k: answers)
-    (tmp_path / "x.png").write_bytes(tiny.draw(7)[0])
-    shown = CliRunner().invoke(app, ["attribute", str(tmp_path / "x.png"), "--caption", "a shape"]).stdout
+    print_answers(answers)
+    shown = capsys.readouterr().out
     assert not set(shown) & set("\x1b\x9b\x00\u202e\r\t") and "\\u001b[31mred" in shown
     assert len(shown.splitlines()) == 6 and shown.count(key) == shown.count("s" * 60 + ".tar") == 2
 
