@@ -17,7 +17,8 @@ from storage_schemas.snapshots import read_published
 from storage_schemas.workspace import Workspace
 from tasks.context import pick_device
 from tasks.features import load_encoders
-from tasks.head import described_space, load_trained_head, read_index_mean
+from tasks.head import load_trained_head, read_index_mean
+from tasks.head_space import described_space
 from tasks.images import as_rgb
 from tasks.samples import samples_table
 
@@ -45,7 +46,7 @@ class AttributionService:
         self.device = pick_device(str(published.config.get("device", "auto")))
         head = workspace.file(published.head)
         # The head's own space: a run that was published since may have been configured with another.
-        space = described_space(json.loads((head / "head.json").read_text()))
+        space = described_space(json.loads((head / "head.json").read_text()), workspace)
         self.unit_length = space.unit_length
         self.encoders = load_encoders(space, self.device)
         self.head = load_trained_head(head)

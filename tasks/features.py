@@ -209,7 +209,7 @@ def features_key(context: Context, items: Stage) -> str:
     config = context.config.features
     raw = [] if config.unit_length else ["raw"]
     centred = ["centred"] if config.centre else []
-    weights = filter(None, _weights_keys(context).values())
+    weights = filter(None, weights_keys(config).values())
     return input_key(config.space, items.key, *weights, *raw, *centred, table=tables.FEATURES)
 
 
@@ -217,7 +217,7 @@ def feature_folders(context: Context, items: Stage) -> dict[str, tuple[AnyPath, 
     """Folder and input key of each encoder of the config's feature space."""
     keys = {
         name: input_key("features", name, items.key, *filter(None, [weights]), table=tables.FEATURES)
-        for name, weights in _weights_keys(context).items()
+        for name, weights in weights_keys(context.config.features).items()
     }
     return {name: (context.workspace.features(name, key), key) for name, key in keys.items()}
 
@@ -227,15 +227,14 @@ def _parts_keys(context: Context, items: Stage) -> list[str]:
     return [key for _, key in feature_folders(context, items).values()]
 
 
-def _weights_keys(context: Context) -> dict[str, str]:
-    """`_weights_key` of each encoder of the config's feature space; empty where the weights come with a package."""
-    config = context.config.features
+def weights_keys(config: FeaturesConfig) -> dict[str, str]:
+    """`weights_key` of each encoder of a feature space; empty where the weights come with a package."""
     return {
-        name: _weights_key(config.weights.get(name) or ENCODERS[name].source) for name in encoder_names(config.space)
+        name: weights_key(config.weights.get(name) or ENCODERS[name].source) for name in encoder_names(config.space)
     }
 
 
-def _weights_key(source: str) -> str:
+def weights_key(source: str) -> str:
     """What tells one set of weights from another: a hash of the files of a folder, else the hub id."""
     if not source or not Path(source).is_dir():
         return source

@@ -36,9 +36,18 @@ from storage_schemas.files import AnyPath, file_sha256, local_files, matching
 from storage_schemas.snapshots import read_influence
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
-from tasks.config import FeaturesConfig, PipelineConfig
+from tasks.config import PipelineConfig
 from tasks.context import Context, Stage, load_tensors, pick_device
-from tasks.features import feature_mean, in_space, load_encoders, load_features, load_query_features, map_features
+from tasks.features import (
+    feature_mean,
+    in_space,
+    load_encoders,
+    load_features,
+    load_query_features,
+    map_features,
+    weights_keys,
+)
+from tasks.head_space import described, described_space
 from tasks.pictures import loss_curve
 from tasks.progress import stage
 from tasks.publish import load_influence, run_behind
@@ -152,7 +161,7 @@ def _rank_head(context: Context, samples: Stage, queries: Sequence[Stage], ranks
         description = {
             "loss": config.head.loss,
             "features": data.sample_features.shape[1],
-            **_described(config.features),
+            **described(config.features, context.workspace),
             "run": run_behind(context, ranks),
             "snapshot": ranks.key,
             "origin": flow_run.get_id() or "",
@@ -204,14 +213,15 @@ def import_head(config: PipelineConfig, checkpoint: Path) -> Stage:
             "name the space that it was trained on in features.space"
         )
     started, sha256 = time.monotonic(), file_sha256(checkpoint)
-    key = input_key("imported head", sha256, space.space, space.weights, space.unit_length)
-    folder = Workspace.at(config.workspace).head(key)
+    key = input_key("imported head", sha256, space.space, weights_keys(space), space.unit_length)
+    workspace = Workspace.at(config.workspace)
+    folder = workspace.head(key)
     manifest = committed(folder / "head.safetensors", key)
     reused = manifest is not None
     if manifest is None:
         description = {
             "features": head.features,
-            **_described(space),
+            **described(space, workspace),
             "imported_from": checkpoint.name,
             "sha256": sha256,
             "code_version": code_version(),
@@ -224,30 +234,10 @@ def import_head(config: PipelineConfig, checkpoint: Path) -> Stage:
     return Stage("rank head", key, folder, manifest.rows, manifest.seconds, reused)
 
 
-def _described(space: FeaturesConfig) -> dict[str, Any]:
-    """What `head.json` says of a head's feature space; `described_space` reads it."""
-    return {
-        "feature_space": space.space,
-        "feature_weights": space.weights,
-        "unit_length": space.unit_length,
-        "centre": space.centre,
-    }
-
-
-def described_space(description: dict[str, Any]) -> FeaturesConfig:
-    """The feature space of a head by its `head.json`; those of earlier releases say less, and did not centre."""
-    return FeaturesConfig(
-        space=description["feature_space"],
-        weights=description.get("feature_weights", {}),
-        unit_length=description.get("unit_length", True),
-        centre=description.get("centre", False),
-    )
-
-
 def space_of_head(context: Context, description: dict[str, Any]) -> Context:
     """The context with the feature space of a head, whatever is configured since."""
-    described = described_space(description).model_dump(include={"space", "weights", "unit_length", "centre"})
-    return in_space(context, **described)
+    space = described_space(description, context.workspace, context.config.features.weights)
+    return in_space(context, **space.model_dump(include={"space", "weights", "unit_length", "centre"}))
 
 
 def load_trained_head(folder: AnyPath) -> RankHead:
