@@ -7,6 +7,7 @@ import functools
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from storage_schemas.files import AnyPath, Stamps, file_sha256, stamps
 from storage_schemas.workspace import part
 from tasks.config import FeaturesConfig
 from tasks.context import Context, Stage, load_tensors
+from tasks.images import in_threads
 from tasks.progress import stage
 from tasks.queries import join_queries, load_queries
-from tasks.samples import readable_images, samples_table
+from tasks.samples import readable_images_ahead, samples_table
 
 PART_ITEMS = 1024
 
@@ -250,27 +252,41 @@ def _encode(
     encoder: Encoder, items: Stage, numbers: list[int], size: int, advance: Callable[[int], None]
 ) -> tuple[Tensor, dict[int, str]]:
     """Features of some items, (items, d), and of which samples the image could not be read any more."""
+    if encoder.modality == "text":
+        return _encode_texts(encoder, _captions(items, numbers), size, advance), {}
     unreadable: dict[int, str] = {}
-
-    def sample_images(train_ids: list[int]) -> list[Image.Image]:
-        images, faults = readable_images(items.path, train_ids)
-        unreadable.update(faults)
-        return images
-
-    load: Callable[[list[int]], list[Any]] = {
-        ("samples", "image"): sample_images,
-        ("samples", "text"): lambda batch: [
-            c[0] for c in samples_table(items.path)["captions"].take(batch).to_pylist()
-        ],
-        ("queries", "image"): lambda batch: [load_queries(items)[number].image for number in batch],
-        ("queries", "text"): lambda batch: [load_queries(items)[number].caption for number in batch],
-    }[items.name, encoder.modality]
     features = []
-    for start in range(0, len(numbers), size):
-        batch = numbers[start : start + size]
-        features.append(encoder.encode(load(batch)))
-        advance(len(batch))
+    for images, faults in _images(items, numbers, size):
+        features.append(encoder.encode(images))
+        unreadable |= faults
+        advance(len(images))
     return torch.cat(features), unreadable
+
+
+def _encode_texts(encoder: Encoder, texts: list[str], size: int, advance: Callable[[int], None]) -> Tensor:
+    """Features of some captions, (captions, d); equal ones are encoded once."""
+    count = Counter(texts)
+    distinct, features = list(count), []
+    for start in range(0, len(distinct), size):
+        batch = distinct[start : start + size]
+        features.append(encoder.encode(batch))
+        advance(sum(count[text] for text in batch))
+    row = {text: number for number, text in enumerate(distinct)}
+    return torch.cat(features)[[row[text] for text in texts]]
+
+
+def _captions(items: Stage, numbers: list[int]) -> list[str]:
+    if items.name == "queries":
+        return [load_queries(items)[number].caption for number in numbers]
+    return [several[0] for several in samples_table(items.path)["captions"].take(numbers).to_pylist()]
+
+
+def _images(items: Stage, numbers: list[int], size: int) -> Iterator[tuple[list[Image.Image], dict[int, str]]]:
+    """Images in batches, and why some of them are grey."""
+    if items.name == "samples":
+        return readable_images_ahead(items.path, numbers, size)
+    queries = [load_queries(items)[number] for number in numbers]
+    return ((images, {}) for images in in_threads(lambda query: query.image, queries, size))
 
 
 def _as_lists(features: Tensor) -> pa.ListArray:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import io
+import itertools
+import os
 import struct
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from fastgda_core.errors import BadSample
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+AHEAD = 64  # images that may wait decoded: 50 MB of 512 x 512
 _FORMATS = ("JPEG", "PNG", "WEBP")
 # What Pillow raises on damaged files. With -W error its warning is an error too.
 _DAMAGE = (
@@ -66,6 +76,24 @@ def decode_first(content: bytes) -> tuple[Image.Image, int]:
         raise BadSample(f"image does not decode ({error}): replace it") from error
     turn = _UPRIGHT.get(_orientation(image))
     return (rgb if turn is None else rgb.transpose(turn)), pictures
+
+
+def in_threads(read: Callable[[Item], Result], items: Sequence[Item], size: int) -> Iterator[list[Result]]:
+    """What `read` gives of each item, in order, in batches of `size`; threads work ahead of whoever asks.
+
+    Pillow decodes without Python's lock, so images are made ready while a device computes.
+    """
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    remaining = iter(items)
+    begun: deque[Future[Result]] = deque()
+    try:
+        for start in range(0, len(items), size):
+            count = min(size, len(items) - start)
+            for item in itertools.islice(remaining, count + AHEAD - len(begun)):
+                begun.append(pool.submit(read, item))
+            yield [begun.popleft().result() for _ in range(count)]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

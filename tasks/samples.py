@@ -7,8 +7,9 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,6 +31,7 @@ from storage_schemas.indexed_samples import write_indexed
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace, part
 from tasks.context import Context, Stage, load_tensors
+from tasks.images import in_threads
 from tasks.printable import printable
 from tasks.progress import console, stage
 from tasks.webdataset_shards import RULES, Rejection, ShardSample, find_shards, read_image, scan
@@ -185,10 +187,9 @@ class LatentParts:
         conditions = [model.encode_captions(flat[start : start + 128]) for start in range(0, len(flat), 128)]
         latents: list[torch.Tensor] = []
         unreadable: dict[int, str] = {}
-        for start in range(0, len(train_ids), 64):
+        for number, (images, faults) in enumerate(readable_images_ahead(self.samples.path, train_ids, 64)):
             checkpoint()
-            chosen = train_ids[start : start + 64]
-            images, faults = readable_images(self.samples.path, chosen)
+            chosen = train_ids[64 * number : 64 * (number + 1)]
             unreadable |= faults
             seen = [images, [ImageOps.mirror(i) for i in images]] if self.context.config.model.flips else [images]
             encoded = torch.stack([model.encode_images(several) for several in seen], dim=1).cpu()
@@ -211,14 +212,34 @@ def unreadable_samples(latents: Stage, train_ids: Iterable[int]) -> dict[int, st
 
 def readable_images(path: AnyPath, train_ids: list[int]) -> tuple[list[Image.Image], dict[int, str]]:
     """The images of some samples, grey where one is not what it was when its tar was indexed, and why."""
-    rows = samples_table(path).select(["shard", "offset", "size", "key", "image_sha256"]).take(train_ids).to_pylist()
+    return _parted(train_ids, map(_read_or_grey, _places(path, train_ids)))
+
+
+def readable_images_ahead(
+    path: AnyPath, train_ids: list[int], size: int
+) -> Iterator[tuple[list[Image.Image], dict[int, str]]]:
+    """`readable_images` of consecutive batches, which threads decode ahead."""
+    for number, batch in enumerate(in_threads(_read_or_grey, _places(path, train_ids), size)):
+        yield _parted(train_ids[size * number : size * (number + 1)], batch)
+
+
+def _places(path: AnyPath, train_ids: list[int]) -> list[dict[str, Any]]:
+    return samples_table(path).select(["shard", "offset", "size", "key", "image_sha256"]).take(train_ids).to_pylist()
+
+
+def _read_or_grey(row: dict[str, Any]) -> tuple[Image.Image, str]:
+    """An image, and what is wrong with it; empty where nothing is."""
+    try:
+        return read_image(row["shard"], row["offset"], row["size"], row["image_sha256"]), ""
+    except BadSample as error:
+        return Image.new("RGB", (64, 64), "gray"), f"{row['shard']}/{row['key']}: {error}"
+
+
+def _parted(train_ids: list[int], read: Iterable[tuple[Image.Image, str]]) -> tuple[list[Image.Image], dict[int, str]]:
     images, faults = [], {}
-    for train_id, row in zip(train_ids, rows, strict=True):
-        try:
-            images.append(read_image(row["shard"], row["offset"], row["size"], row["image_sha256"]))
-        except BadSample as error:
-            faults[train_id] = f"{row['shard']}/{row['key']}: {error}"
-            images.append(Image.new("RGB", (64, 64), "gray"))
+    for train_id, (image, why) in zip(train_ids, read, strict=True):
+        images.append(image)
+        faults |= {train_id: why} if why else {}
     return images, faults
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastgda_core.features import Encoder
 from storage_schemas.commit import manifest_path, read_manifest
 from tasks import features
 from tasks.config import PipelineConfig
@@ -90,3 +91,23 @@ def test_a_sample_that_cannot_be_read_counts_once_it_is_restored(context: Contex
     np.testing.assert_allclose(load_file(path)["mean"].numpy(), rows(context).mean(0), atol=1e-7)
     assert torch.equal(map_features(context, samples), load_features(context, samples, samples))
     assert not torch.equal(map_features(context, samples), mapped)
+
+
+def test_equal_captions_are_encoded_once(tmp_path: Path) -> None:
+    captions = ["a cat", "a dog", "a cat", "a bird", "a cat", "a dog"]
+    images = tiny.sample_members(range(len(captions)))[::2]
+    texts = [(name.replace("jpg", "txt"), text.encode()) for (name, _), text in zip(images, captions, strict=True)]
+    tiny.write_tar(tmp_path / "data.tar", [*images, *texts])
+    where = {"workspace": str(tmp_path / "workspace"), "data__shards": str(tmp_path / "*.tar")}
+    samples = ingest_samples.fn(Context(PipelineConfig.model_validate(document(**where)), "model"))
+    asked: list[str] = []
+    done: list[int] = []
+
+    def encode(batch: list[str]) -> torch.Tensor:
+        asked.extend(batch)
+        return torch.tensor([[float(len(text)), float(ord(text[2]))] for text in batch])
+
+    found, _ = features._encode(Encoder("text", encode), samples, list(range(6)), 2, done.append)
+    assert asked == ["a cat", "a dog", "a bird"]
+    assert found.tolist() == [[len(text), ord(text[2])] for text in captions]
+    assert sum(done) == len(captions)
