@@ -169,8 +169,8 @@ def _check_members(
             yield _check_sample(shard, _printable(key), parts, file)
         except BadSample as error:
             yield Rejection(str(shard), _printable(key), str(error))
-    for key, name in duplicates.items():
-        yield Rejection(str(shard), _printable(key), f"duplicate key: {_printable(name)} occurs twice; rename one")
+    for key, suffix in duplicates.items():
+        yield Rejection(str(shard), _printable(key), f"duplicate key: its .{suffix} occurs twice; rename one")
     possible = ([*_shorter_keys(key), key] for key in others)
     for key in dict.fromkeys(keys[0] for keys in possible if keyed.keys().isdisjoint(keys)):
         yield Rejection(str(shard), _printable(key), "is no sample: no image and no caption has this key")
@@ -179,7 +179,7 @@ def _check_members(
 def _by_key(
     members: list[tarfile.TarInfo],
 ) -> tuple[dict[str, dict[str, tarfile.TarInfo]], dict[str, str], list[str]]:
-    """Images and captions by key and suffix; key and name of what occurs again; keys of all other members."""
+    """Images and captions by key and suffix; key and suffix of what occurs again; keys of all other members."""
     keyed: dict[str, dict[str, tarfile.TarInfo]] = {}
     duplicates: dict[str, str] = {}
     others: list[str] = []
@@ -188,7 +188,7 @@ def _by_key(
         if suffix not in IMAGE_SUFFIXES + CAPTION_SUFFIXES:
             others.append(key)
         elif suffix in keyed.setdefault(key, {}):
-            duplicates.setdefault(key, member.name)
+            duplicates.setdefault(key, suffix)
         else:
             keyed[key][suffix] = member
     return keyed, duplicates, others
@@ -217,29 +217,30 @@ def _shorter_keys(key: str) -> list[str]:
 
 
 def _check_sample(shard: Path, key: str, parts: dict[str, tarfile.TarInfo], file: io.BufferedReader) -> ShardSample:
-    def content(member: tarfile.TarInfo) -> bytes:
+    def content(suffix: str) -> bytes:
+        member = parts[suffix]
         if member.size > MAX_MEMBER_BYTES:
-            raise BadSample(f"{_printable(member.name)} is larger than {MAX_MEMBER_BYTES >> 20} MiB: shrink it")
+            raise BadSample(f"its .{suffix} is larger than {MAX_MEMBER_BYTES >> 20} MiB: shrink it")
         file.seek(member.offset_data)
         whole = file.read(member.size)
         if len(whole) < member.size:
-            raise BadSample(f"{_printable(member.name)} is cut short: write the shard again")
+            raise BadSample(f"its .{suffix} is cut short: write the shard again")
         return whole
 
-    for member in parts.values():
+    for suffix, member in parts.items():
         if not member.isreg() or member.issparse():
-            raise BadSample(f"{_printable(member.name)} is a link, a device or sparse: store the whole file in the tar")
-    images = [parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts]
+            raise BadSample(f"its .{suffix} is a link, a device or sparse: store the whole file in the tar")
+    images = [suffix for suffix in IMAGE_SUFFIXES if suffix in parts]
     if len(images) != 1:
         problem = "has no image: add a" if not images else "has several images: keep one"
         raise BadSample(f"{problem} .jpg, .png or .webp")
-    captions = _captions({suffix: content(parts[suffix]) for suffix in CAPTION_SUFFIXES if suffix in parts})
+    captions = _captions({suffix: content(suffix) for suffix in CAPTION_SUFFIXES if suffix in parts})
     encoded = content(images[0])
     image, pictures = decode_first(encoded)
     return ShardSample(
         str(shard),
         key,
-        images[0].offset_data,
+        parts[images[0]].offset_data,
         len(encoded),
         captions,
         image.width,
