@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import re
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ from tasks.webdataset_shards import RULES, find_shards, read_image, scan
 
 GENERATION_BATCH = 16
 _PLAIN_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
+_READING = threading.Lock()  # threads that ask for images at once read a query set once
 TWIN_NUMBERS = 2**32  # + train_id: the starting noise of a twin's query, apart from those of captions
 
 
@@ -57,7 +59,9 @@ class Query:
     @property
     def image(self) -> Image.Image:
         """Decoded anew each time: thousands of images are more than there is memory for."""
-        return decode_image(_encoded_images(self.path)[self.row].as_py())
+        with _READING:
+            encoded = _encoded_images(self.path)[self.row].as_py()
+        return decode_image(encoded)
 
     @property
     def owner(self) -> int:
