@@ -16,18 +16,35 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import FrameType
 
 from fastgda_core.interruption import stop_here
 
 GRACE_SECONDS = 30.0
 SAME_PRESS_SECONDS = 0.5  # `timeout` and some shells send a signal to the process and to its group
-_cause: int | None = None  # number of the signal that came
-_at = 0.0
-_begun = False  # there is something to leave in good order
-_goes_on = False
-_said = False
-_last: list[Callable[[], None]] = []
+
+
+@dataclass
+class _Command:
+    """How this process's command stands.
+
+    signal: number of the one that came, and `at` when.
+    begun: there is something to leave in good order.
+    goes_on: the same command goes on where this one stopped.
+    said: the one line was.
+    at_end: called at an end without a warning.
+    """
+
+    signal: int | None = None
+    at: float = 0.0
+    begun: bool = False
+    goes_on: bool = False
+    said: bool = False
+    at_end: list[Callable[[], None]] = field(default_factory=list)
+
+
+_command = _Command()
 
 
 def watch(*, begun: bool) -> None:
@@ -36,52 +53,47 @@ def watch(*, begun: bool) -> None:
     Args:
         begun: there is, or may soon be, something to leave in good order.
     """
-    global _begun  # noqa: PLW0603
-    _begun = begun
+    _command.begun = begun
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
 
 
-def starting(last: Callable[[], None]) -> None:
-    """A command whose work goes on where it stopped is about to begin; `last` is called at an end without a warning."""
-    global _begun, _goes_on
-    _begun, _goes_on = False, True
-    _last.append(last)
+def starting(at_end: Callable[[], None]) -> None:
+    """A command that goes on where it stopped is about to begin; `at_end` is called at an end without a warning."""
+    _command.begun, _command.goes_on = False, True
+    _command.at_end.append(at_end)
 
 
 def under_way() -> None:
     """From here on there is something to leave in good order."""
-    global _begun  # noqa: PLW0603
-    _begun = True
+    _command.begun = True
 
 
 def exit_code() -> int | None:
     """That of an interrupted command; None where no signal came."""
-    return None if _cause is None else 128 + _cause
+    return None if _command.signal is None else 128 + _command.signal
 
 
 def say_how_to_go_on() -> None:
     """The one line, in standard error, once."""
-    global _said  # noqa: PLW0603
-    if _said:
+    if _command.said:
         return
-    _said = True
-    command = shlex.join(["fastgda", *sys.argv[1:]])
-    word = "interrupted" if _cause == signal.SIGINT else "terminated"
-    line = f"{word}; `{command}` goes on where it stopped" if _goes_on else word
-    # By the file's number: the signal may have come in the middle of a print.
+    _command.said = True
+    word = "interrupted" if _command.signal == signal.SIGINT else "terminated"
+    again = shlex.join(["fastgda", *sys.argv[1:]])
+    line = f"{word}; `{again}` goes on where it stopped" if _command.goes_on else word
+    # By the file's number: the signal may have come in the middle of a print, or of a display that hid the cursor.
     os.write(2, ("\x1b[?25h" if os.isatty(2) else "").encode() + line.encode(errors="replace") + b"\n")
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
-    global _cause, _at
     now = time.monotonic()
-    if _cause is not None:
-        if now - _at > SAME_PRESS_SECONDS:
+    if _command.signal is not None:
+        if now - _command.at > SAME_PRESS_SECONDS:
             _end()
         return
-    _cause, _at = number, now
-    if not _begun:
+    _command.signal, _command.at = number, now
+    if not _command.begun:
         _end()
     # What falls over while it is left is no news.
     logging.disable()
@@ -105,6 +117,6 @@ def _end() -> None:
     say_how_to_go_on()
     for child in multiprocessing.active_children():
         child.kill()
-    for last in _last:
-        last()
+    for step in _command.at_end:
+        step()
     os._exit(exit_code() or 1)
