@@ -22,6 +22,7 @@ from prefect.task_runners import TaskRunner
 from prefect.tasks import Task, exponential_backoff
 
 from fastgda_core.errors import Remedy, Stopped, device_lost, remedy
+from fastgda_core.interruption import stopping
 from storage_schemas.attempts import AttemptLog, ShardState, deaths, read_attempts
 from storage_schemas.commit import committed
 from storage_schemas.workspace import Workspace
@@ -87,6 +88,8 @@ def make_part(
     location: str, run: str, assignment: str, kind: str, number: int, timeout: float | None
 ) -> PartReference | State[None]:
     """Make and commit one part; one that is there already costs nothing."""
+    if stopping():  # before the model is loaded for nothing
+        return Cancelled(message="stopped as somebody asked")
     if not coordinator_here(run):
         hold_device()
     inputs = load_inputs(location, run, assignment)
