@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import numpy as np
@@ -30,7 +30,7 @@ from storage_schemas.attempts import ShardState
 from storage_schemas.commit import commit, committed, input_key, manifest_path
 from storage_schemas.database import duckdb_type, file_list, literal, open_database, rows_of
 from storage_schemas.errors import StoreError
-from storage_schemas.files import AnyPath, file_sha256, matching, remove, write_atomically
+from storage_schemas.files import AnyPath, file_sha256, leftovers, matching, remove, write_atomically
 from storage_schemas.ledger import (
     Compaction,
     Negatives,
@@ -322,11 +322,14 @@ def vacuum(workspace: Workspace, *, older_than: timedelta, dry_run: bool = False
     """Delete what nothing refers to any more; manifests stay, as the ledger counts by them.
 
     That is: score shards of runs whose rows lie in parts, unless a lake has them, parts that no snapshot and no
-    compaction names, and temporary files of processes that died. Only files that are older than `older_than` go: a
-    reader that started before the compaction may still look at the shards.
+    compaction names, and what processes that died left in the making. Only files that are older than `older_than` go:
+    a reader that started before the compaction may still look at the shards.
+
+    The root may be a folder with other things in it. Only names that this package gives are looked at, in the folders
+    where it gives them, and nothing behind a link.
     """
     before = datetime.now(UTC) - older_than
-    doomed = [path for path in _unreferenced(workspace) if _older(path, before)]
+    doomed = [path for path in _unreferenced(workspace) if not _behind_link(workspace, path) and _older(path, before)]
     if not dry_run:
         for path in doomed:
             if isinstance(path, Path) and path.is_dir():  # where a process that died had spilled
@@ -343,27 +346,38 @@ def vacuum(workspace: Workspace, *, older_than: timedelta, dry_run: bool = False
 def _unreferenced(workspace: Workspace) -> Iterator[AnyPath]:
     named = set()
     if isinstance(workspace.root, Path):
-        yield from matching(workspace.root, "**/.*")  # ours are hidden until they are whole
+        yield from leftovers(workspace.root, workspace.FOLDERS)
     for path in matching(workspace.root / "snapshots", "*.json"):
-        named |= {part["path"] for part in _json(path)["parts"]}
+        content = json.loads(path.read_bytes())
+        if isinstance(content, dict) and "snapshot" in content:  # else another program's
+            named |= {part["path"] for part in content["parts"]}
     for run in run_names(workspace):
         compaction = read_compaction(workspace, run)
         if compaction is not None:
             named |= {part.path for part in compaction.parts}
             parts_whole = all(_whole(workspace.file(part.path), part.sha256) for part in compaction.parts)
             if parts_whole and not workspace.lake_marker(run).exists():
-                yield from matching(workspace.scores(run), "part-*.parquet")
-        yield from (
-            path for path in matching(workspace.ranks(run), "part-*.parquet") if workspace.relative(path) not in named
-        )
+                yield from _ours(workspace.scores(run), _SHARD)
+        yield from (path for path in _ours(workspace.ranks(run), _PART) if workspace.relative(path) not in named)
+
+
+_SHARD, _PART = re.compile(r"part-\d{5,}\.parquet"), re.compile(r"part-\d{5,}-[0-9a-f]{16}\.parquet")
+
+
+def _ours(folder: AnyPath, name: re.Pattern[str]) -> list[AnyPath]:
+    return [path for path in matching(folder, "part-*.parquet") if name.fullmatch(path.name)]
+
+
+def _behind_link(workspace: Workspace, path: AnyPath) -> bool:
+    """Whether the path is a link, or leads through one below the root: then another folder's file is meant."""
+    if not isinstance(path, Path):
+        return False
+    below_root = len(path.relative_to(workspace.root).parts)  # type: ignore[arg-type]  # both are of one kind
+    return any(place.is_symlink() for place in (path, *path.parents[: below_root - 1]))
 
 
 def _whole(path: AnyPath, sha256: str) -> bool:
     return path.exists() and file_sha256(path) == sha256
-
-
-def _json(path: AnyPath) -> dict[str, Any]:
-    return dict(json.loads(path.read_bytes()))
 
 
 def _older(path: AnyPath, instant: datetime) -> bool:

@@ -14,7 +14,7 @@ import duckdb
 import pyarrow as pa
 
 from storage_schemas.commit import read_manifest
-from storage_schemas.files import FULL_DISK, AnyPath, file_sha256, matching
+from storage_schemas.files import FULL_DISK, AnyPath, file_sha256, matching, temporary_name
 from storage_schemas.tables import Table, damaged
 from storage_schemas.workspace import Workspace
 
@@ -48,7 +48,7 @@ def open_database(
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection for work that may be larger than memory: it spills beside the workspace's files."""
     local = workspace.root if isinstance(workspace.root, Path) else None
-    with tempfile.TemporaryDirectory(prefix=".spill-", dir=local) as spill:
+    with tempfile.TemporaryDirectory(prefix=temporary_name("spill-"), dir=local) as spill:
         connection = new_connection(workspace, memory_gigabytes=memory_gigabytes, threads=threads, spill=spill)
         try:
             with damage_explained(workspace):

@@ -13,7 +13,7 @@ import yaml
 from storage_schemas import tables
 from storage_schemas.compaction import compact
 from storage_schemas.errors import StoreError
-from storage_schemas.files import replace_through, sync_folders
+from storage_schemas.files import replace_through, sync_folders, temporary_name
 from storage_schemas.ledger import Part, RunRecord, read_run
 from storage_schemas.tables import QUERIES, RANKS
 from storage_schemas.which_workspace import command
@@ -76,7 +76,7 @@ def export_datasets(workspace: Workspace, run: str, destination: Path) -> None:
     captions = _captions(workspace, record)
     schema = RANKS.schema if captions is None else RANKS.schema.insert(1, QUERIES.schema.field("caption"))
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as temporary:
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=temporary_name("dataset-")) as temporary:
         folder = Path(temporary) / "dataset"
         (folder / "data").mkdir(parents=True)
         for number, part in enumerate(parts):

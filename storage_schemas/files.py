@@ -1,8 +1,9 @@
 """Bytes on a local disk or in an object store: whole or absent, and durable when the call returns.
 
-A local file is written under a hidden name, fsynced and then renamed or linked to its own; an object is one PUT,
-which stores show whole or not at all. `AnyPath` is a `pathlib.Path` on disk and a `upath.UPath` for any other URL
-that fsspec knows (`s3://bucket/workspace`, options from the environment, as the store's own client takes them).
+A local file is written under a hidden name that only ours have (`TEMPORARY`), fsynced and then renamed or linked to its
+own; an object is one PUT, which stores show whole or not at all. `AnyPath` is a `pathlib.Path` on disk and a
+`upath.UPath` for any other URL that fsspec knows (`s3://bucket/workspace`, options from the environment, as the
+store's own client takes them).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
@@ -21,6 +22,7 @@ from upath import UPath
 
 AnyPath: TypeAlias = Path | UPath
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+TEMPORARY = ".fastgda-tmp-"  # begins the name of all that is in the making and of nothing else: `vacuum` goes by it
 
 
 def any_path(location: str | AnyPath) -> AnyPath:
@@ -150,12 +152,29 @@ def sync_folders(paths: Iterable[AnyPath]) -> None:
 
 
 def matching(folder: AnyPath, pattern: str) -> list[AnyPath]:
-    """The files below a folder that match a glob, by name; none where there is no folder.
+    """The files below a folder that match a glob, by name, but for hidden ones; none where there is no folder."""
+    return sorted((path for path in folder.glob(pattern) if not path.name.startswith(".")), key=str)
 
-    Hidden ones, which are in the making or were left by a crash, are found by a pattern for hidden names only.
+
+def leftovers(folder: Path, below: Collection[str] | None = None) -> Iterator[Path]:
+    """What is in the making in a folder and below, or was when its process died.
+
+    No link is followed, and no hidden folder entered.
+
+    Args:
+        below: names of the only folders in it that are entered; all where None.
     """
-    hidden = pattern.rsplit("/", 1)[-1].startswith(".")
-    return sorted((path for path in folder.glob(pattern) if path.name.startswith(".") == hidden), key=str)
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # what we cannot read is not ours
+        return
+    for entry in entries:
+        if entry.is_symlink():
+            continue
+        if entry.name.startswith(TEMPORARY):
+            yield Path(entry.path)
+        elif entry.is_dir() and not entry.name.startswith(".") and (below is None or entry.name in below):
+            yield from leftovers(Path(entry.path))
 
 
 def move(old: AnyPath, new: AnyPath) -> None:
@@ -209,10 +228,15 @@ def _full_disk_explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _temporary(path: Path) -> Path:
+def temporary_name(name: str) -> str:
+    """What a file or folder is called until it is whole and called `name`; another one in every thread."""
     # Hidden, so that no glob for the final name sees it; the suffix stays, as writers go by it. Host and thread, as
     # several hosts may share the folder.
-    return path.with_name(f".{_HOST}-{os.getpid()}-{threading.get_ident()}-{path.name}")
+    return f"{TEMPORARY}{_HOST}-{os.getpid()}-{threading.get_ident()}-{name}"
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(temporary_name(path.name))
 
 
 _HOST = os.uname().nodename[:32]

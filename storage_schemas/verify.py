@@ -31,9 +31,9 @@ class Damage:
 
 def committed_files(workspace: Workspace) -> list[AnyPath]:
     """Every file of the workspace that has a manifest, and whether it is still there."""
-    manifests = matching(workspace.root, "**/*.manifest.json")
-    away = workspace.root / "quarantine"
-    return [path.with_name(path.name.removesuffix(".manifest.json")) for path in manifests if away not in path.parents]
+    folders = [workspace.root / name for name in workspace.FOLDERS if name != "quarantine"]
+    manifests = [path for folder in folders for path in matching(folder, "**/*.manifest.json")]
+    return [path.with_name(path.name.removesuffix(".manifest.json")) for path in manifests]
 
 
 def verify(workspace: Workspace, *, advance: Callable[[int], None] = lambda files: None) -> list[Damage]:

@@ -11,7 +11,6 @@ before anything is published `samples` are those that were indexed last; what wa
 from __future__ import annotations
 
 import json
-import os
 import re
 import tempfile
 import weakref
@@ -38,7 +37,7 @@ from storage_schemas.database import (
     rows_of,
 )
 from storage_schemas.errors import StoreError
-from storage_schemas.files import AnyPath, matching
+from storage_schemas.files import AnyPath, matching, temporary_name
 from storage_schemas.indexed_samples import Indexed, read_indexed
 from storage_schemas.ledger import Part, read_compaction, read_run, run_names
 from storage_schemas.snapshots import NotPublished, Published, Snapshot, read_published, read_snapshot
@@ -134,7 +133,7 @@ def write_catalog(workspace: Workspace) -> None:
     """Build `catalog.duckdb` anew and put it in place by rename; on an object store there is none."""
     if not isinstance(workspace.root, Path) or not isinstance(workspace.catalog, Path):
         return
-    temporary = workspace.catalog.with_name(f".{os.getpid()}-catalog.duckdb")
+    temporary = workspace.catalog.with_name(temporary_name(workspace.catalog.name))
     temporary.unlink(missing_ok=True)
     try:
         with damage_explained(workspace), new_connection(workspace, database=str(temporary)) as connection:

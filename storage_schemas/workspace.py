@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from storage_schemas.files import AnyPath, any_path
 
@@ -15,6 +16,13 @@ from storage_schemas.files import AnyPath, any_path
 @dataclass(frozen=True)
 class Workspace:
     root: AnyPath
+
+    # The root may hold other things as well: what looks for our files looks here.
+    FOLDERS: ClassVar[tuple[str, ...]] = (
+        *("samples", "latents", "features", "queries", "curvature", "updates", "base_losses", "candidates"),
+        *("scores", "exact_checks", "teacher_checks", "ranks", "runs", "snapshots", "quarantine"),
+        *("heads", "indexes", "metrics", "studies", "reports"),
+    )
 
     @classmethod
     def at(cls, location: str | AnyPath) -> Workspace:

@@ -25,7 +25,7 @@ from torch import Tensor
 from fastgda_core.features import ENCODERS, Encoder, concatenate, encoder_names, load_encoder, mean_over
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit, commit_table, committed, input_key, read_manifest
-from storage_schemas.files import AnyPath, Stamps, file_sha256, stamps
+from storage_schemas.files import AnyPath, Stamps, file_sha256, stamps, temporary_name
 from storage_schemas.workspace import part
 from tasks.config import FeaturesConfig
 from tasks.context import Context, Stage, load_tensors
@@ -136,8 +136,8 @@ def map_features(context: Context, samples: Stage) -> Tensor:
     if not path.exists():
         cache = path.parent
         cache.mkdir(parents=True, exist_ok=True)
-        # Hidden until it is whole: what a process that died leaves behind is found by `fastgda vacuum`.
-        scratch, temporary = (cache / f".{path.stem}.{os.getpid()}.{kind}" for kind in ("npy", "arrow"))
+        # Named as in the making until it is whole: what a process that died leaves behind is found by `fastgda vacuum`.
+        scratch, temporary = (cache / temporary_name(f"{path.stem}.{kind}") for kind in ("npy", "arrow"))
         try:
             _write_arrow(temporary, _write_rows(scratch, context, samples))
             temporary.replace(path)

@@ -22,7 +22,7 @@ from storage_schemas import tables
 from storage_schemas.commit import TableCommit, commit_tables, committed
 from storage_schemas.compaction import compact, vacuum
 from storage_schemas.errors import StoreError
-from storage_schemas.files import matching
+from storage_schemas.files import leftovers
 from storage_schemas.ledger import done_shards, kept_ledger, read_compaction, read_ledger, read_run, run_names
 from storage_schemas.snapshots import publish_runs, read_published
 from storage_schemas.verify import duplicated_pairs, verify
@@ -247,4 +247,4 @@ def test_a_growing_run_is_read_in_whole_shards(tmp_path: Path) -> None:
         (row,) = query(tmp_path, statement, threads=1).to_pylist()
         assert row["n"] == row["d"] and row["n"] % SAMPLES == 0 and row["n"] >= counts[-1]
         counts.append(row["n"])
-    assert not matching(tmp_path, "scores/**/.*")
+    assert not list(leftovers(tmp_path))
