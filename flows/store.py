@@ -90,12 +90,11 @@ def publish(
 
     Example: `fastgda publish --add coco-2b3c4d5e6f`
     """
-    from storage_schemas.snapshots import publish_runs, read_published, read_snapshot
+    from storage_schemas.snapshots import publish_runs, read_snapshot
     from storage_schemas.workspace import Workspace
 
     place = Workspace.at(workspace)
-    before = read_snapshot(place, read_published(place).snapshot).runs if add else []
-    published = publish_runs(place, [name for name in before if name not in runs] + runs)
+    published = publish_runs(place, runs, add=add)
     snapshot = read_snapshot(place, published.snapshot)
     say(f"published {snapshot.snapshot}: {snapshot.rows:,} rows of {snapshot.queries:,} queries")
     if published.head is None:

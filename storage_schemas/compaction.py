@@ -37,6 +37,7 @@ from storage_schemas.ledger import (
     Part,
     derive,
     folder_manifests,
+    published_versions,
     read_compaction,
     read_labelling,
     run_names,
@@ -45,6 +46,7 @@ from storage_schemas.ledger import (
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 
+VERSIONS_KEPT = 100  # of what is published
 PART_ROWS = 4_000_000
 MEMORY_GIGABYTES = 3.0  # of all threads together; what does not fit is spilled
 _WRITER = "FORMAT parquet, COMPRESSION zstd, PARQUET_VERSION v2, DICTIONARY_SIZE_LIMIT 2000"
@@ -322,8 +324,9 @@ def vacuum(workspace: Workspace, *, older_than: timedelta, dry_run: bool = False
     """Delete what nothing refers to any more; manifests stay, as the ledger counts by them.
 
     That is: score shards of runs whose rows lie in parts, unless a lake has them, parts that no snapshot and no
-    compaction names, and what processes that died left in the making. Only files that are older than `older_than` go:
-    a reader that started before the compaction may still look at the shards.
+    compaction names, all but the last hundred versions of what is published, and what processes that died left in the
+    making. Only files that are older than `older_than` go: a reader that started before the compaction may still look
+    at the shards.
 
     The root may be a folder with other things in it. Only names that this package gives are looked at, in the folders
     where it gives them, and nothing behind a link.
@@ -347,6 +350,8 @@ def _unreferenced(workspace: Workspace) -> Iterator[AnyPath]:
     named = set()
     if isinstance(workspace.root, Path):
         yield from leftovers(workspace.root, workspace.FOLDERS)
+    # From the lowest number on, as `update_published` relies on.
+    yield from (workspace.published(number) for number in published_versions(workspace)[:-VERSIONS_KEPT])
     for path in matching(workspace.root / "snapshots", "*.json"):
         content = json.loads(path.read_bytes())
         if isinstance(content, dict) and "snapshot" in content:  # else another program's

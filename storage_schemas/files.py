@@ -84,6 +84,11 @@ def create(path: AnyPath, content: bytes) -> bool:
         path.fs.pipe_file(path.path, bytes(content), mode="create")
     except FileExistsError:
         return False
+    except OSError as error:
+        answer = getattr(error.__cause__, "response", {})
+        if answer.get("Error", {}).get("Code") != "ConditionalRequestConflict":
+            raise
+        return False  # S3: another one is taking the name at this instant
     return True
 
 

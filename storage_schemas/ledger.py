@@ -5,7 +5,8 @@ Who writes what, so that no lock is ever held and no reader is ever locked out:
 - a worker writes the Parquet file and the manifest of the shards that it finished, and one file of attempt records
   that is its own (`runs/<run>/attempts/<worker>.jsonl`);
 - the coordinator of a run writes the plan, once, and replaces `runs/<run>/shards.parquet`, this ledger, by rename;
-- who publishes replaces `current.json` and `catalog.duckdb` by rename.
+- who publishes creates `published/<number>.json`, which fails where another did, and replaces `current.json` and
+  `catalog.duckdb` by rename.
 
 DuckDB lets one process at a time open a file that it may write, and no other process, even one that only reads, may
 open it meanwhile (measured on 2.0.0). So nobody opens a published DuckDB file for writing: SQL reads Parquet through
@@ -33,7 +34,7 @@ from storage_schemas import tables
 from storage_schemas.attempts import Attempt, ShardState, read_attempts
 from storage_schemas.commit import Manifest, code_version, read_manifest
 from storage_schemas.errors import StoreError
-from storage_schemas.files import AnyPath, remove, write_atomically
+from storage_schemas.files import AnyPath, matching, remove, write_atomically
 from storage_schemas.liveness import read_assignment
 from storage_schemas.workspace import Workspace
 
@@ -131,6 +132,12 @@ def run_names(workspace: Workspace) -> list[str]:
     if not workspace.runs.exists():
         return []
     return sorted(folder.name for folder in workspace.runs.iterdir() if (folder / "run.json").exists())
+
+
+def published_versions(workspace: Workspace) -> list[int]:
+    """The numbers of what was published, ascending; the last is what readers see."""
+    names = [path.stem for path in matching(workspace.root / "published", "*.json")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def read_compaction(workspace: Workspace, run: str) -> Compaction | None:

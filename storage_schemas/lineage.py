@@ -194,11 +194,12 @@ def _served(workspace: Workspace) -> Node:
 
 def _answer(workspace: Workspace, train_id: int) -> Node:
     published = read_published(workspace)
-    if published.samples is None:
+    samples = published.index_samples or published.samples
+    if samples is None:
         raise UnknownName(f"run {published.run} was imported without its samples: no train_id is known here")
-    sample = _sample(workspace, published.samples, train_id)
+    sample = _sample(workspace, samples, train_id)
     if not sample.facts:
-        raise UnknownName(f"{published.samples} has no training sample {train_id}; train_ids are dense from 0")
+        raise UnknownName(f"{samples} has no training sample {train_id}; train_ids are dense from 0")
     if published.index is not None:
         ids = workspace.file(published.index) / "ids.parquet"
         held = _tried("in_the_index", lambda: tables.read(ids, tables.INDEX_IDS)["train_id"], sample.facts)

@@ -40,7 +40,7 @@ from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, matching, temporary_name
 from storage_schemas.indexed_samples import Indexed, read_indexed
 from storage_schemas.ledger import Part, read_compaction, read_run, run_names
-from storage_schemas.snapshots import NotPublished, Published, Snapshot, read_published, read_snapshot
+from storage_schemas.snapshots import NotPublished, OtherRelease, Published, Snapshot, read_published, read_snapshot
 from storage_schemas.tables import Table
 from storage_schemas.workspace import Workspace, twins_beside
 
@@ -157,9 +157,9 @@ class _State:
         runs, indexed = run_names(workspace), read_indexed(workspace)
         try:
             published = read_published(workspace)
-        except NotPublished:
+        except NotPublished as error:
             # A first run can be watched while it grows, from its samples on.
-            if not (runs or indexed) or workspace.current.exists():
+            if not (runs or indexed) or isinstance(error, OtherRelease):
                 raise
             return cls(None, None, indexed, runs)
         return cls(published, read_snapshot(workspace, published.snapshot), indexed, runs)

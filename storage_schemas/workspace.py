@@ -20,7 +20,7 @@ class Workspace:
     # The root may hold other things as well: what looks for our files looks here.
     FOLDERS: ClassVar[tuple[str, ...]] = (
         *("samples", "latents", "features", "queries", "curvature", "updates", "base_losses", "candidates"),
-        *("scores", "exact_checks", "teacher_checks", "ranks", "runs", "snapshots", "quarantine"),
+        *("scores", "exact_checks", "teacher_checks", "ranks", "runs", "snapshots", "published", "quarantine"),
         *("heads", "indexes", "metrics", "studies", "reports"),
     )
 
@@ -169,9 +169,13 @@ class Workspace:
         """Folder of those who make, or made, the thing with this key: `Lease`."""
         return self.root / "leases" / key
 
+    def published(self, number: int) -> AnyPath:
+        """JSON that names the published run, head, index and metrics; SQL and `attribute` answer from the newest."""
+        return self.root / "published" / f"{number:05d}.json"
+
     @property
     def current(self) -> AnyPath:
-        """JSON that names the published run, head, index and metrics; SQL and `attribute` answer from it."""
+        """A copy of the newest of `published`; absent where nothing is published."""
         return self.root / "current.json"
 
     @property

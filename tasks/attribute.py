@@ -13,7 +13,7 @@ from fastgda_core.errors import UsageError
 from fastgda_core.features import concatenate
 from fastgda_core.search.index import read_index, search
 from storage_schemas.files import local_copy
-from storage_schemas.snapshots import read_published
+from storage_schemas.snapshots import index_samples, read_published
 from storage_schemas.workspace import Workspace
 from tasks.context import pick_device
 from tasks.features import load_encoders
@@ -40,7 +40,7 @@ class AttributionService:
 
     def __init__(self, workspace: Workspace) -> None:
         published = read_published(workspace)
-        if published.head is None or published.index is None or published.samples is None:
+        if published.head is None or published.index is None:
             raise UsageError(f"{workspace.root} has scores but no index yet: let the run finish")
         # Nothing else of the configuration is needed, which another release may have written.
         self.device = pick_device(str(published.config.get("device", "auto")))
@@ -53,7 +53,8 @@ class AttributionService:
         index = workspace.file(published.index)
         self.mean = read_index_mean(index) if space.centre else None
         self.index = read_index(local_copy(index / "index.faiss"))
-        self.samples = samples_table(workspace.file(published.samples))
+        samples = published.index_samples or index_samples(workspace, head, index)
+        self.samples = samples_table(workspace.file(samples))
 
     @torch.no_grad()
     def embed(self, image: Image.Image, caption: str) -> Tensor:

@@ -33,7 +33,7 @@ from fastgda_core.search.index import build_index, write_index
 from storage_schemas import tables
 from storage_schemas.commit import code_version, commit, commit_table, committed, input_key, read_manifest
 from storage_schemas.files import AnyPath, file_sha256, local_files, matching
-from storage_schemas.snapshots import read_influence
+from storage_schemas.snapshots import index_description, read_influence
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 from tasks.config import PipelineConfig
@@ -344,8 +344,7 @@ def _search_index(context: Context, samples: Stage, head: Stage, key: str) -> St
             key=key,
             started=started,
         )
-        text = json.dumps({"head": head.key, "origin": flow_run.get_id() or "", "code_version": code_version()}) + "\n"
-        commit(folder / "index.json", lambda path: path.write_text(text), key=key, rows=1, started=started)
+        _describe_index(context.workspace, folder, key, head, samples)
         if mean is not None:
             commit(
                 folder / INDEX_MEAN,
@@ -361,4 +360,17 @@ def _search_index(context: Context, samples: Stage, head: Stage, key: str) -> St
             rows=samples.rows,
             started=started,
         )
+    elif "samples" not in index_description(folder):  # of an earlier release
+        _describe_index(context.workspace, folder, key, head, samples)
     return Stage("index", key, folder, manifest.rows, manifest.seconds, reused)
+
+
+def _describe_index(workspace: Workspace, folder: AnyPath, key: str, head: Stage, samples: Stage) -> None:
+    description = {
+        "head": head.key,
+        "samples": workspace.relative(samples.path),
+        "origin": flow_run.get_id() or "",
+        "code_version": code_version(),
+    }
+    text, started = json.dumps(description) + "\n", time.monotonic()
+    commit(folder / "index.json", lambda path: path.write_text(text), key=key, rows=1, started=started)

@@ -8,7 +8,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from storage_schemas.metrics_history import mean_value
-from storage_schemas.snapshots import read_published, write_published
+from storage_schemas.snapshots import Published, index_samples, update_published
+from storage_schemas.workspace import Workspace
 from tasks.context import Context, Stage
 
 
@@ -25,7 +26,10 @@ class Evaluation:
 
 @task(task_run_name="promotion", cache_policy=NO_CACHE)
 def promote(context: Context, head: Stage, index: Stage, metrics: Stage) -> Evaluation:
-    """Serve a head, its index and its metrics, together, unless it is below the floors of the configuration."""
+    """Serve a head, its index and its metrics, together, unless it is below the floors of the configuration.
+
+    Or of other training data than what is published.
+    """
     config, workspace = context.config.evaluation, context.workspace
     tuned, untuned = (
         mean_value(metrics.path, "mAP", space, config.validation_cutoff) for space in ("tuned", "untuned")
@@ -40,9 +44,28 @@ def promote(context: Context, head: Stage, index: Stage, metrics: Stage) -> Eval
             f"{what}, {tuned / untuned:.2f} x the untuned features', below evaluation.gain_floor {config.gain_floor}"
         )
     if not refused:
-        paths = {"head": head.path, "index": index.path, "metrics": metrics.path}
-        published = read_published(workspace)
-        served = published.model_copy(update={name: workspace.relative(path) for name, path in paths.items()})
-        if served != published:
-            write_published(workspace, served)
+        refused = _serve(workspace, head, index, metrics)
     return Evaluation(metrics, index, tuned, untuned, refused)
+
+
+def _serve(workspace: Workspace, head: Stage, index: Stage, metrics: Stage) -> str:
+    """Make them what readers see beside what is published by now; or why that cannot be."""
+    paths = {"head": head.path, "index": index.path, "metrics": metrics.path}
+    served = {name: workspace.relative(path) for name, path in paths.items()}
+    samples, refused = index_samples(workspace, head.path, index.path), ""
+
+    def change(before: Published | None) -> Published | None:
+        nonlocal refused
+        if before is None:
+            refused = f"{workspace.root} has no published run: `fastgda publish RUN`, then evaluate again"
+        elif before.samples != samples:
+            refused = (
+                f"index {index.key} is of {samples}, what is published of {before.samples}, where a train_id means "
+                "another image: `fastgda publish` a run of the index's data, or train and index on what is published"
+            )
+        else:
+            refused = ""
+        return before if refused or before is None else before.model_copy(update={**served, "index_samples": samples})
+
+    update_published(workspace, change)
+    return refused

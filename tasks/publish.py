@@ -12,15 +12,14 @@ from prefect.cache_policies import NO_CACHE
 from storage_schemas.commit import read_manifest, write_atomically
 from storage_schemas.ledger import Labelling, read_compaction, write_labelling
 from storage_schemas.snapshots import (
-    NotPublished,
+    Published,
     Snapshot,
     make_snapshot,
     publish_runs,
     read_influence,
-    read_published,
     read_ranks,
     read_snapshot,
-    write_published,
+    update_published,
 )
 from storage_schemas.workspace import Workspace
 from tasks.announcements import announce_scores
@@ -45,14 +44,12 @@ def publish_scores(inputs: RunInputs, *, incomplete: bool) -> Stage:
     Args:
         incomplete: publish what there is.
     """
-    workspace, run, started = inputs.workspace, inputs.run, time.time()
-    runs = [run]
-    if inputs.context.config.publish == "add":
-        runs = [*(other for other in _published_runs(workspace) if other != run), run]
+    workspace, started = inputs.workspace, time.time()
+    add = inputs.context.config.publish == "add"
     _label(inputs)
     rows = sum(inputs.rows("scores", range(inputs.count("scores"))))
     with stage("rank labels", 0 if _is_ranked(inputs) else rows) as advance:
-        published = publish_runs(workspace, runs, incomplete=incomplete, advance=advance)
+        published = publish_runs(workspace, [inputs.run], add=add, incomplete=incomplete, advance=advance)
     snapshot = read_snapshot(workspace, published.snapshot)
     announce_scores(inputs, snapshot.snapshot)
     return _as_stage(workspace, snapshot, started)
@@ -69,13 +66,6 @@ def _is_ranked(inputs: RunInputs) -> bool:
     compaction = read_compaction(inputs.workspace, inputs.run)
     negatives = inputs.context.config.teacher.negatives
     return compaction is not None and all(part.negatives == negatives for part in compaction.parts)
-
-
-def _published_runs(workspace: Workspace) -> list[str]:
-    try:
-        return read_snapshot(workspace, read_published(workspace).snapshot).runs
-    except NotPublished:
-        return []
 
 
 def _as_stage(workspace: Workspace, snapshot: Snapshot, started: float) -> Stage:
@@ -108,12 +98,11 @@ def publish_checks(inputs: RunInputs, checks: list[Stage]) -> None:
     named = {check.name: [check.key, workspace.relative(check.path), check.rows] for check in (*earlier, *checks)}
     write_atomically(workspace.checks(inputs.run), json.dumps(named, indent=2).encode() + b"\n")
     exact = named["exact check"][1] if "exact check" in named else None
-    try:
-        published = read_published(workspace)
-    except NotPublished:
-        return
-    if published.run == inputs.run and published.exact_check != exact:
-        write_published(workspace, published.model_copy(update={"exact_check": exact}))
+
+    def with_check(before: Published | None) -> Published | None:
+        return before.model_copy(update={"exact_check": exact}) if before and before.run == inputs.run else before
+
+    update_published(workspace, with_check)
 
 
 def read_checks(context: Context, run: str) -> list[Stage]:

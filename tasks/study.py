@@ -25,7 +25,7 @@ from storage_schemas import tables
 from storage_schemas.commit import commit, commit_table, committed, input_key
 from storage_schemas.files import AnyPath
 from storage_schemas.metrics_history import mean_value
-from storage_schemas.snapshots import read_published, write_published
+from storage_schemas.snapshots import Published, update_published
 from tasks.config import PipelineConfig
 from tasks.context import Context, Stage
 from tasks.evaluation import tuned_cosines, untuned_cosines
@@ -207,9 +207,12 @@ def _publish(context: Context, labels: Labels, key: str, paths: Sequence[AnyPath
     path = workspace.study(key) / f"study-{whole}.parquet"
     if committed(path, whole) is None:
         commit_table(path, rows, tables.METRICS, key=whole, started=time.monotonic())
-    published = read_published(workspace)
-    if published.snapshot == labels.ranks.key and published.study != workspace.relative(path):
-        write_published(workspace, published.model_copy(update={"study": workspace.relative(path)}))
+
+    def with_study(before: Published | None) -> Published | None:
+        is_of_it = before is not None and before.snapshot == labels.ranks.key
+        return before.model_copy(update={"study": workspace.relative(path)}) if is_of_it else before
+
+    update_published(workspace, with_study)
     return Stage("study", whole, path, rows.num_rows, 0.0, True)
 
 

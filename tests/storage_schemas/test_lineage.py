@@ -19,7 +19,7 @@ from storage_schemas.errors import StoreError
 from storage_schemas.ledger import RunRecord, read_run, write_plan
 from storage_schemas.lineage import Node, UnknownName, lineage
 from storage_schemas.liveness import Assignment, PartsRecord, write_assignment
-from storage_schemas.snapshots import NotPublished, publish_runs, read_published, write_published
+from storage_schemas.snapshots import NotPublished, publish_runs, read_published
 from storage_schemas.workspace import Workspace
 from tests.storage_schemas.workspaces import (
     commit_shard,
@@ -27,6 +27,7 @@ from tests.storage_schemas.workspaces import (
     plan_run,
     publish_run,
     shard_key,
+    show,
     write_table,
 )
 
@@ -108,7 +109,7 @@ def serve(root: Path) -> Workspace:
     published = publish_runs(workspace, ["run-1"])
     train_head(workspace, published.snapshot, "run-1")
     build_index(workspace)
-    write_published(workspace, published.model_copy(update={"head": f"heads/{HEAD}", "index": f"indexes/{INDEX}"}))
+    show(workspace, head=f"heads/{HEAD}", index=f"indexes/{INDEX}")
     return workspace
 
 
@@ -296,7 +297,7 @@ def test_a_newer_snapshot_stands_beside_the_index_that_never_saw_it(served: Work
     finish_run(Path(served.root), "later", queries=("q9",))
     published = publish_runs(served, ["run-1", "later"])
     trained = lineage(served, HEAD).made_from[0].name
-    write_published(served, published.model_copy(update={"head": f"heads/{HEAD}", "index": f"indexes/{INDEX}"}))
+    show(served, head=f"heads/{HEAD}", index=f"indexes/{INDEX}")
     found = lineage(served, "served")
     assert [node.kind for node in found.made_from] == ["index", "snapshot"]
     assert found.made_from[1].name == published.snapshot != trained
@@ -400,7 +401,7 @@ def test_no_file_sends_a_reader_out_of_the_workspace(served: Workspace, tmp_path
     outside.mkdir()
     (outside / "head.json").write_text('{"feature_space": "stolen"}')
     (served.index(INDEX) / "index.json").write_text(json.dumps({"head": f"../../{outside.name}"}))
-    write_published(served, read_published(served).model_copy(update={"head": f"../{outside.name}/.."}))
+    show(served, head=f"../{outside.name}/..")
     assert "stolen" not in json.dumps(lineage(served, "served").as_json())
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 from moto.server import ThreadedMotoServer
+from s3fs.errors import translate_boto_error
 
 from storage_schemas import lease, tables
 from storage_schemas.attempts import AttemptLog, ShardState
@@ -20,7 +23,14 @@ from storage_schemas.export import export_parquet
 from storage_schemas.files import AnyPath, any_path, create, file_sha256
 from storage_schemas.lake import Lake
 from storage_schemas.ledger import done_shards, read_ledger, rebuild_ledgers
-from storage_schemas.snapshots import publish_runs, read_published, retract_run
+from storage_schemas.snapshots import (
+    Published,
+    publish_runs,
+    read_published,
+    read_snapshot,
+    retract_run,
+    update_published,
+)
 from storage_schemas.verify import verify
 from storage_schemas.views import RefusedStatement, query
 from storage_schemas.workspace import Workspace
@@ -114,6 +124,45 @@ def test_the_first_of_two_that_finish_a_shard_wins(root: AnyPath) -> None:
     for thread in threads:
         thread.join()
     assert len(won) == 1 and path.read_bytes() == str(won[0]).encode() * 100
+
+
+def test_what_several_change_at_once_of_what_is_published_is_all_there(root: AnyPath) -> None:
+    workspace = Workspace.at(root)
+    for run in ("old-0", "old-1", "new-0", "new-1"):
+        finish_run(root, run, queries=(f"q-{run}",))
+    publish_runs(workspace, ["old-0", "old-1"])
+
+    def promote(before: Published | None) -> Published | None:
+        return before and before.model_copy(update={"index": "indexes/i"})
+
+    changes: list[Callable[[], object]] = [
+        lambda: publish_runs(workspace, ["new-0"], add=True),
+        lambda: publish_runs(workspace, ["new-1"], add=True),
+        lambda: retract_run(workspace, "old-0"),
+        lambda: update_published(workspace, promote),
+    ]
+    with ThreadPoolExecutor(len(changes)) as pool:
+        for change in [pool.submit(change) for change in changes]:
+            change.result(60)
+    published = read_published(workspace)
+    assert set(read_snapshot(workspace, published.snapshot).runs) == {"old-1", "new-0", "new-1"}
+    assert (published.index, published.version) == ("indexes/i", 5)
+    assert workspace.current.read_bytes() == workspace.published(5).read_bytes()
+
+
+def test_a_name_that_is_being_taken_at_this_instant_is_taken(root: AnyPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What S3 answers where two conditional PUTs meet, which the store of these tests does not."""
+    met = ClientError({"Error": {"Code": "ConditionalRequestConflict", "Message": "conflict"}}, "PutObject")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise translate_boto_error(met)
+
+    assert not isinstance(root, Path)
+    monkeypatch.setattr(root.fs, "pipe_file", refuse)
+    assert not create(root / "scores" / "file", b"x")
+    met.response["Error"]["Code"] = "SlowDown"
+    with pytest.raises(OSError, match="conflict"):
+        create(root / "scores" / "file", b"x")
 
 
 def test_a_shard_whose_manifest_was_never_put_is_adopted(root: AnyPath) -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -7,20 +10,21 @@ import pytest
 from storage_schemas import tables
 from storage_schemas.compaction import RunUnfinished, vacuum
 from storage_schemas.errors import StoreError
-from storage_schemas.ledger import UnknownRun, read_compaction
+from storage_schemas.ledger import UnknownRun, published_versions, read_compaction
 from storage_schemas.snapshots import (
     CannotPublish,
     NotPublished,
+    Published,
     publish_runs,
     read_published,
     read_ranks,
     read_snapshot,
     retract_run,
-    write_published,
+    update_published,
 )
 from storage_schemas.views import query
 from storage_schemas.workspace import Workspace
-from tests.storage_schemas.workspaces import commit_shard, finish_run, plan_run, publish_run
+from tests.storage_schemas.workspaces import commit_shard, finish_run, plan_run, publish_run, show
 
 
 def scores(root: Path, source: str = "scores") -> dict[str, list[float]]:
@@ -72,8 +76,6 @@ def test_a_retracted_runs_rows_go_and_those_that_it_replaced_come_back(tmp_path:
 
 
 def test_a_part_without_replaced_queries_can_be_made_when_the_shards_are_gone(tmp_path: Path) -> None:
-    from datetime import timedelta
-
     workspace = Workspace(tmp_path)
     publish_run(tmp_path, "first", queries=("q0", "q1", "q2"))
     assert len(vacuum(workspace, older_than=timedelta(0))) == 3
@@ -85,9 +87,8 @@ def test_a_part_without_replaced_queries_can_be_made_when_the_shards_are_gone(tm
 
 def test_publishing_the_same_rows_again_changes_nothing_and_keeps_what_stands_on_them(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
-    first = publish_run(tmp_path)
-    served = first.model_copy(update={"head": "heads/h", "index": "indexes/i"})
-    write_published(workspace, served)
+    publish_run(tmp_path)
+    served = show(workspace, head="heads/h", index="indexes/i")
     parts = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("ranks/*/*")}
     assert publish_runs(workspace, ["run-1"]) == served
     assert parts == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("ranks/*/*")}
@@ -99,7 +100,7 @@ def test_a_head_is_served_over_new_rows_until_a_train_id_may_mean_another_image(
 ) -> None:
     workspace = Workspace(tmp_path)
     first = publish_run(tmp_path, "first")
-    write_published(workspace, first.model_copy(update={"head": "heads/h", "index": "indexes/i"}))
+    show(workspace, head="heads/h", index="indexes/i")
     finish_run(tmp_path, "second", queries=("q9",), samples=samples)
     published = publish_runs(workspace, ["first", "second"] if served else ["second"])
     assert published.snapshot != first.snapshot
@@ -165,3 +166,91 @@ def test_what_another_release_published_is_refused_with_the_mend(tmp_path: Path,
     (tmp_path / "current.json").write_bytes(content)
     with pytest.raises(StoreError, match=r"another release: run `fastgda run CONFIG` again"):
         query(tmp_path, "SELECT 1")
+
+
+def test_a_workspace_that_an_earlier_release_published_goes_on(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    published = publish_run(tmp_path, "first")
+    document = published.model_dump(mode="json", exclude={"version"})
+    workspace.current.write_text(json.dumps(document))
+    shutil.rmtree(tmp_path / "published")
+    assert read_published(workspace) == published.model_copy(update={"version": 0})
+    finish_run(tmp_path, "second", queries=("q9",))
+    assert publish_runs(workspace, ["second"], add=True).version == 2  # the first is what was there
+    assert read_snapshot(workspace, read_published(workspace).snapshot).runs == ["first", "second"]
+    # Somebody goes back to that release for a while: what it publishes is what readers see, and it goes on from there.
+    workspace.current.write_text(json.dumps(document | {"index": "indexes/i"}))
+    assert read_published(workspace).index == "indexes/i"
+    now = publish_runs(workspace, ["second"], add=True)
+    assert (now.version, now.index) == (4, "indexes/i")
+
+
+@pytest.mark.parametrize("kept", ["first", "nothing"])
+def test_what_a_writer_that_died_had_published_is_what_readers_see_and_the_next_writer_completes_it(
+    tmp_path: Path, kept: str
+) -> None:
+    workspace = Workspace(tmp_path)
+    publish_run(tmp_path, "first")
+    if kept == "first":
+        finish_run(tmp_path, "second", queries=("q9",))
+        before = workspace.current.read_bytes()
+        publish_runs(workspace, ["second"], add=True)
+        workspace.current.write_bytes(before)  # it died between the version and the pointer
+    else:
+        workspace.current.unlink()
+    assert scores(tmp_path).keys() == ({"q0", "q1", "q2", "q9"} if kept == "first" else {"q0", "q1", "q2"})
+    now = read_published(workspace)
+    assert publish_runs(workspace, read_snapshot(workspace, now.snapshot).runs) == now
+    assert workspace.current.read_bytes() == workspace.published(now.version).read_bytes()
+
+
+def test_a_retraction_of_the_last_run_whose_writer_died_is_not_undone(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    publish_run(tmp_path, "first")
+    before = workspace.current.read_bytes()
+    retract_run(workspace, "first")
+    workspace.current.write_bytes(before)
+    with pytest.raises(NotPublished, match="no published run"):
+        read_published(workspace)
+    assert scores(tmp_path) == {}
+    assert publish_runs(workspace, ["first"]).version == 3
+
+
+def test_a_promotion_that_began_before_a_publication_keeps_it(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    publish_run(tmp_path, "first")
+    finish_run(tmp_path, "second", queries=("q9",))
+    asked: list[str] = []
+
+    def promote(before: Published | None) -> Published | None:
+        assert before is not None
+        asked.append(before.run)
+        if len(asked) == 1:
+            publish_runs(workspace, ["second"], add=True)
+        return before.model_copy(update={"index": "indexes/i"})
+
+    update_published(workspace, promote)
+    now = read_published(workspace)
+    assert (asked, now.run, now.index) == (["first", "second"], "second", "indexes/i")
+
+
+def test_a_writer_that_slept_while_its_number_was_vacuumed_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = Workspace(tmp_path)
+    publish_run(tmp_path)
+    monkeypatch.setattr("storage_schemas.compaction.VERSIONS_KEPT", 2)
+    slept: list[str] = []
+
+    def promote(before: Published | None) -> Published | None:
+        if not slept:
+            for number in range(5):
+                slept.append(f"indexes/{number}")
+                show(workspace, index=slept[-1])
+            gone = [path.name for path in vacuum(workspace, older_than=timedelta(0))]
+            assert gone[:4] == ["00001.json", "00002.json", "00003.json", "00004.json"]
+        return before and before.model_copy(update={"head": "heads/h"})
+
+    now = update_published(workspace, promote)
+    assert now is not None and (now.version, now.head, now.index) == (7, "heads/h", "indexes/4")
+    assert published_versions(workspace) == [5, 6, 7]

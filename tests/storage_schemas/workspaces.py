@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from storage_schemas import tables
 from storage_schemas.commit import commit_table, input_key
 from storage_schemas.ledger import RunRecord, write_plan
-from storage_schemas.snapshots import Published, publish_runs, write_published
+from storage_schemas.snapshots import Published, publish_runs, update_published
 from storage_schemas.tables import Table
 from storage_schemas.workspace import Workspace, part
 
@@ -153,8 +153,13 @@ def publish_run(
         name: workspace.relative(path)
         for name, path in (("exact_check", exact), ("base_losses", losses), ("metrics", metrics))
     }
-    published = published.model_copy(update=paths)
-    write_published(workspace, published)
+    return show(workspace, **paths)
+
+
+def show(workspace: Workspace, **paths: str) -> Published:
+    """Make these files of the workspace some of what readers see."""
+    published = update_published(workspace, lambda before: before and before.model_copy(update=paths))
+    assert published is not None
     return published
 
 
