@@ -12,6 +12,7 @@ this module that stand for numpy's, so not even numpy's own unpickling, which tr
 
 from __future__ import annotations
 
+import json
 import pickle
 import pickletools
 import re
@@ -34,7 +35,7 @@ from storage_schemas.compaction import MEMORY_GIGABYTES, compact
 from storage_schemas.database import file_list, open_database
 from storage_schemas.errors import StoreError
 from storage_schemas.export import check_absent
-from storage_schemas.files import replace_through, sync_folders
+from storage_schemas.files import replace_through, write_atomically
 from storage_schemas.ledger import Part, RunRecord, done_shards, read_run, write_ledger, write_plan
 from storage_schemas.workspace import Workspace
 
@@ -51,13 +52,15 @@ class BadRelease(StoreError, ValueError):
 def export_release(workspace: Workspace, run: str, destination: Path) -> None:
     """A finished run as `influence_train.pkl` of the FastGDA release; see the module for its layout.
 
-    Queries are in the order of the plan. Candidates are ordered by neighbor_rank where the run has a candidates file,
-    else by train_id. Scores are float64, the rest int64; equal scores are ordered by train_id, as in `ranks`.
-    It is not the release's file of a single query, nor `{"influence": (N,), "rank": (N,)}`. Memory holds all rows, at
-    about 50 bytes each. Read it with numpy 1.26 or later.
+    Queries are ordered by split, train, validation, test, then as planned, as the release's training takes its rows by
+    number: `[0:train_size]`, `[val_start:val_end]`. A JSON file beside it (`rows_beside`) names the query of each row,
+    its split, and these numbers; queries of an imported run have no splits. Candidates are ordered by neighbor_rank
+    where the run has a candidates file, else by train_id. Scores are float64, the rest int64; equal scores are ordered
+    by train_id, as in `ranks`. It is not the release's file of a single query, nor `{"influence": (N,), "rank": (N,)}`.
+    Memory holds all rows, at about 50 bytes each. Read it with numpy 1.26 or later.
 
     Args:
-        destination: a file that is not there yet; its folder is made.
+        destination: a file that is not there yet, nor the one beside it; its folder is made.
 
     Raises:
         BadRelease: queries differ in their number of candidates, scored pairs are no candidates, or a score is not
@@ -66,16 +69,48 @@ def export_release(workspace: Workspace, run: str, destination: Path) -> None:
         UnknownRun, RunUnfinished: there is no such run, or it has shards that are not done.
     """
     check_absent(destination)
+    check_absent(rows_beside(destination))
     record = read_run(workspace, run)
     parts = compact(workspace, run)
-    arrays = _arrays(workspace, record, parts)
+    planned, splits = _by_split(workspace, record)
+    arrays = _arrays(workspace, record, parts, planned)
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
             pickle.dump({SPLIT: arrays}, file, protocol=4)
 
     replace_through(destination, write, lambda temporary: None)
-    sync_folders([destination])
+    described = {"run": run, "query_ids": planned["query_id"].to_pylist(), **_slices(splits)}
+    write_atomically(rows_beside(destination), json.dumps(described, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def rows_beside(pickle_path: Path) -> Path:
+    """Where the query of each row of an exported file is written down."""
+    return pickle_path.with_name(f"{pickle_path.stem}.rows.json")
+
+
+def _by_split(workspace: Workspace, record: RunRecord) -> tuple[pa.Table, list[str] | None]:
+    """The planned queries in the order of the export, and the split of each; None where the run has no query set."""
+    planned = tables.read(workspace.plan_queries(record.run), tables.PLAN_QUERIES)
+    if record.queries is None:
+        return planned, None
+    with workspace.file(record.queries).open("rb") as file:  # its images stay unread
+        found = pq.read_table(file, columns=["query_id", "split"]).to_pydict()
+    split_of = dict(zip(found["query_id"], found["split"], strict=True))
+    query_ids = planned["query_id"].to_pylist()
+    order = sorted(range(len(query_ids)), key=lambda row: _SPLITS.index(split_of[query_ids[row]]))
+    return planned.take(order), [split_of[query_ids[row]] for row in order]
+
+
+_SPLITS = ("train", "validation", "test")
+
+
+def _slices(splits: list[str] | None) -> dict[str, Any]:
+    """The split of each row and the numbers that the release's training is given."""
+    if splits is None:
+        return {}
+    train, validation = (splits.count(split) for split in _SPLITS[:2])
+    return {"splits": splits, "train_size": train, "val_start": train, "val_end": train + validation}
 
 
 def import_release(
@@ -147,9 +182,10 @@ class _Release:
     train_ids: NDArray[np.integer[Any]]
 
 
-def _arrays(workspace: Workspace, record: RunRecord, parts: Sequence[Part]) -> dict[str, NDArray[Any]]:
+def _arrays(
+    workspace: Workspace, record: RunRecord, parts: Sequence[Part], planned: pa.Table
+) -> dict[str, NDArray[Any]]:
     """The three arrays of the layout; the rows come from SQL in the order of queries and candidates."""
-    planned = tables.read(workspace.plan_queries(record.run), tables.PLAN_QUERIES)
     queries, candidates = _shape(record.run, planned)
     shape, rows = (queries, candidates), queries * candidates
     numbers, train_ids = np.empty(rows, np.int32), np.empty(rows, np.int64)
@@ -197,7 +233,7 @@ def _shape(run: str, planned: pa.Table) -> tuple[int, int]:
 def _ordered_rows(
     workspace: Workspace, record: RunRecord, parts: Sequence[Part], planned: pa.Table
 ) -> Iterator[pa.RecordBatch]:
-    """The scored pairs by query as planned and by candidate, each with its place (from 0) in its query's ranking."""
+    """The scored pairs by query, in the given order, and candidate, with its place (from 0) in its query's ranking."""
     with open_database(workspace, memory_gigabytes=MEMORY_GIGABYTES, threads=2) as connection:
         numbers = pa.array(range(planned.num_rows), pa.int32())
         connection.register("planned", planned.select(["query_id"]).append_column("number", numbers))

@@ -168,7 +168,7 @@ FEATURES = Table(
     "features",
     "an item in a feature space",
     _schema(
-        ("item", pa.string(), "train_id or query_id, as text"),
+        ("item", pa.string(), "row number from 0, as text: a sample's train_id, a query's place in its query set"),
         ("feature", VECTOR, "output of the frozen encoder, unnormalised"),
     ),
 )

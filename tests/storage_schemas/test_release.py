@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import signal
@@ -486,3 +487,30 @@ def test_arguments_that_do_not_fit_the_file_are_refused(tmp_path: Path) -> None:
         with pytest.raises(BadRelease, match=pattern):
             import_release(workspace, path, **({"name": "a", "teacher": "t"} | arguments))
     assert run_names(workspace) == []
+
+
+def test_rows_are_ordered_as_the_releases_training_cuts_them_and_named_beside(tmp_path: Path) -> None:
+    splits = {"q0": "test", "q1": "train", "q2": "validation", "q3": "train", "ü": "test"}
+    scores = drawn_scores(list(splits), 4)
+    workspace = scored_run(tmp_path / "w", scores)
+    rows = [
+        {"query_id": name, "split": split, "caption": "", "image": b"", "image_sha256": ""}
+        for name, split in reversed(splits.items())
+    ]
+    path = workspace.queries("k")
+    table = tables.pa.Table.from_pylist(rows, schema=tables.QUERIES.schema)
+    commit_table(path, table, tables.QUERIES, key="k", started=time.monotonic())
+    record = read_run(workspace, RUN).model_copy(update={"queries": workspace.relative(path)})
+    workspace.run(RUN).write_text(record.model_dump_json())
+    export_release(workspace, RUN, tmp_path / "influence_train.pkl")
+    beside = json.loads((tmp_path / "influence_train.rows.json").read_text(encoding="utf-8"))
+    assert beside["query_ids"] == ["q1", "q3", "q2", "q0", "ü"]
+    assert beside["splits"] == ["train", "train", "validation", "test", "test"]
+    assert (beside["run"], beside["train_size"], beside["val_start"], beside["val_end"]) == (RUN, 2, 2, 3)
+    arrays = pickle.loads((tmp_path / "influence_train.pkl").read_bytes())["random"]
+    for row, name in enumerate(beside["query_ids"]):
+        ranked = sorted(scores[name], key=lambda train, mine=scores[name]: (-mine[train], train))
+        assert arrays["rank"][row].tolist() == ranked
+    (tmp_path / "influence_train.pkl").unlink()
+    with pytest.raises(DestinationTaken, match=r"influence_train\.rows\.json exists"):
+        export_release(workspace, RUN, tmp_path / "influence_train.pkl")
