@@ -11,8 +11,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
+import stat
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +23,11 @@ from typing import TypeAlias
 
 from upath import UPath
 
+from storage_schemas.errors import StoreError
+
 AnyPath: TypeAlias = Path | UPath
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+UNUSED_SECONDS = 7 * 86_400.0  # after which a copy of an object goes
 TEMPORARY = ".fastgda-tmp-"  # begins the name of all that is in the making and of nothing else: `vacuum` goes by it
 
 
@@ -114,20 +120,46 @@ def replace_through(path: AnyPath, write: Callable[[Path], None], look: Callable
         path.fs.put_file(str(local), path.path)
 
 
+def private_folder(name: str) -> Path:
+    """A folder of this machine and user alone, among the temporary ones, for what can be made again.
+
+    Raises:
+        StoreError: another one can write there, so that what lies in it is not to be trusted.
+    """
+    folder = Path(tempfile.gettempdir()) / f"fastgda-{name}-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise StoreError(f"{folder} is not yours alone: delete it, or set TMPDIR to a folder of your own")
+    return folder
+
+
 def local_copy(path: AnyPath) -> Path:
-    """A file on this machine's disk: itself, or a copy of an object, fetched once as long as it stays the same."""
+    """A file on this machine's disk: itself, or a copy of an object, fetched once as long as it stays the same.
+
+    Copies that nobody asked for in a week go when another one is made.
+    """
     if isinstance(path, Path):
         return path
     info = path.fs.info(path.path)
     stamp = [str(path), info.get("size"), str(info.get("ETag") or info.get("mtime") or info.get("created"))]
     name = hashlib.sha256(repr(stamp).encode()).hexdigest()[:32]
-    copy = Path(tempfile.gettempdir()) / f"fastgda-copies-{os.getuid()}" / name / path.name
+    folder = private_folder("copies")
+    copy = folder / name / path.name
     if not copy.exists():
-        copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _evict(folder)
+        copy.parent.mkdir(exist_ok=True, mode=0o700)
         temporary = _temporary(copy)
         path.fs.get_file(path.path, str(temporary))
         temporary.replace(copy)
+    os.utime(copy.parent)
     return copy
+
+
+def _evict(copies: Path) -> None:
+    for folder in copies.iterdir():
+        if time.time() - folder.lstat().st_mtime > UNUSED_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)  # who reads one keeps what it has open
 
 
 def local_files(folder: AnyPath, names: Iterable[str]) -> Path:
@@ -137,6 +169,7 @@ def local_files(folder: AnyPath, names: Iterable[str]) -> Path:
     copies = [local_copy(folder / name) for name in names]
     together = copies[0].parent.with_name(hashlib.sha256(repr(copies).encode()).hexdigest()[:32])
     together.mkdir(exist_ok=True, mode=0o700)
+    os.utime(together)
     for copy in copies:
         place = together / copy.name
         if not place.exists():

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -119,16 +120,17 @@ def write_plan(workspace: Workspace, record: RunRecord, shards: pa.Table, querie
 
 
 def read_run(workspace: Workspace, run: str) -> RunRecord:
-    """Raises UnknownRun, naming those that there are."""
+    """Raises UnknownRun, naming those that were planned last."""
     try:
         return RunRecord.model_validate_json(workspace.run(run).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        known = ", ".join(run_names(workspace)[-5:]) or "none"
+        planned = sorted(map(partial(read_run, workspace), run_names(workspace)), key=lambda record: record.created_at)
+        known = ", ".join(record.run for record in planned[-5:]) or "none"
         raise UnknownRun(f"{workspace.root} has no run {run}; it has: {known}") from None
 
 
 def run_names(workspace: Workspace) -> list[str]:
-    """All planned runs, oldest plan first by name."""
+    """All planned runs, by name."""
     if not workspace.runs.exists():
         return []
     return sorted(folder.name for folder in workspace.runs.iterdir() if (folder / "run.json").exists())

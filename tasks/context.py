@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
 from fastgda_core.teachers.micro_batch import MicroBatch
 from storage_schemas.commit import committed
-from storage_schemas.files import AnyPath
+from storage_schemas.files import AnyPath, private_folder
 from storage_schemas.workspace import Workspace
 from tasks.config import PipelineConfig
 
@@ -141,8 +140,7 @@ def claim_slot(name: str, count: int) -> int:
     Raises:
         UsageError: all are taken.
     """
-    folder = Path(tempfile.gettempdir()) / f"fastgda-slots-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = private_folder("slots")
     for number in range(count):
         handle = os.open(folder / f"{name}-{number}", os.O_RDWR | os.O_CREAT, 0o600)
         try:

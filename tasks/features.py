@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +23,7 @@ from torch import Tensor
 from fastgda_core.features import ENCODERS, Encoder, concatenate, encoder_names, load_encoder, mean_over
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit, commit_table, committed, input_key, read_manifest
-from storage_schemas.files import AnyPath, Stamps, file_sha256, stamps, temporary_name
+from storage_schemas.files import AnyPath, Stamps, file_sha256, private_folder, stamps, temporary_name
 from storage_schemas.workspace import part
 from tasks.config import FeaturesConfig
 from tasks.context import Context, Stage, load_tensors
@@ -152,7 +150,7 @@ def map_features(context: Context, samples: Stage) -> Tensor:
 def _mapped_path(context: Context, samples: Stage) -> Path:
     """Where the mapped file of the samples' phi lies; centred by another mean, phi has another file."""
     root, config = context.workspace.root, context.config.features
-    cache = root / "features" if isinstance(root, Path) else Path(tempfile.gettempdir()) / f"fastgda-{os.getuid()}"
+    cache = root / "features" if isinstance(root, Path) else private_folder("features")
     mean = read_manifest(_mean_place(context, samples)[0]) if config.centre else None
     key = input_key("phi", _parts_keys(context, samples), config.unit_length, *([mean.sha256] if mean else []))
     return cache / f"{key}.arrow"

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import threading
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -216,3 +216,13 @@ def test_a_damaged_part_whose_shards_are_gone_makes_its_run_incomplete(tmp_path:
     assert done_shards(workspace, RUN) == {0, 1, 2}
     compact(workspace, RUN)
     assert query(tmp_path, "SELECT count(*) AS n, max(rank) AS r FROM ranks").to_pylist() == [{"n": 12, "r": 4}]
+
+
+def test_an_unknown_run_is_answered_with_those_that_were_planned_last(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    for day, name in enumerate("zyxwvut", start=1):
+        path = workspace.run(plan_run(tmp_path, name).run)
+        record = read_run(workspace, name).model_copy(update={"created_at": datetime(2026, 1, day, tzinfo=UTC)})
+        path.write_text(record.model_dump_json())
+    with pytest.raises(UnknownRun, match=r"it has: x, w, v, u, t$"):
+        read_run(workspace, "a")

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from storage_schemas.errors import StoreError
+from storage_schemas.files import any_path, local_copy, private_folder
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The machine's folder for temporary files."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("prepared", ["open to all", "a link"])
+def test_a_folder_that_somebody_prepared_is_not_trusted(temporary: Path, prepared: str) -> None:
+    folder = temporary / f"fastgda-copies-{os.getuid()}"
+    if prepared == "a link":
+        (temporary / "theirs").mkdir()
+        folder.symlink_to(temporary / "theirs")
+    else:
+        folder.mkdir()
+        folder.chmod(0o777)
+    with pytest.raises(StoreError, match="is not yours alone: delete it"):
+        private_folder("copies")
+
+
+def test_copies_of_objects_that_nobody_asks_for_any_more_go() -> None:
+    root = any_path(f"memory://{uuid.uuid4().hex}")
+    copies = []
+    for name in ("old", "used", "new"):
+        (root / name).write_bytes(name.encode())
+        if name == "new":
+            for copy in copies:
+                os.utime(copy.parent, (time.time() - 8 * 86_400,) * 2)
+            local_copy(root / "used")
+        copies.append(local_copy(root / name))
+    assert [copy.exists() for copy in copies] == [False, True, True]
+    assert local_copy(root / "old").read_bytes() == b"old"
