@@ -287,7 +287,8 @@ def update_published(workspace: Workspace, change: Callable[[Published | None], 
             continue
         after = change(before)
         if _same(before, after):
-            _settle(workspace, number)
+            if before is not None or content is None:  # what another release wrote is left as it is
+                _settle(workspace, number)
             return before
         if after is not None:
             after = after.model_copy(update={"version": number + 1})

@@ -26,9 +26,8 @@ class Evaluation:
 
 @task(task_run_name="promotion", cache_policy=NO_CACHE)
 def promote(context: Context, head: Stage, index: Stage, metrics: Stage) -> Evaluation:
-    """Serve a head, its index and its metrics, together, unless it is below the floors of the configuration.
-
-    Or of other training data than what is published.
+    """Serve a head, its index and its metrics, together, unless it is below the floors of the configuration or of
+    other training data than what is published.
     """
     config, workspace = context.config.evaluation, context.workspace
     tuned, untuned = (

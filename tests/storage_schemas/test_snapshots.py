@@ -166,6 +166,8 @@ def test_what_another_release_published_is_refused_with_the_mend(tmp_path: Path,
     (tmp_path / "current.json").write_bytes(content)
     with pytest.raises(StoreError, match=r"another release: run `fastgda run CONFIG` again"):
         query(tmp_path, "SELECT 1")
+    assert update_published(Workspace(tmp_path), lambda before: before) is None
+    assert (tmp_path / "current.json").read_bytes() == content
 
 
 def test_a_workspace_that_an_earlier_release_published_goes_on(tmp_path: Path) -> None:
