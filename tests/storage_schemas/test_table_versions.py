@@ -19,7 +19,7 @@ from storage_schemas.export import export_datasets, export_parquet
 from storage_schemas.ledger import read_ledger
 from storage_schemas.lineage import lineage
 from storage_schemas.metrics_history import mean_value
-from storage_schemas.snapshots import publish_runs, read_ranks, write_published
+from storage_schemas.snapshots import publish_runs, read_ranks
 from storage_schemas.verify import duplicated_pairs
 from storage_schemas.views import connect
 from storage_schemas.workspace import Workspace, part
@@ -28,6 +28,7 @@ from tests.storage_schemas.workspaces import (
     finish_run,
     plan_run,
     shard_key,
+    show,
     spoil_column,
     with_column,
     write_table,
@@ -227,7 +228,7 @@ def export_columns(workspace: Workspace) -> dict[str, list[float]]:
 
 def test_metrics_and_checked_pairs_of_both_releases_are_one_view(tmp_path: Path, later_release: None) -> None:
     workspace = mixed_workspace(tmp_path)
-    published = publish_runs(workspace, ["old", "new"])
+    publish_runs(workspace, ["old", "new"])
     row = {"metric": "mAP", "space": "tuned", "split": "test", "cutoff": 2, "query_id": "", "queries": 3}
     figures = row | {"value": 0.5, "standard_error": 0.1}
     old_metrics = dataclasses.replace(tables.METRICS, version=2, added={}, schema=tables.METRICS.schema.remove(0))
@@ -240,11 +241,11 @@ def test_metrics_and_checked_pairs_of_both_releases_are_one_view(tmp_path: Path,
         "exact_check": workspace.exact_check("x"),
     }
     changes = {name: workspace.relative(path) for name, path in paths.items()}
-    write_published(workspace, published.model_copy(update=changes))
+    show(workspace, **changes)
     assert sql(workspace, "SELECT seed, value FROM metrics ORDER BY seed") == [(-1, 0.5), (5, 0.5)]
     assert sql(workspace, "SELECT DISTINCT noise FROM exact_check") == [(0.25,)]
     assert mean_value(workspace.metrics("m"), "mAP", "tuned", 2) == 0.5
-    write_published(workspace, published.model_copy(update={"metrics": changes["metrics"]}))
+    show(workspace, metrics=changes["metrics"], study=None)
     assert sql(workspace, "SELECT seed FROM metrics") == [(-1,)], "no file has the column"
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -156,9 +157,9 @@ def publish_run(
     return show(workspace, **paths)
 
 
-def show(workspace: Workspace, **paths: str) -> Published:
+def show(workspace: Workspace, **fields: Any) -> Published:
     """Make these files of the workspace some of what readers see."""
-    published = update_published(workspace, lambda before: before and before.model_copy(update=paths))
+    published = update_published(workspace, lambda before: before and before.model_copy(update=fields))
     assert published is not None
     return published
 

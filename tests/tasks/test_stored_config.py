@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastgda_core.errors import UsageError
 from storage_schemas.ledger import write_ledger
 from storage_schemas.liveness import Assignment, PartsRecord, write_assignment
-from storage_schemas.snapshots import write_published
 from storage_schemas.workspace import Workspace
 from tasks.attribute import AttributionService
 from tasks.config import PipelineConfig
@@ -18,7 +18,7 @@ from tasks.cost import known_rate
 from tasks.run_inputs import load_inputs
 from tasks.run_status import run_status
 from tasks.stored_config import config_of, lifted
-from tests.storage_schemas.workspaces import QUERIES, commit_shard, plan_run, publish_run
+from tests.storage_schemas.workspaces import QUERIES, commit_shard, plan_run, publish_run, show
 from tests.tasks.configs import document
 
 EXECUTION = {"workers": 3, "price_per_device_hour": 2.0, "retired": 1}
@@ -67,9 +67,9 @@ def test_a_run_of_another_release_stops_no_other_run(tmp_path: Path, layers: str
 
 
 def test_serving_asks_the_configuration_for_the_device_alone(tmp_path: Path) -> None:
-    published = publish_run(tmp_path)
-    stored = {"head": "heads/h", "index": "indexes/i", "config": {"device": "cpu", "gone": 1}}
-    write_published(Workspace.at(tmp_path), published.model_copy(update=stored))
+    publish_run(tmp_path)
+    stored: dict[str, Any] = {"head": "heads/h", "index": "indexes/i", "config": {"device": "cpu", "gone": 1}}
+    show(Workspace.at(tmp_path), **stored)
     with pytest.raises(FileNotFoundError, match=r"head\.json"):  # which comes next
         AttributionService(Workspace.at(tmp_path))
 

@@ -12,7 +12,7 @@ import pytest
 from fastgda_core.diffusion.objective import Objective
 from storage_schemas import tables
 from storage_schemas.commit import commit_table, write_atomically
-from storage_schemas.snapshots import publish_runs, write_published
+from storage_schemas.snapshots import publish_runs
 from storage_schemas.workspace import Workspace
 from tasks.context import Stage
 from tasks.run_status import run_status
@@ -32,7 +32,7 @@ from tasks.trust import (
 from tasks.twins import draw_twins
 from tasks.webdataset_shards import scan
 from tests import tiny
-from tests.storage_schemas.workspaces import finish_run
+from tests.storage_schemas.workspaces import finish_run, show
 
 SAMPLES = 40
 
@@ -155,7 +155,7 @@ def test_the_status_of_a_run_warns_by_what_its_checks_and_its_head_have_found(tm
         commit_table(path, pa.Table.from_pylist(whole, tables.METRICS.schema), tables.METRICS, key="m", started=0.0)
     write_atomically(workspace.checks("run-1"), json.dumps({"self-consistency": ["m", "checks.parquet", 2]}).encode())
     assert trust_in(workspace, "run-1").warnings == []
-    published = publish_runs(workspace, ["run-1"])
-    write_published(workspace, published.model_copy(update={"metrics": workspace.relative(metrics)}))
+    publish_runs(workspace, ["run-1"])
+    show(workspace, metrics=workspace.relative(metrics))
     (warning,) = run_status(workspace, "run-1").trust.warnings
     assert "mostly noise" in warning
