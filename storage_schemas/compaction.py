@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -308,16 +308,26 @@ def _sources(
         if from_parts:  # a shard may hold rows of queries that come from a part
             connection.execute("CREATE TABLE elsewhere AS SELECT unnest(?) AS query_id", [from_parts])
             chosen = " WHERE query_id NOT IN (FROM elsewhere)"
+        manifests = folder_manifests(workspace.scores(run))
+        _check_digests({path: manifest.sha256 for path in raw if (manifest := manifests.get(path))})
         yield f"SELECT {columns} FROM {rows_of(tables.SCORES, file_list(raw))}{chosen}"
     if from_parts:
         compaction = read_compaction(workspace, run)
-        held = [
-            workspace.file(part.path)
+        held = {
+            workspace.file(part.path): part.sha256
             for part in (compaction.parts if compaction else [])
             if any(part.first_query <= query_id <= part.last_query for query_id in from_parts)
-        ]
+        }
+        _check_digests(held)
         connection.execute("CREATE TABLE vacuumed AS SELECT unnest(?) AS query_id", [from_parts])
         yield f"SELECT {columns} FROM {rows_of(tables.SCORES, file_list(held))} WHERE query_id IN (FROM vacuumed)"
+
+
+def _check_digests(files: Mapping[AnyPath, str]) -> None:
+    """Raises DamagedTable where a file is not what was committed: DuckDB reads a flipped bit as another score."""
+    for path, sha256 in files.items():
+        if file_sha256(path) != sha256:
+            raise tables.damaged(path, ValueError("its sha256 is another than when it was committed"))
 
 
 def vacuum(workspace: Workspace, *, older_than: timedelta, dry_run: bool = False) -> list[AnyPath]:

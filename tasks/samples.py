@@ -54,8 +54,6 @@ def ingest_samples(context: Context) -> Stage:
         with stage("samples", len(shards)) as advance:
             samples, rejections = scan(shards, lambda: advance(1))
         tell_of_several_pictures(samples)
-        if not samples:
-            raise UsageError(f"data.shards holds no usable sample; the first fault: {describe(rejections[0])}")
         rows = [{"train_id": number, **asdict(sample)} for number, sample in enumerate(samples)]
         rejected = commit_table(
             rejected_path,
@@ -74,7 +72,11 @@ def ingest_samples(context: Context) -> Stage:
     assert manifest is not None and rejected is not None
     write_indexed(workspace, samples_path, rejected_path)
     if rejected.rows:
-        warn_of_rejections(workspace, tables.read(rejected_path, tables.REJECTED_SAMPLES))
+        rejections = tables.read(rejected_path, tables.REJECTED_SAMPLES)
+        warn_of_rejections(workspace, rejections)
+        if not manifest.rows:
+            (first,) = rejections.slice(0, 1).to_pylist()
+            raise UsageError(f"data.shards holds no usable sample; the first fault: {describe(Rejection(**first))}")
     return replace(samples_stage(samples_path), seconds=manifest.seconds, reused=reused)
 
 

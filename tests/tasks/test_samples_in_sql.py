@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fastgda_core.errors import UsageError
 from storage_schemas.views import query
 from tasks.config import PipelineConfig
 from tasks.context import Context
@@ -64,3 +65,15 @@ def test_rejections_cannot_move_the_cursor(tmp_path: Path, capsys: pytest.Captur
     ingest_samples.fn(lay_out(folder, tmp_path / "workspace", 0, faulty=True))
     lines = [line for line in capsys.readouterr().err.splitlines() if "shapes.tar" in line]
     assert len(lines) == len(FAULTS) and all(line.isprintable() and "\\u001b[2J\\u202elong" in line for line in lines)
+
+
+def test_where_no_sample_can_be_used_sql_says_why(tmp_path: Path) -> None:
+    context = lay_out(tmp_path, tmp_path / "workspace", 0, faulty=True)
+    image, _ = tiny.draw(7)
+    tiny.write_tar(
+        tmp_path / "shapes.tar", [("torn.jpg", image[:100]), ("torn.txt", b"a torn one"), ("mute.jpg", image)]
+    )
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"no usable sample; the first fault: .*torn: "):
+            ingest_samples.fn(context)
+        assert rejected(tmp_path / "workspace") == FAULTS
