@@ -90,7 +90,10 @@ def rows_beside(pickle_path: Path) -> Path:
 
 
 def _by_split(workspace: Workspace, record: RunRecord) -> tuple[pa.Table, list[str] | None]:
-    """The planned queries in the order of the export, and the split of each; None where the run has no query set."""
+    """The planned queries in the order of the export, and the split of each; None where the run has no query set.
+
+    Queries of the twin test are in no split, and left out.
+    """
     planned = tables.read(workspace.plan_queries(record.run), tables.PLAN_QUERIES)
     if record.queries is None:
         return planned, None
@@ -98,7 +101,8 @@ def _by_split(workspace: Workspace, record: RunRecord) -> tuple[pa.Table, list[s
         found = pq.read_table(file, columns=["query_id", "split"]).to_pydict()
     split_of = dict(zip(found["query_id"], found["split"], strict=True))
     query_ids = planned["query_id"].to_pylist()
-    order = sorted(range(len(query_ids)), key=lambda row: _SPLITS.index(split_of[query_ids[row]]))
+    rows = (row for row in range(len(query_ids)) if split_of[query_ids[row]] in _SPLITS)
+    order = sorted(rows, key=lambda row: _SPLITS.index(split_of[query_ids[row]]))
     return planned.take(order), [split_of[query_ids[row]] for row in order]
 
 

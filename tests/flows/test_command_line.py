@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from fastgda_core.errors import UsageError
@@ -98,7 +99,7 @@ def test_a_name_that_a_shell_cut_from_a_line_is_taken(here: Path, name: str) -> 
 def ended(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> tuple[int | str | None, str]:
     """Exit code and standard error of a command, with the errors that it explains."""
     monkeypatch.setattr(sys, "argv", ["fastgda", *map(str, arguments)])
-    monkeypatch.setattr(main.err, "file", io.StringIO())
+    monkeypatch.setattr(main, "err", Console(file=io.StringIO(), width=10_000))
     try:
         code: int | str | None = main._run()
     except SystemExit as end:

@@ -45,6 +45,7 @@ from tasks.head import build_search_index, latest_head, read_head
 from tasks.labels import read_labels
 from tasks.plan import open_context
 from tasks.stored_config import config_of
+from tasks.trust import LEAST_AGREEMENT
 from tasks.webdataset_shards import decode_image
 from tests import tiny
 from tests.flows.pipeline_case import QUERIES, SAMPLES, SCORED, TWINS, environment, fastgda, lay_out
@@ -128,6 +129,7 @@ def test_the_twin_test_is_in_sql_status_and_report(finished: Path, home: Path) -
         assert measured == [{"share": share, "worst": worst}]
         assert sorted(status["trust"]["twins"][kind]["ranks"]) == sorted(ranks)
         failed += share < 0.9
+    failed += status["trust"]["agreement"] < LEAST_AGREEMENT
     assert "twins found" in said and page.count("Twins found") == 2
     assert len(status["warnings"]) == failed == page.count("Do not trust this run") == said.count("warning: ")
 
