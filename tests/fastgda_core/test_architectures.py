@@ -351,7 +351,9 @@ def test_output_norm_gradients_equal_float64_autograd(load: Load, name: str, sel
     assert (scores - expected).norm() < 1e-8 * expected.norm()
 
 
-@pytest.mark.parametrize("name", ["sd", "sd3", "pixart-sized", "dit"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("sd", "pixart-sized")), "sd3", "dit"]
+)
 def test_compiled_gradients_are_the_plain_ones(load: Load, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Of all layers, some called twice in a forward."""
     torch._dynamo.reset()
