@@ -20,8 +20,8 @@ class Workspace:
     # The root may hold other things as well: what looks for our files looks here.
     FOLDERS: ClassVar[tuple[str, ...]] = (
         *("samples", "latents", "features", "queries", "curvature", "updates", "base_losses", "candidates"),
-        *("scores", "exact_checks", "teacher_checks", "ranks", "runs", "snapshots", "published", "quarantine"),
-        *("heads", "indexes", "metrics", "studies", "reports"),
+        *("scores", "exact_checks", "teacher_checks", "ranks", "runs", "snapshots", "published", "leases"),
+        *("heads", "indexes", "metrics", "studies", "reports", "quarantine"),
     )
 
     @classmethod

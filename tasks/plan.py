@@ -18,6 +18,7 @@ from storage_schemas.commit import input_key
 from storage_schemas.errors import StoreError
 from storage_schemas.files import Stamps, stamps
 from storage_schemas.liveness import Beat, read_assignment, withdraw, write_assignment
+from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 from tasks.candidates import candidate_space
 from tasks.config import PipelineConfig
@@ -109,18 +110,21 @@ def begin_run(inputs: RunInputs) -> Makers:
     assignment = inputs.assignment(_generation(workspace, run), origin)
     write_assignment(workspace, assignment)
     withdraw(workspace, run)
-    others = others_at_work(workspace, run)
-    if others:
-        console.print(_told_of_others(run, others), highlight=False, soft_wrap=True)
+    _tell_of_others(workspace, run, others_at_work(workspace, run))
     return Makers(inputs, assignment.key, _part_seconds(inputs))
 
 
-def _told_of_others(run: str, others: list[Beat]) -> str:
+def _tell_of_others(workspace: Workspace, run: str, others: list[Beat]) -> None:
+    # Not in the task itself: what a flow calls goes to worker processes with it, and a console cannot be sent.
+    if not others:
+        return
     at = [f"{beat.worker} at {beat.kind} {beat.number:05d}" for beat in others if beat.kind]
     who = (at or [beat.worker for beat in others])[0]
-    return (
+    console.print(
         f"run {run} is under way elsewhere, too: {who}, of {len(others)} at work; this one begins at the other end, "
-        f"and `fastgda cancel {run}` stops all"
+        f"and {command(workspace, f'cancel {run}')} stops all",
+        highlight=False,
+        soft_wrap=True,
     )
 
 

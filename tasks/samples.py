@@ -122,7 +122,7 @@ def tell_of_several_pictures(samples: list[ShardSample]) -> None:
     """Say, once a tar, that of an animation the first picture is used."""
     for shard, count in Counter(sample.shard for sample in samples if sample.pictures > 1).items():
         said = f"{shard}: the first picture is used of {count} images that are animations or hold several"
-        console.print(said, markup=False, highlight=False)
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def warn_of_rejections(workspace: Workspace, table: pa.Table) -> None:

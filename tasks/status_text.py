@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from storage_schemas.which_workspace import option
+from storage_schemas.which_workspace import command, option
 from storage_schemas.workspace import Workspace
 from tasks.printable import printable
 from tasks.run_status import RunStatus
@@ -61,11 +61,11 @@ def _stage(stage: StageProgress) -> str:
 
 def slow_parts(status: RunStatus) -> list[str]:
     """What is said of the parts that take too long, and what to do about those that hang."""
-    found = []
+    found, again = [], command(Workspace.at(status.workspace), f"retry {status.run}")
     for s in status.stragglers:
         host, _, process = s.worker.rpartition(":")
         told = f"{s.kind} {s.number:05d} on {s.worker}: {duration(s.seconds)}, others took {duration(s.median)}"
-        mend = f"; it hangs: `kill -9 {process}` on {host} ends it, and then `fastgda retry {status.run}`"
+        mend = f"; it hangs: `kill -9 {process}` on {host} ends it, and then {again}"
         found.append(told + (mend if s.hangs else ""))
     return found
 
@@ -112,8 +112,8 @@ def status_markdown(status: RunStatus) -> str:
         lines += ["", "### Samples left out", "", "| train_id | found in | why |", "| ---: | --- | --- |"]
         lines += [f"| {s.train_id} | {s.found_in} | {_cell(s.reason)} |" for s in status.left_out[:SHOWN]]
     lines += [line for warning in status.trust.warnings for line in ("", f"> **Warning** {warning}")]
-    for command in remedies(status):
-        lines += ["", "```", command, "```"]
+    for line in remedies(status):
+        lines += ["", "```", line, "```"]
     return "\n".join(lines) + "\n"
 
 

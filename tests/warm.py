@@ -95,6 +95,7 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, outp
     code = 1
     try:
         refresh_global_settings_context()
+        sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))  # it has read another environment
         sys.modules["flows.main"].main()
         code = 0
     except SystemExit as end:

@@ -152,7 +152,7 @@ def test_a_server_whose_command_died_before_it_began_ends_at_once(tmp_path: Path
 def test_other_runners_write_the_same_shards(
     calm: Path, tmp_path: Path, model_folder: Path, home: Path, execution: dict[str, Any]
 ) -> None:
-    fastgda("curate", small(tmp_path, model_folder, **execution), home=home)
+    fastgda("curate", small(tmp_path, model_folder, **execution), home=home, extra={})
     assert len(shard_files(calm)) == SHARDS
     if execution["runner"] == "dask":
         # Each of its processes has one thread and not two, which rounds otherwise in the last digits.
