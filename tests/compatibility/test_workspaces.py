@@ -35,10 +35,11 @@ def test_it_opens_answers_and_publishes(shapes: Path) -> None:
     expected, workspace = json.loads((shapes / "expected.json").read_text()), Workspace(shapes / "workspace")
     rows = query(workspace.root, "SELECT query_id, train_id, score FROM scores ORDER BY ALL").to_pylist()
     assert [list(row.values()) for row in rows] == expected["scores"]
-    views = query(workspace.root, "SELECT table_name FROM duckdb_views() WHERE NOT internal").to_pylist()
-    assert {"scores", "ranks", "metrics", "samples", "queries", "runs", "heads"} <= {v["table_name"] for v in views}
-    for view in views:
-        query(workspace.root, f"SELECT * FROM {view['table_name']}")
+    found = query(workspace.root, "SELECT DISTINCT table_name AS name FROM duckdb_columns() WHERE NOT internal")
+    names = set(found["name"].to_pylist())
+    assert {"scores", "ranks", "metrics", "samples", "queries", "runs", "heads"} <= names
+    for name in names:
+        query(workspace.root, f"SELECT * FROM {name}")
     assert answer(workspace.root) == expected["answer"]
     before = read_published(workspace)
     (run,) = run_names(workspace)
