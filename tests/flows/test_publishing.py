@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import duckdb
+import pytest
 
 from flows.store import publish, retract
 from storage_schemas import tables
@@ -116,23 +117,28 @@ def assert_nothing_is_lost(root: Path, changes: Sequence[Change], published: Seq
     return now
 
 
-def test_what_forty_processes_change_at_once_is_all_there(tmp_path: Path) -> None:
-    published = [f"old-{number}" for number in range(5)]
-    added = [f"new-{number}" for number in range(4)]
-    promoted = [f"h{number}" for number in range(14)]
+@pytest.mark.parametrize(
+    ("runs", "heads", "studies", "processes"), [(2, 5, 3, 16), pytest.param(4, 14, 10, 40, marks=pytest.mark.slow)]
+)
+def test_what_many_processes_change_at_once_is_all_there(
+    tmp_path: Path, runs: int, heads: int, studies: int, processes: int
+) -> None:
+    published = [f"old-{number}" for number in range(runs + 1)]
+    added = [f"new-{number}" for number in range(runs)]
+    promoted = [f"h{number}" for number in range(heads)]
     workspace_with(tmp_path, published=published, others=added, promoted=promoted)
     changes: list[Change] = [
         *((add, run) for run in added),
-        *((take_out, run) for run in published[:4]),
+        *((take_out, run) for run in published[:runs]),
         *((serve, name) for name in promoted),
-        *((study, f"study {number}") for number in range(10)),
-        *((check, run) for run in (*added, *published[-4:])),
+        *((study, f"study {number}") for number in range(studies)),
+        *((check, run) for run in (*added, *published[-runs:])),
     ]
-    assert len(changes) == 40
+    assert len(changes) == processes
     at_once(tmp_path, changes)
     now = assert_nothing_is_lost(tmp_path, changes, published)
     with duckdb.connect(str(tmp_path / "catalog.duckdb"), read_only=True) as catalog:
-        assert len(catalog.execute("SELECT DISTINCT query_id FROM ranks").fetchall()) == 5
+        assert len(catalog.execute("SELECT DISTINCT query_id FROM ranks").fetchall()) == runs + 1
     # While no run comes or goes, a study and a check stand beside a promotion.
     at_once(tmp_path, [(study, "last"), (check, now.run), (serve, "h0"), (study, "last")])
     now = read_published(Workspace(tmp_path))

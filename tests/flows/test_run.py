@@ -402,7 +402,7 @@ NEIGHBORS = {"candidates": {"policy": "top_k", "k": 20}}
 @pytest.mark.parametrize(
     "changes",
     [
-        {"teacher__name": "abu", "exact_check": None, **NEIGHBORS},
+        pytest.param({"teacher__name": "abu", "exact_check": None, **NEIGHBORS}, marks=pytest.mark.slow),
         {
             "teacher__name": "abu_plus",
             "teacher__objective": "output_norm",

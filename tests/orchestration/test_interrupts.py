@@ -73,7 +73,11 @@ def test_ctrl_c_ends_a_run_at_once_and_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("sent", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    ("sent", "code", "word"),
+    [
+        pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.slow),
+        (signal.SIGTERM, 143, "terminated"),
+    ],
 )
 def test_a_signal_to_the_process_alone_ends_the_flow_runs_on_a_server_too(
     tmp_path: Path, model_folder: Path, home: Path, sent: signal.Signals, code: int, word: str
@@ -103,6 +107,7 @@ def test_ctrl_c_while_the_command_still_starts(tmp_path: Path, model_folder: Pat
     assert not list(tmp_path.glob("fastgda-prefect-*"))
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, model_folder: Path, home: Path) -> None:
     hang = with_faults(tmp_path / "faults")
     (tmp_path / "faults" / "hang-1").touch()
