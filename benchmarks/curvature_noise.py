@@ -12,6 +12,7 @@ import os
 import platform
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -110,11 +111,8 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--samples", type=int, default=400)
     arguments = parser.parse_args()
-    if arguments.folder:
-        run(arguments.folder, arguments.samples)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        run(Path(scratch), arguments.samples)
+    with nullcontext(arguments.folder) if arguments.folder else tempfile.TemporaryDirectory() as folder:
+        run(Path(folder), arguments.samples)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 import os
 import platform
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -151,11 +152,8 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
-    if arguments.folder:
-        run(arguments.folder, arguments.picture)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        run(Path(scratch), arguments.picture)
+    with nullcontext(arguments.folder) if arguments.folder else tempfile.TemporaryDirectory() as folder:
+        run(Path(folder), arguments.picture)
 
 
 if __name__ == "__main__":

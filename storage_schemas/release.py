@@ -97,8 +97,7 @@ def _by_split(workspace: Workspace, record: RunRecord) -> tuple[pa.Table, list[s
     planned = tables.read(workspace.plan_queries(record.run), tables.PLAN_QUERIES)
     if record.queries is None:
         return planned, None
-    with workspace.file(record.queries).open("rb") as file:  # its images stay unread
-        found = pq.read_table(file, columns=["query_id", "split"]).to_pydict()
+    found = tables.read(workspace.file(record.queries), tables.QUERIES, columns=["query_id", "split"]).to_pydict()
     split_of = dict(zip(found["query_id"], found["split"], strict=True))
     query_ids = planned["query_id"].to_pylist()
     rows = (row for row in range(len(query_ids)) if split_of[query_ids[row]] in _SPLITS)

@@ -15,6 +15,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 COLORS = ("red", "green", "blue", "orange", "purple", "black", "teal", "pink")
 SHAPES = ("circle", "square", "cross")
+WEIGHTS = (  # of a folder by `save_model`
+    "unet/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+)
 
 
 def save_model(folder: Path, *, prediction_type: str = "epsilon") -> Path:

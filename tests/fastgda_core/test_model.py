@@ -15,14 +15,10 @@ from fastgda_core.diffusion.codec import PixelUnshuffle, load_codec
 from fastgda_core.diffusion.model import DiffusionModel, load_model, model_hash, square, train_timesteps
 from fastgda_core.diffusion.sampling import generate
 from fastgda_core.errors import UsageError
+from tests.tiny import WEIGHTS
 
 CPU = torch.device("cpu")
 PARTS = ("unet", "scheduler", "text_encoder", "tokenizer", "vae")
-WEIGHTS = (
-    "unet/diffusion_pytorch_model.safetensors",
-    "text_encoder/model.safetensors",
-    "vae/diffusion_pytorch_model.safetensors",
-)
 
 
 @pytest.fixture

@@ -13,12 +13,7 @@ from fastgda_core.diffusion.codec import PixelUnshuffle
 from fastgda_core.diffusion.model import load_model
 from fastgda_core.diffusion.weights import check_weights
 from fastgda_core.errors import UsageError
-
-WEIGHTS = (
-    "unet/diffusion_pytorch_model.safetensors",
-    "text_encoder/model.safetensors",
-    "vae/diffusion_pytorch_model.safetensors",
-)
+from tests.tiny import WEIGHTS
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from fastgda_core.errors import UsageError
 from flows import main
 from flows.main import app
 from storage_schemas.errors import StoreError
-from tests.storage_schemas.test_disk_full import mount
+from tests.storage_schemas.test_disk_full import mount, mounted
 from tests.storage_schemas.workspaces import plan_run
 from tests.tasks.configs import document
 from tests.tiny import sample_members, write_tar
@@ -110,15 +109,10 @@ def ended(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> tuple[int 
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
     """A workspace with a run on a file system that is mounted for reading."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount(folder, "size=1m")
-    try:
+    with mounted(tmp_path / "disk", "size=1m") as folder:
         plan_run(folder)
         mount(folder, "remount,ro")
         yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import random
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,16 +34,22 @@ def mount(folder: Path, options: str) -> None:
         pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of half a megabyte."""
-    folder = tmp_path / "disk"
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A disk of its own in a new folder."""
     folder.mkdir()
-    mount(folder, "size=512k")
+    mount(folder, options)
     try:
         yield folder
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of half a megabyte."""
+    with mounted(tmp_path / "disk", "size=512k") as folder:
+        yield folder
 
 
 def make_room(disk: Path) -> None:

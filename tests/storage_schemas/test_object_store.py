@@ -110,6 +110,15 @@ def test_a_run_is_scored_published_compacted_and_retracted(root: AnyPath) -> Non
     assert verify(workspace) == []
 
 
+def at_once(work: Callable[[int], None], count: int) -> None:
+    """Call `work` with each number in a thread of its own."""
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_the_first_of_two_that_finish_a_shard_wins(root: AnyPath) -> None:
     path = root / "scores" / "file"
     won: list[int] = []
@@ -118,11 +127,7 @@ def test_the_first_of_two_that_finish_a_shard_wins(root: AnyPath) -> None:
         if create(path, str(number).encode() * 100):
             won.append(number)
 
-    threads = [threading.Thread(target=put, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(put, 8)
     assert len(won) == 1 and path.read_bytes() == str(won[0]).encode() * 100
 
 
@@ -231,9 +236,5 @@ def test_one_of_several_makers_makes_it(root: AnyPath, monkeypatch: pytest.Monke
                 time.sleep(0.5)
                 made.append(number)
 
-    threads = [threading.Thread(target=make, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(make, 4)
     assert len(made) == 1
