@@ -103,7 +103,7 @@ def compact(
             f"run {run}: {len(open_shards)} of {len(state)} score shards are not done "
             f"(first: {open_shards[0]}): {command(workspace, f'retry {run}')} computes them"
         )
-    shards = _shards_by_block(workspace, run, frozenset(open_shards))
+    shards = _Shards.of(workspace, run, frozenset(open_shards))
     left_out = samples_left_out.num_rows
     groups = list(_groups(workspace, run, without, part_rows))
     workers = threads or os.cpu_count() or 1
@@ -129,14 +129,23 @@ def compact(
     return parts
 
 
-def _shards_by_block(workspace: Workspace, run: str, without: frozenset[int]) -> dict[int, list[int]]:
-    plan = tables.read(workspace.plan_shards(run), tables.PLAN_SHARDS).to_pydict()
-    found: dict[int, list[int]] = {}
-    for shard, block in zip(plan["shard"], plan["query_block"], strict=True):
-        found.setdefault(block, [])
-        if shard not in without:
-            found[block].append(shard)
-    return found
+@dataclass(frozen=True)
+class _Shards:
+    """The score shards of each block of queries, and the sha256 of those that are committed, by their path."""
+
+    of_block: dict[int, list[int]]
+    digests: dict[AnyPath, str]
+
+    @classmethod
+    def of(cls, workspace: Workspace, run: str, without: frozenset[int]) -> _Shards:
+        plan = tables.read(workspace.plan_shards(run), tables.PLAN_SHARDS).to_pydict()
+        found: dict[int, list[int]] = {}
+        for shard, block in zip(plan["shard"], plan["query_block"], strict=True):
+            found.setdefault(block, [])
+            if shard not in without:
+                found[block].append(shard)
+        manifests = folder_manifests(workspace.scores(run))
+        return cls(found, {path: manifest.sha256 for path, manifest in manifests.items()})
 
 
 def _groups(workspace: Workspace, run: str, without: frozenset[str], part_rows: int) -> Iterator[_Group]:
@@ -158,7 +167,7 @@ def _groups(workspace: Workspace, run: str, without: frozenset[str], part_rows: 
 
 
 def _counted(
-    workspace: Workspace, run: str, group: _Group, shards: dict[int, list[int]], memory: float, left_out: int | None
+    workspace: Workspace, run: str, group: _Group, shards: _Shards, memory: float, left_out: int | None
 ) -> _Group:
     """The group with the candidates that its queries really have.
 
@@ -191,15 +200,14 @@ def _build(
     workspace: Workspace,
     run: str,
     group: _Group,
-    shards: dict[int, list[int]],
+    shards: _Shards,
     memory: float,
     negatives: Negatives,
 ) -> Part:
     """One part, made unless it is there."""
-    numbers = sorted({shard for _, block, _ in group.queries for shard in shards[block]})
-    manifests = folder_manifests(workspace.scores(run))
+    numbers = sorted({shard for _, block, _ in group.queries for shard in shards.of_block[block]})
     content = [
-        (shard, manifest.sha256) for shard in numbers if (manifest := manifests.get(workspace.score_shard(run, shard)))
+        (shard, sha256) for shard in numbers if (sha256 := shards.digests.get(workspace.score_shard(run, shard)))
     ]
     labelling = [] if negatives == "keep" else [negatives]  # keys of earlier releases know no other
     key = input_key("ranks", run, group.queries, content, *labelling, table=tables.RANKS)
@@ -249,7 +257,7 @@ def _write_ranks(
     workspace: Workspace,
     run: str,
     group: _Group,
-    shards: dict[int, list[int]],
+    shards: _Shards,
     destination: Path,
     memory: float,
     negatives: Negatives,
@@ -289,7 +297,7 @@ def _write_ranks(
 
 
 def _sources(
-    workspace: Workspace, run: str, group: _Group, shards: dict[int, list[int]], connection: duckdb.DuckDBPyConnection
+    workspace: Workspace, run: str, group: _Group, shards: _Shards, connection: duckdb.DuckDBPyConnection
 ) -> Iterator[str]:
     """Where the group's rows lie: in shards, or, for queries whose shards are vacuumed, in earlier parts."""
     columns = ", ".join(tables.SCORES.schema.names)
@@ -298,7 +306,7 @@ def _sources(
     whole: dict[int, bool] = {}
     for query_id, block, _ in group.queries:
         if block not in whole:
-            paths = [workspace.score_shard(run, shard) for shard in shards[block]]
+            paths = [workspace.score_shard(run, shard) for shard in shards.of_block[block]]
             whole[block] = all(path.exists() for path in paths)
             raw += paths if whole[block] else []
         if not whole[block]:
@@ -308,8 +316,7 @@ def _sources(
         if from_parts:  # a shard may hold rows of queries that come from a part
             connection.execute("CREATE TABLE elsewhere AS SELECT unnest(?) AS query_id", [from_parts])
             chosen = " WHERE query_id NOT IN (FROM elsewhere)"
-        manifests = folder_manifests(workspace.scores(run))
-        _check_digests({path: manifest.sha256 for path in raw if (manifest := manifests.get(path))})
+        _check_digests({path: shards.digests[path] for path in raw if path in shards.digests})
         yield f"SELECT {columns} FROM {rows_of(tables.SCORES, file_list(raw))}{chosen}"
     if from_parts:
         compaction = read_compaction(workspace, run)
