@@ -8,7 +8,7 @@ from datetime import date
 from prefect import flow
 
 from flows.names import named
-from tasks.announcements import announce_trust
+from tasks.announcements import announce_scores, announce_trust
 from tasks.candidates import candidate_features, choose_candidates
 from tasks.config import PipelineConfig, check_sizes
 from tasks.context import Stage
@@ -80,6 +80,7 @@ def curate(config: PipelineConfig) -> Curation:
             if not incomplete:
                 raise
     ranks = publish_scores(plan.inputs, incomplete=incomplete)
+    announce_scores(plan.inputs, ranks.key)
     checks = [check_twins(plan.inputs, ranks)] if config.queries.twins else []
     publish_checks(plan.inputs, checks)
     announce_trust(plan.inputs)

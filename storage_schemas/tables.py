@@ -155,6 +155,8 @@ QUERIES = Table(
     dictionary=("split",),
 )
 
+TWIN, PSEUDO = "twin", "pseudo"  # queries of the twin test, in place of a split
+
 TWINS = Table(
     "twins",
     "a query of the twin test: the training sample that a right teacher ranks first",

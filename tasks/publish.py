@@ -22,7 +22,6 @@ from storage_schemas.snapshots import (
     update_published,
 )
 from storage_schemas.workspace import Workspace
-from tasks.announcements import announce_scores
 from tasks.context import Context, Stage
 from tasks.progress import stage
 from tasks.run_inputs import RunInputs
@@ -51,7 +50,6 @@ def publish_scores(inputs: RunInputs, *, incomplete: bool) -> Stage:
     with stage("rank labels", 0 if _is_ranked(inputs) else rows) as advance:
         published = publish_runs(workspace, [inputs.run], add=add, incomplete=incomplete, advance=advance)
     snapshot = read_snapshot(workspace, published.snapshot)
-    announce_scores(inputs, snapshot.snapshot)
     return _as_stage(workspace, snapshot, started)
 
 

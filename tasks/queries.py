@@ -35,7 +35,6 @@ from tasks.context import Context, Stage
 from tasks.images import decode_image
 from tasks.progress import console, stage
 from tasks.samples import describe, tell_of_several_pictures
-from tasks.trust import PSEUDO, TWIN
 from tasks.twins import draw_twins
 from tasks.webdataset_shards import RULES, find_shards, read_image, scan
 
@@ -164,8 +163,8 @@ def _twin_queries(context: Context, samples: Stage, key: str) -> tuple[pa.Table,
     images = _images_of(
         context, "twins", [twin.caption for twin in alone], [TWIN_NUMBERS + twin.train_id for twin in alone]
     )
-    found = [(TWIN, twin, png) for twin, png in zip(alone, images, strict=True)]
-    found += [(PSEUDO, twin, _png(twin.image)) for twin in twins]
+    found = [(tables.TWIN, twin, png) for twin, png in zip(alone, images, strict=True)]
+    found += [(tables.PSEUDO, twin, _png(twin.image)) for twin in twins]
     rows = [(f"{kind}-{twin.train_id}-{key[:6]}", kind, twin.caption, png) for kind, twin, png in found]
     train_ids = [twin.train_id for _, twin, _ in found]
     return tables.TWINS.rows(query_id=[row[0] for row in rows], train_id=train_ids), rows

@@ -14,9 +14,9 @@ from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath
 from storage_schemas.ledger import read_run
 from storage_schemas.snapshots import read_published
+from storage_schemas.tables import PSEUDO, TWIN
 from storage_schemas.workspace import Workspace
 
-TWIN, PSEUDO = "twin", "pseudo"  # queries of the twin test, in place of a split
 KINDS = {TWIN: "generated from training captions", PSEUDO: "training images as queries"}
 TEACHER = "teacher"  # what the twin test's rows of `metrics` are about
 TWIN_SHARE, TWIN_RANK, WORST_TWIN = "twin share", "twin rank", "worst twin rank"

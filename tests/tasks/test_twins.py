@@ -13,6 +13,7 @@ from fastgda_core.diffusion.objective import Objective
 from storage_schemas import tables
 from storage_schemas.commit import commit_table, write_atomically
 from storage_schemas.snapshots import publish_runs
+from storage_schemas.tables import PSEUDO, TWIN
 from storage_schemas.workspace import Workspace
 from tasks.context import Stage
 from tasks.run_status import run_status
@@ -22,9 +23,7 @@ from tasks.trust import (
     OTHER_GRADIENT,
     OTHER_NOISE,
     OTHER_TEACHER,
-    PSEUDO,
     TEACHER,
-    TWIN,
     TWIN_RANK,
     trust_in,
     trust_of,
