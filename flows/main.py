@@ -39,7 +39,7 @@ from flows.rows import (
     ThreadsOption,
     print_query,
 )
-from flows.store import DEFAULT_WORKSPACE, DEMO_FOLDER, WorkspaceOption, ledger_app, say, store_commands
+from flows.store import DEFAULT_WORKSPACE, DEMO_FOLDER, WorkspaceOption, ledger_app, out, say, store_commands
 from flows.text_table import print_rows
 from storage_schemas.errors import StoreError
 from storage_schemas.files import FULL_DISK
@@ -58,7 +58,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-out = Console()
 err = Console(stderr=True)
 # What a file system says of a place that somebody chose; anything else that it says is a bug, and shows where.
 _ELSEWHERE = "choose a workspace that this user may read and write"
@@ -77,7 +76,6 @@ REFUSALS = {
 }
 
 
-@app.command()
 def demo(
     folder: Annotated[Path, typer.Option(help="Where data, model and workspace are laid out.")] = DEMO_FOLDER,
     published: Annotated[
@@ -101,7 +99,6 @@ def demo(
     )
 
 
-@app.command()
 def sql(
     statement: StatementArgument,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
@@ -123,7 +120,6 @@ def sql(
     print_query(asked, statement, format, output, limit)
 
 
-@app.command()
 def attribute(
     image: Annotated[Path, typer.Argument(help="A generated image: PNG, JPEG or WebP.")],
     caption: Annotated[str, typer.Option(help="The caption that it was generated from.")],
@@ -168,7 +164,6 @@ def print_answers(answers: list[Attribution]) -> None:
     print_rows(["#", "train_id", "cosine", "key", "caption", "shard"], rows, sys.stdout)
 
 
-@app.command()
 def train_demo_model(
     assets: Annotated[Path, typer.Option("--out", help="Folder for unet/, scheduler/ and samples.png.")],
     steps: Annotated[int, typer.Option(min=1, help="Training steps of 64 images.")] = 9000,
@@ -189,7 +184,7 @@ def train_demo_model(
     out.print(f"Sample grid: {grid}", highlight=False, soft_wrap=True)
 
 
-for command in (*run_commands, lineage, *store_commands, metrics):
+for command in (demo, sql, attribute, train_demo_model, *run_commands, lineage, *store_commands, metrics):
     app.command()(command)
 app.add_typer(ledger_app)
 app.add_typer(lake_app)

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
 from flows.own_server import start_server, wait_for_server
-from flows.store import DEFAULT_WORKSPACE, RunArgument, WorkspaceOption, say, trimmed
+from flows.store import DEFAULT_WORKSPACE, RunArgument, WorkspaceOption, out, say, trimmed
 from storage_schemas.errors import StoreError
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
@@ -39,8 +38,6 @@ class Runner(StrEnum):
 RunnerOption = Annotated[
     Runner | None, typer.Option(help="Where parts are made; default: execution.runner of the config.")
 ]
-
-out = Console()
 
 
 def read_config(path: Path, runner: Runner | None = None) -> Any:

@@ -278,3 +278,11 @@ def _temporary(path: Path) -> Path:
 
 
 _HOST = os.uname().nodename[:32]
+
+
+def read_if_there(path: AnyPath) -> bytes | None:
+    """The content of a file, None where there is none."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None

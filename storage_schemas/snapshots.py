@@ -21,7 +21,7 @@ from storage_schemas import tables
 from storage_schemas.commit import input_key
 from storage_schemas.compaction import compact
 from storage_schemas.errors import StoreError
-from storage_schemas.files import AnyPath, create, remove, sync_folders, write_atomically
+from storage_schemas.files import AnyPath, create, read_if_there, remove, sync_folders, write_atomically
 from storage_schemas.ledger import Part, RunRecord, published_versions, read_run, write_ledger
 from storage_schemas.workspace import Workspace
 
@@ -308,7 +308,7 @@ def _newest(workspace: Workspace) -> tuple[int, bytes | None]:
     """Number and content of what is published; no content where nothing is."""
     while True:
         number = max(published_versions(workspace), default=0)
-        pointed = _content(workspace.current)
+        pointed = read_if_there(workspace.current)
         if pointed is not None:
             # One without a number is of an earlier release, which knows of no others and wrote last.
             told = _number(pointed)
@@ -316,16 +316,9 @@ def _newest(workspace: Workspace) -> tuple[int, bytes | None]:
                 return max(number, told), pointed
         if number == 0:
             return 0, None
-        content = _content(workspace.published(number))
+        content = read_if_there(workspace.published(number))
         if content is not None:  # else it is vacuumed, and there are newer ones
             return number, None if content == _NOTHING else content
-
-
-def _content(path: AnyPath) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
 
 
 def _number(content: bytes) -> int:
@@ -372,7 +365,7 @@ def _settle(workspace: Workspace, number: int) -> None:
             remove(workspace.current)
             remove(workspace.catalog)
         else:
-            if content != _content(workspace.current):
+            if content != read_if_there(workspace.current):
                 write_atomically(workspace.current, content)
             write_catalog(workspace)
         written = newest
@@ -387,7 +380,7 @@ def index_samples(workspace: Workspace, head: AnyPath, index: AnyPath) -> str:
     Raises:
         StoreError: such an index has a head that learned from no snapshot.
     """
-    samples, learned = index_description(index).get("samples"), json.loads(_content(head / "head.json") or b"{}")
+    samples, learned = index_description(index).get("samples"), json.loads(read_if_there(head / "head.json") or b"{}")
     if samples is None and learned.get("snapshot"):
         samples = read_run(workspace, learned["run"]).samples
     if samples is None:
@@ -400,7 +393,7 @@ def index_samples(workspace: Workspace, head: AnyPath, index: AnyPath) -> str:
 
 def index_description(index: AnyPath) -> dict[str, Any]:
     """An index version's `index.json`; empty where there is none."""
-    return dict(json.loads(_content(index / "index.json") or b"{}"))
+    return dict(json.loads(read_if_there(index / "index.json") or b"{}"))
 
 
 def read_ranks(workspace: Workspace, snapshot: str, query_ids: Sequence[str] | None = None) -> pa.Table:
