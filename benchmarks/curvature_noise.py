@@ -27,14 +27,15 @@ from fastgda_core.diffusion.model import model_hash
 from fastgda_core.diffusion.objective import Objective
 from fastgda_core.evaluation.ranking_metrics import average_precision, spearman, top_mask
 from fastgda_core.teachers.scores import first_order_scores
-from flows.openmoji import prepare
-from tasks.config import CurvatureConfig, load_config
-from tasks.context import Context, Stage
-from tasks.curvature import make_curvature
-from tasks.queries import load_queries, make_queries
-from tasks.samples import ingest_samples, load_block
-from tasks.teacher import noise_plan
-from tasks.unlearning import gradient_of, update_of
+from flows.demo import prepare
+from tasks.config.files import load_config
+from tasks.config.teaching import CurvatureConfig
+from tasks.context import Context, Stage, noise_plan
+from tasks.inputs.queries import load_queries, make_queries
+from tasks.inputs.samples import ingest_samples
+from tasks.teaching.curvature import make_curvature
+from tasks.teaching.latents import load_block
+from tasks.teaching.unlearning import gradient_of, update_of
 
 ROWS, DAMPINGS, POSITIVES = (512, 2048), (0.1, 1.0, 10.0), 0.025
 QUERIES = 24

@@ -15,7 +15,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from storage_schemas.views import query
+from storage_schemas.sql.views import query
 
 PRECISION = "SELECT space, value FROM metrics WHERE metric = 'mAP' AND query_id = '' AND cutoff = 100"
 TWINS = "SELECT split, value FROM metrics WHERE metric = '{}' ORDER BY split DESC"

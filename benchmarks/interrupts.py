@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from flows.openmoji import prepare
+from flows.demo import prepare
 
 LONGEST_WAIT = 60.0  # seconds before the signal
 PROGRESS = re.compile(r"^(.+): \d+/\d+, \d+ s elapsed", flags=re.MULTILINE)

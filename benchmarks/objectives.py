@@ -29,17 +29,18 @@ from fastgda_core.evaluation.ranking_metrics import (
 )
 from fastgda_core.features import cosines
 from flows.curation import Curation, curate
+from flows.demo import prepare
 from flows.evaluation import judge
-from flows.openmoji import prepare
-from storage_schemas.metrics_history import mean_value
-from tasks.config import PipelineConfig, load_config
+from storage_schemas.heads.metrics_history import mean_value
+from tasks.config.files import load_config
+from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
-from tasks.features import extract_features, in_space, load_features
-from tasks.head import candidate_scores, rows_of_split
-from tasks.openmoji import PUBLISHED_CONFIG
-from tasks.queries import load_queries
-from tasks.samples import sample_images
-from tasks.trust import KINDS, OTHER_TEACHER, Trust, trust_in
+from tasks.demo.openmoji import PUBLISHED_CONFIG
+from tasks.distilling.ranks import candidate_scores, rows_of_split
+from tasks.inputs.features import extract_features, in_space, load_features
+from tasks.inputs.queries import load_queries
+from tasks.inputs.samples import sample_images
+from tasks.watching.trust import KINDS, OTHER_TEACHER, Trust, trust_in
 
 CUTOFF, SHOWN, TILE, GAP, LABEL = 100, 8, 84, 8, 18
 PICTURED = (3, 9, 12, 20, 28, 33, 39)  # queries, of several kinds

@@ -25,9 +25,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from flows.own_server import start_server, wait_for_server
-from tasks.config import load_config
-from tasks.score_plan import ScoreShard
+from flows.commands.own_server import start_server, wait_for_server
+from tasks.config.files import load_config
+from tasks.teaching.score_plan import ScoreShard
 
 BARE = 300
 QUIET = {
@@ -134,7 +134,7 @@ def prepare(path: Path) -> dict[str, float]:
     from prefect import flow
 
     from flows.curation import plan_run
-    from tasks.plan import begin_run
+    from tasks.execution.coordinator import begin_run
 
     @flow
     def before_scores() -> None:
@@ -149,16 +149,16 @@ def score(path: Path) -> dict[str, float]:
     import torch
 
     from flows.curation import curate
-    from tasks import make_parts
-    from tasks.teacher import ScoreParts
+    from tasks.execution.coordinator import Makers
+    from tasks.teaching.scores import ScoreParts
 
     def no_scores(self: ScoreParts, shard: ScoreShard, train_ids: Any) -> torch.Tensor:
         return torch.zeros(len(shard.query_numbers), len(train_ids), dtype=torch.float64)
 
-    make = make_parts.Makers.make
+    make = Makers.make
     found: dict[str, float] = {}
 
-    def measured(self: make_parts.Makers, kind: str) -> Any:
+    def measured(self: Makers, kind: str) -> Any:
         if kind != "scores":
             return make(self, kind)
         found["before"], started = memory("VmRSS"), time.monotonic()
@@ -167,7 +167,7 @@ def score(path: Path) -> dict[str, float]:
         return made
 
     ScoreParts._scores = no_scores
-    make_parts.Makers.make = measured
+    Makers.make = measured
     curate(load_config(path))
     return found
 

@@ -140,10 +140,11 @@ def precision() -> None:
 def memory() -> None:
     """From Parquet to the batches of an epoch, with the real store below."""
     from benchmarks import score_store
-    from storage_schemas.snapshots import publish_runs, read_snapshot
+    from storage_schemas.publishing.publish import publish_runs
+    from storage_schemas.snapshots.snapshots import read_snapshot
     from storage_schemas.workspace import Workspace
     from tasks.context import Stage
-    from tasks.head import rank_pairs
+    from tasks.distilling.ranks import rank_pairs
 
     queries, candidates = 10_000, 10_000
     with tempfile.TemporaryDirectory(prefix="fastgda-rank-head-") as name:

@@ -28,10 +28,13 @@ import pyarrow as pa
 
 from storage_schemas import tables
 from storage_schemas.commit import TableCommit, commit_tables, input_key
-from storage_schemas.compaction import compact
-from storage_schemas.ledger import RunRecord, rebuild_ledgers, write_plan
-from storage_schemas.snapshots import publish_runs, read_published, read_snapshot
-from storage_schemas.views import connect
+from storage_schemas.publishing.publish import publish_runs
+from storage_schemas.runs.ledger import rebuild_ledgers, write_plan
+from storage_schemas.runs.records import RunRecord
+from storage_schemas.snapshots.compaction import compact
+from storage_schemas.snapshots.published import read_published
+from storage_schemas.snapshots.snapshots import read_snapshot
+from storage_schemas.sql.views import connect
 from storage_schemas.workspace import Workspace
 
 RUN = "benchmark"

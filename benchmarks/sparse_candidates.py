@@ -24,13 +24,13 @@ from fastgda_core.evaluation.ranking_metrics import agreement
 from fastgda_core.ranking.head import RankHead
 from storage_schemas import tables
 from storage_schemas.commit import commit_table, write_atomically
-from storage_schemas.ledger import Part
-from storage_schemas.snapshots import Snapshot
+from storage_schemas.runs.records import Part
+from storage_schemas.snapshots.snapshots import Snapshot
 from storage_schemas.workspace import Workspace
-from tasks.config import PipelineConfig
+from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context, Stage
-from tasks.evaluation import tuned_cosines, untuned_cosines
-from tasks.head import candidate_scores, rank_pairs
+from tasks.distilling.ranks import candidate_scores, rank_pairs
+from tasks.judging.head import tuned_cosines, untuned_cosines
 
 AT_ONCE = 25  # queries of a part
 

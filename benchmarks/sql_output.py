@@ -24,7 +24,8 @@ from pathlib import Path
 from score_store import commit, rank
 
 from storage_schemas.database import literal, new_connection
-from storage_schemas.snapshots import read_published, read_snapshot
+from storage_schemas.snapshots.published import read_published
+from storage_schemas.snapshots.snapshots import read_snapshot
 from storage_schemas.workspace import Workspace
 
 STATEMENT = "SELECT * FROM scores"
@@ -36,7 +37,7 @@ COPY_OPTIONS = {
 
 
 def by_command(root: Path, output: Path, format: str) -> None:
-    from flows.main import app
+    from flows.commands.main import app
 
     options = ["--workspace", str(root), "--format", format, "--output", str(output)]
     app(["sql", STATEMENT, *options], standalone_mode=False)

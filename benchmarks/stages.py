@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from storage_schemas.commit import committed
 from tasks.context import Context, Stage
-from tasks.samples import LatentParts, latents_of
+from tasks.teaching.latents import LatentParts, latents_of
 
 
 def make_latents(context: Context, samples: Stage) -> Stage:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from allocation import allocate_timesteps
 from stages import make_latents
 from torch import Tensor
 
@@ -28,15 +29,16 @@ from fastgda_core.curvature.fisher import load_fisher
 from fastgda_core.diffusion.model import model_hash
 from fastgda_core.diffusion.noise import NoisePlan
 from fastgda_core.evaluation.ranking_metrics import average_precision, spearman, top_mask
-from fastgda_core.teachers.allocation import allocate_timesteps
 from fastgda_core.teachers.scores import first_order_scores
-from flows.openmoji import prepare
-from tasks.config import PipelineConfig, load_config
+from flows.demo import prepare
+from tasks.config.files import load_config
+from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
-from tasks.curvature import make_curvature
-from tasks.queries import load_queries, make_queries
-from tasks.samples import ingest_samples, load_block
-from tasks.unlearning import gradient_of, update_of
+from tasks.inputs.queries import load_queries, make_queries
+from tasks.inputs.samples import ingest_samples
+from tasks.teaching.curvature import make_curvature
+from tasks.teaching.latents import load_block
+from tasks.teaching.unlearning import gradient_of, update_of
 
 GRID = 20  # timesteps measured
 COPIES = 4  # independent draws at each; the first two make the plans, the others the truth

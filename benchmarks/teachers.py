@@ -37,12 +37,13 @@ from fastgda_core.teachers.micro_batch import MicroBatch
 from fastgda_core.teachers.scores import exact_scores, first_order_scores
 from fastgda_core.teachers.training_loss import SampleBlock, plan_rows, row_inputs, training_losses
 from fastgda_core.teachers.unlearning import moved, query_gradient, unlearning_update
-from flows.openmoji import prepare
-from tasks.config import load_config
+from flows.demo import prepare
+from tasks.config.files import load_config
 from tasks.context import Context
-from tasks.curvature import make_curvature
-from tasks.queries import load_queries, make_queries
-from tasks.samples import ingest_samples, load_block
+from tasks.inputs.queries import load_queries, make_queries
+from tasks.inputs.samples import ingest_samples
+from tasks.teaching.curvature import make_curvature
+from tasks.teaching.latents import load_block
 
 PLAN = NoisePlan(seed=0, timesteps=10, draws=1)  # the published one
 MICRO_BATCH = 64

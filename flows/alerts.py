@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from tasks.alert import VARIABLE, addresses, send_alert
+from tasks.watching.alerts import VARIABLE, addresses, send_alert
 
 
 @flow(name="alert", flow_run_name="alert: {title}")

@@ -8,21 +8,23 @@ from datetime import date
 from prefect import flow
 
 from flows.names import named
-from tasks.announcements import announce_scores, announce_trust
-from tasks.candidates import candidate_features, choose_candidates
-from tasks.config import PipelineConfig, check_sizes
-from tasks.context import Stage
-from tasks.features import extract_features
-from tasks.make_parts import RunIncomplete
-from tasks.partitions import PartitionOutcome, in_partition, partition_names, scheduled_partition
-from tasks.plan import RunPlan, begin_run, open_context, run_inputs, run_name, stages_of
-from tasks.publish import publish_checks, publish_scores
-from tasks.queries import make_queries
-from tasks.retry import release
-from tasks.samples import ingest_samples
-from tasks.stored_config import config_of
-from tasks.teacher_checks import check_precision, check_twins
-from tasks.trust import Trust, trust_in
+from tasks.config.pipeline import PipelineConfig, check_sizes
+from tasks.config.stored import config_of
+from tasks.context import Stage, open_context
+from tasks.distilling.publish import publish_scores
+from tasks.execution.coordinator import begin_run
+from tasks.execution.outcomes import RunIncomplete
+from tasks.execution.partitions import PartitionOutcome, in_partition, partition_names, scheduled_partition
+from tasks.execution.plan import RunPlan, run_inputs, run_name, stages_of
+from tasks.execution.retry import release
+from tasks.inputs.candidates import candidate_features, choose_candidates
+from tasks.inputs.features import extract_features
+from tasks.inputs.queries import make_queries
+from tasks.inputs.samples import ingest_samples
+from tasks.judging.kept_checks import publish_checks
+from tasks.judging.teacher import check_precision, check_twins
+from tasks.reporting.announcements import announce_scores, announce_trust
+from tasks.watching.trust import Trust, trust_in
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tasks.config import load_config
+from tasks.config.files import load_config
 
 
 def read_config(path: str) -> dict[str, Any]:

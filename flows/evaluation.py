@@ -6,17 +6,17 @@ from prefect import flow
 
 from flows.curation import plan_run
 from flows.names import named
-from tasks.announcements import announce_metrics, announce_trust
-from tasks.config import PipelineConfig
-from tasks.context import Stage
-from tasks.evaluation import measure_head
-from tasks.features import extract_features
-from tasks.head import latest_index, read_head, read_index_head, space_of_head
-from tasks.labels import read_labels
-from tasks.plan import open_context
-from tasks.promotion import Evaluation, promote
-from tasks.publish import publish_checks, rank_scores, read_checks
-from tasks.teacher_checks import check_against_exact, check_self_consistency, measure_low_rank
+from tasks.config.pipeline import PipelineConfig
+from tasks.context import Stage, open_context
+from tasks.distilling.labels import read_labels
+from tasks.distilling.publish import rank_scores
+from tasks.distilling.versions import latest_index, read_head, read_index_head, space_of_head
+from tasks.inputs.features import extract_features
+from tasks.judging.head import measure_head
+from tasks.judging.kept_checks import publish_checks, read_checks
+from tasks.judging.teacher import check_against_exact, check_self_consistency, measure_low_rank
+from tasks.reporting.announcements import announce_metrics, announce_trust
+from tasks.serving.promotion import Evaluation, promote
 
 
 @flow(name="judge", flow_run_name=named("judge"))

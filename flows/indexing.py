@@ -5,13 +5,13 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.names import named
-from tasks.announcements import announce_index
-from tasks.config import PipelineConfig
-from tasks.context import Stage
-from tasks.features import extract_features
-from tasks.head import build_search_index, latest_head, read_head, space_of_head
-from tasks.labels import read_labels
-from tasks.plan import open_context
+from tasks.config.pipeline import PipelineConfig
+from tasks.context import Stage, open_context
+from tasks.distilling.index import build_search_index
+from tasks.distilling.labels import read_labels
+from tasks.distilling.versions import latest_head, read_head, space_of_head
+from tasks.inputs.features import extract_features
+from tasks.reporting.announcements import announce_index
 
 
 @flow(name="rebuild index", flow_run_name=named("index", "head"))

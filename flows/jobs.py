@@ -5,9 +5,9 @@ from __future__ import annotations
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from tasks.execution_config import ExecutionConfig
-from tasks.fan_out import Order, end_of_job, run_parts
-from tasks.number_ranges import from_ranges
+from tasks.config.execution import ExecutionConfig
+from tasks.execution.fan_out import Order, end_of_job, run_parts
+from tasks.execution.number_ranges import from_ranges
 
 
 @flow(name="make parts", flow_run_name="{kind} {run} {numbers}")

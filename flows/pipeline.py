@@ -11,11 +11,11 @@ from flows.evaluation import evaluate, judge
 from flows.indexing import rebuild_index
 from flows.names import named
 from flows.training import train_rank_head
-from tasks import events
-from tasks.config import PipelineConfig
+from tasks.config.pipeline import PipelineConfig
 from tasks.context import Stage
-from tasks.report import write_report
-from tasks.trust import Trust, trust_in
+from tasks.reporting.report import write_report
+from tasks.watching import events
+from tasks.watching.trust import Trust, trust_in
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from prefect import flow
 
 from flows.names import named
-from tasks.config import PipelineConfig
-from tasks.context import Stage
-from tasks.labels import read_labels
-from tasks.plan import open_context
-from tasks.study import compare_heads, draw_study
+from tasks.config.pipeline import PipelineConfig
+from tasks.context import Stage, open_context
+from tasks.distilling.labels import read_labels
+from tasks.judging.study import compare_heads, draw_study
 
 
 @dataclass(frozen=True)

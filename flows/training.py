@@ -5,13 +5,12 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.names import named
-from tasks.announcements import announce_head
-from tasks.config import PipelineConfig
-from tasks.context import Stage
-from tasks.features import extract_features
-from tasks.head import fit_rank_head
-from tasks.labels import read_labels
-from tasks.plan import open_context
+from tasks.config.pipeline import PipelineConfig
+from tasks.context import Stage, open_context
+from tasks.distilling.heads import fit_rank_head
+from tasks.distilling.labels import read_labels
+from tasks.inputs.features import extract_features
+from tasks.reporting.announcements import announce_head
 
 
 @flow(name="train rank head", flow_run_name=named("train", "snapshot"))

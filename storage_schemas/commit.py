@@ -40,7 +40,7 @@ from storage_schemas.files import (
     sync_folders,
     write_atomically,
 )
-from storage_schemas.tables import Table
+from storage_schemas.table import Table
 
 __all__ = [
     "Manifest",

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from storage_schemas.commit import read_manifest
 from storage_schemas.files import FULL_DISK, AnyPath, file_sha256, matching, temporary_name
-from storage_schemas.tables import Table, damaged
+from storage_schemas.table import Table, damaged
 from storage_schemas.workspace import Workspace
 
 _NO_EXTENSIONS = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}

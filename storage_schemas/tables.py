@@ -10,112 +10,24 @@ with scores, twins with queries, rejected samples with samples.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, matching
+from storage_schemas.table import DamagedTable, Table, damaged, schema
 
 INSTANT = pa.timestamp("us", tz="UTC")
 TEXTS = pa.list_(pa.field("element", pa.string(), nullable=False))
-NULLABLE = {"finished_at", "best_epoch", "validation_map"}
 VECTOR = pa.list_(pa.field("element", pa.float32(), nullable=False))
-
-
-class DamagedTable(StoreError, ValueError):
-    """A file of a table cannot be read: it is damaged, or of a version that this release does not know."""
-
-
-def damaged(path: AnyPath | str, error: Exception) -> DamagedTable:
-    """A line for people, without what a damaged file puts into messages and a terminal might obey."""
-    why = "".join(sign for sign in str(error).split("\n")[0] if sign.isprintable())
-    return DamagedTable(f"{path} is damaged ({why}): `fastgda verify` quarantines what must be made again")
-
-
-@dataclass(frozen=True)
-class Added:
-    """A column that earlier files lack: the version that brought it, and what their rows have in it."""
-
-    version: int
-    default: bool | int | float | str | None
-
-
-@dataclass(frozen=True, eq=False)
-class Table:
-    """One table: its name in SQL, what a row is, its columns, and the settings of its Parquet files."""
-
-    name: str
-    comment: str
-    schema: pa.Schema
-    sorted_by: tuple[str, ...] = ()
-    """Order of the rows within a file."""
-    dictionary: tuple[str, ...] = ()
-    """Columns of few distinct values."""
-    delta: tuple[str, ...] = ()
-    """Integer columns stored as differences: dense ids, half the bytes and half the time of a dictionary."""
-    row_group_rows: int = 122_880  # DuckDB's: what one of its threads takes at a time
-    version: int = 2
-    """Of the files that are written."""
-    oldest: int = 2
-    """The earliest version whose files are read; part of input keys."""
-    added: Mapping[str, Added] = field(default_factory=dict)
-    """Columns that came after the oldest version, by name."""
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """What each of its files says of itself."""
-        return {"schema_version": str(self.version)}
-
-    def rows(self, **columns: Any) -> pa.Table:
-        """A table of these columns, which are exactly those of the schema, in any order.
-
-        Raises:
-            TypeError: a column is missing or unknown.
-        """
-        if columns.keys() != set(self.schema.names):
-            raise TypeError(f"{self.name} has the columns {self.schema.names}, given were {sorted(columns)}")
-        arrays = [pa.array(columns[field.name], type=field.type) for field in self.schema]
-        return pa.Table.from_arrays(arrays, schema=self.schema)
-
-    def encode(self, rows: pa.Table, metadata: Mapping[str, str]) -> pa.Buffer:
-        """The bytes of a Parquet file, with `metadata` beside the schema version."""
-        schema = self.schema.with_metadata({**self.metadata, **metadata})
-        if self.sorted_by:
-            rows = rows.take(pc.sort_indices(rows, [(name, "ascending") for name in self.sorted_by]))
-        sink = pa.BufferOutputStream()
-        pq.write_table(
-            rows.cast(schema),
-            sink,
-            compression="zstd",
-            use_dictionary=list(self.dictionary),
-            column_encoding=dict.fromkeys(self.delta, "DELTA_BINARY_PACKED") or None,
-            row_group_size=self.row_group_rows,
-            sorting_columns=[pq.SortingColumn(schema.names.index(name)) for name in self.sorted_by] or None,
-            write_statistics=True,
-            write_page_checksum=True,
-        )
-        return sink.getvalue()
-
-
-def _schema(*fields: tuple[str, pa.DataType, str]) -> pa.Schema:
-    """Columns as (name, type, meaning)."""
-    return pa.schema(
-        [
-            pa.field(name, kind, nullable=name in NULLABLE, metadata={"comment": comment})
-            for name, kind, comment in fields
-        ]
-    )
 
 
 SAMPLES = Table(
     "samples",
     "a training sample: where it lies, captions, size",
-    _schema(
+    schema(
         ("train_id", pa.int64(), "row number of the training sample, dense from 0 in shard order"),
         ("key", pa.string(), "the name of its members up to the last dot"),
         ("shard", pa.string(), "path of the tar that holds the image"),
@@ -134,7 +46,7 @@ SAMPLES = Table(
 REJECTED_SAMPLES = Table(
     "rejected_samples",
     "something in the tars that could not be used, and why",
-    _schema(
+    schema(
         ("shard", pa.string(), "path of the tar"),
         ("key", pa.string(), "WebDataset key; empty where the whole shard is meant"),
         ("reason", pa.string(), "what is wrong and how to mend it"),
@@ -145,7 +57,7 @@ REJECTED_SAMPLES = Table(
 QUERIES = Table(
     "queries",
     "a generated image with its caption and split",
-    _schema(
+    schema(
         ("query_id", pa.string(), "identifier of the query"),
         ("split", pa.string(), "train, validation or test; of the twin test twin or pseudo, see twins"),
         ("caption", pa.string(), "the caption it was generated from"),
@@ -160,7 +72,7 @@ TWIN, PSEUDO = "twin", "pseudo"  # queries of the twin test, in place of a split
 TWINS = Table(
     "twins",
     "a query of the twin test: the training sample that a right teacher ranks first",
-    _schema(
+    schema(
         ("query_id", pa.string(), "the query; it is in no split"),
         ("train_id", pa.int64(), "its twin: the query was generated from its caption, or is its image"),
     ),
@@ -169,7 +81,7 @@ TWINS = Table(
 FEATURES = Table(
     "features",
     "an item in a feature space",
-    _schema(
+    schema(
         ("item", pa.string(), "row number from 0, as text: a sample's train_id, a query's place in its query set"),
         ("feature", VECTOR, "output of the frozen encoder, unnormalised"),
     ),
@@ -178,7 +90,7 @@ FEATURES = Table(
 CANDIDATES = Table(
     "candidates",
     "a training sample that a query is scored against",
-    _schema(
+    schema(
         ("query_id", pa.string(), "the query"),
         ("train_id", pa.int64(), "a training sample that it is scored against"),
         ("neighbor_rank", pa.int32(), "among all samples; 1 = the highest similarity"),
@@ -191,7 +103,7 @@ CANDIDATES = Table(
 BASE_LOSSES = Table(
     "base_losses",
     "the loss of a training sample under the untouched model",
-    _schema(
+    schema(
         ("train_id", pa.int64(), "the training sample"),
         ("flip", pa.int32(), "1: of its mirrored image"),
         ("base_loss", pa.float64(), "L(z_i, theta_0) under the noise plan"),
@@ -204,7 +116,7 @@ BASE_LOSSES = Table(
 SCORES = Table(
     "scores",
     "the teacher's score of a (query, training sample) pair",
-    _schema(
+    schema(
         ("query_id", pa.string(), "the query"),
         ("train_id", pa.int64(), "the training sample"),
         ("score", pa.float64(), "the teacher's score; higher = more influential"),
@@ -217,7 +129,7 @@ SCORES = Table(
 RANKS = Table(
     "ranks",
     "a scored pair with its rank and rank label",
-    _schema(
+    schema(
         ("query_id", pa.string(), "the query"),
         ("train_id", pa.int64(), "the training sample"),
         ("score", pa.float64(), "the teacher's score; higher = more influential"),
@@ -232,14 +144,14 @@ RANKS = Table(
 INDEX_IDS = Table(
     "index_ids",
     "the training sample behind a vector of an index",
-    _schema(("train_id", pa.int64(), "training sample of each vector, in the index's order")),
+    schema(("train_id", pa.int64(), "training sample of each vector, in the index's order")),
     delta=("train_id",),
 )
 
 METRICS = Table(
     "metrics",
     "a figure: metric, ranking, split, cutoff, value, standard error",
-    _schema(
+    schema(
         (
             "metric",
             pa.string(),
@@ -264,7 +176,7 @@ METRICS = Table(
 PLAN_SHARDS = Table(
     "plan_shards",
     "a score shard as it was planned",
-    _schema(
+    schema(
         ("shard", pa.int32(), "number of the score shard in its run"),
         ("input_key", pa.string(), "hash of everything its rows depend on"),
         ("query_block", pa.int32(), "the block of queries that it scores; see plan_queries"),
@@ -276,7 +188,7 @@ PLAN_SHARDS = Table(
 PLAN_QUERIES = Table(
     "plan_queries",
     "a query of a run: which shards score it, and how many rows it has when they are done",
-    _schema(
+    schema(
         ("query_id", pa.string(), "the query"),
         ("query_block", pa.int32(), "the block of queries that are scored together"),
         ("pairs", pa.int64(), "its candidates"),
@@ -286,7 +198,7 @@ PLAN_QUERIES = Table(
 SHARDS = Table(
     "shards",
     "a score shard of a run: the ledger",
-    _schema(
+    schema(
         ("run", pa.string(), "the run"),
         ("shard", pa.int32(), "number of the score shard in its run"),
         ("state", pa.string(), "pending, running, done, failed or quarantined"),
@@ -308,7 +220,7 @@ SHARDS = Table(
 QUARANTINED_SAMPLES = Table(
     "quarantined_samples",
     "a training sample that a run left out, and why; `fastgda retry` tries it again",
-    _schema(
+    schema(
         ("run", pa.string(), "the run"),
         ("train_id", pa.int64(), "the training sample"),
         ("found_in", pa.string(), "the kind of part that could not use it: features, latents, base losses or scores"),
@@ -321,7 +233,7 @@ QUARANTINED_SAMPLES = Table(
 RUNS = Table(
     "runs",
     "one execution of a curation plan",
-    _schema(
+    schema(
         ("run", pa.string(), "the run"),
         ("name", pa.string(), "the configuration's name"),
         ("teacher", pa.string(), "the method that scored"),
@@ -341,7 +253,7 @@ RUNS = Table(
 HEADS = Table(
     "heads",
     "a trained rank head",
-    _schema(
+    schema(
         ("head", pa.string(), "its version"),
         ("run", pa.string(), "the run whose rank labels it learned; empty where it was imported"),
         ("snapshot", pa.string(), "exactly which rows those were; empty where its description names none"),
@@ -355,7 +267,7 @@ HEADS = Table(
 INDEXES = Table(
     "indexes",
     "one built, immutable FAISS index",
-    _schema(
+    schema(
         ("index_version", pa.string(), "its version"),
         ("head", pa.string(), "the rank head that made its vectors; empty where it is not known"),
         ("vectors", pa.int64(), "training samples in it"),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +11,16 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 
 from fastgda_core.curvature.layers import Layer, select_layers
-from fastgda_core.diffusion.model import DiffusionModel, load_model
+from fastgda_core.diffusion.model import DiffusionModel, load_model, model_hash, train_timesteps
+from fastgda_core.diffusion.noise import NoisePlan
 from fastgda_core.diffusion.precision import Precision
-from fastgda_core.errors import UsageError
+from fastgda_core.diffusion.weights import check_weights
 from fastgda_core.teachers.micro_batch import MicroBatch
 from storage_schemas.commit import committed
-from storage_schemas.files import AnyPath, private_folder
+from storage_schemas.files import AnyPath, Stamps, stamps
 from storage_schemas.workspace import Workspace
-from tasks.config import PipelineConfig
+from tasks.config.pipeline import PipelineConfig
+from tasks.devices import pick_device
 
 
 @dataclass(frozen=True)
@@ -104,49 +104,33 @@ def _micro_batch(size: int, *_where: object) -> MicroBatch:
     return MicroBatch(size)
 
 
-def pick_device(name: str) -> torch.device:
-    """The CPU, or a GPU: this process's own where it holds one, else the first that it can see.
+def open_context(config: PipelineConfig) -> Context:
+    """The context of a configuration.
 
     Raises:
-        UsageError: CUDA is asked for and absent.
+        UsageError: its model, the weights of it or its noise plan cannot be used; before any work.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError('device is "cuda" but torch sees no GPU: install a CUDA build of torch or set device: auto')
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device(f"cuda:{_held[0] if _held else 0}")
+    check_weights(config.model.folder)
+    files = sorted(path for path in config.model.folder.rglob("*") if path.is_file())
+    context = Context(config, _model_hash(config.model.folder, stamps(files)))
+    noise_plan(config).timestep_values(train_timesteps(config.model.folder))
+    return context
 
 
-_held: list[int] = []
+@functools.lru_cache(maxsize=4)
+def _model_hash(folder: Path, _files: Stamps) -> str:
+    """Gigabytes are read once per process, however many flows ask, as long as no file changes."""
+    return model_hash(folder)
 
 
-def hold_device() -> None:
-    """Take a GPU of this machine for this process, as long as it lives, where it can see several.
-
-    For processes that make parts; a coordinator, which encodes a few images, shares the first one with them. A Ray
-    worker, a container or a pod sees only what was given to it.
-
-    Raises:
-        UsageError: all are taken.
-    """
-    if not _held and torch.cuda.is_available() and torch.cuda.device_count() > 1:
-        _held.append(claim_slot("gpu", torch.cuda.device_count()))
-
-
-@functools.cache
-def claim_slot(name: str, count: int) -> int:
-    """A number below `count` that no other process of this user on this machine holds; it is free when this one ends.
-
-    Raises:
-        UsageError: all are taken.
-    """
-    folder = private_folder("slots")
-    for number in range(count):
-        handle = os.open(folder / f"{name}-{number}", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-        else:
-            return number  # the handle stays open, and with it the lock, as long as the process lives
-    raise UsageError(f"all {count} GPUs of this machine are held by other processes: lower execution.workers or wait")
+def noise_plan(config: PipelineConfig, seed: int | None = None) -> NoisePlan:
+    """The run's noise plan, or the same one with other noise."""
+    teacher = config.teacher
+    return NoisePlan(
+        seed=teacher.seed if seed is None else seed,
+        timesteps=teacher.timestep_list or teacher.timesteps,
+        draws=teacher.draws,
+        first_timestep=teacher.first_timestep,
+        weights=teacher.timestep_weights,
+        antithetic=teacher.antithetic,
+    )

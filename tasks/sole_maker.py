@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from storage_schemas import lease
 from storage_schemas.commit import committed
 from storage_schemas.files import AnyPath
+from storage_schemas.runs import lease
 from tasks.context import Context
 from tasks.progress import console
 

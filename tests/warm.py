@@ -59,7 +59,14 @@ def _received(link: socket.socket, size: int) -> bytes:
 
 def _serve(link: socket.socket) -> None:
     # The first says how little Prefect logs.
-    for name in ("flows.main", "flows.pipeline", "flows.study", "lightning", "kronfluence", "diffusers.models.unets"):
+    for name in (
+        "flows.commands.main",
+        "flows.pipeline",
+        "flows.study",
+        "lightning",
+        "kronfluence",
+        "diffusers.models.unets",
+    ):
         importlib.import_module(name)
     for name in ("CLIPTextModel", "CLIPTokenizer", "BertModel", "BertTokenizerFast"):
         getattr(importlib.import_module("transformers"), name)
@@ -96,7 +103,7 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, outp
     try:
         refresh_global_settings_context()
         sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))  # it has read another environment
-        sys.modules["flows.main"].main()
+        sys.modules["flows.commands.main"].main()
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

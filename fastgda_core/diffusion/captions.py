@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgda_core.diffusion.index import ModelIndex
+from fastgda_core.diffusion.folder import ModelIndex
 from fastgda_core.diffusion.pretrained import load_frozen
 from fastgda_core.errors import UsageError
 

@@ -18,12 +18,13 @@ from torch import Tensor
 from fastgda_core.diffusion import schedule
 from fastgda_core.diffusion.captions import CaptionEncoder, load_caption_encoder
 from fastgda_core.diffusion.codec import Codec, load_codec
-from fastgda_core.diffusion.index import read_index
+from fastgda_core.diffusion.folder import read_index
 from fastgda_core.diffusion.loss import Condition, Denoiser, per_sample_loss
 from fastgda_core.diffusion.objective import Objective
 from fastgda_core.diffusion.precision import Precision, running
 from fastgda_core.diffusion.pretrained import load_frozen
 from fastgda_core.errors import UsageError
+from fastgda_core.images import square
 
 
 @dataclass(frozen=True)
@@ -112,16 +113,6 @@ class DiffusionModel:
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def square(image: Image.Image, side: int) -> Image.Image:
-    """Resize the shorter side to `side` pixels with antialiasing and crop the centre."""
-    scale = side / min(image.size)
-    size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
-    if image.size != size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
 
 
 def load_model(folder: Path, device: torch.device, precision: Precision = Precision.float32) -> DiffusionModel:

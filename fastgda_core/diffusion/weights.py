@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from fastgda_core.diffusion.index import DENOISERS, TEXT_ENCODERS, read_index
+from fastgda_core.diffusion.folder import DENOISERS, TEXT_ENCODERS, read_index
 from fastgda_core.errors import UsageError
 
 

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgda_core.diffusion.model import square
 from fastgda_core.errors import UsageError
 from fastgda_core.feature_spaces import SOURCES, encoder_names
+from fastgda_core.images import square
 
 
 @dataclass(frozen=True)

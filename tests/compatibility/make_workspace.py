@@ -17,9 +17,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from storage_schemas.views import query
+from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
-from tasks.attribute import AttributionService
+from tasks.serving.attribute import AttributionService
 from tests import tiny
 from tests.flows.pipeline_case import fastgda, lay_out
 

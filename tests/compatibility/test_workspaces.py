@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from storage_schemas.ledger import run_names
-from storage_schemas.snapshots import publish_runs, read_published
-from storage_schemas.verify import verify
-from storage_schemas.views import query
+from storage_schemas.audit.verify import verify
+from storage_schemas.publishing.publish import publish_runs
+from storage_schemas.runs.ledger import run_names
+from storage_schemas.snapshots.published import read_published
+from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
 from tests.compatibility.make_workspace import answer
 from tests.flows.pipeline_case import fastgda

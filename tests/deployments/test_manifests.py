@@ -17,7 +17,7 @@ from prefect.workers.base import BaseJobConfiguration
 from prometheus_client.parser import text_string_to_metric_families
 
 from storage_schemas.workspace import Workspace
-from tasks.metrics_exporter import exposition
+from tasks.watching.metrics_exporter import exposition
 
 ROOT = Path(__file__).parents[2]
 DEPLOYMENTS = ROOT / "deployments"

@@ -14,11 +14,11 @@ import torch
 import yaml
 
 from fastgda_core.ranking.head import RankHead
-from flows.openmoji import prepare
-from storage_schemas.snapshots import read_published
-from storage_schemas.views import query
+from flows.demo import prepare
+from storage_schemas.snapshots.published import read_published
+from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
-from tasks.openmoji import CONFIG, list_openmoji
+from tasks.demo.openmoji import CONFIG, list_openmoji
 from tests.flows.pipeline_case import environment, fastgda, lay_out
 
 ROOT = Path(__file__).parents[2]

@@ -45,7 +45,7 @@ from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.noise import NoisePlan
 from fastgda_core.diffusion.schedule import DiffusionSchedule
 from fastgda_core.teachers.micro_batch import MicroBatch
-from fastgda_core.teachers.teachers import TEACHERS
+from fastgda_core.teachers.registry import TEACHERS
 from fastgda_core.teachers.training_loss import SampleBlock, training_losses
 
 unet = UNet2DConditionModel(

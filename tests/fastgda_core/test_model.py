@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastgda_core.diffusion.codec import PixelUnshuffle, load_codec
-from fastgda_core.diffusion.model import DiffusionModel, load_model, model_hash, square, train_timesteps
+from fastgda_core.diffusion.model import DiffusionModel, load_model, model_hash, train_timesteps
 from fastgda_core.diffusion.sampling import generate
 from fastgda_core.errors import UsageError
+from fastgda_core.images import square
 from tests.tiny import WEIGHTS
 
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ from fastgda_core.diffusion.noise import NoisePlan
 from fastgda_core.diffusion.precision import Precision, multiplying, running
 from fastgda_core.errors import UsageError
 from fastgda_core.teachers.micro_batch import MicroBatch
+from fastgda_core.teachers.registry import TEACHERS
 from fastgda_core.teachers.scores import exact_scores, first_order_scores
-from fastgda_core.teachers.teachers import TEACHERS
 from fastgda_core.teachers.training_loss import SampleBlock, training_losses
 from tests.fastgda_core.blocks import directional_derivative, many_samples, plain_rise, random_updates
 

@@ -15,8 +15,8 @@ from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.noise import NoisePlan
 from fastgda_core.teachers.gradients import steady_layers
 from fastgda_core.teachers.micro_batch import MicroBatch
+from fastgda_core.teachers.registry import TEACHERS
 from fastgda_core.teachers.scores import first_order_scores
-from fastgda_core.teachers.teachers import TEACHERS
 from fastgda_core.teachers.training_loss import SampleBlock, training_losses
 from fastgda_core.teachers.unlearning import unlearning_update
 from tests.fastgda_core.blocks import (

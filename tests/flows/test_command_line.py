@@ -18,8 +18,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fastgda_core.errors import UsageError
-from flows import main
-from flows.main import app
+from flows.commands import main
+from flows.commands.main import app
 from storage_schemas.errors import StoreError
 from tests.storage_schemas.test_disk_full import mount, mounted
 from tests.storage_schemas.workspaces import plan_run

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from flows.main import _run
+from flows.commands.main import _run
 from storage_schemas import tables
-from storage_schemas.snapshots import read_published, read_snapshot
+from storage_schemas.snapshots.published import read_published
+from storage_schemas.snapshots.snapshots import read_snapshot
 from storage_schemas.workspace import Workspace
 from tests.storage_schemas.workspaces import finish_run, publish_run, spoil_column
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from storage_schemas.liveness import Assignment, write_assignment
+from storage_schemas.runs.liveness import Assignment, write_assignment
 from storage_schemas.workspace import Workspace
 from tests.flows.test_command_line import write_config
 from tests.storage_schemas.workspaces import plan_run

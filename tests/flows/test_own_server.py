@@ -10,7 +10,7 @@ import pytest
 from prefect.context import refresh_global_settings_context
 
 from fastgda_core.errors import UsageError
-from flows import own_server
+from flows.commands import own_server
 
 
 @pytest.fixture

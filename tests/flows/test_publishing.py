@@ -12,18 +12,19 @@ from typing import Any
 import duckdb
 import pytest
 
-from flows.store import publish, retract
+from flows.commands.store import publish, retract
 from storage_schemas import tables
 from storage_schemas.commit import input_key
-from storage_schemas.snapshots import Published, read_published, read_snapshot
-from storage_schemas.views import query
+from storage_schemas.snapshots.published import Published, read_published
+from storage_schemas.snapshots.snapshots import read_snapshot
+from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
-from tasks.config import PipelineConfig
+from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context, Stage
-from tasks.labels import Labels
-from tasks.promotion import promote
-from tasks.publish import publish_checks
-from tasks.study import _publish
+from tasks.distilling.labels import Labels
+from tasks.judging.kept_checks import publish_checks
+from tasks.judging.study import _publish
+from tasks.serving.promotion import promote
 from tests.storage_schemas.workspaces import finish_run, write_table
 from tests.tasks.configs import document
 

@@ -26,14 +26,19 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastgda_core.errors import UsageError
+from fastgda_core.images import decode_image
 from fastgda_core.ranking.head import load_head
 from fastgda_core.search.index import build_index, write_index
-from storage_schemas.snapshots import read_published
-from storage_schemas.views import query
+from storage_schemas.snapshots.published import read_published
+from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
-from tasks.attribute import AttributionService
-from tasks.config import load_config
-from tasks.features import (
+from tasks.config.files import load_config
+from tasks.config.stored import config_of
+from tasks.context import open_context
+from tasks.distilling.index import build_search_index
+from tasks.distilling.labels import read_labels
+from tasks.distilling.versions import latest_head, read_head
+from tasks.inputs.features import (
     extract_features,
     feature_folders,
     in_space,
@@ -41,12 +46,8 @@ from tasks.features import (
     load_query_features,
     map_features,
 )
-from tasks.head import build_search_index, latest_head, read_head
-from tasks.labels import read_labels
-from tasks.plan import open_context
-from tasks.stored_config import config_of
-from tasks.trust import LEAST_AGREEMENT
-from tasks.webdataset_shards import decode_image
+from tasks.serving.attribute import AttributionService
+from tasks.watching.trust import LEAST_AGREEMENT
 from tests import tiny
 from tests.flows.pipeline_case import QUERIES, SAMPLES, SCORED, TWINS, environment, fastgda, lay_out
 

@@ -20,8 +20,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fastgda_core.errors import UsageError
-from flows.main import app, print_answers
-from tasks.attribute import Attribution
+from flows.commands.answers import print_answers
+from flows.commands.main import app
+from tasks.serving.attribute import Attribution
 from tests.storage_schemas.workspaces import publish_run
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +30,7 @@ RUN = "a-run-with-a-name-of-fifty-characters-2b3c4d5e6f-00"
 QUERIES = tuple(f"query-{number:02d}" for number in range(20))
 HOSTILE = 'a "cat", \x1b[31mred\x9b0m\x00 \u202etac\r\nand\ta dog'
 CAPTIONS = (HOSTILE, "a long one " * 10_000)
-COMMAND = [sys.executable, "-c", "from flows.main import main; main()", "sql"]
+COMMAND = [sys.executable, "-c", "from flows.commands.main import main; main()", "sql"]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_a_limit_holds_in_every_format(root: Path, tmp_path: Path) -> None:
 def test_rows_that_cannot_be_counted_in_time_are_shown_all_the_same(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flows.rows.COUNT_SECONDS", 0.2)
+    monkeypatch.setattr("flows.commands.rows.COUNT_SECONDS", 0.2)
     shown = output(root, "SELECT hash(a.range) AS h FROM range(1000000) a, range(1000000) b WHERE h <> 1")
     assert "the first 40 of more rows than are counted in 0 s" in shown
 
@@ -216,7 +217,7 @@ INTERRUPTED = """
 import os, signal, sys, threading
 import duckdb, pyarrow
 from flows import rows
-from flows.main import main
+from flows.commands.main import main
 
 first = rows._print_table
 def start(*arguments):
@@ -229,7 +230,7 @@ main()
 MEASURED = """
 import sys
 from pathlib import Path
-from flows.main import app
+from flows.commands.main import app
 STATEMENT = "SELECT range AS x, 'row ' || range AS text, range / 7 AS third FROM range(1000000)"
 for format in ("csv", "json", "parquet"):
     output = f"{sys.argv[2]}/rows.{format}"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from storage_schemas.ledger import run_names
-from storage_schemas.views import query
+from storage_schemas.runs.ledger import run_names
+from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
 from tests import tiny
 from tests.orchestration.chaos_case import FAULTS, QUERIES, SAMPLES, lay_out, mend, rot

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from storage_schemas.commit import manifest_path
-from storage_schemas.snapshots import read_published
-from storage_schemas.views import query
+from storage_schemas.snapshots.published import read_published
+from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
 from tests import tiny
 from tests.orchestration.chaos_case import lay_out

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from flows import own_server
+from flows.commands import own_server
 from storage_schemas.commit import read_manifest
-from storage_schemas.ledger import run_names
-from storage_schemas.snapshots import NotPublished, read_published
-from storage_schemas.views import query
+from storage_schemas.runs.ledger import run_names
+from storage_schemas.snapshots.published import NotPublished, read_published
+from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
 from tests.flows.pipeline_case import QUERIES, SAMPLES, environment, fastgda, lay_out
 from tests.orchestration.chaos_case import FAULTS

@@ -82,7 +82,7 @@ def test_a_link_that_is_cut_for_a_minute_costs_no_row_and_doubles_none(
         ip("-n", head[-1], "link", "set", "vhead", "up")
         assert coordinator.wait(400) == 0, server.log("coordinator")
         rows = (
-            "from storage_schemas.views import query; "
+            "from storage_schemas.sql.views import query; "
             "print(query('s3://fastgda/workspace', 'SELECT count(*) AS n, count(DISTINCT (query_id, train_id)) AS d, "
             "count(DISTINCT train_id) AS t FROM scores').to_pylist())"
         )

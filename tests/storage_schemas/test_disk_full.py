@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from storage_schemas import tables
+from storage_schemas.audit.verify import verify
 from storage_schemas.commit import TableCommit, commit_tables
-from storage_schemas.compaction import compact
-from storage_schemas.ledger import done_shards, read_run, write_ledger
-from storage_schemas.snapshots import publish_runs, read_published
-from storage_schemas.verify import verify
-from storage_schemas.views import query
+from storage_schemas.publishing.publish import publish_runs
+from storage_schemas.runs.ledger import done_shards, read_run, write_ledger
+from storage_schemas.snapshots.compaction import compact
+from storage_schemas.snapshots.published import read_published
+from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
 from tests.storage_schemas.workspaces import plan_run, shard_key
 

@@ -19,14 +19,16 @@ import pyarrow as pa
 import pytest
 
 from storage_schemas import tables
+from storage_schemas.audit.verify import duplicated_pairs, verify
 from storage_schemas.commit import TableCommit, commit_tables, committed
-from storage_schemas.compaction import compact, vacuum
 from storage_schemas.errors import StoreError
 from storage_schemas.files import leftovers
-from storage_schemas.ledger import done_shards, kept_ledger, read_compaction, read_ledger, read_run, run_names
-from storage_schemas.snapshots import publish_runs, read_published
-from storage_schemas.verify import duplicated_pairs, verify
-from storage_schemas.views import query
+from storage_schemas.publishing.publish import publish_runs
+from storage_schemas.runs.ledger import done_shards, kept_ledger, read_compaction, read_ledger, read_run, run_names
+from storage_schemas.snapshots.compaction import compact
+from storage_schemas.snapshots.published import read_published
+from storage_schemas.snapshots.vacuum import vacuum
+from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
 from tests.storage_schemas.workspaces import plan_run, shard_key
 

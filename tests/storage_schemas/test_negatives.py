@@ -10,13 +10,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from storage_schemas.compaction import compact, vacuum
-from storage_schemas.export import export_parquet
-from storage_schemas.ledger import Compaction, Labelling, Part, read_compaction, read_labelling, write_labelling
-from storage_schemas.lineage import lineage
-from storage_schemas.snapshots import Published, publish_runs, read_influence, read_ranks
-from storage_schemas.verify import verify
-from storage_schemas.views import query
+from storage_schemas.audit.lineage import lineage
+from storage_schemas.audit.verify import verify
+from storage_schemas.publishing.export import export_parquet
+from storage_schemas.publishing.publish import publish_runs
+from storage_schemas.runs.ledger import read_compaction, read_labelling, write_labelling
+from storage_schemas.runs.records import Compaction, Labelling, Part
+from storage_schemas.snapshots.compaction import compact
+from storage_schemas.snapshots.published import Published
+from storage_schemas.snapshots.snapshots import read_influence, read_ranks
+from storage_schemas.snapshots.vacuum import vacuum
+from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
 from tests.storage_schemas.workspaces import finish_run
 

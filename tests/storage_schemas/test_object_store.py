@@ -15,24 +15,20 @@ from botocore.exceptions import ClientError
 from moto.server import ThreadedMotoServer
 from s3fs.errors import translate_boto_error
 
-from storage_schemas import lease, tables
-from storage_schemas.attempts import AttemptLog, ShardState
+from storage_schemas import tables
+from storage_schemas.audit.verify import verify
 from storage_schemas.commit import committed, manifest_path, read_manifest
-from storage_schemas.compaction import vacuum
-from storage_schemas.export import export_parquet
 from storage_schemas.files import AnyPath, any_path, create, file_sha256
-from storage_schemas.lake import Lake
-from storage_schemas.ledger import done_shards, read_ledger, rebuild_ledgers
-from storage_schemas.snapshots import (
-    Published,
-    publish_runs,
-    read_published,
-    read_snapshot,
-    retract_run,
-    update_published,
-)
-from storage_schemas.verify import verify
-from storage_schemas.views import RefusedStatement, query
+from storage_schemas.publishing.export import export_parquet
+from storage_schemas.publishing.publish import publish_runs, retract_run, update_published
+from storage_schemas.runs import lease
+from storage_schemas.runs.attempts import AttemptLog, ShardState
+from storage_schemas.runs.ledger import done_shards, read_ledger, rebuild_ledgers
+from storage_schemas.snapshots.published import Published, read_published
+from storage_schemas.snapshots.snapshots import read_snapshot
+from storage_schemas.snapshots.vacuum import vacuum
+from storage_schemas.sql.lake import Lake
+from storage_schemas.sql.views import RefusedStatement, query
 from storage_schemas.workspace import Workspace
 from tests.storage_schemas.workspaces import commit_shard, finish_run, plan_run, shard_key
 

@@ -11,17 +11,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from storage_schemas import export, tables
+from storage_schemas import tables
+from storage_schemas.audit.lineage import lineage
+from storage_schemas.audit.verify import duplicated_pairs
 from storage_schemas.commit import commit_table, input_key, read_manifest
-from storage_schemas.compaction import compact, vacuum
 from storage_schemas.errors import StoreError
-from storage_schemas.export import export_datasets, export_parquet
-from storage_schemas.ledger import read_ledger
-from storage_schemas.lineage import lineage
-from storage_schemas.metrics_history import mean_value
-from storage_schemas.snapshots import publish_runs, read_ranks
-from storage_schemas.verify import duplicated_pairs
-from storage_schemas.views import connect
+from storage_schemas.heads.metrics_history import mean_value
+from storage_schemas.publishing import export
+from storage_schemas.publishing.export import export_datasets, export_parquet
+from storage_schemas.publishing.publish import publish_runs
+from storage_schemas.runs.ledger import read_ledger
+from storage_schemas.snapshots.compaction import compact
+from storage_schemas.snapshots.snapshots import read_ranks
+from storage_schemas.snapshots.vacuum import vacuum
+from storage_schemas.sql.views import connect
+from storage_schemas.table import Added, DamagedTable, Table
 from storage_schemas.workspace import Workspace, part
 from tests.storage_schemas.workspaces import (
     KEY,
@@ -66,7 +70,7 @@ def test_parts_of_both_releases_are_one_table(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("table", "rows", "kept"), [(OLD, ROWS, 0.25), (NEW, NEW_ROWS, 2.0)], ids=["old", "new"])
 def test_rows_are_chosen_by_a_column_that_the_file_may_lack(
-    tmp_path: Path, table: tables.Table, rows: list[dict[str, object]], kept: float
+    tmp_path: Path, table: Table, rows: list[dict[str, object]], kept: float
 ) -> None:
     path = write_table(part(tmp_path, 0), table, rows)
     chosen = (pc.field("noise") == kept) & (pc.field("train_id") > 0)
@@ -89,7 +93,7 @@ def test_columns_that_are_not_asked_for_stay_unread(tmp_path: Path) -> None:
     spoil_column(path, "image")
     found = tables.read(path, tables.QUERIES, columns=["query_id", "image_sha256"])
     assert found.to_pylist() == [{"query_id": "q", "image_sha256": "0" * 64}]
-    with pytest.raises(tables.DamagedTable, match="is damaged"):
+    with pytest.raises(DamagedTable, match="is damaged"):
         tables.read(path, tables.QUERIES)
 
 
@@ -104,17 +108,15 @@ def test_a_file_of_a_newer_release_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_is_older_than_the_oldest_version_is_refused(tmp_path: Path) -> None:
     path = write_table(part(tmp_path, 0), OLD, ROWS)
-    later = dataclasses.replace(NEW, version=5, oldest=4, added={"noise": tables.Added(5, 0.25)})
-    with pytest.raises(tables.DamagedTable, match="version 2, this release reads 4 to 5 of scores: run the stage"):
+    later = dataclasses.replace(NEW, version=5, oldest=4, added={"noise": Added(5, 0.25)})
+    with pytest.raises(DamagedTable, match="version 2, this release reads 4 to 5 of scores: run the stage"):
         tables.read(path, later)
 
 
-@pytest.mark.parametrize("added", [{}, {"noise": tables.Added(2, 0.25)}], ids=["no default", "of its own version"])
-def test_a_file_that_lacks_a_column_without_a_default_is_refused(
-    tmp_path: Path, added: dict[str, tables.Added]
-) -> None:
+@pytest.mark.parametrize("added", [{}, {"noise": Added(2, 0.25)}], ids=["no default", "of its own version"])
+def test_a_file_that_lacks_a_column_without_a_default_is_refused(tmp_path: Path, added: dict[str, Added]) -> None:
     path = write_table(part(tmp_path, 0), OLD, ROWS)
-    with pytest.raises(tables.DamagedTable, match=r"part-00000.parquet lacks noise, .* run the stage"):
+    with pytest.raises(DamagedTable, match=r"part-00000.parquet lacks noise, .* run the stage"):
         tables.read(path, dataclasses.replace(NEW, added=added))
 
 
@@ -273,7 +275,7 @@ def test_readers_of_some_columns_refuse_a_newer_file_too(tmp_path: Path) -> None
     publish_runs(workspace, ["run-1"])
     row = {"query_id": "q0", "split": "test", "caption": "c", "image": b"png", "image_sha256": "0" * 64}
     write_table(workspace.queries("run-1"), newer, [row], key="another")
-    with pytest.raises(tables.DamagedTable, match="version 3"):
+    with pytest.raises(DamagedTable, match="version 3"):
         export_datasets(workspace, "run-1", tmp_path / "out")
     (query,) = (node for node in lineage(workspace, "q0:1").made_from if node.kind == "query")
     assert "version 3" in query.facts["file"]

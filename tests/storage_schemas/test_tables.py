@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from storage_schemas import tables
 from storage_schemas.commit import commit_table, committed
+from storage_schemas.table import Table
 from storage_schemas.workspace import part
 
 KEY = "0123456789abcdef"
-ALL_TABLES = [value for value in vars(tables).values() if isinstance(value, tables.Table)]
+ALL_TABLES = [value for value in vars(tables).values() if isinstance(value, Table)]
 
 
 def scores(rows: list[tuple[str, int, float]]) -> pa.Table:
@@ -134,7 +135,7 @@ def test_no_parts_make_an_empty_table_of_the_schema(tmp_path: Path, exists: bool
 
 
 @pytest.mark.parametrize("table", ALL_TABLES, ids=lambda table: table.name)
-def test_every_table_and_column_is_explained(table: tables.Table) -> None:
+def test_every_table_and_column_is_explained(table: Table) -> None:
     schema = table.schema
     assert table.comment and len(schema) > 0
     assert all(field.metadata[b"comment"].strip() for field in schema)
@@ -142,7 +143,7 @@ def test_every_table_and_column_is_explained(table: tables.Table) -> None:
 
 
 @pytest.mark.parametrize("table", ALL_TABLES, ids=lambda table: table.name)
-def test_the_settings_of_a_file_name_columns_that_there_are(table: tables.Table) -> None:
+def test_the_settings_of_a_file_name_columns_that_there_are(table: Table) -> None:
     named = {*table.sorted_by, *table.dictionary, *table.delta}
     assert named <= set(table.schema.names)
     assert not set(table.dictionary) & set(table.delta)
@@ -192,7 +193,7 @@ def test_a_flipped_byte_is_noticed_by_a_reader(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("table", ALL_TABLES, ids=lambda table: table.name)
-def test_columns_that_came_later_say_what_earlier_files_have(table: tables.Table) -> None:
+def test_columns_that_came_later_say_what_earlier_files_have(table: Table) -> None:
     assert table.oldest <= table.version
     for name, added in table.added.items():
         assert table.oldest < added.version <= table.version

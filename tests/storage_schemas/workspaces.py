@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 
 from storage_schemas import tables
 from storage_schemas.commit import commit_table, input_key
-from storage_schemas.ledger import RunRecord, write_plan
-from storage_schemas.snapshots import Published, publish_runs, update_published
-from storage_schemas.tables import Table
+from storage_schemas.publishing.publish import publish_runs, update_published
+from storage_schemas.runs.ledger import write_plan
+from storage_schemas.runs.records import RunRecord
+from storage_schemas.snapshots.published import Published
+from storage_schemas.table import Added, Table
 from storage_schemas.workspace import Workspace, part
 
 KEY = "0123456789abcdef"
@@ -171,7 +173,7 @@ def with_column(
     new = pa.field(name, kind, nullable=default is None, metadata={"comment": "new"})
     version = table.version + 1
     schema = table.schema.insert(position, new)
-    return dataclasses.replace(table, schema=schema, version=version, added={name: tables.Added(version, default)})
+    return dataclasses.replace(table, schema=schema, version=version, added={name: Added(version, default)})
 
 
 def spoil_column(path: Path, name: str) -> None:

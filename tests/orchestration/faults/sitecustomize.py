@@ -1,9 +1,9 @@
 """Faults for worker processes: this folder on PYTHONPATH makes their device, network and data fail now and then.
 
-Nothing in the product knows of it: after `tasks.teacher` is imported, what it calls is wrapped. FAULTS names a folder;
-`faults.json` in it holds probabilities of each fault per micro-batch, and train_ids: whose loss is no number (`nan`),
-at whose sight the process dies (`deadly`), or the code fails (`bug`). A hang or a reset connection happens once for
-each file `hang-*` or `reset-*` in the folder, which it takes away.
+Nothing in the product knows of it: after `tasks.teaching.scores` is imported, what it calls is wrapped. FAULTS names a
+folder; `faults.json` in it holds probabilities of each fault per micro-batch, and train_ids: whose loss is no number
+(`nan`), at whose sight the process dies (`deadly`), or the code fails (`bug`). A hang or a reset connection happens
+once for each file `hang-*` or `reset-*` in the folder, which it takes away.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 class _AfterImport(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name != "tasks.teacher":
+        if name != "tasks.teaching.scores":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

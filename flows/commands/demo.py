@@ -1,0 +1,62 @@
+"""The demo's commands."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.commands.options import DEMO_FOLDER
+from flows.commands.own_server import start_server, wait_for_server
+from flows.commands.stages import print_summary
+from flows.commands.terminal import out, say
+from storage_schemas.which_workspace import option
+from storage_schemas.workspace import Workspace
+
+if TYPE_CHECKING:
+    pass
+
+
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where data, model and workspace are laid out.")] = DEMO_FOLDER,
+    published: Annotated[
+        bool, typer.Option("--published", help="With the paper's settings, which fail the twin test on this model.")
+    ] = False,
+) -> None:
+    """The whole pipeline on OpenMoji: data, queries, teacher, head, index, evaluation, report.
+
+    Example: `fastgda demo`
+    """
+    start_server()
+    from flows.demo import demo as run_demo
+    from tasks.demo.openmoji import CONFIG, PUBLISHED_CONFIG
+
+    wait_for_server()
+    print_summary(run_demo(folder.resolve(), PUBLISHED_CONFIG if published else CONFIG))
+    workspace = folder / "workspace"
+    say(
+        f"\nAsk it something:  fastgda attribute {shlex.quote(str(workspace))}/queries/*/images/q0003.png "
+        f'--caption "a laughing face with sunglasses"{option(Workspace.at(workspace))}'
+    )
+
+
+def train_demo_model(
+    assets: Annotated[Path, typer.Option("--out", help="Folder for unet/, scheduler/ and samples.png.")],
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 64 images.")] = 9000,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="At the start of the cosine.")] = 1e-3,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    initial: Annotated[Path | None, typer.Option(help="Train on from the weights of this folder.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where the demo's data lies or is made.")] = DEMO_FOLDER,
+) -> None:
+    """Train the demo's denoiser again: over an hour on 2 cores.
+
+    Example: `fastgda train-demo-model --out my_model`
+    """
+    from fastgda_core.diffusion.training import DenoiserTraining
+    from flows.demo import train_model
+
+    training = DenoiserTraining(steps=steps, learning_rate=learning_rate, seed=seed)
+    grid = train_model(folder.resolve(), assets.resolve(), training, initial)
+    out.print(f"Sample grid: {grid}", highlight=False, soft_wrap=True)

@@ -1,0 +1,133 @@
+"""The `fastgda` command line."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what fails is raised, and said once, by us
+import sys
+from pathlib import Path
+
+from flows.commands import interruption
+
+if Path(sys.argv[0]).name == "fastgda":  # the command, not a program that imports it: what follows takes a second
+    interruption.watch(begun=False)
+import atexit
+import contextlib
+import errno
+import warnings
+
+import typer
+from rich.console import Console
+
+from fastgda_core.errors import UsageError
+from flows.commands.answers import attribute, sql
+from flows.commands.demo import demo, train_demo_model
+from flows.commands.lake import lake_app
+from flows.commands.lineage import lineage
+from flows.commands.metrics import metrics
+from flows.commands.stages import stage_commands
+from flows.commands.store import ledger_app, store_commands
+from flows.commands.watch import watch_commands
+from storage_schemas.errors import StoreError
+from storage_schemas.files import FULL_DISK
+from tasks.printable import printable
+
+app = typer.Typer(
+    name="fastgda",
+    help="Which training images made this generated image? Teach, distil, serve.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+err = Console(stderr=True)
+# What a file system says of a place that somebody chose; anything else that it says is a bug, and shows where.
+_ELSEWHERE = "choose a workspace that this user may read and write"
+REFUSALS = {
+    errno.EROFS: _ELSEWHERE,
+    errno.EACCES: _ELSEWHERE,
+    errno.EPERM: _ELSEWHERE,
+    errno.ENOTDIR: "a file stands where a folder is needed: move it, or choose another place",
+    errno.EISDIR: "a folder stands where a file is needed: move it, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "mend the symbolic link",
+    errno.EMFILE: "allow this process more open files (`ulimit -n`)",
+    errno.EIO: "the disk or its connection fails: mend it, then start the same command again",
+    errno.ESTALE: "the file server lost the file: mount it again, then start the same command again",
+    errno.ENOTCONN: "the disk's connection is gone: mount it again, then start the same command again",
+}
+
+
+for command in (
+    demo,
+    sql,
+    attribute,
+    train_demo_model,
+    *stage_commands,
+    *watch_commands,
+    lineage,
+    *store_commands,
+    metrics,
+):
+    app.command()(command)
+app.add_typer(ledger_app)
+app.add_typer(lake_app)
+
+
+def main() -> None:
+    """Entry point: exit code 0 done, 1 failed, 2 usage, 130 interrupted, 143 terminated."""
+    interruption.watch(begun=True)
+    code = 1
+    # Registered first, so it comes last of what is done at the end, and instead of what would follow: taking the
+    # interpreter apart costs a second with torch, and now and then a library's thread aborts the process meanwhile.
+    atexit.register(lambda: _leave(code))
+    try:
+        code = _run()
+    except BaseException as end:
+        if isinstance(end, SystemExit):
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if interruption.exit_code() is None or code == 0:
+            raise
+    if code and (interrupted := interruption.exit_code()) is not None:  # whatever it was that the signal led to
+        interruption.say_how_to_go_on()
+        code = interrupted
+
+
+def _leave(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a reader that is gone, a stream that is closed
+            stream.flush()
+    os._exit(code)
+
+
+def _run() -> int:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message="Dynamo detected a call")  # diffusers under model.compile, harmless
+    try:
+        app(standalone_mode=True)
+    except (UsageError, StoreError) as error:
+        return _said("error", error, 2)
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            return _said("failed", error, 1)
+        if error.errno not in REFUSALS or not (error.filename or isinstance(error, PermissionError)):
+            raise
+        place = f"{os.fsdecode(error.filename)}: " if error.filename else ""  # an object store names none
+        return _said("error", f"{place}{error.strerror}: {REFUSALS[error.errno]}", 2)
+    except _explained() as error:
+        return _said("failed", error, 1)
+    return 0
+
+
+def _said(what: str, error: object, code: int) -> int:
+    err.print(f"[red]{what}:[/] ", end="")
+    err.print(printable(str(error), lines=True), markup=False, highlight=False, soft_wrap=True)
+    return code
+
+
+def _explained() -> tuple[type[BaseException], ...]:
+    """The failures that have a message of their own, without importing the flows of commands that run none."""
+    module = sys.modules.get("tasks.execution.outcomes")
+    return (module.RunIncomplete, module.RunCancelled, module.RunRefused, module.PartHangs) if module else ()

@@ -1,0 +1,77 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from storage_schemas.which_workspace import ENVIRONMENT, default_location
+
+ConfigArgument = Annotated[Path, typer.Argument(help="YAML config; see deployments/openmoji.yaml.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class Runner(StrEnum):
+    local = "local"
+    ray = "ray"
+    dask = "dask"
+    pool = "pool"
+
+
+RunnerOption = Annotated[
+    Runner | None, typer.Option(help="Where parts are made; default: execution.runner of the config.")
+]
+
+
+def read_config(path: Path, runner: Runner | None = None) -> Any:
+    """The configuration, with another runner where one is given."""
+    from tasks.config.files import load_config, with_runner
+
+    config = load_config(path)
+    return with_runner(config, runner.value) if runner else config
+
+
+DEMO_FOLDER = Path("demo")
+DEFAULT_WORKSPACE = ""  # that of the current folder
+
+
+def _chosen_workspace(given: str) -> str:
+    """The workspace that is meant: the one named, that of the config named, or that of the current folder."""
+    if not given:
+        found = default_location()
+        typer.echo(f"workspace {found} (-c CONFIG or --workspace PATH name another one)", err=True)
+        return found
+    if "://" not in given and (Path(given).is_file() or given.endswith((".yaml", ".yml"))):
+        from tasks.config.document import workspace_of
+
+        return workspace_of(Path(given))
+    return given
+
+
+WorkspaceOption = Annotated[
+    str,
+    typer.Option(
+        "--workspace",
+        "--config",
+        "-c",
+        metavar="PATH",
+        help="The workspace, as a folder, a URL, or a config whose workspace it is.",
+        show_default="that of the current folder: itself, ./workspace or ./demo/workspace",
+        envvar=ENVIRONMENT,
+        callback=_chosen_workspace,
+    ),
+]
+
+
+def trimmed(given: str) -> str:
+    """Without what a shell's $(...) leaves at the end of a line that another program wrote."""
+    return given.strip()
+
+
+RunArgument = Annotated[
+    str,
+    typer.Argument(help='The run\'s name; see `fastgda sql "SELECT run, state FROM runs"`.', callback=trimmed),
+]

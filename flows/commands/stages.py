@@ -1,0 +1,268 @@
+"""Commands that plan and start the stages of a run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from flows.commands.options import (
+    DEFAULT_WORKSPACE,
+    ConfigArgument,
+    JsonOption,
+    RunArgument,
+    Runner,
+    RunnerOption,
+    WorkspaceOption,
+    read_config,
+)
+from flows.commands.own_server import start_server, wait_for_server
+from flows.commands.terminal import out, say, warn
+from storage_schemas.which_workspace import command
+from storage_schemas.workspace import Workspace
+
+
+def _begin(path: Path, runner: Runner | None = None) -> Any:
+    """The configuration, checked before a server starts and before the flows and what they need are loaded."""
+    config = read_config(path, runner)
+    start_server()
+    return config
+
+
+def run(config: ConfigArgument, runner: RunnerOption = None) -> None:
+    """The whole pipeline on your model (a diffusers folder) and your data (WebDataset shards).
+
+    Example: `fastgda run my_config.yaml`
+    """
+    checked = _begin(config, runner)
+    from flows.pipeline import attribution_pipeline
+
+    wait_for_server()
+    print_summary(attribution_pipeline(checked))
+
+
+def plan(config: ConfigArgument, as_json: JsonOption = False) -> None:
+    """What a run will take, without running it: parts, rows, forward passes, device-hours, cost.
+
+    The tars are read for that, and their index is written into the workspace, where the run finds it.
+
+    Example: `fastgda plan my_config.yaml`
+    """
+    checked = read_config(config)
+    from tasks.execution.estimate import estimate
+
+    found = estimate(checked)
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+        return
+    for renderable in found.shown():
+        out.print(renderable, highlight=False, soft_wrap=True)
+    say(f"written: the index of the tars, in {checked.workspace}")
+
+
+def curate(config: ConfigArgument, runner: RunnerOption = None) -> None:
+    """Score and publish: the part of the pipeline that needs GPUs. A second time it computes only what is missing.
+
+    Example: `fastgda curate my_config.yaml`
+    """
+    checked = _begin(config, runner)
+    from flows.curation import curate as curation
+
+    wait_for_server()
+    done = curation(checked)
+    print_stages(done.run, done.stages, done.trust)
+    say(f"published: {done.ranks.key}")
+
+
+def train(
+    config: ConfigArgument,
+    snapshot: Annotated[str | None, typer.Option(help="Whose rank labels; default: the published ones.")] = None,
+) -> None:
+    """Train a rank head on published scores.
+
+    Example: `fastgda train my_config.yaml`
+    """
+    checked = _begin(config)
+    from flows.training import train_rank_head
+
+    wait_for_server()
+    head = train_rank_head(checked, snapshot)
+    _say_head(head, config)
+
+
+def import_head(
+    checkpoint: Annotated[Path, typer.Argument(help="A `.pth` of the FastGDA release.")], config: ConfigArgument
+) -> None:
+    """A rank head of the FastGDA release as a head of this workspace, over the config's feature space, not centred.
+
+    Example: `fastgda import-head dino+clip_text.pth my_config.yaml`
+    """
+    checked = read_config(config)
+    from tasks.distilling.heads import import_head as import_checkpoint
+
+    _say_head(import_checkpoint(checked, checkpoint), config)
+
+
+def index(
+    config: ConfigArgument,
+    head: Annotated[str | None, typer.Option(help="Version of the head; default: the newest.")] = None,
+) -> None:
+    """Build the search index of a head; it is served once `fastgda evaluate` promotes it.
+
+    Example: `fastgda index my_config.yaml`
+    """
+    checked = _begin(config)
+    from flows.indexing import rebuild_index
+
+    wait_for_server()
+    built = rebuild_index(checked, head)
+    again = f"`fastgda evaluate {shlex.quote(str(config))}`"
+    say(f"index {built.key}{' (was there)' if built.reused else ''}: {again} measures and promotes it")
+
+
+def evaluate(
+    config: ConfigArgument,
+    index: Annotated[str | None, typer.Option(help="Version of the index; default: the newest.")] = None,
+) -> None:
+    """Measure an index on the test queries, and serve it if it is good enough. Exit code 1 if it is not.
+
+    Example: `fastgda evaluate my_config.yaml`
+    """
+    checked = _begin(config)
+    from flows.evaluation import evaluate as evaluation
+
+    wait_for_server()
+    found = evaluation(checked, index)
+    say(f"index {found.index.key}: mAP {found.tuned:.3f} tuned, {found.untuned:.3f} untuned")
+    asking = command(Workspace.at(checked.workspace), "attribute IMAGE --caption CAPTION")
+    say(found.refused or f"promoted: {asking} answers from it")
+    if found.refused:
+        raise typer.Exit(1)
+
+
+def study(config: ConfigArgument, as_json: JsonOption = False) -> None:
+    """What makes a head good here: feature spaces, losses, queries, candidates, each trained with several seeds.
+
+    Example: `fastgda study my_config.yaml`
+    """
+    checked = _begin(config)
+    from flows.study import study as compare
+    from storage_schemas import tables
+    from tasks.judging.study_results import answers
+
+    wait_for_server()
+    found = compare(checked)
+    cutoff = checked.evaluation.validation_cutoff
+    rows = answers(tables.read(found.metrics.path, tables.METRICS), cutoff)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    table = Table("question", "value", f"mAP({cutoff})", "± over seeds", title="Heads compared", title_justify="left")
+    before = ""
+    for row in rows:
+        question, before = row.question if row.question != before else "", row.question
+        table.add_row(question, row.value, f"{row.mean:.3f}", f"{row.deviation:.3f}" if row.seeds > 1 else "")
+    out.print(table)
+    say(f"Picture: {found.picture.path}")
+
+
+def judge(config: ConfigArgument) -> None:
+    """Whether the teacher of a finished run can be trusted: against the exact one, and against itself.
+
+    Example: `fastgda judge my_config.yaml`
+    """
+    checked = _begin(config)
+    from flows.evaluation import judge as judgement
+    from storage_schemas import tables
+
+    wait_for_server()
+    for check in judgement(checked):
+        say(f"{check.name}: {check.rows:,} rows")
+        if check.name != "exact check":
+            for row in tables.read(check.path, tables.METRICS).to_pylist():
+                if not row["query_id"]:
+                    cutoff = f"({row['cutoff']})" if row["cutoff"] else ""
+                    say(f"  {row['metric']}{cutoff}, {row['space']}: {row['value']:.3f}")
+
+
+def backfill(
+    config: ConfigArgument,
+    first: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="First day.")] = None,
+    last: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Last day; default: the first.")] = None,
+    partition: Annotated[list[str] | None, typer.Option(help="Or a partition by name; may be repeated.")] = None,
+) -> None:
+    """Curate the queries of several partitions, beside those that are published already.
+
+    Example: `fastgda backfill my_config.yaml --first 2026-11-01 --last 2026-11-07`
+    """
+    checked = _begin(config)
+    from flows.curation import backfill as backfilling
+
+    wait_for_server()
+    dates = [day.date() if day else None for day in (first, last)]
+    for outcome in backfilling(checked, *dates, partition):
+        say(f"{outcome.partition}: run {outcome.run}")
+
+
+def retry(
+    run: RunArgument,
+    shard: Annotated[list[str] | None, typer.Option(help="Only this shard, or these: 7 or 0-2,5.")] = None,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    runner: RunnerOption = None,
+) -> None:
+    """Only what a run lacks: shards that failed or were never reached, samples left out; then what follows.
+
+    Example: `fastgda retry openmoji-1b2c3d4e5f`
+    """
+    from tasks.config.files import with_runner
+    from tasks.config.stored import config_of
+    from tasks.execution.number_ranges import chosen_shards
+
+    config = config_of(workspace, run)
+    config = with_runner(config, runner.value) if runner else config
+    shards = ",".join(shard) if shard else None
+    chosen_shards(Workspace.at(workspace), run, shards)
+    start_server()
+    from flows.pipeline import attribution_pipeline
+    from tasks.execution.retry import release
+
+    wait_for_server()
+    release(workspace, run, shards)
+    summary = attribution_pipeline(config)
+    print_summary(summary)
+    if summary.run != run:
+        warn(f"the data or the model of run {run} changed since it was planned: run {summary.run} was made instead")
+
+
+def _say_head(head: Any, config: Path) -> None:
+    again = f"`fastgda index {shlex.quote(str(config))}`"
+    say(f"head {head.key}{' (was there)' if head.reused else ''}: {again} builds its index")
+
+
+def print_summary(summary: Any) -> None:
+    print_stages(summary.run, summary.stages, summary.trust)
+    if summary.refused:
+        say(f"not promoted: {summary.refused}")
+    say(f"Report: {summary.report.path}")
+
+
+def print_stages(run: str, stages: list[Any], trust: Any) -> None:
+    table = Table("stage", "rows", "seconds", "", title=f"run {run}", title_justify="left")
+    for column in table.columns[1:3]:
+        column.justify = "right"
+    for stage in stages:
+        table.add_row(stage.name, f"{stage.rows:,}", f"{stage.seconds:.1f}", "[dim]reused" if stage.reused else "new")
+    out.print(table)
+    for name, value in trust.facts:
+        say(f"{name}: {value}")
+    for warning in trust.warnings:
+        warn(warning)
+
+
+stage_commands = (run, plan, curate, judge, train, study, import_head, index, evaluate, backfill, retry)

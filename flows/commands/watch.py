@@ -1,0 +1,101 @@
+"""Commands that watch, pause and stop runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated
+
+import typer
+from rich.live import Live
+
+from flows.commands.options import DEFAULT_WORKSPACE, JsonOption, RunArgument, WorkspaceOption, trimmed
+from flows.commands.terminal import out, say
+from storage_schemas.errors import StoreError
+from storage_schemas.which_workspace import command
+from storage_schemas.workspace import Workspace
+
+WATCH_SECONDS = 2.0
+
+
+def status(
+    run: Annotated[
+        str | None,
+        typer.Argument(help="The run; default: the one planned last.", callback=lambda run: run and trimmed(run)),
+    ] = None,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: JsonOption = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until the run is over.")] = False,
+) -> None:
+    """Progress, speed, time left, device-hours, workers, failures; from the workspace alone, no server is needed.
+
+    Example: `fastgda status`
+    """
+    from tasks.watching.run_status import RunStatus, latest_run, run_status
+    from tasks.watching.status_text import status_table
+
+    place = Workspace.at(workspace)
+    chosen = run or latest_run(place)
+
+    def now() -> RunStatus:
+        return run_status(place, chosen)
+
+    if as_json:
+        print(json.dumps(now().as_json(), indent=2))
+    elif not watch:
+        out.print(status_table(now()), highlight=False)
+    else:
+        with Live(console=out, auto_refresh=False) as live:
+            while True:
+                found = now()
+                live.update(status_table(found), refresh=True)
+                if found.state not in ("running", "paused", "planned"):
+                    break
+                time.sleep(WATCH_SECONDS)
+
+
+def pause(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
+    """Stop a run's workers at their next micro-batch; its coordinator waits.
+
+    Example: `fastgda pause openmoji-1b2c3d4e5f`
+    """
+    place = _ask(run, workspace, "pause")
+    say(f"asked; {command(place, f'resume {run}')} lets it go on")
+
+
+def cancel(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
+    """Stop a run's workers at their next micro-batch, and its coordinator; what is finished is kept.
+
+    Example: `fastgda cancel openmoji-1b2c3d4e5f`
+    """
+    place = _ask(run, workspace, "cancel")
+    say(f"asked; {command(place, f'retry {run}')} would go on")
+
+
+def _ask(run: str, workspace: str, wish: str) -> Workspace:
+    from storage_schemas.runs.ledger import read_run
+    from storage_schemas.runs.liveness import Wish, ask
+
+    place = Workspace.at(workspace)
+    read_run(place, run)
+    ask(place, run, Wish(wish))
+    return place
+
+
+def resume(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
+    """Let a paused run go on.
+
+    Example: `fastgda resume openmoji-1b2c3d4e5f`
+    """
+    from storage_schemas.runs.ledger import read_run
+    from storage_schemas.runs.liveness import Wish, asked, withdraw
+
+    place = Workspace.at(workspace)
+    read_run(place, run)
+    if asked(place, run) != Wish.pause:
+        raise StoreError(f"run {run} is not paused; {command(place, f'status {run}')} says how it stands")
+    withdraw(place, run)
+    say(f"it goes on, if its coordinator still waits; otherwise {command(place, f'retry {run}')}")
+
+
+watch_commands = (status, pause, resume, cancel)

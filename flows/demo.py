@@ -1,0 +1,35 @@
+"""The demo: OpenMoji's data and model laid out, then the ordinary pipeline on a ready config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastgda_core.diffusion.training import DenoiserTraining
+from flows.pipeline import RunSummary, attribution_pipeline
+from storage_schemas.commit import write_atomically
+from tasks.config.files import load_config
+from tasks.demo.openmoji import CONFIG, PUBLISHED_CONFIG, write_model_folder, write_shards
+
+
+def prepare(folder: Path, source: Path = CONFIG) -> Path:
+    """Lay out `shards/`, `model/` and a ready config; returns the config's path."""
+    write_shards(folder / "shards")
+    write_model_folder(folder / "model")
+    config = folder / source.name
+    if not config.is_file():
+        write_atomically(config, source.read_bytes())
+    return config
+
+
+def demo(folder: Path, source: Path = CONFIG) -> RunSummary:
+    """The whole pipeline on OpenMoji by a ready config, everything under `folder`."""
+    return attribution_pipeline(load_config(prepare(folder, source)))
+
+
+def train_model(folder: Path, out: Path, training: DenoiserTraining, initial: Path | None) -> Path:
+    """Train the demo's denoiser on the demo's own shards into `out`; returns the picture of a sample grid."""
+    from tasks.demo.model import train_denoiser_on, write_sample_grid
+
+    write_shards(folder / "shards")
+    train_denoiser_on(folder / "shards", out, training, initial)
+    return write_sample_grid(out, load_config(PUBLISHED_CONFIG).queries)

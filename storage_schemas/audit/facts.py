@@ -1,0 +1,251 @@
+"""What is known of an index, a head, a snapshot, a run, a sample."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from typing import Any, TypeVar
+
+import duckdb
+import pyarrow.compute as pc
+
+from storage_schemas import tables
+from storage_schemas.commit import read_manifest
+from storage_schemas.errors import StoreError
+from storage_schemas.files import AnyPath, matching
+from storage_schemas.runs.attempts import ShardState
+from storage_schemas.runs.ledger import read_labelling, read_ledger, read_run
+from storage_schemas.runs.liveness import Assignment, read_assignment
+from storage_schemas.runs.records import RunRecord
+from storage_schemas.snapshots.published import NotPublished, Published, read_published
+from storage_schemas.snapshots.snapshots import read_snapshot
+from storage_schemas.workspace import Workspace
+
+Found = TypeVar("Found")
+Facts = dict[str, str]
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")  # of a folder that the store makes
+GONE = "missing"
+
+
+class UnknownName(StoreError):
+    """The workspace has nothing of this name."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One thing, what is known of it, and what it was made from."""
+
+    kind: str
+    name: str
+    facts: Facts
+    made_from: list[Node] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def known(facts: Mapping[str, object]) -> Facts:
+    """As text, without those that nothing says."""
+    texts = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in facts.items()}
+    return {name: str(value) for name, value in texts.items() if value is not None and value != ""}
+
+
+def tried(what: str, read: Callable[[], Found], facts: Facts) -> Found | None:
+    """What `read` gives; None, and a fact that says why, where its file is missing or damaged."""
+    try:
+        return read()
+    except FileNotFoundError:
+        facts[what] = GONE
+    except (OSError, ValueError, TypeError, duckdb.Error) as error:  # a damaged table too
+        facts[what] = f"cannot be read: {' '.join(str(error).split())[:200]}"
+    except StoreError:
+        facts[what] = GONE
+    return None
+
+
+def needed(what: str, read: Callable[[], Found]) -> Found:
+    facts: Facts = {}
+    found = tried(what, read, facts)
+    if found is None:
+        raise StoreError(f"{what}: {facts[what]}; no pair can be found without it")
+    return found
+
+
+def committed_facts(path: AnyPath, rows: str = "rows") -> Facts:
+    """What the manifest of a file says, and whether the file is as large as it says; `rows` is what they are called."""
+    manifest = read_manifest(path)
+    size = path.stat().st_size if path.exists() else None
+    if manifest is None:
+        return known({"file": GONE if size is None else None, "manifest": "missing or damaged"})
+    wrong = f"damaged: it has {size} bytes" if size != manifest.size else None
+    return known(
+        {
+            "file": GONE if size is None else wrong,
+            "sha256": manifest.sha256,
+            rows: manifest.rows,
+            "size": manifest.size,
+            "committed_at": manifest.committed_at,
+            "seconds": f"{manifest.seconds:.2f}",
+            "device": manifest.device,
+            "worker": manifest.worker,
+            "code_version": manifest.code_version,
+            "flow_run": manifest.origin,
+        }
+    )
+
+
+def _json(path: AnyPath) -> dict[str, Any]:
+    return dict(json.loads(path.read_bytes()))
+
+
+def checked_name(value: object) -> str:
+    """A name that a file gives, where it can be one: no file sends a reader out of the workspace."""
+    return value if isinstance(value, str) and NAME.fullmatch(value) else ""
+
+
+def published_or_none(workspace: Workspace) -> Published | None:
+    try:
+        return read_published(workspace)
+    except NotPublished:
+        return None
+
+
+def last_name(path: str | None) -> str:
+    return (path or "").rsplit("/", 1)[-1]
+
+
+def sample_node(workspace: Workspace, samples: str, train_id: int) -> Node:
+    facts: Facts = {}
+    chosen = pc.field("train_id") == train_id
+    rows = tried(samples, lambda: tables.read(workspace.file(samples), tables.SAMPLES, chosen).to_pylist(), facts)
+    for row in rows or []:
+        size = f"{row['width']} x {row['height']}"
+        place = {"key": row["key"], "tar": row["shard"], "offset": row["offset"], "bytes": row["size"], "pixels": size}
+        captions = {f"caption_{number}": caption for number, caption in enumerate(row["captions"], start=1)}
+        facts |= known({**place, **captions, "image_sha256": row["image_sha256"]})
+    return Node("training sample", str(train_id), facts)
+
+
+def index_node(workspace: Workspace, version: str) -> Node:
+    folder = workspace.index(version)
+    facts = committed_facts(folder / "index.faiss", "vectors")
+    about = tried("index.json", lambda: _json(folder / "index.json"), facts) or {}
+    facts |= known({"code_version": about.get("code_version"), "flow_run": about.get("origin")})
+    head = checked_name(about.get("head"))
+    published = published_or_none(workspace)
+    if published is not None and published.index == workspace.relative(folder):
+        facts["served"] = "yes"
+        head = head or checked_name(last_name(published.head))  # indexes of earlier releases do not say
+    return Node("index", version, facts, [head_node(workspace, head)] if head else [])
+
+
+def head_node(workspace: Workspace, version: str) -> Node:
+    folder = workspace.head(version)
+    facts = committed_facts(folder / "head.safetensors", "training_pairs")
+    about = tried("head.json", lambda: _json(folder / "head.json"), facts) or {}
+    names = ("feature_space", "best_epoch", "snapshot", "run", "imported_from", "sha256", "code_version")
+    facts |= known({name: about.get(name) for name in names} | {"flow_run": about.get("origin")})
+    with suppress(KeyError, IndexError, TypeError):  # another release may have described it otherwise
+        facts["validation_map"] = str(about["history"][about["best_epoch"]]["validation_map"])
+    snapshot, run = checked_name(about.get("snapshot")), checked_name(about.get("run"))
+    behind = [snapshot_node(workspace, snapshot)] if snapshot else []
+    if run and not any(node.made_from for node in behind):
+        behind.append(run_node(workspace, run))
+    return Node("head", version, facts, behind)
+
+
+def snapshot_node(workspace: Workspace, name: str) -> Node:
+    facts: Facts = {}
+    found = tried("file", lambda: read_snapshot(workspace, name), facts)
+    if found is None:
+        return Node("snapshot", name, facts)
+    facts |= known({"rows": found.rows, "queries": found.queries, "runs": ", ".join(found.runs)})
+    facts |= known({"negatives": ", ".join(sorted({part.negatives for part in found.parts}))})
+    for part in found.parts:
+        gone = "" if workspace.file(part.path).exists() else f", {GONE}"
+        facts[part.path] = f"{part.rows} rows, sha256 {part.sha256}{gone}"
+    return Node("snapshot", name, facts, [run_node(workspace, run) for run in found.runs if checked_name(run)])
+
+
+def is_run(workspace: Workspace, name: str) -> bool:
+    return bool(checked_name(name)) and workspace.run(name).parent.exists()
+
+
+def run_node(workspace: Workspace, name: str) -> Node:
+    facts: Facts = {}
+    record = tried("run.json", lambda: read_run(workspace, name), facts)
+    assignment = tried("assignment", lambda: read_assignment(workspace, name), facts)
+    if facts.get("assignment") == GONE:
+        facts["assignment"] = "none: imported, or of an earlier release"
+    if record is not None:
+        # A record without the field would show the version of who reads it.
+        code_version = record.code_version if "code_version" in record.model_fields_set else None
+        facts |= known({"configuration": record.name, "created_at": record.created_at, "code_version": code_version})
+        facts |= known({"flow_run": record.origin})
+    if assignment is not None:
+        data = assignment.stages.get("samples")
+        facts |= known({"last_flow_run": assignment.origin, "model_hash": assignment.model_hash})
+        facts |= known({"data_hash": data.key if data else None})
+    if record is not None:
+        facts |= known({"pairs": record.pairs}) | _progress(workspace, name) | _settings(record)
+        # As it was planned it may have been labelled otherwise.
+        facts.pop("teacher.negatives", None)
+        labelling = tried("labelling", lambda: read_labelling(workspace, name), facts)
+        facts |= known({"negatives": labelling.negatives if labelling else None})
+    return Node("run", name, facts, list(_stages(workspace, record, assignment)))
+
+
+def _settings(record: RunRecord) -> Facts:
+    """The parts of a configuration that say where scores come from, by their dotted names."""
+    config, facts = record.config, known({"teacher": record.teacher})
+    wanted = {"teacher": None, "candidates": None, "model": ("folder",), "data": ("shards",), "features": ("space",)}
+    for section, names in wanted.items():
+        values = config.get(section)
+        if isinstance(values, dict):
+            facts |= known({f"{section}.{name}": values[name] for name in names or values if name in values})
+    imported = {name: config.get(name) for name in ("imported_from", "sha256", "split")}
+    return facts | known(imported)
+
+
+def _progress(workspace: Workspace, run: str) -> Facts:
+    """How far the run is by its ledger as last written, as a snapshot may hold hundreds of runs."""
+    facts: Facts = {}
+
+    def ledger() -> Any:
+        written = workspace.ledger(run)
+        return tables.read(written, tables.SHARDS) if written.exists() else read_ledger(workspace, run)
+
+    found = tried("shards", ledger, facts)
+    if found is not None:
+        states = found["state"].to_pylist()
+        facts["shards"] = f"{states.count(ShardState.done)} of {len(states)} done"
+    left_out = workspace.quarantined_samples(run)
+    if left_out.exists():
+        rows = tried("samples_left_out", lambda: tables.read(left_out, tables.QUARANTINED_SAMPLES), facts)
+        facts |= known({"samples_left_out": None if rows is None else rows.num_rows})
+    return facts
+
+
+def _stages(workspace: Workspace, record: RunRecord | None, assignment: Assignment | None) -> Iterable[Node]:
+    if assignment is not None:
+        for kind, stage in assignment.stages.items():
+            if kind != "scores":  # the run itself
+                facts = known({"path": stage.path, "rows": stage.rows})
+                yield Node(kind, stage.key, facts | _stage_file(workspace.file(stage.path)))
+    elif record is not None:
+        for kind in ("samples", "queries", "candidates", "base_losses"):
+            path: str | None = getattr(record, kind)
+            if path is not None:
+                yield Node(kind.replace("_", " "), path, _stage_file(workspace.file(path)))
+
+
+def _stage_file(path: AnyPath) -> Facts:
+    if path.suffix:
+        return committed_facts(path)
+    # Parts may be thousands, made by as many flow runs: `RUN/SHARD` and the manifests beside them tell of each.
+    return known({"files": len(matching(path, "part-*.manifest.json"))})

@@ -1,0 +1,187 @@
+"""Put runs before readers, and take them back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from storage_schemas.files import create, read_if_there, remove, sync_folders, write_atomically
+from storage_schemas.runs.ledger import published_versions, read_run, write_ledger
+from storage_schemas.runs.records import Part
+from storage_schemas.snapshots.published import (
+    LAYOUT_VERSION,
+    NOTHING,
+    NotPublished,
+    OtherRelease,
+    Published,
+    newest_version,
+    parsed,
+    read_published,
+)
+from storage_schemas.snapshots.snapshots import Snapshot, make_snapshot, read_snapshot
+from storage_schemas.sql.views import write_catalog
+from storage_schemas.workspace import Workspace
+
+
+def publish_runs(
+    workspace: Workspace,
+    runs: list[str],
+    *,
+    add: bool = False,
+    exact_check: str | None = None,
+    incomplete: bool = False,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> Published:
+    """Make the rows of these runs what readers see, in one step; where they are added, beside what is published then.
+
+    The head and index that are served stay, as long as a train_id means the same image, until others are promoted.
+    Metrics and the exact check stay only where the snapshot stays the same.
+
+    Raises:
+        CannotPublish, RunUnfinished: see `make_snapshot`.
+    """
+
+    known: dict[tuple[str, frozenset[str]], list[Part]] = {}
+
+    def change(before: Published | None) -> Published:
+        there = read_snapshot(workspace, before.snapshot).runs if add and before else []
+        together = [*(run for run in there if run not in runs), *runs]
+        snapshot = make_snapshot(workspace, together, incomplete=incomplete, advance=advance, known=known)
+        return _showing(workspace, snapshot, before, exact_check)
+
+    published = update_published(workspace, change)
+    assert published is not None
+    for run in runs:
+        write_ledger(workspace, run)
+    return published
+
+
+def _showing(
+    workspace: Workspace, snapshot: Snapshot, before: Published | None, exact_check: str | None = None
+) -> Published:
+    """What readers see once it is this snapshot, with what still stands of what they saw before."""
+    records = [read_run(workspace, run) for run in snapshot.runs]
+    last = records[-1]
+    kept = before if before is not None and before.snapshot == snapshot.snapshot else None
+    served = before if before is not None and before.samples == last.samples else None
+    return Published(
+        layout_version=LAYOUT_VERSION,
+        snapshot=snapshot.snapshot,
+        run=last.run,
+        teacher=last.teacher,
+        created_at=kept.created_at if kept else datetime.now(UTC),
+        samples=last.samples,
+        rejected_samples=last.rejected_samples,
+        queries=list(dict.fromkeys(record.queries for record in records if record.queries)),
+        candidates=list(dict.fromkeys(record.candidates for record in records if record.candidates)),
+        base_losses=last.base_losses,
+        exact_check=exact_check if exact_check or kept is None else kept.exact_check,
+        metrics=kept.metrics if kept else None,
+        study=kept.study if kept else None,
+        head=served.head if served else None,
+        index=served.index if served else None,
+        index_samples=served.index_samples if served else None,
+        config=last.config,
+    )
+
+
+def retract_run(workspace: Workspace, run: str) -> Published | None:
+    """Take a run's rows out of what readers see, in one step; rows that it had replaced come back.
+
+    None when nothing is left: then readers are told that nothing is published.
+
+    Raises:
+        NotPublished: the run is not in the published snapshot.
+    """
+
+    known: dict[tuple[str, frozenset[str]], list[Part]] = {}
+
+    def change(before: Published | None) -> Published | None:
+        runs = read_snapshot(workspace, (before or read_published(workspace)).snapshot).runs
+        if run not in runs:
+            raise NotPublished(f"run {run} is not published; the published snapshot holds: {', '.join(runs)}")
+        left = [name for name in runs if name != run]
+        return _showing(workspace, make_snapshot(workspace, left, known=known), before) if left else None
+
+    return update_published(workspace, change)
+
+
+def update_published(workspace: Workspace, change: Callable[[Published | None], Published | None]) -> Published | None:
+    """Replace what readers see, in one step, by what `change` makes of it.
+
+    Args:
+        change: takes what is published and gives what is to be, either None where that is nothing, or what another
+            release wrote. It is asked again where another writer came first.
+
+    Returns:
+        What is published now.
+    """
+    while True:
+        number, content = newest_version(workspace)
+        try:
+            before = None if content is None else parsed(workspace, content)
+        except OtherRelease:
+            before = None
+        if before is not None and before.version == 0:
+            # What an earlier release published takes its place among the versions before anything is made of it: as
+            # long as `current.json` has no number, nobody sees newer ones.
+            before = before.model_copy(update={"version": number + 1})
+            if _created(workspace, number + 1, before):
+                write_atomically(workspace.current, _written(before))
+            continue
+        after = change(before)
+        if _same(before, after):
+            if before is not None or content is None:  # what another release wrote is left as it is
+                _settle(workspace, number)
+            return before
+        if after is not None:
+            after = after.model_copy(update={"version": number + 1})
+        if _created(workspace, number + 1, after):
+            _settle(workspace, number + 1)
+            return after
+
+
+def _written(published: Published | None) -> bytes:
+    return NOTHING if published is None else published.model_dump_json(indent=2).encode() + b"\n"
+
+
+def _same(before: Published | None, after: Published | None) -> bool:
+    if before is None or after is None:
+        return before is after
+    return before == after.model_copy(update={"version": before.version})
+
+
+def _created(workspace: Workspace, number: int, published: Published | None) -> bool:
+    """Whether this became the version of that number; False where another writer came first."""
+    place = workspace.published(number)
+    if not create(place, _written(published)):
+        return False
+    sync_folders([place])
+    # A writer that slept while a hundred others wrote may have taken the number of an old one that is vacuumed.
+    numbers = published_versions(workspace)
+    if numbers[-1] > number and number + 1 not in numbers:
+        remove(place)
+        return False
+    return True
+
+
+def _settle(workspace: Workspace, number: int) -> None:
+    """Make `current.json` and the catalog those of the version, unless a newer one is there, whose writer does so.
+
+    A slow writer may put an older one in place of a newer. So each looks again after it wrote, and goes on until that
+    was the newest: who writes last leaves it.
+    """
+    newest, content = newest_version(workspace)
+    if newest != number:
+        return
+    written = -1
+    while written != newest:
+        if content is None:
+            remove(workspace.current)
+            remove(workspace.catalog)
+        else:
+            if content != read_if_there(workspace.current):
+                write_atomically(workspace.current, content)
+            write_catalog(workspace)
+        written = newest
+        newest, content = newest_version(workspace)

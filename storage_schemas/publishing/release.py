@@ -1,0 +1,362 @@
+"""Scores in the layout of the FastGDA release: `influence_train.pkl`, as its `merge_train.py` writes it.
+
+A pickle of `{split: {"influence_subset", "rank_influence_subset", "rank"}}` whose three arrays are (queries,
+candidates): the scores in the order of the candidates, the argsort of the negated scores, and the training samples,
+the most influential first. The split, `random` in the release, is how the candidates were chosen. The files of single
+queries, `influence_<i>.pkl`, and of queries that are scored against all samples, `{"influence": (N,), "rank": (N,)}`,
+are not this.
+
+A pickle is a program. Reading one here runs none of it: whatever it names is looked up in a short table of classes of
+this module that stand for numpy's, so not even numpy's own unpickling, which trusts what it is given, sees the file.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from storage_schemas import tables
+from storage_schemas.commit import TableCommit, commit_tables, file_sha256, input_key
+from storage_schemas.database import file_list, open_database
+from storage_schemas.files import replace_through, write_atomically
+from storage_schemas.publishing.export import check_absent
+from storage_schemas.publishing.plain_pickle import BadRelease, PlainArray, unpickle
+from storage_schemas.runs.ledger import done_shards, read_run, write_ledger, write_plan
+from storage_schemas.runs.records import Part, RunRecord
+from storage_schemas.snapshots.compaction import MEMORY_GIGABYTES, compact
+from storage_schemas.workspace import Workspace
+
+SPLIT = "random"  # merge_train.py writes no other
+SCORES, ORDER, TRAIN_IDS = "influence_subset", "rank_influence_subset", "rank"
+SHARDS_AT_ONCE = 64  # whose folder is synced once
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")  # as `name` of a configuration
+
+
+def export_release(workspace: Workspace, run: str, destination: Path) -> None:
+    """A finished run as `influence_train.pkl` of the FastGDA release; see the module for its layout.
+
+    Queries are ordered by split, train, validation, test, then as planned, as the release's training takes its rows by
+    number: `[0:train_size]`, `[val_start:val_end]`. A JSON file beside it (`rows_beside`) names the query of each row,
+    its split, and these numbers; queries of an imported run have no splits. Candidates are ordered by neighbor_rank
+    where the run has a candidates file, else by train_id. Scores are float64, the rest int64; equal scores are ordered
+    by train_id, as in `ranks`. It is not the release's file of a single query, nor `{"influence": (N,), "rank": (N,)}`.
+    Memory holds all rows, at about 50 bytes each. Read it with numpy 1.26 or later.
+
+    Args:
+        destination: a file that is not there yet, nor the one beside it; its folder is made.
+
+    Raises:
+        BadRelease: queries differ in their number of candidates, scored pairs are no candidates, or a score is not
+            finite.
+        DestinationTaken: the file is there.
+        UnknownRun, RunUnfinished: there is no such run, or it has shards that are not done.
+    """
+    check_absent(destination)
+    check_absent(rows_beside(destination))
+    record = read_run(workspace, run)
+    parts = compact(workspace, run)
+    planned, splits = _by_split(workspace, record)
+    arrays = _arrays(workspace, record, parts, planned)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            pickle.dump({SPLIT: arrays}, file, protocol=4)
+
+    replace_through(destination, write, lambda temporary: None)
+    described = {"run": run, "query_ids": planned["query_id"].to_pylist(), **_slices(splits)}
+    write_atomically(rows_beside(destination), json.dumps(described, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def rows_beside(pickle_path: Path) -> Path:
+    """Where the query of each row of an exported file is written down."""
+    return pickle_path.with_name(f"{pickle_path.stem}.rows.json")
+
+
+def _by_split(workspace: Workspace, record: RunRecord) -> tuple[pa.Table, list[str] | None]:
+    """The planned queries in the order of the export, and the split of each; None where the run has no query set.
+
+    Queries of the twin test are in no split, and left out.
+    """
+    planned = tables.read(workspace.plan_queries(record.run), tables.PLAN_QUERIES)
+    if record.queries is None:
+        return planned, None
+    found = tables.read(workspace.file(record.queries), tables.QUERIES, columns=["query_id", "split"]).to_pydict()
+    split_of = dict(zip(found["query_id"], found["split"], strict=True))
+    query_ids = planned["query_id"].to_pylist()
+    rows = (row for row in range(len(query_ids)) if split_of[query_ids[row]] in _SPLITS)
+    order = sorted(rows, key=lambda row: _SPLITS.index(split_of[query_ids[row]]))
+    return planned.take(order), [split_of[query_ids[row]] for row in order]
+
+
+_SPLITS = ("train", "validation", "test")
+
+
+def _slices(splits: list[str] | None) -> dict[str, Any]:
+    """The split of each row and the numbers that the release's training is given."""
+    if splits is None:
+        return {}
+    train, validation = (splits.count(split) for split in _SPLITS[:2])
+    return {"splits": splits, "train_size": train, "val_start": train, "val_end": train + validation}
+
+
+def import_release(
+    workspace: Workspace,
+    pickle_path: Path,
+    *,
+    name: str,
+    teacher: str,
+    query_ids: list[str] | None = None,
+    samples: str | None = None,
+) -> str:
+    """Write `influence_train.pkl` of the FastGDA release as a run, a score shard for each of its queries.
+
+    Nothing that the file holds is executed. A second import of the same file finds the same run and adds what is
+    missing in it, so one that was killed goes on.
+
+    Args:
+        name: the run's name starts with it.
+        teacher: the method that made the scores.
+        query_ids: of the rows, in order; q00000, q00001, ... unless given.
+        samples: the samples table that the train_ids number, relative to the workspace, if it has one.
+
+    Returns:
+        The name of the run.
+
+    Raises:
+        BadRelease: the file is no such pickle, names anything but numeric numpy arrays, is damaged or contradicts
+            itself, or an argument does not fit it.
+    """
+    release, sha256 = _read(pickle_path)
+    queries, candidates = release.scores.shape
+    names = [f"q{row:05d}" for row in range(queries)] if query_ids is None else query_ids
+    _check_arguments(workspace, release, name, names, samples)
+    run = f"{name}-{input_key('release', sha256, teacher, names, samples, table=tables.SCORES)[:10]}"
+    keys = [input_key("release", sha256, row, query_id, table=tables.SCORES) for row, query_id in enumerate(names)]
+    record = RunRecord(
+        run=run,
+        name=name,
+        teacher=teacher,
+        created_at=datetime.now(UTC),
+        shards=queries,
+        pairs=queries * candidates,
+        samples=samples,
+        config={"imported_from": pickle_path.name, "sha256": sha256, "split": release.split},
+    )
+    numbers, pairs = range(queries), [candidates] * queries
+    write_plan(
+        workspace,
+        record,
+        tables.PLAN_SHARDS.rows(shard=numbers, input_key=keys, query_block=numbers, pairs=pairs),
+        tables.PLAN_QUERIES.rows(query_id=names, query_block=numbers, pairs=pairs),
+    )
+    done = done_shards(workspace, run)
+    missing = [row for row in numbers if row not in done]
+    for start in range(0, len(missing), SHARDS_AT_ONCE):
+        batch = missing[start : start + SHARDS_AT_ONCE]
+        commit_tables([_shard(workspace, run, release, row, names[row], keys[row]) for row in batch])
+    write_ledger(workspace, run)
+    return run
+
+
+@dataclass(frozen=True)
+class _Release:
+    """What a file holds; all arrays are (queries, candidates)."""
+
+    split: str
+    scores: NDArray[np.floating[Any]]
+    order: NDArray[np.integer[Any]]
+    train_ids: NDArray[np.integer[Any]]
+
+
+def _arrays(
+    workspace: Workspace, record: RunRecord, parts: Sequence[Part], planned: pa.Table
+) -> dict[str, NDArray[Any]]:
+    """The three arrays of the layout; the rows come from SQL in the order of queries and candidates."""
+    queries, candidates = _shape(record.run, planned)
+    shape, rows = (queries, candidates), queries * candidates
+    numbers, train_ids = np.empty(rows, np.int32), np.empty(rows, np.int64)
+    scores, places = np.empty(rows), np.empty(rows, np.int64)
+    filled = 0
+    for batch in _ordered_rows(workspace, record, parts, planned):
+        here = slice(filled, filled + batch.num_rows)
+        filled += batch.num_rows
+        if filled > rows:
+            break
+        numbers[here], train_ids[here] = batch["number"], batch["train_id"]
+        scores[here], places[here] = batch["score"], batch["place"]
+    order = np.full(shape, -1)
+    if filled == rows:
+        np.put_along_axis(order, places.reshape(shape), np.arange(candidates)[None], axis=1)
+    if (order < 0).any() or (numbers.reshape(shape) != np.arange(queries)[:, None]).any():
+        raise BadRelease(
+            f"run {record.run}: {record.candidates} does not hold each of its {rows} scored pairs once, so they have "
+            "no order: export it as parquet or datasets"
+        )
+    if not np.isfinite(scores).all():
+        raise BadRelease(f"run {record.run} has scores that are not finite: export it as parquet or datasets")
+    return {
+        SCORES: scores.reshape(shape),
+        ORDER: order,
+        TRAIN_IDS: np.take_along_axis(train_ids.reshape(shape), order, axis=1),
+    }
+
+
+def _shape(run: str, planned: pa.Table) -> tuple[int, int]:
+    """Queries and the candidates that each of them has."""
+    rows = planned.to_pylist()
+    if not rows or not rows[0]["pairs"]:
+        raise BadRelease(f"run {run} has no scored pairs to export")
+    first = rows[0]
+    for other in rows:
+        if other["pairs"] != first["pairs"]:
+            raise BadRelease(
+                f"run {run}: query {first['query_id']!r} has {first['pairs']} candidates and {other['query_id']!r} has "
+                f"{other['pairs']}, the release's arrays need the same number: export it as parquet or datasets"
+            )
+    return len(rows), first["pairs"]
+
+
+def _ordered_rows(
+    workspace: Workspace, record: RunRecord, parts: Sequence[Part], planned: pa.Table
+) -> Iterator[pa.RecordBatch]:
+    """The scored pairs by query, in the given order, and candidate, with its place (from 0) in its query's ranking."""
+    with open_database(workspace, memory_gigabytes=MEMORY_GIGABYTES, threads=2) as connection:
+        numbers = pa.array(range(planned.num_rows), pa.int32())
+        connection.register("planned", planned.select(["query_id"]).append_column("number", numbers))
+        # Not by rank, which ties may share.
+        places = f"""
+            SELECT query_id, train_id, score,
+                   row_number() OVER (PARTITION BY query_id ORDER BY score DESC, train_id) - 1 AS place
+            FROM read_parquet({file_list(workspace.file(part.path) for part in parts)})
+        """
+        join, order = "", "train_id"
+        if record.candidates is not None:
+            candidates = file_list([workspace.file(record.candidates)])
+            join = f"JOIN read_parquet({candidates}) AS candidates USING (query_id, train_id)"
+            order = "neighbor_rank, train_id"
+        rows = connection.sql(f"""
+            SELECT number, train_id, score, place
+            FROM ({places}) AS ranks JOIN planned USING (query_id) {join}
+            ORDER BY number, {order}
+        """)
+        yield from rows.to_arrow_reader(tables.RANKS.row_group_rows)
+
+
+def _check_arguments(
+    workspace: Workspace, release: _Release, name: str, query_ids: Sequence[str], samples: str | None
+) -> None:
+    if not _NAME.fullmatch(name):
+        raise BadRelease(f"name {name!r} must be at most 40 of a-z, 0-9, - and _, and start with a letter or digit")
+    if len(query_ids) != len(release.scores):
+        raise BadRelease(
+            f"query_ids has {len(query_ids)} names, the file has {len(release.scores)} queries: give one for each row"
+        )
+    query_id, times = Counter(query_ids).most_common(1)[0]
+    if times > 1:
+        raise BadRelease(f"query_ids names {query_id!r} {times} times: give each query its own")
+    if samples is None:
+        return
+    try:
+        with workspace.file(samples).open("rb") as file:
+            count = pq.read_metadata(file).num_rows
+    except FileNotFoundError:
+        raise BadRelease(f"{workspace.root} has no samples table {samples}: name one that it has, or none") from None
+    highest = int(release.train_ids.max())
+    if highest >= count:
+        raise BadRelease(
+            f"{samples} has {count} training samples, the file scores train_id {highest}: name the table of the data "
+            "set that was scored"
+        )
+
+
+def _shard(workspace: Workspace, run: str, release: _Release, row: int, query_id: str, key: str) -> TableCommit:
+    started = time.monotonic()
+    train_ids = release.train_ids[row]
+    rows = tables.SCORES.rows(
+        query_id=[query_id] * len(train_ids),
+        train_id=train_ids.astype(np.int64),
+        score=release.scores[row][release.order[row]].astype(np.float64),
+    )
+    return TableCommit(workspace.score_shard(run, row), rows, tables.SCORES, key, started)
+
+
+def _read(path: Path) -> tuple[_Release, str]:
+    """The file's content, checked, and its sha256."""
+    try:
+        sha256 = file_sha256(path)
+        with path.open("rb") as file:
+            content = unpickle(path, file)
+    except OSError as error:
+        raise BadRelease(f"{path} cannot be read: {error.strerror or error}") from None
+    release = _arranged(path, content)
+    for row in range(len(release.scores)):
+        fault = _fault(release.scores[row], release.order[row], release.train_ids[row])
+        if fault:
+            raise BadRelease(f"{path}: row {row} {fault}: write the file again with merge_train.py of the release")
+    return release, sha256
+
+
+def _arranged(path: Path, content: object) -> _Release:
+    """The three arrays of the file, of one shape and of the right kinds."""
+    split, arrays = next(iter(content.items())) if isinstance(content, dict) and len(content) == 1 else ("", None)
+    if not isinstance(split, str) or not split.isprintable() or not isinstance(arrays, dict):
+        raise BadRelease(
+            f"{path} holds {_outline(content)}, not a split and its arrays: merge the files of single queries with "
+            "merge_train.py of the release"
+        )
+    if arrays.keys() != {SCORES, ORDER, TRAIN_IDS}:
+        raise BadRelease(
+            f"{path}: {split!r} holds {_outline(arrays)}, not {SCORES}, {ORDER} and {TRAIN_IDS}: it is not what "
+            "merge_train.py of the release writes"
+        )
+    found = {name: _values(path, name, arrays[name], "f" if name == SCORES else "iu") for name in arrays}
+    shapes = {name: values.shape for name, values in found.items()}
+    if len(set(shapes.values())) != 1 or len(shapes[SCORES]) != 2 or not found[SCORES].size:
+        raise BadRelease(f"{path}: shapes {shapes} are not one (queries, candidates): write the file again")
+    return _Release(split, found[SCORES], found[ORDER], found[TRAIN_IDS])
+
+
+def _values(path: Path, name: str, stand_in: object, kinds: str) -> NDArray[Any]:
+    values = getattr(stand_in, "values", None) if isinstance(stand_in, PlainArray) else None
+    if values is None or values.dtype.kind not in kinds:
+        found = "no array" if values is None else f"of {values.dtype}"
+        wanted = "floats" if kinds == "f" else "integers"
+        raise BadRelease(f"{path}: {name} is {found}, it must be a numpy array of {wanted}: write the file again")
+    return values
+
+
+def _outline(content: object) -> str:
+    """What an object is, in a few words for a message."""
+    if not isinstance(content, dict):
+        return type(content).__name__.lstrip("_").lower()
+    keys = ", ".join(repr(key)[:40] for key in list(content)[:5])
+    return f"a dict of {len(content)} ({keys})"
+
+
+def _fault(scores: NDArray[Any], order: NDArray[Any], train_ids: NDArray[Any]) -> str | None:
+    """What is wrong with the three rows of a query, each (candidates,)."""
+    if not np.isfinite(scores).all():
+        return f"of {SCORES} has values that are not finite"
+    if not np.array_equal(np.sort(order), np.arange(len(order))):
+        return f"of {ORDER} is no permutation of its {len(order)} places"
+    ranked = scores[order]
+    if (ranked[:-1] < ranked[1:]).any():
+        return f"of {ORDER} does not sort the scores from high to low"
+    if train_ids.min() < 0 or train_ids.max() > np.iinfo(np.int64).max:
+        return f"of {TRAIN_IDS} has negative or too large numbers"
+    if len(np.unique(train_ids)) != len(train_ids):
+        return f"of {TRAIN_IDS} names a training sample twice"
+    return None

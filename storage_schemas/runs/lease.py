@@ -1,0 +1,137 @@
+"""One maker at a time: whoever wants the same thing meanwhile waits for it, and takes over if the maker dies.
+
+A lease is a folder of small files, numbered in the order in which makers came; the last is the one that counts. A file
+is created only where its number is free, so exactly one process follows a maker that is gone. Only its maker replaces
+it, as a sign of life. The folder goes when the thing is there: it is needed no more.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from storage_schemas.commit import worker_name
+from storage_schemas.files import AnyPath, create, matching, remove, replace
+from storage_schemas.runs.liveness import BEAT_SECONDS
+from storage_schemas.workspace import Workspace
+
+LOST_SECONDS = 60.0  # without a sign of life, after which a maker on another host counts as dead
+LOOK_SECONDS = 1.0
+
+
+class Lease(BaseModel):
+    """`leases/<key>/<number>.json`: somebody makes the thing with this key. A reader goes by `beat`, not by a clock."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    owner: str = Field(description="host:process")
+    beat: int = Field(default=0, ge=0, description="how often it has told")
+    ended: bool = Field(default=False, description="it has stopped by itself, and the thing is not there")
+
+
+@contextmanager
+def sole_maker(
+    workspace: Workspace, key: str, ready: Callable[[], bool], waiting: Callable[[str], None]
+) -> Iterator[None]:
+    """Let one process at a time into the block, until the thing is ready.
+
+    The block looks once more whether it is there, and makes it where it is not.
+
+    Args:
+        key: of the thing.
+        ready: whether it is there, as its manifest says.
+        waiting: told once who makes it.
+    """
+    path = _taken(workspace.lease(key), ready, waiting)
+    if path is None:
+        yield
+        return
+    beats = _Beats(path)
+    try:
+        yield
+    finally:
+        beats.end()
+        if ready():
+            for file in matching(path.parent, "*.json"):
+                remove(file)
+        else:
+            beats.write(ended=True)
+
+
+def _taken(folder: AnyPath, ready: Callable[[], bool], waiting: Callable[[str], None]) -> AnyPath | None:
+    """The lease, now this process's; None where the thing is ready."""
+    seen, since, told = _last(folder), time.monotonic(), False
+    while not ready():
+        last = number, lease = _last(folder)
+        if last != seen:
+            seen, since = last, time.monotonic()
+        if lease is None or lease.ended or _is_dead(lease.owner) or time.monotonic() - since > LOST_SECONDS:
+            path = folder / f"{number + 1:06d}.json"
+            # A number below one that others hold is free again once they cleared up behind themselves.
+            if create(path, _content(Lease(owner=worker_name()))) and _last(folder)[0] == number + 1:
+                return path
+            continue
+        if not told:
+            told = True
+            waiting(lease.owner)
+        time.sleep(LOOK_SECONDS)
+    return None
+
+
+def _last(folder: AnyPath) -> tuple[int, Lease | None]:
+    """Number and content of the lease that counts; 0 and None where there is none."""
+    files = matching(folder, "*.json")
+    try:
+        return (int(files[-1].stem), Lease.model_validate_json(files[-1].read_bytes())) if files else (0, None)
+    except FileNotFoundError:  # its maker cleared up this instant
+        return 0, None
+
+
+def _is_dead(owner: str) -> bool:
+    """Whether a process of this host is gone; of another's nothing is known."""
+    host, _, process = owner.rpartition(":")
+    if host != worker_name().rpartition(":")[0]:
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _content(lease: Lease) -> bytes:
+    return lease.model_dump_json().encode() + b"\n"
+
+
+@dataclass
+class _Beats:
+    """Signs of life of this process in its lease, from a thread of their own."""
+
+    path: AnyPath
+
+    def __post_init__(self) -> None:
+        self._count, self._ended = 0, threading.Event()
+        self._thread = threading.Thread(target=self._beat, name=f"beats of {self.path.parent.name}", daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            self.write()
+
+    def write(self, *, ended: bool = False) -> None:
+        self._count += 1
+        # What is wrong with the store meets the work itself, too, which says so; the next beat may get through.
+        with suppress(Exception):
+            replace(self.path, _content(Lease(owner=worker_name(), beat=self._count, ended=ended)))
+
+    def end(self) -> None:
+        self._ended.set()
+        self._thread.join()

@@ -1,0 +1,336 @@
+"""Which score shards of which runs are pending, running, done, failed or quarantined.
+
+Who writes what, so that no lock is ever held and no reader is ever locked out:
+
+- a worker writes the Parquet file and the manifest of the shards that it finished, and one file of attempt records
+  that is its own (`runs/<run>/attempts/<worker>.jsonl`);
+- the coordinator of a run writes the plan, once, and replaces `runs/<run>/shards.parquet`, this ledger, by rename;
+- who publishes creates `published/<number>.json`, which fails where another did, and replaces `current.json` and
+  `catalog.duckdb` by rename.
+
+DuckDB lets one process at a time open a file that it may write, and no other process, even one that only reads, may
+open it meanwhile (measured on 2.0.0). So nobody opens a published DuckDB file for writing: SQL reads Parquet through
+views in memory.
+
+The ledger holds nothing of its own: `read_ledger` derives it from plan, manifests and attempt records, and
+`rebuild_ledgers` (`fastgda ledger rebuild`) writes it anew. Without the attempt records a shard that failed is
+pending again, and nothing else is lost.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+
+from storage_schemas import tables
+from storage_schemas.commit import Manifest, read_manifest
+from storage_schemas.errors import StoreError
+from storage_schemas.files import AnyPath, matching, remove, write_atomically
+from storage_schemas.runs.attempts import Attempt, ShardState, read_attempts
+from storage_schemas.runs.liveness import read_assignment
+from storage_schemas.runs.records import Compaction, Labelling, RunRecord, UnknownRun
+from storage_schemas.workspace import Workspace
+
+LEDGER_SECONDS = 5.0  # between two refreshes of a running run's ledger, at least
+
+
+def write_plan(workspace: Workspace, record: RunRecord, shards: pa.Table, queries: pa.Table) -> None:
+    """Store what a run will do, once: a run that is planned already is left as it is.
+
+    Args:
+        shards: rows of `tables.PLAN_SHARDS`.
+        queries: rows of `tables.PLAN_QUERIES`.
+    """
+    path = workspace.run(record.run)
+    if path.exists():
+        return
+    write_atomically(workspace.plan_shards(record.run), tables.PLAN_SHARDS.encode(shards, {}))
+    write_atomically(workspace.plan_queries(record.run), tables.PLAN_QUERIES.encode(queries, {}))
+    write_atomically(path, record.model_dump_json(indent=2).encode() + b"\n")
+
+
+def read_run(workspace: Workspace, run: str) -> RunRecord:
+    """Raises UnknownRun, naming those that were planned last."""
+    try:
+        return RunRecord.model_validate_json(workspace.run(run).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        planned = sorted(map(partial(read_run, workspace), run_names(workspace)), key=lambda record: record.created_at)
+        known = ", ".join(record.run for record in planned[-5:]) or "none"
+        raise UnknownRun(f"{workspace.root} has no run {run}; it has: {known}") from None
+
+
+def run_names(workspace: Workspace) -> list[str]:
+    """All planned runs, by name."""
+    if not workspace.runs.exists():
+        return []
+    return sorted(folder.name for folder in workspace.runs.iterdir() if (folder / "run.json").exists())
+
+
+def published_versions(workspace: Workspace) -> list[int]:
+    """The numbers of what was published, ascending; the last is what readers see."""
+    names = [path.stem for path in matching(workspace.root / "published", "*.json")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def read_compaction(workspace: Workspace, run: str) -> Compaction | None:
+    """The run's large files, if it was compacted."""
+    try:
+        return Compaction.model_validate_json(workspace.compaction(run).read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def read_labelling(workspace: Workspace, run: str) -> Labelling:
+    """The run's current labelling."""
+    try:
+        return Labelling.model_validate_json(workspace.labelling(run).read_bytes())
+    except FileNotFoundError:
+        return Labelling()
+
+
+def write_labelling(workspace: Workspace, run: str, labelling: Labelling) -> None:
+    """Make this the run's labelling; rank labels are made by it from the next compaction on."""
+    if read_labelling(workspace, run) != labelling:
+        write_atomically(workspace.labelling(run), labelling.model_dump_json(indent=2).encode() + b"\n")
+
+
+def read_ledger(workspace: Workspace, run: str) -> pa.Table:
+    """The state of every planned shard, as rows of `tables.SHARDS`, from plan, manifests and attempts.
+
+    Raises:
+        UnknownRun: there is no such run.
+    """
+    return derive(workspace, run)[0]
+
+
+def ledger_as_written(workspace: Workspace, run: str) -> pa.Table:
+    """The ledger as its coordinator last wrote it, which costs one small file; derived where there is none."""
+    path = workspace.ledger(run)
+    return tables.read(path, tables.SHARDS) if path.exists() else read_ledger(workspace, run)
+
+
+def write_ledger(workspace: Workspace, run: str) -> pa.Table:
+    """Derive the ledger of a run and put it where SQL looks, with the samples that were left out beside it."""
+    ledger, left_out = derive(workspace, run)
+    write_atomically(workspace.ledger(run), tables.SHARDS.encode(ledger, {}))
+    path = workspace.quarantined_samples(run)
+    if left_out.num_rows:
+        write_atomically(path, tables.QUARANTINED_SAMPLES.encode(left_out, {}))
+    elif path.exists():
+        remove(path)
+    return ledger
+
+
+def quarantined_parts(workspace: Workspace, run: str) -> dict[str, list[AnyPath]]:
+    """The committed files that left samples out, by kind of part: what is to be made again once they are mended."""
+    found: dict[str, list[AnyPath]] = {}
+    for kind, folder in _folders(workspace, run).items():
+        for path, manifest in folder_manifests(folder).items():
+            if manifest.quarantined:
+                found.setdefault(kind, []).append(path)
+    return found
+
+
+def derive(workspace: Workspace, run: str) -> tuple[pa.Table, pa.Table]:
+    """The ledger, rows of `tables.SHARDS`, and the samples left out, rows of `tables.QUARANTINED_SAMPLES`."""
+    read_run(workspace, run)
+    plan = tables.read(workspace.plan_shards(run), tables.PLAN_SHARDS).to_pylist()
+    attempts = read_attempts(workspace, run)
+    listing = _listing(workspace.scores(run))
+    held = _held_by_parts(workspace, run)
+    rows = [_ledger_row(workspace, run, planned, attempts.get(planned["shard"], []), listing, held) for planned in plan]
+    reasons: dict[int, tuple[str, str]] = {}
+    for kind, folder in _folders(workspace, run).items():
+        for manifest in _manifests(folder, listing if kind == "scores" else _listing(folder)).values():
+            for train_id, reason in manifest.quarantined.items():
+                reasons.setdefault(train_id, (kind, reason))
+    left_out = [
+        {"run": run, "train_id": train_id, "found_in": kind, "reason": reason}
+        for train_id, (kind, reason) in sorted(reasons.items())
+    ]
+    ledger = pa.Table.from_pylist(rows, schema=tables.SHARDS.schema)
+    return ledger, pa.Table.from_pylist(left_out, schema=tables.QUARANTINED_SAMPLES.schema)
+
+
+_LEAVING_OUT = ("features of samples", "latents", "base losses")
+
+
+def _folders(workspace: Workspace, run: str) -> dict[str, AnyPath]:
+    """Where the parts lie in which a sample can be left out, in the order in which they are made."""
+    try:
+        stages = read_assignment(workspace, run).stages
+    except StoreError:  # imported
+        stages = {}
+    made = {kind: workspace.file(record.path) for kind, record in stages.items() if kind.startswith(_LEAVING_OUT)}
+    return {**made, "scores": workspace.scores(run)}
+
+
+def folder_manifests(folder: AnyPath) -> dict[AnyPath, Manifest]:
+    """The manifest of every committed part of a folder, by the part's path; only what is new is read."""
+    return _manifests(folder, _listing(folder))
+
+
+def _manifests(folder: AnyPath, listing: dict[str, _Entry]) -> dict[AnyPath, Manifest]:
+    names = [name.removesuffix(_MANIFEST) for name in sorted(listing) if name.endswith(_MANIFEST)]
+    found = {folder / name: _cached_manifest(folder / name, listing) for name in names}
+    return {path: manifest for path, manifest in found.items() if manifest is not None}
+
+
+@contextmanager
+def kept_ledger(workspace: Workspace, run: str) -> Iterator[Callable[[], None]]:
+    """For a run's coordinator: the ledger is written at the start, at the end however that comes, and in between
+    when the yielded function is called and the last time is long enough ago to cost a twentieth at most.
+    """
+    due = 0.0
+
+    def refresh(now: bool = False) -> None:
+        nonlocal due
+        started = time.monotonic()
+        if now or started >= due:
+            write_ledger(workspace, run)
+            ended = time.monotonic()
+            due = ended + max(LEDGER_SECONDS, 20 * (ended - started))
+
+    refresh()
+    try:
+        yield refresh
+    finally:
+        refresh(now=True)
+
+
+def rebuild_ledgers(workspace: Workspace) -> dict[str, int]:
+    """Write the ledger of every run anew; shards by run."""
+    return {run: write_ledger(workspace, run).num_rows for run in run_names(workspace)}
+
+
+def done_shards(workspace: Workspace, run: str) -> set[int]:
+    """Numbers of the shards whose rows are committed."""
+    ledger = read_ledger(workspace, run).to_pydict()
+    return {n for n, state in zip(ledger["shard"], ledger["state"], strict=True) if state == ShardState.done}
+
+
+def _ledger_row(
+    workspace: Workspace,
+    run: str,
+    planned: dict[str, Any],
+    attempts: list[Attempt],
+    listing: dict[str, _Entry],
+    held: set[int],
+) -> dict[str, object]:
+    shard = planned["shard"]
+    path = workspace.score_shard(run, shard)
+    manifest = _manifest_of(path, listing, planned["input_key"])
+    last = attempts[-1] if attempts else None
+    starts = sum(attempt.state == ShardState.running for attempt in attempts)
+    row: dict[str, object] = {
+        "run": run,
+        "shard": shard,
+        "attempts": starts,
+        "worker": last.worker if last else "",
+        "device": last.device if last else "",
+        "error_class": "",
+        "error": "",
+        "seconds": last.seconds if last else 0.0,
+        "pairs": planned["pairs"],
+        "rows": 0,
+        "finished_at": last.at if last and last.state != ShardState.running else None,
+        "path": workspace.relative(path),
+    }
+    if manifest is not None and (path.name in listing or planned["query_block"] in held):
+        return row | {
+            "state": ShardState.done,
+            "attempts": max(1, starts),
+            "worker": manifest.worker,
+            "device": manifest.device,
+            "seconds": manifest.seconds,
+            "rows": manifest.rows,
+            "finished_at": manifest.committed_at,
+        }
+    if last is None:
+        return row | {"state": ShardState.pending}
+    if last.state == ShardState.running:
+        return row | {"state": ShardState.running if process_lives(last.worker) else ShardState.pending}
+    return row | {"state": last.state, "error_class": last.error_class, "error": last.error}
+
+
+_MANIFEST = ".manifest.json"
+_Entry: TypeAlias = tuple[int, str]  # size of a file, and a stamp that changes with its content
+_kept: dict[str, tuple[_Entry, Manifest]] = {}  # by the manifest's path: a refresh reads only what is new
+
+
+def _manifest_of(path: AnyPath, listing: dict[str, _Entry], key: str) -> Manifest | None:
+    """The shard's manifest, unless it is of other work or of another file than the one that is there."""
+    manifest = _cached_manifest(path, listing)
+    if manifest is None or manifest.input_key != key:
+        return None
+    return manifest if path.name not in listing or listing[path.name][0] == manifest.size else None
+
+
+def _cached_manifest(path: AnyPath, listing: dict[str, _Entry]) -> Manifest | None:
+    entry = listing.get(path.name + _MANIFEST)
+    if entry is None:
+        return None
+    kept = _kept.get(str(path))
+    if kept is not None and kept[0] == entry:
+        return kept[1]
+    manifest = read_manifest(path)
+    if manifest is not None:
+        _kept[str(path)] = (entry, manifest)
+    return manifest
+
+
+def _listing(folder: AnyPath) -> dict[str, _Entry]:
+    """Every file of a folder by name, in one listing."""
+    if isinstance(folder, Path):
+        try:
+            with os.scandir(folder) as entries:
+                stats = {entry.name: entry.stat() for entry in entries}
+        except FileNotFoundError:
+            return {}
+        return {name: (stat.st_size, f"{stat.st_ino}-{stat.st_mtime_ns}") for name, stat in stats.items()}
+    try:
+        listed = folder.fs.ls(folder.path, detail=True, refresh=True)
+    except FileNotFoundError:
+        return {}
+    return {
+        entry["name"].rsplit("/", 1)[-1]: (
+            entry["size"],
+            str(entry.get("ETag") or entry.get("LastModified") or entry.get("created")),
+        )
+        for entry in listed
+    }
+
+
+def _held_by_parts(workspace: Workspace, run: str) -> set[int]:
+    """Blocks of queries all of whose rows are in the run's large files, so that their shards' files may be gone."""
+    compaction = read_compaction(workspace, run)
+    if compaction is None:
+        return set()
+    whole = [part for part in compaction.parts if workspace.file(part.path).exists()]
+    queries = tables.read(workspace.plan_queries(run), tables.PLAN_QUERIES).to_pydict()
+    held, open_blocks = set(queries["query_block"]), set()
+    for query_id, block in zip(queries["query_id"], queries["query_block"], strict=True):
+        if not any(part.first_query <= query_id <= part.last_query for part in whole):
+            open_blocks.add(block)
+    return held - open_blocks
+
+
+def process_lives(worker: str) -> bool:
+    """Whether the process behind host:pid may still run; one on another host is given the benefit of the doubt."""
+    host, _, pid = worker.rpartition(":")
+    if host != os.uname().nodename or not pid.isdigit():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,108 @@
+"""What readers see: a snapshot of rank labels, and the head and index that answer from it.
+
+What is published changes in one step: `published/<number>.json` is created, which fails where the number is taken. So a
+writer that another one came before looks again and changes what is there now, and none undoes what another did. The
+highest number is what readers see; `current.json` is a copy of it, and one that lags behind does no harm.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from storage_schemas.errors import StoreError
+from storage_schemas.files import read_if_there
+from storage_schemas.runs.ledger import published_versions
+from storage_schemas.workspace import Workspace
+
+LAYOUT_VERSION = "3"  # of current.json and of what it names
+
+
+class Published(BaseModel):
+    """`published/<number>.json`: what SQL, `attribute` and the report answer from; paths are those of the workspace."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layout_version: str
+    version: int = Field(default=0, description="its number; 0 where an earlier release wrote it, as `current.json`")
+    snapshot: str
+    run: str = Field(description="the run published last; samples, config and checks are its own")
+    teacher: str
+    created_at: datetime
+    samples: str | None = None
+    rejected_samples: str | None = None
+    queries: list[str] = Field(default_factory=list)
+    candidates: list[str] = Field(default_factory=list)
+    base_losses: str | None = Field(default=None, description="folder")
+    exact_check: str | None = Field(default=None, description="folder of pairs that the exact teacher scored too")
+    metrics: str | None = None
+    study: str | None = Field(default=None, description="metrics of a study of its rank labels")
+    head: str | None = None
+    index: str | None = None
+    index_samples: str | None = Field(default=None, description="table that the index's train_ids number")
+    config: dict[str, object] = Field(description="the pipeline's configuration")
+
+
+class NotPublished(StoreError):
+    """The workspace holds no published run, or one that this release cannot read."""
+
+
+class CannotPublish(StoreError):
+    """These runs cannot stand in one snapshot."""
+
+
+class OtherRelease(NotPublished):
+    """What is published cannot be read by this release."""
+
+
+def read_published(workspace: Workspace) -> Published:
+    """Raises NotPublished when no run of this workspace is published."""
+    _, content = newest_version(workspace)
+    if content is None:
+        raise NotPublished(
+            f"{workspace.root} has no published run: run `fastgda demo` or `fastgda run CONFIG` first, "
+            "or name another folder with --workspace"
+        )
+    return parsed(workspace, content)
+
+
+def parsed(workspace: Workspace, content: bytes) -> Published:
+    try:
+        published = Published.model_validate_json(content)
+    except ValidationError:
+        published = None
+    if published is None or published.layout_version != LAYOUT_VERSION:
+        raise OtherRelease(
+            f"{workspace.current} was written by another release: run `fastgda run CONFIG` again, "
+            "which reuses the scores that are there and publishes them anew"
+        )
+    return published
+
+
+NOTHING = b"null\n"  # what a version holds when the last run was retracted
+
+
+def newest_version(workspace: Workspace) -> tuple[int, bytes | None]:
+    """Number and content of what is published; no content where nothing is."""
+    while True:
+        number = max(published_versions(workspace), default=0)
+        pointed = read_if_there(workspace.current)
+        if pointed is not None:
+            # One without a number is of an earlier release, which knows of no others and wrote last.
+            told = _number(pointed)
+            if told == 0 or told >= number:
+                return max(number, told), pointed
+        if number == 0:
+            return 0, None
+        content = read_if_there(workspace.published(number))
+        if content is not None:  # else it is vacuumed, and there are newer ones
+            return number, None if content == NOTHING else content
+
+
+def _number(content: bytes) -> int:
+    try:
+        return int(json.loads(content).get("version", 0))
+    except (ValueError, TypeError, AttributeError):  # another release's, or damaged
+        return 0

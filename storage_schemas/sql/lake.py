@@ -1,0 +1,375 @@
+"""Past one machine: committed score shards registered, not copied, in a DuckLake that many hosts write and read.
+
+A DuckLake is a catalog in SQL, here in SQLite or PostgreSQL, over Parquet files where they lie. Each change of it is a
+snapshot with a number, and any of them can be read again. Here it has one table a run (`runs."<run>"`, of the columns
+of `tables.SCORES`) and `registered`, which says what file each shard is.
+
+A shard is registered once, whoever tries: every transaction that registers also updates the one row of `turns`, so of
+two that overlap DuckLake refuses the second, which then looks again at what is registered.
+
+Needs the extra `lake`. DuckDB takes extensions that were built for its own version only; pip has them for 1.5.5 and
+not yet for 2.0.0, so the extra holds DuckDB at 1.5.5, while everything else here runs on both.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import duckdb
+import pyarrow as pa
+
+from storage_schemas import tables
+from storage_schemas.commit import Manifest, read_manifest, worker_name
+from storage_schemas.database import allowed_folders, duckdb_type, half_the_memory, literal, location, new_connection
+from storage_schemas.errors import StoreError
+from storage_schemas.files import remove, write_atomically
+from storage_schemas.runs.attempts import ShardState
+from storage_schemas.runs.ledger import read_ledger
+from storage_schemas.sql.answers import Answer
+from storage_schemas.sql.views import RefusedStatement, single_query
+from storage_schemas.which_workspace import command
+from storage_schemas.workspace import Workspace
+
+T = TypeVar("T")
+
+SHARDS_AT_ONCE = 500  # of one transaction
+PATIENCE = 120.0  # seconds that a transaction is tried again while others are in its way
+_OWN_NAMES = {"sqlite": "sqlite_scanner", "postgres": "postgres_scanner"}  # by which DuckDB knows extensions
+# What would reach the catalog itself or other databases. That a text in quotes may not have these words either is no
+# loss, and leaves no way around.
+_REFUSED = re.compile(r"\w*(sqlite|postgres|ducklake)_\w*|\bquery(_table)?\b", re.IGNORECASE)
+_CATALOG = re.compile(r"(sqlite|postgres):(.+)", re.DOTALL)
+
+
+class LakeUnavailable(StoreError):
+    """DuckLake cannot be used here, or its catalog cannot be opened."""
+
+
+class LakeConflict(StoreError):
+    """What is registered is not what the workspace holds, or other writers left no room."""
+
+
+@dataclass(frozen=True)
+class Lake:
+    """A catalog over one workspace.
+
+    Args:
+        catalog: `sqlite:FILE`, or `postgres:` and a libpq connection string (`postgres:host=db dbname=lake`), whose
+            password comes from PGPASSWORD or a password file.
+    """
+
+    workspace: Workspace
+    catalog: str
+
+    def __post_init__(self) -> None:
+        if not _CATALOG.fullmatch(self.catalog):
+            raise LakeUnavailable(
+                "a catalog is sqlite:FILE or postgres:CONNECTION, as in sqlite:/data/lake.sqlite or "
+                f"'postgres:host=db dbname=lake', not {_without_password(self.catalog)!r}"
+            )
+
+    @property
+    def _kind(self) -> str:
+        return self.catalog.partition(":")[0]
+
+    @contextmanager
+    def _attached(self, options: str = "", **limits: float | int | None) -> Iterator[duckdb.DuckDBPyConnection]:
+        connection = new_connection(self.workspace, **limits)  # type: ignore[arg-type]  # memory_gigabytes, threads
+        try:
+            # DuckLake asks for httpfs where the data lie in S3; the files are read through fsspec all the same.
+            in_s3 = location(self.workspace.root).startswith(("s3://", "s3a://"))
+            for extension in (self._kind, "ducklake", *(["httpfs"] if in_s3 else [])):
+                _load_extension(connection, extension)
+            # Retries of whole transactions are ours: each looks anew at what is registered.
+            connection.execute("SET ducklake_max_retry_count = 0")
+            data = literal(location(self.workspace.root / "lake") + "/")
+            attach = f"ATTACH {literal('ducklake:' + self.catalog)} AS lake (DATA_PATH {data}{options})"
+            try:
+                _patiently(lambda: connection.execute(attach))  # who comes first makes the catalog's tables
+            except duckdb.Error as error:
+                raise LakeUnavailable(_catalog_fault(self.catalog, error)) from None
+            yield connection
+        finally:
+            connection.close()
+
+    def add(self, run: str, *, advance: Callable[[int], None] = lambda shards: None) -> int:
+        """Register the committed shards of a run that are not registered yet; the run may still be growing.
+
+        `vacuum` leaves the shards of a registered run where they are.
+
+        Args:
+            advance: called with the number of shards that were registered.
+
+        Returns:
+            How many were registered.
+
+        Raises:
+            LakeConflict: a registered shard was scored anew since, or other writers left no room for `PATIENCE`.
+            LakeUnavailable: the extra `lake` is not installed, or the catalog cannot be opened.
+            UnknownRun: there is no such run.
+        """
+        shards = self._committed(run)
+        write_atomically(self.workspace.lake_marker(run), b"vacuum leaves the score shards of this run\n")
+        added = 0
+        with self._attached() as connection:
+            self._transact(connection, lambda: _create_tables(connection, run))
+            while True:
+                done = self._transact(connection, lambda: self._register(connection, run, shards))
+                if not done:
+                    return added
+                added += done
+                advance(done)
+
+    def remove(self, run: str) -> None:
+        """Take a run out of the lake in one step; its files stay, and older snapshots still show it while they do.
+
+        Raises:
+            LakeConflict: it is not registered.
+        """
+
+        def drop() -> int:
+            name = _quoted(run)
+            if run not in (_runs(connection) or ()):
+                raise LakeConflict(f"run {run} is not in this lake")
+            connection.execute("UPDATE lake.turns SET turn = turn + 1")
+            connection.execute("DELETE FROM lake.registered WHERE run = ?", [run])
+            connection.execute(f"DROP TABLE lake.runs.{name}")
+            _describe(connection, f"run {run} removed")
+            return 1
+
+        with self._attached() as connection:
+            self._transact(connection, drop)
+        remove(self.workspace.lake_marker(run))
+
+    def query(
+        self,
+        statement: str,
+        *,
+        at: int | None = None,
+        memory_gigabytes: float | None = None,
+        threads: int | None = None,
+    ) -> pa.Table:
+        """Run one read-only statement over the lake: `run_scores`, `registered`, `snapshots`.
+
+        Args:
+            at: number of the snapshot to read; the newest unless given.
+
+        Raises:
+            LakeUnavailable: there is no such catalog or snapshot, or the extra is not installed.
+            RefusedStatement: several statements, or one that is no query.
+            duckdb.Error: the query is wrong.
+        """
+        with self.ask(statement, at=at, memory_gigabytes=memory_gigabytes, threads=threads) as answer:
+            return answer.table()
+
+    @contextmanager
+    def ask(
+        self,
+        statement: str,
+        *,
+        at: int | None = None,
+        memory_gigabytes: float | None = None,
+        threads: int | None = None,
+    ) -> Iterator[Answer]:
+        """As `query`, for rows that need not fit into memory: they are read inside the `with` block."""
+        options = ", READ_ONLY" + (f", SNAPSHOT_VERSION {int(at)}" if at is not None else "")
+        limits = {"memory_gigabytes": memory_gigabytes or half_the_memory(), "threads": threads}
+        with self._attached(options, **limits) as connection:
+            _patiently(lambda: _create_views(connection))
+            connection.execute(f"SET allowed_directories = {allowed_folders(self.workspace.root)}")
+            connection.execute("SET enable_external_access = false")
+            connection.execute("SET lock_configuration = true")
+            refused = _REFUSED.search(statement)
+            if refused:
+                raise RefusedStatement(f"{refused[0]!r} is refused: only the views of the lake are read")
+            checked = single_query(connection, statement)
+            yield Answer(connection, checked, _patiently(lambda: connection.sql(checked)), _patiently)
+
+    def _committed(self, run: str) -> dict[int, Manifest]:
+        ledger = read_ledger(self.workspace, run).to_pydict()
+        found = {}
+        for shard, state in zip(ledger["shard"], ledger["state"], strict=True):
+            path = self.workspace.score_shard(run, shard)
+            manifest = read_manifest(path) if state == ShardState.done else None
+            if manifest is not None:
+                if not path.exists():
+                    raise LakeConflict(
+                        f"{self.workspace.relative(path)} was vacuumed, so it cannot be registered: add a run to a "
+                        "lake before its first vacuum"
+                    )
+                found[shard] = manifest
+        return found
+
+    def _register(self, connection: duckdb.DuckDBPyConnection, run: str, shards: dict[int, Manifest]) -> int:
+        """The next shards that are not registered, in the open transaction; 0 when all are."""
+        rows = connection.execute("SELECT shard, sha256 FROM lake.registered WHERE run = ?", [run]).fetchall()
+        there = dict(rows)
+        for shard, manifest in shards.items():
+            if there.get(shard, manifest.sha256) != manifest.sha256:
+                raise LakeConflict(
+                    f"shard {shard} of run {run} was scored anew since it was registered: "
+                    f"{command(self.workspace, f'lake remove {run}')}, then add it again"
+                )
+        chosen = [shard for shard in shards if shard not in there][:SHARDS_AT_ONCE]
+        if not chosen:
+            return 0
+        connection.execute("UPDATE lake.turns SET turn = turn + 1")
+        workspace = Workspace.at(self.workspace.root)  # whose paths mean the same in every process
+        paths = [workspace.score_shard(run, shard) for shard in chosen]
+        for path in paths:
+            connection.execute(
+                f"CALL ducklake_add_data_files('lake', {literal(run)}, {literal(location(path))}, schema => 'runs')"
+            )
+        registered = pa.table(
+            {
+                "run": [run] * len(chosen),
+                "shard": pa.array(chosen, pa.int32()),
+                "rows": [shards[shard].rows for shard in chosen],
+                "sha256": [shards[shard].sha256 for shard in chosen],
+                "path": [workspace.relative(path) for path in paths],
+            }
+        )
+        connection.register("given", registered)
+        connection.execute("INSERT INTO lake.registered SELECT * FROM given")
+        _describe(connection, f"run {run}: {len(chosen)} shards")
+        return len(chosen)
+
+    def _transact(self, connection: duckdb.DuckDBPyConnection, work: Callable[[], int]) -> int:
+        """Run `work` in a transaction, again from the start while other writers come between."""
+
+        def once() -> int:
+            try:
+                connection.execute("BEGIN")
+                done = work()
+                connection.execute("COMMIT")
+                return done
+            except BaseException:
+                _roll_back(connection)
+                raise
+
+        try:
+            return _patiently(once)
+        except duckdb.Error as error:
+            raise LakeUnavailable(_catalog_fault(self.catalog, error)) from None
+
+
+def _load_extension(connection: duckdb.DuckDBPyConnection, name: str) -> None:
+    """Load an extension out of its pip package; nothing is fetched and nothing is installed anywhere."""
+    found = importlib.util.find_spec(f"duckdb_extension_{name}")
+    package = Path(found.origin).parent if found is not None and found.origin else Path("absent")
+    path = package / "extensions" / f"v{duckdb.__version__}" / f"{name}.duckdb_extension"
+    if not path.exists():
+        raise LakeUnavailable(
+            f"the extension {name} for DuckDB {duckdb.__version__} is not installed: pip install 'fastgda[lake]', "
+            "which brings the DuckDB that has it"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        # DuckDB takes the name of the file for the extension's own.
+        link = Path(folder) / f"{_OWN_NAMES.get(name, name)}.duckdb_extension"
+        link.symlink_to(path)
+        connection.execute(f"LOAD {literal(str(link))}")
+
+
+def _create_tables(connection: duckdb.DuckDBPyConnection, run: str) -> int:
+    """What a lake needs before the run's first shard; 1 if anything was made."""
+    there = _runs(connection)
+    if there is not None and run in there:
+        return 0
+    columns = ", ".join(f"{field.name} {duckdb_type(field.type)}" for field in tables.SCORES.schema)
+    if there is None:
+        connection.execute("CREATE SCHEMA lake.runs")
+        connection.execute("CREATE TABLE lake.turns (turn BIGINT)")
+        connection.execute("INSERT INTO lake.turns VALUES (0)")
+        connection.execute(
+            "CREATE TABLE lake.registered (run VARCHAR, shard INTEGER, rows BIGINT, sha256 VARCHAR, path VARCHAR)"
+        )
+    connection.execute(f"CREATE TABLE lake.runs.{_quoted(run)} ({columns})")
+    for field in tables.SCORES.schema:
+        comment = literal(field.metadata[b"comment"].decode())
+        connection.execute(f"COMMENT ON COLUMN lake.runs.{_quoted(run)}.{field.name} IS {comment}")
+    _describe(connection, f"run {run} created")
+    return 1
+
+
+def _runs(connection: duckdb.DuckDBPyConnection) -> list[str] | None:
+    """Names of the runs in the lake; None where nothing was ever added to it."""
+    rows = connection.execute(
+        "SELECT schema_name, table_name FROM duckdb_tables() WHERE database_name = 'lake'"
+    ).fetchall()
+    return sorted(name for schema, name in rows if schema == "runs") if ("main", "registered") in rows else None
+
+
+def _create_views(connection: duckdb.DuckDBPyConnection) -> None:
+    runs = _runs(connection)
+    if not runs:
+        raise LakeUnavailable("the lake holds no run at this snapshot: `fastgda lake add RUN` first")
+    columns = ", ".join(tables.SCORES.schema.names)
+    selects = [f"SELECT {literal(run)} AS run, {columns} FROM lake.runs.{_quoted(run)}" for run in runs]
+    connection.execute(f"CREATE OR REPLACE VIEW run_scores AS {' UNION ALL '.join(selects)}")
+    connection.execute("CREATE OR REPLACE VIEW registered AS FROM lake.registered")
+    connection.execute("""
+        CREATE OR REPLACE VIEW snapshots AS
+        SELECT snapshot_id AS snapshot, snapshot_time AS created_at, author, commit_message AS change
+        FROM ducklake_snapshots('lake')
+    """)
+
+
+def _describe(connection: duckdb.DuckDBPyConnection, message: str) -> None:
+    connection.execute(f"CALL lake.set_commit_message({literal(worker_name())}, {literal(message)})")
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _roll_back(connection: duckdb.DuckDBPyConnection) -> None:
+    try:
+        connection.execute("ROLLBACK")
+    except duckdb.Error:
+        return  # a commit that failed has ended the transaction
+
+
+def _patiently(attempt: Callable[[], T]) -> T:
+    """Call `attempt`, again while other writers are in its way, and raise what is no matter of time."""
+    deadline = time.monotonic() + PATIENCE
+    wait = 0.01
+    while True:
+        try:
+            return attempt()
+        except duckdb.Error as error:
+            if not _in_the_way(error):
+                raise
+            if time.monotonic() > deadline:
+                raise LakeConflict(
+                    f"other writers kept the lake busy for {PATIENCE:.0f} s: start the same command again"
+                ) from None
+        time.sleep(wait * random.uniform(0.5, 1.5))
+        wait = min(2 * wait, 2.0)
+
+
+def _in_the_way(error: duckdb.Error) -> bool:
+    """Whether another writer was first, so that trying again helps."""
+    text = str(error).lower()
+    return any(
+        sign in text
+        for sign in ("conflict", "database is locked", "unique constraint", "duplicate key", "could not serialize")
+    )
+
+
+def _catalog_fault(catalog: str, error: duckdb.Error) -> str:
+    first = _without_password(str(error).strip().splitlines()[0])
+    return f"the lake's catalog {_without_password(catalog)} cannot be used: {first}"
+
+
+def _without_password(text: str) -> str:
+    text = re.sub(r"(password\s*=\s*)('[^']*'|[^\s\"]+)", r"\1***", text, flags=re.IGNORECASE)
+    return re.sub(r"(://[^:/@\s]*:)[^@\s]*@", r"\1***@", text)

@@ -1,0 +1,91 @@
+"""The rank head, how it is measured, and the study of what makes it good."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import (
+    Field,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from fastgda_core.feature_spaces import encoder_names
+from fastgda_core.ranking.loss_names import LossName
+from tasks.config.section import Section
+
+
+class HeadConfig(Section):
+    epochs: int = Field(default=10, ge=1)
+    batch_size: int = Field(default=4096, ge=1, description="pairs")
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    outside_probability: float = Field(default=0.1, ge=0, lt=1, description="pairs replaced by non-candidates, pi = 1")
+    loss: LossName = Field(default="bce", description="what the head learns from; `fastgda study` compares them")
+    input_norm: bool = Field(default=False, description="a LayerNorm before the first layer")
+    patience: int | None = Field(
+        default=None, ge=1, description="epochs without a better validation mAP after which training ends; null: never"
+    )
+    devices: PositiveInt | Literal["auto"] = Field(default=1, description="GPUs that train together")
+    strategy: str | None = Field(default=None, description="Lightning's, for several; null: ddp_spawn")
+    resident: bool = Field(
+        default=True, description="features in device memory; else in a memory-mapped file, fetched ahead"
+    )
+    initialization: Literal["xavier", "features"] = Field(
+        default="xavier", description="random, or cosines that start as those of the features: for few queries"
+    )
+    rank_offset: float | None = Field(
+        default=None, gt=0, description="weigh a pair by 1 / (pi + rank_offset): top ranks count; null: all alike"
+    )
+    seed: int = Field(default=0, ge=0)
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """The settings on which the head depends."""
+        return self.model_dump(exclude={"strategy", "resident"})
+
+
+class EvaluationConfig(Section):
+    cutoffs: list[PositiveInt] = Field(min_length=1, description="L of mAP(L)")
+    validation_cutoff: int = Field(ge=1, description="L of the mAP that picks the best epoch")
+    neighbors: int = Field(default=8, ge=1, description="training images per row of the report")
+    floor: float | None = Field(
+        default=None, gt=0, lt=1, description="tuned mAP(validation_cutoff) below which a head is not promoted"
+    )
+    gain_floor: float | None = Field(
+        default=1.0, gt=0, description="the same as a multiple of the untuned features' mAP; null: none"
+    )
+    shown_queries: int = Field(default=24, ge=1, description="test queries that the report shows, spread over all")
+
+    @model_validator(mode="after")
+    def _validated_is_measured(self) -> Self:
+        if self.validation_cutoff not in self.cutoffs:
+            raise ValueError(
+                f"validation_cutoff {self.validation_cutoff} is not among evaluation.cutoffs: add it there"
+            )
+        return self
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class StudyConfig(Section):
+    spaces: list[str] = Field(default=[], description="feature spaces; none: features.space and each of its encoders")
+    losses: list[LossName] = Field(default=list(get_args(LossName)), description="losses of the head")
+    query_shares: list[Share] = Field(default=[0.125, 0.25, 0.5, 1.0], description="of the training queries")
+    candidate_shares: list[Share] = Field(default=[0.05, 0.1, 0.25, 0.5, 1.0], description="of a query's candidates")
+    outside_probabilities: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=[0.0, 0.05, 0.1, 0.2, 0.5], description="of pairs outside the candidates"
+    )
+    nearest: Share = Field(
+        default=0.1, description="share of the candidates, nearest in the untuned space, that these are outside of"
+    )
+    seeds: int = Field(default=3, ge=1, description="trainings of each kind")
+
+    @field_validator("spaces")
+    @classmethod
+    def _known(cls, spaces: list[str]) -> list[str]:
+        for space in spaces:
+            encoder_names(space)
+        return spaces

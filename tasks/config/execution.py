@@ -1,0 +1,80 @@
+"""How a run is carried out: where, how often it is tried, when it is given up. Nothing here changes a score."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from tasks.config.section import Section
+
+
+class PoolConfig(Section):
+    """A deployment of the flow `make parts` in a work pool, and how much of it a run may use."""
+
+    deployment: str = Field(
+        default="make parts/process",
+        pattern=r"^[^/]+/[^/]+$",
+        description="FLOW/DEPLOYMENT that a job is a run of; its work pool says on which machines, with which device",
+    )
+    queue: str | None = Field(default=None, description="work queue of the pool; default: the deployment's own")
+    slots: int = Field(default=1, ge=1, description="jobs in flight: devices of this pool that the run may hold")
+    speed: float = Field(default=1.0, gt=0, description="of its devices against the estimate: sizes its jobs")
+
+
+class ExecutionConfig(Section):
+    """Where the parts of a run are made, and what happens when one of them fails."""
+
+    runner: Literal["local", "ray", "dask", "pool"] = Field(
+        default="local", description="this machine, a Ray or Dask cluster, or jobs in Prefect work pools"
+    )
+    address: str | None = Field(
+        default=None, description="of the Ray or Dask cluster; default: one of this machine's own, for this run"
+    )
+    workers: int | None = Field(
+        default=None, ge=1, description="processes of runners local, ray and dask; default: one per GPU, else one"
+    )
+    pools: tuple[PoolConfig, ...] = Field(
+        default=(PoolConfig(),), description="of runner pool: one or several, for several kinds of GPU"
+    )
+    window: int = Field(default=64, ge=1, description="parts submitted ahead of those that are finished")
+    job_minutes: float = Field(
+        default=20.0, gt=0, description="of runner pool: work in one job; short jobs share a cluster more fairly"
+    )
+    retries: int = Field(default=3, ge=0, description="of a part whose failure may pass by itself")
+    retry_delay: float = Field(default=5.0, ge=0, description="seconds before the first retry; doubles, with jitter")
+    max_deaths: int = Field(
+        default=3, ge=1, description="worker processes that may die over a part before it is quarantined"
+    )
+    timeout_factor: float = Field(
+        default=10.0,
+        gt=1,
+        description="a part may take this many times its estimate; it is stopped between two micro-batches, and at 1.5 "
+        "times that limit its process is ended, or, where the part is made in the run's own process, the run",
+    )
+    timeout_floor: float = Field(default=300.0, gt=0, description="seconds that any part may take")
+    straggler_factor: float = Field(default=3.0, gt=1, description="times the median after which a part is named slow")
+    lost_after: float = Field(
+        default=120.0, ge=2, description="seconds without a sign of life after which a job's worker counts as dead"
+    )
+    publish_incomplete: bool = Field(
+        default=False, description="publish what there is of a run some of whose parts failed for good"
+    )
+    forwards_per_second: float | None = Field(
+        default=None, gt=0, description="of one device; default: measured in this workspace, else by a short trial"
+    )
+    price_per_device_hour: float | None = Field(default=None, ge=0, description="for cost estimates")
+    currency: str = Field(default="USD", pattern=r"^[A-Z]{3}$", description="of the price")
+
+    @model_validator(mode="after")
+    def _options_belong_to_their_runner(self) -> Self:
+        if self.address is not None and self.runner not in ("ray", "dask"):
+            raise ValueError(f"address belongs to runners ray and dask, not to {self.runner}: remove it")
+        if self.workers is not None and self.runner == "pool":
+            raise ValueError("workers belongs to runners local, ray and dask; of runner pool, set pools.slots")
+        if not self.pools:
+            raise ValueError("pools is empty: name a deployment of `make parts`, or remove it")
+        deployments = [(pool.deployment, pool.queue) for pool in self.pools]
+        if len(set(deployments)) != len(deployments):
+            raise ValueError("pools names a deployment twice: add up its slots")
+        return self

@@ -1,0 +1,91 @@
+"""The one typed configuration of a pipeline: what `fastgda run CONFIG` reads."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from fastgda_core.errors import UsageError
+from tasks.config.distilling import EvaluationConfig, HeadConfig, StudyConfig
+from tasks.config.execution import ExecutionConfig
+from tasks.config.inputs import CandidatesConfig, DataConfig, FeaturesConfig, QueriesConfig, SplitConfig
+from tasks.config.section import Section
+from tasks.config.teaching import CurvatureConfig, ExactCheckConfig, ModelConfig, SelfConsistencyConfig, TeacherConfig
+
+
+class PipelineConfig(Section):
+    """Everything one pipeline does, from tar shards to a served index."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$", description="lower-case name; run ids start with it")
+    workspace: str = Field(
+        min_length=1, description="folder for everything that is made, relative to the config file, or a URL (s3://...)"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the models run")
+    data: DataConfig
+    model: ModelConfig
+    queries: QueriesConfig
+    features: FeaturesConfig = FeaturesConfig()
+    curvature: CurvatureConfig = CurvatureConfig()
+    candidates: CandidatesConfig
+    teacher: TeacherConfig
+    exact_check: ExactCheckConfig | None = Field(default=None, description="audit the first-order scores")
+    self_consistency: SelfConsistencyConfig | None = Field(
+        default=SelfConsistencyConfig(), description="score some pairs under other noise: does the teacher agree?"
+    )
+    head: HeadConfig = HeadConfig()
+    evaluation: EvaluationConfig
+    study: StudyConfig = StudyConfig()
+    publish: Literal["alone", "add"] = Field(
+        default="alone", description="a finished run replaces what is published, or joins it"
+    )
+    execution: ExecutionConfig = ExecutionConfig()
+
+    @model_validator(mode="after")
+    def _check_has_first_order(self) -> Self:
+        split = self.queries.split
+        tests = split.test if isinstance(split, SplitConfig) else None
+        if self.exact_check is not None:
+            if self.teacher.name != "abu_plus_first_order":
+                raise ValueError("exact_check audits teacher abu_plus_first_order: remove it or change teacher.name")
+            if tests is not None and self.exact_check.queries > tests:
+                raise ValueError(
+                    f"exact_check.queries is {self.exact_check.queries} but the split has {tests} test queries: "
+                    "lower it"
+                )
+        if self.self_consistency is not None:
+            again = self.self_consistency.queries or 0
+            if tests is not None and again > tests:
+                raise ValueError(
+                    f"self_consistency.queries is {again} but the split has {tests} test queries: lower it"
+                )
+        return self
+
+
+def check_sizes(config: PipelineConfig, samples: int, pool: int | None = None) -> None:
+    """Compare what is asked with how many samples there are, before any work.
+
+    Args:
+        samples: in the workspace.
+        pool: of policy pooled, how many samples the queries brought together, where that is known.
+
+    Raises:
+        UsageError: more is asked than there is.
+    """
+    k = config.candidates.k or samples
+    if k > samples:
+        raise UsageError(
+            f'candidates.k is {k} but the workspace has {samples} samples: lower it or set candidates.policy to "all"'
+        )
+    k = (pool or samples) if config.candidates.policy == "pooled" else config.candidates.scored or k
+    asked = {
+        "evaluation.cutoffs": max(config.evaluation.cutoffs),
+        "evaluation.validation_cutoff": config.evaluation.validation_cutoff,
+        "evaluation.neighbors": config.evaluation.neighbors,
+    }
+    for field, value in asked.items():
+        if value >= k:
+            raise UsageError(f"{field} is {value} but a query has {k} candidates: lower it")

@@ -1,0 +1,82 @@
+"""Configurations that runs of this or an earlier release stored, as this release's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from fastgda_core.errors import UsageError
+from storage_schemas.runs.ledger import read_run
+from storage_schemas.runs.liveness import read_assignment
+from storage_schemas.workspace import Workspace
+from tasks.config.faults import faults
+from tasks.config.pipeline import PipelineConfig
+from tasks.config.section import Section
+from tasks.progress import console
+
+# What earlier releases did not do they do not say; with today's defaults theirs would be other runs.
+_IN_FORCE_BEFORE = {"features": {"centre": False}, "curvature": {"importance": False}, "queries": {"twins": 0}}
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def config_of(location: str, run: str) -> PipelineConfig:
+    """The configuration of a run, for the folder given: it may be mounted elsewhere than when the run was planned.
+
+    Raises:
+        UsageError: it was imported, and no teacher of this workspace scored it; or this release cannot carry it out.
+    """
+    workspace = Workspace.at(location)
+    record = read_run(workspace, run)
+    if "teacher" not in record.config:
+        raise UsageError(f"run {run} was imported: its scores cannot be made again here; import its file once more")
+    found = read_assignment(workspace, run)
+    sections = {name: {**before, **found.config.get(name, {})} for name, before in _IN_FORCE_BEFORE.items()}
+    document = {**found.config, **sections, "execution": found.execution, "workspace": str(workspace.root)}
+    config, unknown = lifted(PipelineConfig, document, f"run {run}")
+    if unknown:
+        console.print(
+            f"run {run} was planned by another release; this one does not know {', '.join(unknown)}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    return config
+
+
+def lifted(model: type[AnySection], document: Mapping[str, Any], owner: str) -> tuple[AnySection, list[str]]:
+    """A stored configuration or section, and the fields in it that this release does not know and leaves out.
+
+    Args:
+        model: what it is today.
+        document: as it was stored; fields that are missing take their default.
+        owner: whose it is, for a message.
+
+    Raises:
+        UsageError: a field that this release knows has a value that it does not take.
+    """
+    rest: dict[str, Any] = copy.deepcopy(dict(document))
+    try:
+        return model.model_validate(rest), []
+    except ValidationError as error:
+        strange = [detail["loc"] for detail in error.errors() if detail["type"] == "extra_forbidden"]
+    unknown = [_drop(rest, location) for location in strange]
+    try:
+        return model.model_validate(rest), unknown
+    except ValidationError as error:
+        told = faults(error, model)
+        raise UsageError("\n".join(f"{owner}, which another release stored: {fault}" for fault in told)) from None
+
+
+def _drop(document: Any, location: tuple[int | str, ...]) -> str:
+    """Take out the field of a location, whose steps through the kinds of a union are none of the document's."""
+    path = []
+    for step in location[:-1]:
+        if isinstance(step, int) or step in document:
+            document = document[step]
+            path.append(str(step))
+    del document[location[-1]]
+    return ".".join([*path, str(location[-1])])

@@ -1,0 +1,111 @@
+"""The model, its curvature, the teacher, and what checks the teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    model_validator,
+)
+
+from fastgda_core.curvature.damping import DAMPING
+from fastgda_core.diffusion.objective import Objective
+from fastgda_core.diffusion.precision import Precision
+from fastgda_core.teachers.registry import TEACHERS
+from storage_schemas.runs.records import Negatives
+from tasks.config.section import Section
+
+
+class ModelConfig(Section):
+    folder: Path = Field(description="diffusers-style model folder, relative to the config file")
+    micro_batch: int = Field(
+        default=64, ge=1, description="denoiser forwards at a time; halves itself where device memory runs out"
+    )
+    flips: bool = Field(default=False, description="it was trained with mirrored images too: the larger score counts")
+    compile: bool = Field(default=False, description="compile the denoiser: a minute or more per process, then faster")
+
+
+class CurvatureConfig(Section):
+    samples: int = Field(default=2048, ge=1, description="(training image, eps, t) triples of the Fisher")
+    importance: bool = Field(
+        default=True,
+        description="draw timesteps where gradients are large and weigh them back: the same Fisher with less noise",
+    )
+    seed: int = Field(default=0, ge=0)
+
+
+class TeacherConfig(Section):
+    name: Literal["abu", "abu_plus", "abu_plus_first_order"] = Field(
+        description="exact loss difference with a diagonal or an EK-FAC Fisher, or the latter's linear part"
+    )
+    objective: Objective = Field(
+        default=Objective.loss,
+        description="whose gradients scores are made of: loss as published, or output_norm, for pictures that the "
+        "model itself made; the twin test says which a model needs",
+    )
+    layers: Literal["cross-attn-kv", "cross-attn", "attn", "all"] = Field(
+        default="cross-attn-kv", description="whose weights the unlearning step moves"
+    )
+    damping: float = Field(default=DAMPING, gt=0, description="of the Fisher, x the layer's mean eigenvalue")
+    precision: Precision = Field(default=Precision.float32, description="of the forwards; tf32, bf16: first order only")
+    alpha: float = Field(gt=0, description="step size: Delta theta = (alpha / N) F^-1 grad L")
+    training_size: int | None = Field(default=None, ge=1, description="N; default: the samples in the workspace")
+    timesteps: int = Field(default=10, ge=1, description="T of the noise plan, evenly spaced")
+    first_timestep: int = Field(default=0, ge=0, description="where the grid of T timesteps starts, below T_train / T")
+    timestep_list: tuple[NonNegativeInt, ...] | None = Field(
+        default=None, min_length=1, description="instead of the even grid: the timesteps themselves"
+    )
+    timestep_weights: tuple[PositiveFloat, ...] | None = Field(
+        default=None, description="of each timestep listed: the stretch of the schedule that it stands for"
+    )
+    draws: int = Field(default=1, ge=1, description="noise draws per timestep")
+    antithetic: bool = Field(default=False, description="every other draw is the negative of the one before")
+    seed: int = Field(default=0, ge=0, description="of the noise plan")
+    gradient_pairs: int = Field(default=128, ge=1, description="Monte-Carlo (eps, t) pairs of a query's gradient")
+    update_rank: int | None = Field(
+        default=None, ge=1, description="keep each layer's Delta theta at this rank, and measure the error"
+    )
+    shard_samples: int = Field(default=256, ge=1, description="training samples per first-order score shard")
+    shard_queries: int | None = Field(
+        default=None,
+        ge=1,
+        description="queries per first-order score shard; default: all, so that a sample is run once",
+    )
+    loaded_queries: int = Field(default=512, ge=1, description="queries whose Delta theta is on the device at a time")
+    negatives: Negatives = Field(
+        default="keep", description="scores not above 0: ranked as published, or tied at the last rank and 0 in sums"
+    )
+
+    def science(self) -> dict[str, object]:
+        """What scores depend on; the rest is about memory, or about what is made of scores."""
+        return self.model_dump(mode="json", exclude={"loaded_queries", "negatives"})
+
+    @model_validator(mode="after")
+    def _plan_is_whole(self) -> Self:
+        if self.timestep_list is not None:
+            # By value, not by model_fields_set: a stored config names every setting and must load again.
+            for name in ("timesteps", "first_timestep"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is of an even grid and timestep_list is not: remove one")
+            if len(set(self.timestep_list)) != len(self.timestep_list):
+                raise ValueError("timestep_list names one twice: remove it")
+        if self.timestep_weights is not None and len(self.timestep_weights) != len(self.timestep_list or ()):
+            raise ValueError("timestep_weights needs as many as timestep_list has")
+        if self.antithetic and self.draws % 2:
+            raise ValueError("antithetic draws come in pairs: make draws even")
+        TEACHERS[self.name].check_precision(self.precision)
+        return self
+
+
+class ExactCheckConfig(Section):
+    queries: int = Field(ge=1, description="test queries that are also scored by the exact teacher")
+    candidates: int = Field(ge=3, description="candidates of each, evenly spaced over the first-order ranking")
+
+
+class SelfConsistencyConfig(Section):
+    queries: int | None = Field(default=None, ge=1, description="test queries that are scored again; default: all")
+    samples: int = Field(default=256, ge=8, description="of their candidates, drawn at random")

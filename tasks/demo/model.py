@@ -1,0 +1,124 @@
+"""How the demo's denoiser was made: architecture, training on the demo's shards, a grid of its samples."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from PIL import Image
+
+from fastgda_core.diffusion.model import DiffusionModel, load_model
+from fastgda_core.diffusion.sampling import generate
+from fastgda_core.diffusion.training import DenoiserTraining, train_denoiser
+from storage_schemas.commit import write_atomically
+from tasks.config.inputs import QueriesConfig
+from tasks.demo.openmoji import write_model_folder
+from tasks.inputs.tars import find_shards, read_image, scan
+from tasks.progress import stage
+
+GRID_COLUMNS = 12
+GRID_CELL = 96
+
+
+def new_unet() -> UNet2DConditionModel:
+    """The demo's denoiser, untrained: 4.6 M parameters on 12 x 16 x 16 latents."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=12,
+        out_channels=12,
+        layers_per_block=1,
+        block_out_channels=(32, 64, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=384,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def new_scheduler() -> DDIMScheduler:
+    """Cosine noise schedule with a v-prediction target."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        clip_sample=True,
+        timestep_spacing="trailing",
+    )
+
+
+def save_assets(unet: UNet2DConditionModel, folder: Path) -> None:
+    """What the repository ships: config and float16 weights of the denoiser, scheduler, index of the folder."""
+    copy.deepcopy(unet).half().save_pretrained(folder / "unet")
+    config_path = folder / "unet" / "config.json"
+    config = json.loads(config_path.read_text())
+    config.pop("_name_or_path", None)  # where the weights lay on the machine that trained them
+    write_atomically(config_path, json.dumps(config, indent=2).encode() + b"\n")
+    new_scheduler().save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "BertModel"],
+        "tokenizer": ["transformers", "BertTokenizer"],
+        "vae": ["fastgda_core.diffusion.codec", "PixelUnshuffle"],
+    }
+    write_atomically(folder / "model_index.json", json.dumps(index, indent=2).encode() + b"\n")
+
+
+def train_denoiser_on(shards: Path, out: Path, training: DenoiserTraining, initial: Path | None) -> None:
+    """Train on the shards' images and captions from scratch, or on from the folder `initial`; saves into `out`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(training.seed)
+    unet = UNet2DConditionModel.from_pretrained(initial / "unet") if initial else new_unet()
+    save_assets(unet, out)
+    model = _model_from_assets(out, device)
+    samples, _ = scan(find_shards(str(shards / "*.tar"), "shards"), lambda: None)
+    captions = [caption for sample in samples for caption in sample.captions]
+    owner = torch.tensor([row for row, sample in enumerate(samples) for _ in sample.captions])
+    images = [read_image(sample.shard, sample.offset, sample.size) for sample in samples]
+    latents = model.encode_images(images).cpu()
+    with stage("caption embeddings", len(captions)) as advance:
+        text = []
+        for start in range(0, len(captions), 128):
+            embedded = model.encode_captions(captions[start : start + 128])
+            text.append(embedded["encoder_hidden_states"].cpu())
+            advance(len(text[-1]))
+    empty = model.encode_captions([""])["encoder_hidden_states"][0].cpu()
+    denoiser = model.denoiser.float().requires_grad_(True)
+    with stage("denoiser training", training.steps) as advance:
+        trained = train_denoiser(
+            denoiser, model.schedule, latents, torch.cat(text), owner, empty, training, lambda *_: advance(1)
+        )
+    save_assets(trained, out)
+
+
+def write_sample_grid(assets: Path, queries: QueriesConfig) -> Path:
+    """One image per query caption, twelve a row, as `samples.png` beside the weights."""
+    captions = queries.captions or []
+    model = _model_from_assets(assets, torch.device("cpu"))
+    latents = generate(
+        model,
+        captions,
+        list(range(len(captions))),
+        seed=queries.seed,
+        steps=queries.steps,
+        guidance_scale=queries.guidance_scale,
+    )
+    rows = -(-len(captions) // GRID_COLUMNS)
+    grid = Image.new("RGB", (GRID_COLUMNS * GRID_CELL, rows * GRID_CELL), "white")
+    for number, image in enumerate(model.decode_images(latents)):
+        place = (number % GRID_COLUMNS * GRID_CELL, number // GRID_COLUMNS * GRID_CELL)
+        grid.paste(image.resize((GRID_CELL, GRID_CELL), Image.Resampling.NEAREST), place)
+    grid.save(assets / "samples.png")
+    return assets / "samples.png"
+
+
+def _model_from_assets(assets: Path, device: torch.device) -> DiffusionModel:
+    with tempfile.TemporaryDirectory() as scratch:
+        write_model_folder(Path(scratch) / "model", assets)
+        return load_model(Path(scratch) / "model", device)

@@ -1,0 +1,81 @@
+"""The feature space of a head, written so that another machine can find the encoders' weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastgda_core.errors import UsageError
+from storage_schemas.workspace import Workspace
+from tasks.config.inputs import FeaturesConfig
+from tasks.inputs.features import weights_key
+
+ENVIRONMENT = "FASTGDA_ENCODERS"
+_INSIDE = "./"  # before a path seen from the workspace's folder: a hub id begins otherwise
+
+
+def described(space: FeaturesConfig, workspace: Workspace) -> dict[str, Any]:
+    """What `head.json` says of a head's feature space; `described_space` reads it."""
+    return {
+        "feature_space": space.space,
+        "feature_weights": {name: _named(source, workspace) for name, source in space.weights.items()},
+        "feature_weights_keys": {name: weights_key(source) for name, source in space.weights.items()},
+        "unit_length": space.unit_length,
+        "centre": space.centre,
+    }
+
+
+def described_space(
+    description: dict[str, Any], workspace: Workspace, configured: Mapping[str, str] | None = None
+) -> FeaturesConfig:
+    """The feature space of a head by its `head.json`; those of earlier releases say less, and did not centre.
+
+    Weights that lie outside of the workspace may lie elsewhere on this machine: where a configuration says, or under
+    the encoder's name in the folder that FASTGDA_ENCODERS names.
+
+    Args:
+        description: the content of `head.json`.
+        workspace: the head's.
+        configured: weights of encoders by a configuration of this machine.
+
+    Raises:
+        UsageError: the weights found elsewhere are others.
+    """
+    keys = description.get("feature_weights_keys", {})
+    return FeaturesConfig(
+        space=description["feature_space"],
+        weights={
+            name: _found(name, source, workspace, keys.get(name), configured or {})
+            for name, source in description.get("feature_weights", {}).items()
+        },
+        unit_length=description.get("unit_length", True),
+        centre=description.get("centre", False),
+    )
+
+
+def _named(source: str, workspace: Workspace) -> str:
+    """Weights inside the workspace by their path from it."""
+    path = Path(source).resolve()
+    inside = isinstance(workspace.root, Path) and Path(source).is_dir() and path.is_relative_to(workspace.root)
+    return f"{_INSIDE}{workspace.relative(path)}" if inside else source
+
+
+def _found(name: str, source: str, workspace: Workspace, key: str | None, configured: Mapping[str, str]) -> str:
+    if source.startswith(_INSIDE):
+        return str(workspace.file(source))
+    if not Path(source).is_absolute() or Path(source).is_dir():
+        return source
+    together = os.environ.get(ENVIRONMENT)
+    for place in filter(None, [configured.get(name), together and str(Path(together, name))]):
+        if Path(place).is_dir():
+            if key is not None and weights_key(place) != key:
+                raise UsageError(
+                    f"encoder {name}: the weights in {place} are not those of {source}, which the head was made for"
+                )
+            return place
+    raise UsageError(
+        f"encoder {name}: the head was made for the weights in {source}, which is no folder of this machine: copy it "
+        f"to a folder {name} and set {ENVIRONMENT} to the folder that this one is in"
+    )

@@ -1,0 +1,54 @@
+"""What a rank head learns from: the rank labels of a snapshot, with the samples and queries behind them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastgda_core.errors import UsageError
+from storage_schemas.runs.ledger import read_run
+from storage_schemas.snapshots.published import read_published
+from storage_schemas.snapshots.snapshots import read_snapshot
+from tasks.context import Context, Stage
+from tasks.inputs.features import extract_features
+from tasks.inputs.queries import queries_stage
+from tasks.inputs.samples import samples_stage
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A snapshot's rank labels.
+
+    run: the last of the snapshot's runs.
+    queries: a query set of each run, in the order in which later ones replace earlier ones.
+    """
+
+    run: str
+    samples: Stage
+    queries: tuple[Stage, ...]
+    ranks: Stage
+
+    def extract_query_features(self, context: Context) -> None:
+        """Features of all query sets, in the context's feature space."""
+        for several in self.queries:
+            extract_features(context, several)
+
+
+def read_labels(context: Context, snapshot: str | None) -> Labels:
+    """The labels of a snapshot, by default of the published one.
+
+    Raises:
+        NotPublished: there is no such snapshot.
+        UsageError: it holds runs that were imported, whose queries have no images.
+    """
+    workspace = context.workspace
+    found = read_snapshot(workspace, snapshot or read_published(workspace).snapshot)
+    records = [read_run(workspace, run) for run in found.runs]
+    for record in records:
+        if record.queries is None or record.samples is None:
+            raise UsageError(
+                f"run {record.run} was imported: it has no images to train on; publish the others without it"
+            )
+    samples = samples_stage(workspace.file(records[-1].samples or ""))
+    queries = dict.fromkeys(queries_stage(workspace.file(record.queries or "")) for record in records)
+    ranks = Stage("rank labels", found.snapshot, workspace.snapshot(found.snapshot), found.rows, 0.0, True)
+    return Labels(found.runs[-1], samples, tuple(queries), ranks)

@@ -1,0 +1,64 @@
+"""Rank labels, and the snapshot that readers see."""
+
+from __future__ import annotations
+
+import time
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from storage_schemas.commit import read_manifest
+from storage_schemas.publishing.publish import publish_runs
+from storage_schemas.runs.ledger import read_compaction, write_labelling
+from storage_schemas.runs.records import Labelling
+from storage_schemas.snapshots.snapshots import Snapshot, make_snapshot, read_snapshot
+from storage_schemas.workspace import Workspace
+from tasks.context import Stage
+from tasks.progress import stage
+from tasks.teaching.run import RunInputs
+
+
+@task(task_run_name="rank labels", cache_policy=NO_CACHE)
+def rank_scores(inputs: RunInputs) -> Stage:
+    """Rank labels of every query of one finished run, whether or not readers see it."""
+    started = time.time()
+    _label(inputs)
+    return _as_stage(inputs.workspace, make_snapshot(inputs.workspace, [inputs.run]), started)
+
+
+@task(task_run_name="publish", cache_policy=NO_CACHE)
+def publish_scores(inputs: RunInputs, *, incomplete: bool) -> Stage:
+    """Rank labels of the run, alone or beside those that are published already, made what readers see in one step.
+
+    Args:
+        incomplete: publish what there is.
+    """
+    workspace, started = inputs.workspace, time.time()
+    add = inputs.context.config.publish == "add"
+    _label(inputs)
+    rows = sum(inputs.rows("scores", range(inputs.count("scores"))))
+    with stage("rank labels", 0 if _is_ranked(inputs) else rows) as advance:
+        published = publish_runs(workspace, [inputs.run], add=add, incomplete=incomplete, advance=advance)
+    snapshot = read_snapshot(workspace, published.snapshot)
+    return _as_stage(workspace, snapshot, started)
+
+
+def _label(inputs: RunInputs) -> None:
+    """Make the labelling of the configuration the run's own, for all who compact the run from now on."""
+    negatives = inputs.context.config.teacher.negatives
+    write_labelling(inputs.workspace, inputs.run, Labelling(negatives=negatives))
+
+
+def _is_ranked(inputs: RunInputs) -> bool:
+    """Whether the run has large files, and of the configuration's labelling."""
+    compaction = read_compaction(inputs.workspace, inputs.run)
+    negatives = inputs.context.config.teacher.negatives
+    return compaction is not None and all(part.negatives == negatives for part in compaction.parts)
+
+
+def _as_stage(workspace: Workspace, snapshot: Snapshot, started: float) -> Stage:
+    manifests = [manifest for part in snapshot.parts if (manifest := read_manifest(workspace.file(part.path)))]
+    reused = all(made.committed_at is not None and made.committed_at.timestamp() < started for made in manifests)
+    seconds = sum(manifest.seconds for manifest in manifests)
+    path = workspace.snapshot(snapshot.snapshot)
+    return Stage("rank labels", snapshot.snapshot, path, snapshot.rows, seconds, reused)

@@ -1,0 +1,31 @@
+"""Whether somebody cancelled this flow run in Prefect, where no Prefect worker is there to end its process."""
+
+from __future__ import annotations
+
+import time
+from uuid import UUID
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
+
+from tasks.watching.prefect_answers import tolerated
+
+LOOK_SECONDS = 5.0
+_looked: dict[str, tuple[float, bool]] = {}
+
+
+def requested() -> bool:
+    """By the last look, which is at most some seconds old. A server of this process's own has nobody else to ask."""
+    own = flow_run.get_id()
+    if own is None or not PREFECT_API_URL.value():
+        return False
+    at, found = _looked.get(own, (0.0, False))
+    if not found and time.monotonic() - at > LOOK_SECONDS:
+        # While the server is away nobody can have asked; what it says later counts.
+        with tolerated("say whether the run was cancelled"), get_client(sync_client=True) as client:
+            state = client.read_flow_run(UUID(own)).state
+            found = state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED)
+        _looked[own] = (time.monotonic(), found)
+    return found

@@ -1,0 +1,298 @@
+"""A stage of a run, part by part: what is missing is made, wherever the configuration says."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, Self
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+from prefect.task_runners import TaskRunner
+from rich.markup import escape
+
+from fastgda_core.interruption import checkpoint
+from storage_schemas import tables
+from storage_schemas.commit import committed, read_manifest
+from storage_schemas.errors import StoreError
+from storage_schemas.runs.attempts import ShardState, deaths, read_attempts
+from storage_schemas.runs.ledger import kept_ledger, ledger_as_written
+from storage_schemas.runs.liveness import Beat, Wish, asked, read_assignment, withdraw, write_assignment
+from storage_schemas.which_workspace import command
+from storage_schemas.workspace import Workspace
+from tasks.context import Stage
+from tasks.execution import cancellation
+from tasks.execution.cost import known_rate, mean_captions, median_seconds
+from tasks.execution.fan_out import Order, quarantine_deadly, run_parts
+from tasks.execution.jobs import JobPool
+from tasks.execution.outcomes import Failure, Outcome, PartHangs, RunCancelled, RunIncomplete, RunRefused
+from tasks.execution.runners import submission, task_runner
+from tasks.execution.worker import coordinate_here
+from tasks.progress import console, stage
+from tasks.teaching.cost import Size, costs
+from tasks.teaching.run import RunInputs
+from tasks.teaching.score_plan import store_plan
+from tasks.watching import events
+from tasks.watching.artifacts import Board
+from tasks.watching.run_status import others_at_work
+
+PAUSE_LOOK_SECONDS = 1.0
+MOST_LEFT_OUT = 0.1  # of the samples
+SAMPLE_PARTS = 9  # whose seconds tell what a part takes
+
+
+@dataclass(eq=False)
+class Makers:
+    """Makes the parts of one run, inside a `with` block, for the length of which worker processes are kept.
+
+    assignment: key of the assignment that workers load.
+    part_seconds: estimate of what one part takes, by kind.
+    """
+
+    inputs: RunInputs
+    assignment: str
+    part_seconds: dict[str, float]
+    _runner: TaskRunner[Any] | None = None
+
+    def __post_init__(self) -> None:
+        self._board = Board(self.inputs.workspace, self.inputs.run)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if isinstance(error, PartHangs):
+            self._runner = None  # to end it is to wait for the thread that hangs
+        self._end_workers()
+
+    def _workers(self) -> TaskRunner[Any]:
+        """The task runner, started when it is first needed: its processes keep the model from one stage to the next."""
+        if self._runner is None:
+            runner = task_runner(self.inputs.context.config)
+            self._runner = runner.__enter__()
+        return self._runner
+
+    def _end_workers(self) -> None:
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.__exit__(None, None, None)
+
+    def make_all_before(self, kind: str) -> list[Stage]:
+        """The stages that lead to this kind, in order."""
+        kinds = self.inputs.kinds()
+        return [self.make(each) for each in kinds[: kinds.index(kind)]]
+
+    def make(self, kind: str) -> Stage:
+        """The stage of this kind, complete.
+
+        Raises:
+            RunIncomplete: parts failed for good.
+            RunCancelled: somebody asked for it.
+            PartHangs: one does not come back, in this process.
+        """
+        inputs = self.inputs
+        missing = inputs.missing(kind)
+        before = inputs.stages[kind]
+        if not missing:
+            self._check_left_out(kind)
+            return self._made(before, reused=True)
+        failures = self._given_up(kind)
+        todo = [number for number in missing if number not in failures]
+        if inputs.context.config.execution.runner != "pool" and others_at_work(inputs.workspace, inputs.run):
+            todo.reverse()  # another coordinator began at the start: few parts are made twice, where the two meet
+        with self._watched(kind, todo) as watch:
+            suspects: list[int] = []
+            while todo:
+                # A pool of processes ends with all that is in flight when one of them dies: which part it died over
+                # shows when each is made by itself.
+                batch = suspects[:1] or todo
+                outcome = self._round(kind, batch, watch)
+                failures |= outcome.failures
+                if outcome.stopped:
+                    self._wait_until_resumed(watch)
+                if outcome.worker_lost and len(batch) == 1:
+                    failures |= quarantine_deadly(
+                        inputs.workspace, inputs.run, kind, batch, inputs.context.config.execution.max_deaths
+                    )
+                left = [number for number in inputs.missing(kind) if number not in failures]
+                if outcome.worker_lost:
+                    attempts = read_attempts(inputs.workspace, inputs.run, kind)
+                    suspects = [number for number in left if deaths(attempts.get(number, []))]
+                elif not outcome.stopped and left == todo:
+                    raise RuntimeError(f"run {inputs.run}: {kind} {left[0]:05d} was made and is not there")
+                else:
+                    suspects = [number for number in suspects if number in left]
+                todo = left
+        if failures:
+            several = [failures[number] for number in sorted(failures)]
+            events.announce(events.RUN_INCOMPLETE, inputs.context, "run", inputs.run, parts=kind, failed=len(several))
+            raise RunIncomplete(inputs.workspace, inputs.run, kind, inputs.count(kind), several)
+        self._check_left_out(kind)
+        return self._made(before, reused=False)
+
+    def _check_left_out(self, kind: str) -> None:
+        """Raises RunRefused where so many samples were left out of the scores that they cannot be to blame."""
+        inputs = self.inputs
+        path = inputs.workspace.quarantined_samples(inputs.run)
+        if kind != "scores" or not path.exists():
+            return
+        reasons, samples = tables.read(path, tables.QUARANTINED_SAMPLES)["reason"], inputs.stages["samples"].rows
+        if len(reasons) > max(2, MOST_LEFT_OUT * samples):
+            raise RunRefused(
+                f"run {inputs.run}: {len(reasons):,} of {samples:,} samples had to be left out, the first because: "
+                f"{reasons[0].as_py()}: look at the model and the tars, "
+                f"then {command(inputs.workspace, f'retry {inputs.run}')}"
+            )
+
+    def _given_up(self, kind: str) -> dict[int, Failure]:
+        """Parts that were quarantined before, which only `fastgda retry` takes up again."""
+        found = {}
+        for number, attempts in read_attempts(self.inputs.workspace, self.inputs.run, kind).items():
+            if attempts and attempts[-1].state == ShardState.quarantined:
+                found[number] = Failure(kind, number, attempts[-1].error_class, attempts[-1].error)
+        return found
+
+    def _round(self, kind: str, todo: list[int], watch: Watch) -> Outcome:
+        config, inputs = self.inputs.context.config, self.inputs
+        execution = config.execution
+        order = Order(str(inputs.workspace.root), inputs.run, self.assignment, kind, execution)
+        coordinate_here(inputs.run)
+        if execution.runner == "pool":
+            missing = functools.partial(inputs.missing, kind)
+            return JobPool(inputs.workspace, order, watch.part_seconds, missing).make(todo, watch.tick)
+        workers = self._workers()
+        with submission(config):
+            outcome = run_parts(order, todo, workers, watch.part_seconds, finished=watch.finished, tick=watch.tick)
+        if outcome.worker_lost:
+            self._end_workers()
+        return outcome
+
+    @contextmanager
+    def _watched(self, kind: str, todo: list[int]) -> Iterator[Watch]:
+        """Progress bar, ledger and board, kept up to date while the block runs."""
+        inputs = self.inputs
+        rows = sum(inputs.rows(kind, todo))
+        ledger = kept_ledger(inputs.workspace, inputs.run) if kind == "scores" else nullcontext(lambda: None)
+        title = "teacher scores" if kind == "scores" else kind
+        with self._board, ledger as refresh, stage(title, rows) as advance:
+            yield Watch(inputs, kind, set(todo), self.part_seconds.get(kind), advance, refresh, self._board)
+
+    def _wait_until_resumed(self, watch: Watch) -> None:
+        """Raises RunCancelled unless it is a pause, which ends when somebody resumes the run."""
+        inputs = self.inputs
+        checkpoint()
+        if asked(inputs.workspace, inputs.run) == Wish.pause:
+            goes_on = escape(command(inputs.workspace, f"resume {inputs.run}"))
+            console.print(f"paused: {goes_on} goes on", highlight=False, soft_wrap=True)
+        while (wish := asked(inputs.workspace, inputs.run)) == Wish.pause and not cancellation.requested():
+            watch.tick()
+            time.sleep(PAUSE_LOOK_SECONDS)
+        if wish == Wish.cancel or cancellation.requested():
+            raise RunCancelled(
+                f"run {inputs.run} was cancelled; what is finished is kept, and "
+                f"{command(inputs.workspace, f'retry {inputs.run}')} goes on"
+            )
+
+    def _made(self, before: Stage, *, reused: bool) -> Stage:
+        inputs, kind = self.inputs, before.name
+        if kind == "scores":
+            seconds = sum(ledger_as_written(inputs.workspace, inputs.run)["seconds"].to_pylist())
+            return replace(before, name="teacher scores", seconds=seconds, reused=reused)
+        parts = inputs.parts(kind)
+        manifests = [committed(parts.path(number), parts.key(number)) for number in range(parts.count)]
+        return replace(before, seconds=sum(made.seconds for made in manifests if made), reused=reused)
+
+
+@dataclass
+class Watch:
+    """Follows a stage while it is made."""
+
+    inputs: RunInputs
+    kind: str
+    left: set[int]
+    estimate: float | None
+    advance: Callable[[int], None]
+    refresh: Callable[[], None]
+    board: Board
+    looked: float = 0.0
+    sample: list[int] = field(default_factory=list)
+    measured: float | None = None
+
+    def finished(self, number: int) -> None:
+        if number in self.left:
+            self.left.discard(number)
+            self.advance(sum(self.inputs.rows(self.kind, [number])))
+            self._measure(number)
+
+    def _measure(self, number: int) -> None:
+        """What a part takes, from the first few that were made."""
+        if len(self.sample) < SAMPLE_PARTS:
+            self.sample.append(number)
+            manifests = [read_manifest(self.inputs.path(self.kind, each)) for each in self.sample]
+            self.measured = median_seconds(manifest for manifest in manifests if manifest)
+
+    def part_seconds(self) -> float | None:
+        """What one part takes, as far as is known by now: measured, or else by estimate."""
+        return self.measured if self.measured is not None else self.estimate
+
+    def tick(self) -> bool:
+        """Look around; False when somebody wants the run to stop."""
+        self.refresh()
+        self.board.update()
+        if self.inputs.context.config.execution.runner == "pool" and time.monotonic() - self.looked > 5:
+            for number in self.left - set(self.inputs.missing(self.kind)):
+                self.finished(number)
+            self.looked = time.monotonic()
+        return asked(self.inputs.workspace, self.inputs.run) is None and not cancellation.requested()
+
+
+@task(task_run_name="plan", cache_policy=NO_CACHE)
+def begin_run(inputs: RunInputs) -> Makers:
+    """Write down the plan, once, and what workers are to do now; a wish to stop that is left over is withdrawn."""
+    workspace, run, context = inputs.workspace, inputs.run, inputs.context
+    origin = flow_run.get_id() or ""
+    if not workspace.run(run).exists():
+        store_plan(context, inputs.score_run, inputs.stages, origin)
+    assignment = inputs.assignment(_generation(workspace, run), origin)
+    write_assignment(workspace, assignment)
+    withdraw(workspace, run)
+    _tell_of_others(workspace, run, others_at_work(workspace, run))
+    return Makers(inputs, assignment.key, _part_seconds(inputs))
+
+
+def _tell_of_others(workspace: Workspace, run: str, others: list[Beat]) -> None:
+    # Not in the task itself: what a flow calls goes to worker processes with it, and a console cannot be sent.
+    if not others:
+        return
+    at = [f"{beat.worker} at {beat.kind} {beat.number:05d}" for beat in others if beat.kind]
+    who = (at or [beat.worker for beat in others])[0]
+    console.print(
+        f"run {run} is under way elsewhere, too: {who}, of {len(others)} at work; this one begins at the other end, "
+        f"and {command(workspace, f'cancel {run}')} stops all",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _generation(workspace: Workspace, run: str) -> int:
+    try:
+        return read_assignment(workspace, run).generation
+    except StoreError:
+        return 0
+
+
+def _part_seconds(inputs: RunInputs) -> dict[str, float]:
+    """Estimate of what one part of each kind takes; empty where nothing is known, which the first parts mend."""
+    speed = known_rate(inputs.context)
+    if speed is None:
+        return {}
+    samples, queries = inputs.stages["samples"], inputs.stages["queries"]
+    candidates = inputs.stages["candidates"].rows // max(1, queries.rows)
+    size = Size(samples.rows, mean_captions(samples.path), queries.rows, candidates)
+    per_second = speed.forwards_per_second
+    return {cost.kind: cost.seconds(per_second) / cost.parts for cost in costs(inputs.context.config, size)}

@@ -1,0 +1,104 @@
+"""How fast a device is, by configuration, by earlier runs or by a trial."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pyarrow.compute as pc
+import torch
+
+from fastgda_core.errors import UsageError
+from storage_schemas import tables
+from storage_schemas.commit import Manifest
+from storage_schemas.errors import StoreError
+from storage_schemas.files import AnyPath
+from storage_schemas.runs.ledger import read_run, run_names
+from storage_schemas.runs.liveness import read_assignment
+from storage_schemas.workspace import Workspace
+from tasks.config.pipeline import PipelineConfig
+from tasks.config.stored import lifted
+from tasks.context import Context
+from tasks.inputs.samples import samples_table
+from tasks.teaching.cost import Size, costs
+
+TRIAL_SECONDS = 1.0
+TRIAL_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Forward passes a second of one device, and how that is known."""
+
+    forwards_per_second: float
+    source: str
+
+
+def known_rate(context: Context) -> Rate | None:
+    """From the configuration, else from earlier runs of this model in the workspace; None where neither tells."""
+    given = context.config.execution.forwards_per_second
+    if given is not None:
+        return Rate(given, "execution.forwards_per_second")
+    return _measured(context.workspace, context.model_hash)
+
+
+def rate(context: Context) -> Rate:
+    """`known_rate`, else from a short trial on this machine's device."""
+    return known_rate(context) or _trial(context)
+
+
+def _measured(workspace: Workspace, model_hash: str) -> Rate | None:
+    forwards = seconds = 0.0
+    for run in run_names(workspace):
+        try:
+            found = read_assignment(workspace, run)
+        except StoreError:
+            continue
+        if found.model_hash != model_hash or not workspace.ledger(run).exists():
+            continue
+        ledger = tables.read(workspace.ledger(run), tables.SHARDS).to_pydict()
+        done = [s for s, state in zip(ledger["seconds"], ledger["state"], strict=True) if state == "done"]
+        if not done:
+            continue
+        try:
+            config, _ = lifted(PipelineConfig, found.config, f"run {run}")
+        except UsageError:
+            continue  # another release's, which is no reason why this one should not run
+        record = read_run(workspace, run)
+        queries = found.stages["queries"].rows
+        samples = found.stages["samples"]
+        captions = mean_captions(workspace.file(samples.path))
+        size = Size(samples.rows, captions, queries, record.pairs // queries)
+        forwards += costs(config, size)[-1].forwards * len(done) / record.shards
+        seconds += sum(done)
+    return Rate(forwards / seconds, "earlier runs of this model here") if seconds else None
+
+
+def mean_captions(samples: AnyPath) -> float:
+    """Captions of one training sample."""
+    return float(pc.mean(pc.list_value_length(samples_table(samples)["captions"])).as_py())
+
+
+@torch.no_grad()
+def _trial(context: Context) -> Rate:
+    model = context.teacher_model()
+    condition = model.encode_captions(["a trial"] * TRIAL_ROWS)
+    noise = torch.zeros(TRIAL_ROWS, *model.latent_shape, device=model.device)
+    timesteps = torch.zeros(TRIAL_ROWS, dtype=torch.long, device=model.device)
+
+    def forward() -> None:
+        model.losses(noise, condition, timesteps, noise).sum().item()
+
+    forward()
+    started, count = time.monotonic(), 0
+    while time.monotonic() - started < TRIAL_SECONDS:
+        forward()
+        count += TRIAL_ROWS
+    return Rate(count / (time.monotonic() - started), f"a trial of {TRIAL_SECONDS:.0f} s on {context.device}")
+
+
+def median_seconds(manifests: Iterable[Manifest]) -> float | None:
+    """Of the work behind some parts; None where there are fewer than three."""
+    seconds = sorted(manifest.seconds for manifest in manifests)
+    return seconds[len(seconds) // 2] if len(seconds) >= 3 else None

@@ -1,0 +1,93 @@
+"""What a run will take, said before it is started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from tasks.config.inputs import CandidatesConfig
+from tasks.config.pipeline import PipelineConfig, check_sizes
+from tasks.context import open_context
+from tasks.execution.cost import Rate, mean_captions, rate
+from tasks.inputs.queries import count_queries
+from tasks.inputs.samples import ingest_samples
+from tasks.teaching.cost import KindCost, Size, costs
+from tasks.watching.status_text import duration
+
+CHEAP_SECONDS, LONG_SECONDS = 2.0, 3600.0  # of one shard: below, overhead shows; above, a failure costs much
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Parts, rows and forward passes of a run, and what they take at some rate."""
+
+    size: Size
+    kinds: list[KindCost]
+    rate: Rate
+    price: float | None
+    currency: str
+
+    @property
+    def device_hours(self) -> float:
+        return sum(kind.seconds(self.rate.forwards_per_second) for kind in self.kinds) / 3600
+
+    def as_json(self) -> dict[str, object]:
+        cost = self.device_hours * self.price if self.price is not None else None
+        return {**asdict(self), "device_hours": self.device_hours, "cost": cost}
+
+    def shown(self) -> Iterator[RenderableType]:
+        size = self.size
+        yield (
+            f"{size.samples:,} training samples ({size.captions:.1f} captions each), {size.queries:,} queries, "
+            f"{size.candidates:,} candidates each"
+        )
+        table = Table("stage", "parts", "rows", "forward passes", "device time", "one part")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for kind in self.kinds:
+            seconds = kind.seconds(self.rate.forwards_per_second)
+            one = duration(seconds / kind.parts) if seconds / kind.parts >= 1 else f"{seconds / kind.parts:.2f} s"
+            rows = f"{kind.rows:,}"
+            table.add_row(kind.kind, f"{kind.parts:,}", rows, f"{kind.forwards:,.0f}", duration(seconds), one)
+        yield table
+        money = f", {self.device_hours * self.price:,.2f} {self.currency}" if self.price is not None else ""
+        yield (
+            f"{self.device_hours:.2f} device-hours{money}, at {self.rate.forwards_per_second:,.1f} forward passes a "
+            f"second ({self.rate.source})"
+        )
+        yield from self.advice()
+
+    def advice(self) -> Iterator[str]:
+        scores = self.kinds[-1]
+        seconds = scores.seconds(self.rate.forwards_per_second) / scores.parts
+        if seconds < CHEAP_SECONDS and scores.parts > 100:
+            yield "score shards are short: a larger teacher.shard_samples would spend less on their overhead"
+        if seconds > LONG_SECONDS:
+            yield "score shards take over an hour: a smaller teacher.shard_samples would lose less when one fails"
+
+
+def estimate(config: PipelineConfig) -> Estimate:
+    """From the configuration and the tars alone; the model is run for a second where nothing else tells its speed.
+
+    Raises:
+        UsageError: the configuration asks for more than there is.
+    """
+    context = open_context(config)
+    samples = ingest_samples.fn(context)
+    queries = count_queries(config.queries)
+    candidates = _candidates(config.candidates, samples.rows, queries)
+    check_sizes(config, samples.rows, candidates)
+    size = Size(samples.rows, mean_captions(samples.path), queries, candidates)
+    execution = config.execution
+    return Estimate(size, costs(config, size), rate(context), execution.price_per_device_hour, execution.currency)
+
+
+def _candidates(config: CandidatesConfig, samples: int, queries: int) -> int:
+    """Of one query; of policy `pooled`, at most."""
+    if config.policy == "all":
+        return samples
+    k = config.k or samples
+    return config.scored or (k if config.policy == "top_k" else min(samples, k * queries))

@@ -1,0 +1,233 @@
+"""Make the missing parts of a run: one Prefect task run a part, never more than a window of them under way.
+
+What comes back from a task is a reference to a committed file, never its content. Who makes the parts is the task
+runner's affair; who decides what is missing, failed or lost is the workspace's: its manifests and attempt records.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import BrokenExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.futures import PrefectFuture
+from prefect.states import Cancelled
+from prefect.task_runners import TaskRunner
+from prefect.tasks import Task, exponential_backoff
+
+from fastgda_core.errors import Remedy, Stopped, device_lost, remedy
+from fastgda_core.interruption import stopping
+from storage_schemas.commit import committed
+from storage_schemas.runs.attempts import AttemptLog, ShardState, deaths, read_attempts
+from storage_schemas.workspace import Workspace
+from tasks.config.execution import ExecutionConfig
+from tasks.devices import hold_device
+from tasks.execution.outcomes import Failure, Outcome
+from tasks.execution.worker import coordinator_here, raise_if_hung, worker_on
+from tasks.teaching.run import load_inputs
+
+TICK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class PartReference:
+    """A committed part, by name."""
+
+    kind: str
+    number: int
+    path: str
+    sha256: str
+    rows: int
+    seconds: float
+
+
+def _passes(_task: Task[..., object], _run: TaskRun, state: State[object]) -> bool:
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, BaseException) and remedy(error) is Remedy.retry and not device_lost(error)
+
+
+@task(
+    name="make part",
+    task_run_name="{kind} {number:05d}",
+    cache_policy=NO_CACHE,
+    retry_jitter_factor=0.5,
+    retry_condition_fn=_passes,
+)
+def make_part(
+    location: str, run: str, assignment: str, kind: str, number: int, timeout: float | None
+) -> PartReference | State[None]:
+    """Make and commit one part; one that is there already costs nothing."""
+    if stopping():  # before the model is loaded for nothing
+        return Cancelled(message="stopped as somebody asked")
+    if not coordinator_here(run):
+        hold_device()
+    inputs = load_inputs(location, run, assignment)
+    parts = inputs.parts(kind)
+    path, key = parts.path(number), parts.key(number)
+    manifest = committed(path, key)
+    if manifest is None:
+        worker = worker_on(location, run)
+        try:
+            with worker.at_work(inputs.context, kind, number, timeout):
+                manifest = parts.make(number)
+        except Stopped:
+            return Cancelled(message="stopped as somebody asked")
+        worker.finished(manifest)
+    relative = inputs.workspace.relative(path)
+    return PartReference(kind, number, relative, manifest.sha256, manifest.rows, manifest.seconds)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which parts of which run are to be made, and how patiently.
+
+    location: folder or URL of the workspace.
+    assignment: key of the run's assignment.
+    """
+
+    location: str
+    run: str
+    assignment: str
+    kind: str
+    execution: ExecutionConfig
+
+    def timeout(self, part_seconds: float | None) -> float | None:
+        """Seconds that one part may take, from what it is known to take; no limit where that is not known."""
+        if part_seconds is None:
+            return None
+        return max(self.execution.timeout_floor, self.execution.timeout_factor * part_seconds)
+
+
+def run_parts(
+    order: Order,
+    numbers: Iterable[int],
+    runner: TaskRunner[Any],
+    part_seconds: Callable[[], float | None],
+    *,
+    finished: Callable[[int], None] = lambda number: None,
+    tick: Callable[[], bool] = lambda: True,
+) -> Outcome:
+    """Make these parts with a task runner, inside a flow run.
+
+    Args:
+        runner: entered already.
+        part_seconds: what one part takes, as far as is known.
+        finished: called with the number of each part that is there.
+        tick: called every second or so; False stops.
+
+    Raises:
+        PartHangs: a part hangs in a thread of this process, which has to end.
+    """
+    execution = order.execution
+    delays = [execution.retry_delay * factor for factor in exponential_backoff(1)(execution.retries)]
+    patient = make_part.with_options(retries=execution.retries, retry_delay_seconds=delays or 0)
+    place = {
+        "location": order.location,
+        "run": order.run,
+        "assignment": order.assignment,
+        "kind": order.kind,
+    }
+    outcome = Outcome()
+    waiting = iter(numbers)
+    in_flight: dict[PrefectFuture[PartReference], int] = {}
+    done: queue.SimpleQueue[PrefectFuture[PartReference]] = queue.SimpleQueue()
+    ticked = time.monotonic()
+    try:
+        while True:
+            going_on = not outcome.stopped and not outcome.worker_lost
+            while going_on and len(in_flight) < execution.window:
+                number = next(waiting, None)
+                if number is None:
+                    break
+                timeout = order.timeout(part_seconds())
+                future = runner.submit(patient, {**place, "number": number, "timeout": timeout})
+                in_flight[future] = number
+                future.add_done_callback(done.put)
+            if not in_flight:
+                return outcome
+            if time.monotonic() - ticked >= TICK_SECONDS:
+                ticked = time.monotonic()
+                outcome.stopped |= not tick()
+            try:
+                future = done.get(timeout=TICK_SECONDS)
+            except queue.Empty:
+                raise_if_hung(order.run, order.timeout(part_seconds()))
+                continue
+            _take(outcome, future, order.kind, in_flight.pop(future), finished)
+    except BaseException:
+        worker_on(order.location, order.run).leave()
+        raise
+
+
+def _take(
+    outcome: Outcome,
+    future: PrefectFuture[PartReference],
+    kind: str,
+    number: int,
+    finished: Callable[[int], None],
+) -> None:
+    """Note how one part ended."""
+    state: State[object] | None = None
+    result: object = None
+    try:
+        future.wait()
+        state = future.state
+        # The state alone where all is well: to resolve the result would take longer than a small part.
+        if not state.is_completed():
+            result = future.result(raise_on_failure=False)
+    except Exception as error:  # a runner whose process died has no state to ask
+        result = error
+    if state is not None and state.is_completed():
+        finished(number)
+    elif isinstance(result, BrokenExecutor):
+        outcome.worker_lost = True
+    elif isinstance(result, RuntimeError) and device_lost(result):
+        raise DeviceLost(f"this process cannot use its device any more: {result}") from result
+    elif isinstance(result, BaseException):
+        if state is not None and state.is_cancelled():
+            outcome.stopped = True
+        else:
+            outcome.failures[number] = Failure.of(kind, number, result)
+    else:
+        outcome.stopped = True
+
+
+def end_of_job(order: Order, outcome: Outcome) -> str:
+    """What a job's flow run says at its end.
+
+    Raises:
+        RuntimeError: parts failed.
+    """
+    worker_on(order.location, order.run).end()
+    if outcome.failures:
+        raise RuntimeError("\n".join(str(outcome.failures[number]) for number in sorted(outcome.failures)))
+    return "stopped as somebody asked" if outcome.stopped else "all there"
+
+
+class DeviceLost(RuntimeError):
+    """The device failed under the process that coordinates the run: it has to be started again."""
+
+
+class WorkerLost(RuntimeError):
+    """Worker processes died over a part: its data, or its size, may be what kills them."""
+
+
+def quarantine_deadly(
+    workspace: Workspace, run: str, kind: str, numbers: Iterable[int], max_deaths: int
+) -> dict[int, Failure]:
+    """Take those of some unfinished parts out of the run over which too many worker processes died."""
+    attempts, log = read_attempts(workspace, run, kind), AttemptLog(workspace, run, kind=kind)
+    found = {}
+    for number in numbers:
+        count = deaths(attempts.get(number, []))
+        if count >= max_deaths:
+            error = WorkerLost(f"{count} worker processes died over it: it is not tried again before `fastgda retry`")
+            log.record(number, ShardState.quarantined, error=error)
+            found[number] = Failure.of(kind, number, error)
+    return found

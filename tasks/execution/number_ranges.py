@@ -1,0 +1,57 @@
+"""Numbers of parts as short text, which a flow run's parameters have room for: `0-2,5`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fastgda_core.errors import UsageError
+from storage_schemas.runs.ledger import read_ledger
+from storage_schemas.which_workspace import command
+from storage_schemas.workspace import Workspace
+
+
+def as_ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers as ranges."""
+    found: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
+
+
+def from_ranges(text: str) -> list[int]:
+    """The inverse.
+
+    Raises:
+        UsageError: it is no list of numbers and ranges.
+    """
+    numbers: list[int] = []
+    for piece in text.split(",") if text else []:
+        first, dash, last = piece.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+            raise UsageError(f"{text!r} is no list of part numbers: write them as 0-2,5")
+        numbers += range(int(first), int(last) + 1)
+    return numbers
+
+
+def chosen_shards(workspace: Workspace, run: str, text: str | None) -> set[int] | None:
+    """Score shards of a run that somebody named; None, which stands for all, where nobody did.
+
+    Raises:
+        UsageError: none is named, or one that the run does not have.
+    """
+    if text is None:
+        return None
+    chosen = set(from_ranges(text))
+    known = set(read_ledger(workspace, run)["shard"].to_pylist())
+    if not chosen:
+        raise UsageError(f"{text!r} names no shard of run {run}: write them as 0-2,5")
+    if chosen - known:
+        raise UsageError(
+            f"run {run} has no shard {min(chosen - known)}: it has {len(known)}; "
+            f"{command(workspace, f'status {run}')} names those that failed"
+        )
+    return chosen

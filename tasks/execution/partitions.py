@@ -1,0 +1,77 @@
+"""Partitions of the queries: days, or query sets of another kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+
+from prefect.runtime import flow_run
+
+from fastgda_core.errors import UsageError
+from tasks.config.pipeline import PipelineConfig
+from tasks.execution.outcomes import RunCancelled
+from tasks.printable import printable
+from tasks.progress import console
+
+
+def in_partition(config: PipelineConfig, partition: str) -> PipelineConfig:
+    """The same curation of the queries of one partition, beside those that are published already.
+
+    Raises:
+        UsageError: the configuration's queries come in no partitions.
+    """
+    if "{partition}" not in (config.queries.shards or ""):
+        raise UsageError("queries.shards has no {partition} in it: write it where the name of the day or set stands")
+    queries = config.queries.model_copy(update={"partition": partition})
+    return PipelineConfig.model_validate({**config.model_dump(), "queries": queries.model_dump(), "publish": "add"})
+
+
+def scheduled_partition(days_back: int) -> str:
+    """The date some days before the flow run's scheduled start, which a late start does not change."""
+    start = flow_run.get_scheduled_start_time() or datetime.now(UTC)
+    return (start.date() - timedelta(days=days_back)).isoformat()
+
+
+def partition_names(first: date | None, last: date | None, partitions: Sequence[str] | None) -> list[str]:
+    """Raises UsageError unless either dates or names are given, and some of them."""
+    if (first is None) == (partitions is None):
+        raise UsageError("give either a first date, with or without a last one, or a list of partitions")
+    if partitions is not None:
+        return list(partitions)
+    assert first is not None
+    days = ((last or first) - first).days
+    if days < 0:
+        raise UsageError(f"the last date, {last}, is before the first, {first}: swap them")
+    return [(first + timedelta(days=day)).isoformat() for day in range(days + 1)]
+
+
+@dataclass(frozen=True)
+class PartitionOutcome:
+    """How the curation of one partition ended: its run, or why there is none."""
+
+    partition: str
+    run: str
+    error: str
+
+    @classmethod
+    def of_all(cls, names: Sequence[str], curate: Callable[[str], str]) -> list[PartitionOutcome]:
+        """Curate partition by partition.
+
+        Raises:
+            RuntimeError: at least one failed; the others are done.
+        """
+        found = []
+        for name in names:
+            try:
+                found.append(cls(name, curate(name), ""))
+            except RunCancelled:
+                raise
+            except Exception as error:  # its flow run has the traceback; the next partition has its own data
+                console.print(printable(f"partition {name}: {error}", lines=True), markup=False, highlight=False)
+                found.append(cls(name, "", f"{type(error).__name__}: {error}"))
+        failed = [outcome for outcome in found if outcome.error]
+        if failed:
+            lines = [f"{outcome.partition}: {outcome.error}" for outcome in failed]
+            raise RuntimeError(f"{len(failed)} of {len(found)} partitions failed\n" + "\n".join(lines))
+        return found

@@ -1,0 +1,68 @@
+"""Take up again what a run gave up."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from storage_schemas.commit import manifest_path
+from storage_schemas.files import move, remove
+from storage_schemas.runs.attempts import AttemptLog, ShardState, read_attempts
+from storage_schemas.runs.ledger import quarantined_parts
+from storage_schemas.runs.liveness import read_assignment, withdraw, write_assignment
+from storage_schemas.workspace import Workspace
+from tasks.execution.number_ranges import chosen_shards
+from tasks.teaching.run import KINDS
+
+
+@task(task_run_name="release", cache_policy=NO_CACHE)
+def release(location: str, run: str, shards: str | None = None) -> int:
+    """Make failed and quarantined parts pending again, and throw away parts that left samples out.
+
+    Args:
+        shards: numbers of the score shards meant, as `0-2,5`; None: all.
+
+    Returns:
+        How many parts will be made again.
+
+    Raises:
+        UsageError: a shard named is not one of those.
+    """
+    workspace = Workspace.at(location)
+    chosen = chosen_shards(workspace, run, shards)
+    short = quarantined_parts(workspace, run)
+    given_up = _given_up(workspace, run)
+    if chosen is not None:
+        given_up = {"scores": given_up.get("scores", set()) & chosen}
+        short = {
+            "scores": [
+                path for number in chosen if (path := workspace.score_shard(run, number)) in short.get("scores", [])
+            ]
+        }
+    folder = workspace.quarantine(f"{datetime.now(UTC):%Y%m%dT%H%M%S}")
+    for paths in short.values():
+        for path in paths:
+            # The file first: without it the manifest counts for nothing, and a crash in between is mended by a retry.
+            move(path, folder / workspace.relative(path))
+            remove(manifest_path(path))
+    for kind, numbers in given_up.items():
+        log = AttemptLog(workspace, run, kind=kind)
+        for number in sorted(numbers):
+            log.record(number, ShardState.pending)
+    withdraw(workspace, run)
+    if any(short.values()):
+        found = read_assignment(workspace, run)
+        write_assignment(workspace, found.model_copy(update={"generation": found.generation + 1}))
+    return sum(map(len, short.values())) + sum(map(len, given_up.values()))
+
+
+def _given_up(workspace: Workspace, run: str) -> dict[str, set[int]]:
+    """Parts whose last attempt record says failed or quarantined, by kind."""
+    found: dict[str, set[int]] = {}
+    for kind in KINDS:
+        for number, attempts in read_attempts(workspace, run, kind).items():
+            if attempts and attempts[-1].state in (ShardState.failed, ShardState.quarantined):
+                found.setdefault(kind, set()).add(number)
+    return found

@@ -1,0 +1,65 @@
+"""Which Prefect task runner makes a run's parts."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
+
+from fastgda_core.errors import UsageError
+from fastgda_core.interruption import stop_on_interrupt
+from tasks.config.pipeline import PipelineConfig
+
+
+def task_runner(config: PipelineConfig) -> TaskRunner[Any]:
+    """One process per GPU; on a CPU, or with one GPU, a thread of this process, with all cores.
+
+    Raises:
+        UsageError: the package of the runner is not installed.
+    """
+    execution = config.execution
+    gpus = torch.cuda.device_count() if config.device != "cpu" else 0
+    workers = execution.workers or max(1, gpus)
+    if execution.runner == "ray":
+        return _ray(execution.address, workers, gpus)
+    if execution.runner == "dask":
+        return _dask(execution.address, workers)
+    if workers == 1:
+        return ThreadPoolTaskRunner(max_workers=1)
+    return ProcessPoolTaskRunner(max_workers=workers, initializer=stop_on_interrupt)
+
+
+def submission(config: PipelineConfig) -> AbstractContextManager[object]:
+    """What has to be said where parts are handed to the task runner: in a Ray cluster with GPUs, each takes one."""
+    if config.execution.runner != "ray" or config.device == "cpu":
+        return nullcontext()
+    import ray
+    from prefect_ray.context import remote_options
+
+    gpus = config.device == "cuda" or ray.cluster_resources().get("GPU", 0) > 0
+    return remote_options(num_gpus=1) if gpus else nullcontext()
+
+
+def _ray(address: str | None, workers: int, gpus: int) -> TaskRunner[Any]:
+    try:
+        from prefect_ray import RayTaskRunner
+    except ImportError:
+        raise UsageError("execution.runner is ray, which is not installed: pip install 'fastgda[ray]'") from None
+    if address is not None:
+        return RayTaskRunner(address=address)
+    # A cluster of this machine's own; its tasks share no core with the coordinator's threads by accident.
+    options = {"num_cpus": workers, "include_dashboard": False, "configure_logging": False, "log_to_driver": False}
+    return RayTaskRunner(init_kwargs=options | ({"num_gpus": gpus} if gpus else {}))
+
+
+def _dask(address: str | None, workers: int) -> TaskRunner[Any]:
+    try:
+        from prefect_dask import DaskTaskRunner
+    except ImportError:
+        raise UsageError("execution.runner is dask, which is not installed: pip install 'fastgda[dask]'") from None
+    if address is not None:
+        return DaskTaskRunner(address=address)
+    options = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+    return DaskTaskRunner(cluster_kwargs=options)

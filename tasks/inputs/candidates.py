@@ -1,0 +1,103 @@
+"""Which training samples a query is scored against."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from storage_schemas import tables
+from storage_schemas.commit import commit_table, committed
+from tasks.config.inputs import CandidatesConfig
+from tasks.context import Context, Stage
+from tasks.inputs.features import extract_features, in_space, load_features
+from tasks.inputs.queries import load_queries
+from tasks.inputs.twins import load_twins
+
+QUERIES_AT_ONCE = 64
+
+
+def candidate_space(context: Context) -> Context:
+    """The context with the feature space in which candidates are near, for its section `features`."""
+    return in_space(context, space=context.config.candidates.space or context.config.features.space)
+
+
+def candidate_features(context: Context, samples: Stage, queries: Stage) -> list[Stage]:
+    """Features of samples and queries in that space; none where it is the head's, whose features are there."""
+    near = candidate_space(context)
+    if near == context:
+        return []
+    made = [extract_features(near, items) for items in (samples, queries)]
+    return [dataclasses.replace(stage, name=f"{stage.name} for candidates") for stage in made]
+
+
+@task(task_run_name="candidates", cache_policy=NO_CACHE)
+def choose_candidates(context: Context, run: str, samples: Stage, queries: Stage) -> Stage:
+    """Each query's candidates, by `candidates.policy`, with their place among its neighbours."""
+    path = context.workspace.candidates(run)
+    manifest = committed(path, run)
+    reused = manifest is not None
+    if manifest is None:
+        started = time.monotonic()
+        near = candidate_space(context)
+        sample_features = torch.nn.functional.normalize(load_features(near, samples, samples), dim=1).numpy()
+        query_features = torch.nn.functional.normalize(load_features(near, queries, samples), dim=1).numpy()
+        names = [query.query_id for query in load_queries(queries)]
+        twins = load_twins(queries.path)
+        wanted = [twins.get(name) for name in names]
+        parts = [
+            tables.CANDIDATES.rows(
+                query_id=np.repeat(np.array(names[number : number + 1], dtype=object), len(train_ids)),
+                train_id=train_ids,
+                neighbor_rank=ranks[train_ids],
+                similarity=similarity[train_ids],
+            )
+            for number, train_ids, ranks, similarity in _chosen(
+                context.config.candidates, query_features, sample_features, wanted
+            )
+        ]
+        manifest = commit_table(path, pa.concat_tables(parts), tables.CANDIDATES, key=run, started=started)
+    return Stage("candidates", run, path, manifest.rows, manifest.seconds, reused)
+
+
+def _chosen(
+    config: CandidatesConfig, queries: NDArray[np.float32], samples: NDArray[np.float32], wanted: Sequence[int | None]
+) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]]:
+    """Number, candidates (nearest first), rank of every sample and similarity to it, query by query.
+
+    `wanted` is a sample that the query is scored against in any case: its twin.
+    """
+    pool: NDArray[np.int64] | None = None
+    if config.policy == "pooled":
+        # A query of the twin test has no say in whom the others are scored against.
+        near = [order[: config.k] for number, order, _, _ in _neighbors(queries, samples) if wanted[number] is None]
+        pool = np.unique(np.concatenate(near))
+    for number, order, ranks, similarity in _neighbors(queries, samples):
+        mine = order[: config.k] if pool is None else pool[np.argsort(ranks[pool])]
+        if config.scored is not None:
+            draw = np.random.default_rng([config.seed, number])
+            mine = mine[np.sort(draw.choice(len(mine), config.scored, replace=False))]
+        if (twin := wanted[number]) is not None and twin not in mine:
+            mine = np.append(mine, twin)
+            mine = mine[np.argsort(ranks[mine])]
+        yield number, mine, ranks, similarity
+
+
+def _neighbors(
+    queries: NDArray[np.float32], samples: NDArray[np.float32]
+) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]]:
+    """Number of each query, all samples nearest first, the rank of each, and the cosines; unit vectors, (., d)."""
+    for start in range(0, len(queries), QUERIES_AT_ONCE):
+        block = queries[start : start + QUERIES_AT_ONCE] @ samples.T
+        for offset, similarity in enumerate(block):
+            order = np.argsort(-similarity, kind="stable")
+            ranks = np.empty(len(order), dtype=np.int32)
+            ranks[order] = np.arange(1, len(order) + 1)
+            yield start + offset, order, ranks, similarity

@@ -1,0 +1,293 @@
+"""Frozen features of training samples and queries."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastgda_core.features import ENCODERS, Encoder, concatenate, encoder_names, load_encoder, mean_over
+from fastgda_core.images import in_threads
+from storage_schemas import tables
+from storage_schemas.commit import Manifest, commit, commit_table, committed, input_key, read_manifest
+from storage_schemas.files import AnyPath, Stamps, file_sha256, private_folder, stamps, temporary_name
+from storage_schemas.workspace import part
+from tasks.config.inputs import FeaturesConfig
+from tasks.context import Context, Stage, load_tensors
+from tasks.inputs.queries import join_queries, load_queries
+from tasks.inputs.samples import readable_images_ahead, samples_table
+from tasks.progress import stage
+
+PART_ITEMS = 1024
+
+
+@task(task_run_name="features of {items.name}", cache_policy=NO_CACHE)
+def extract_features(context: Context, items: Stage) -> Stage:
+    """Outputs of every encoder of the feature space for samples or queries, in parts of 1,024.
+
+    Of samples whose features are to be centred also their mean.
+    """
+    seconds, reused = 0.0, True
+    left_out: dict[int, str] = {}
+    for name, (folder, key) in feature_folders(context, items).items():
+        sizes = [min(PART_ITEMS, items.rows - start) for start in range(0, items.rows, PART_ITEMS)]
+        missing = [number for number in range(len(sizes)) if committed(part(folder, number), key) is None]
+        reused &= not missing
+        with stage(f"{name} of {items.name}", sum(sizes[number] for number in missing)) as advance:
+            source = context.config.features.weights.get(name)
+            encoder = load_encoder(name, context.device, source) if missing else None
+            size = context.config.features.batch_size or ENCODERS[name].batch
+            for number in missing:
+                assert encoder is not None
+                started = time.monotonic()
+                numbers = list(range(number * PART_ITEMS, number * PART_ITEMS + sizes[number]))
+                features, unreadable = _encode(encoder, items, numbers, size, advance)
+                table = tables.FEATURES.rows(item=[str(number) for number in numbers], feature=_as_lists(features))
+                path = part(folder, number)
+                commit_table(path, table, tables.FEATURES, key=key, started=started, quarantined=unreadable)
+        manifests = [made for number in range(len(sizes)) if (made := committed(part(folder, number), key))]
+        seconds += sum(manifest.seconds for manifest in manifests)
+        for manifest in manifests:
+            left_out |= manifest.quarantined
+    if context.config.features.centre and items.name == "samples":
+        mean, was_there = _commit_mean(context, items, left_out)
+        seconds, reused = seconds + mean.seconds, reused and was_there
+    return Stage(
+        f"features of {items.name}",
+        features_key(context, items),
+        context.workspace.root / "features",
+        items.rows,
+        seconds,
+        reused,
+    )
+
+
+def _commit_mean(context: Context, samples: Stage, left_out: dict[int, str]) -> tuple[Manifest, bool]:
+    """Commit the mean of phi over all samples but those left out, whose pictures are grey; was it there before?"""
+    path, key = _mean_place(context, samples)
+    manifest = committed(path, key)
+    # A sample that was left out counts as soon as its tar is restored and its part made again.
+    if manifest is not None and manifest.quarantined == left_out:
+        return manifest, True
+    started = time.monotonic()
+    with stage("mean of the features", samples.rows) as advance:
+        mean = mean_over(_kept(_blocks(context, samples), left_out, advance))
+    made = commit(
+        path,
+        functools.partial(save_file, {"mean": mean}),
+        key=key,
+        rows=samples.rows - len(left_out),
+        started=started,
+        quarantined=left_out,
+    )
+    return made, False
+
+
+def _kept(blocks: Iterable[Tensor], left_out: dict[int, str], advance: Callable[[int], None]) -> Iterator[Tensor]:
+    """The rows of consecutive blocks but for those with these numbers."""
+    start = 0
+    for block in blocks:
+        yield block[torch.tensor([number not in left_out for number in range(start, start + len(block))])]
+        start += len(block)
+        advance(len(block))
+
+
+def feature_mean(context: Context, samples: Stage) -> Tensor | None:
+    """What is taken off phi: the samples' mean, (d,), or None where features are not centred."""
+    return load_tensors(_mean_place(context, samples)[0])["mean"] if context.config.features.centre else None
+
+
+def _mean_place(context: Context, samples: Stage) -> tuple[AnyPath, str]:
+    """Where the mean of the config's feature space lies, and its input key."""
+    key = input_key("mean of features", _parts_keys(context, samples), context.config.features.unit_length)
+    return context.workspace.feature_mean(key), key
+
+
+def load_features(context: Context, items: Stage, samples: Stage) -> Tensor:
+    """phi of samples or queries in the config's feature space, (items, d) float32, less the mean of the samples."""
+    folders = feature_folders(context, items).values()
+    parts = [_vectors(tables.read_parts(folder, tables.FEATURES)) for folder, _ in folders]
+    mean = feature_mean(context, samples)
+    return concatenate(parts, unit_length=context.config.features.unit_length, mean=mean)
+
+
+def map_features(context: Context, samples: Stage) -> Tensor:
+    """What `load_features` gives of samples, memory-mapped from an Arrow file: for more than there is memory.
+
+    The file lies in the workspace, or in the folder for temporary files where that is an object store.
+    """
+    path = _mapped_path(context, samples)
+    if not path.exists():
+        cache = path.parent
+        cache.mkdir(parents=True, exist_ok=True)
+        # Named as in the making until it is whole: what a process that died leaves behind is found by `fastgda vacuum`.
+        scratch, temporary = (cache / temporary_name(f"{path.stem}.{kind}") for kind in ("npy", "arrow"))
+        try:
+            _write_arrow(temporary, _write_rows(scratch, context, samples))
+            temporary.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
+    with pa.memory_map(str(path)) as source:
+        vectors = pa.ipc.open_file(source).get_batch(0).column("phi")
+    return torch.from_dlpack(vectors.flatten()).view(len(vectors), -1)
+
+
+def _mapped_path(context: Context, samples: Stage) -> Path:
+    """Where the mapped file of the samples' phi lies; centred by another mean, phi has another file."""
+    root, config = context.workspace.root, context.config.features
+    cache = root / "features" if isinstance(root, Path) else private_folder("features")
+    mean = read_manifest(_mean_place(context, samples)[0]) if config.centre else None
+    key = input_key("phi", _parts_keys(context, samples), config.unit_length, *([mean.sha256] if mean else []))
+    return cache / f"{key}.arrow"
+
+
+def _write_rows(path: Path, context: Context, samples: Stage) -> NDArray[np.float32]:
+    """phi, (rows, d), in a mapped file of its own, as an Arrow file of one batch is written from one array."""
+    mapped, start = np.empty((0, 0), np.float32), 0
+    for phi in _blocks(context, samples, feature_mean(context, samples)):
+        if not start:
+            mapped = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(samples.rows, phi.shape[1]))
+        mapped[start : start + len(phi)] = phi.numpy()
+        start += len(phi)
+    return mapped
+
+
+def _blocks(context: Context, samples: Stage, mean: Tensor | None = None) -> Iterator[Tensor]:
+    """phi of the samples part by part, (<= 1,024, d) each, less `mean`."""
+    folders = [folder for folder, _ in feature_folders(context, samples).values()]
+    for number in range(-(-samples.rows // PART_ITEMS)):
+        parts = [_vectors(tables.read(part(folder, number), tables.FEATURES)) for folder in folders]
+        yield concatenate(parts, unit_length=context.config.features.unit_length, mean=mean)
+
+
+def _write_arrow(path: Path, rows: NDArray[np.float32]) -> None:
+    """One column, `phi`, in one batch: one tensor to whoever maps it."""
+    batch = pa.record_batch({"phi": pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write(batch)
+
+
+def _vectors(table: pa.Table) -> Tensor:
+    column = table["feature"].combine_chunks()
+    return torch.from_numpy(column.flatten().to_numpy().reshape(len(column), -1).copy())
+
+
+def load_query_features(context: Context, sets: Sequence[Stage], samples: Stage) -> Tensor:
+    """phi of the queries of some sets together, (queries, d), in the order of `join_queries`."""
+    loaded = [load_features(context, several, samples) for several in sets]
+    return torch.stack([loaded[number][row] for number, row in join_queries(sets)])
+
+
+def load_encoders(config: FeaturesConfig, device: torch.device) -> list[Encoder]:
+    """The encoders of a feature space, in order."""
+    return [load_encoder(name, device, config.weights.get(name)) for name in encoder_names(config.space)]
+
+
+def in_space(context: Context, **changes: Any) -> Context:
+    """The same context with another feature space: fields of the configuration's section `features`."""
+    features = context.config.features.model_copy(update=changes)
+    return dataclasses.replace(context, config=context.config.model_copy(update={"features": features}))
+
+
+def features_key(context: Context, items: Stage) -> str:
+    """What the features of all encoders together depend on."""
+    config = context.config.features
+    raw = [] if config.unit_length else ["raw"]
+    centred = ["centred"] if config.centre else []
+    weights = filter(None, weights_keys(config).values())
+    return input_key(config.space, items.key, *weights, *raw, *centred, table=tables.FEATURES)
+
+
+def feature_folders(context: Context, items: Stage) -> dict[str, tuple[AnyPath, str]]:
+    """Folder and input key of each encoder of the config's feature space."""
+    keys = {
+        name: input_key("features", name, items.key, *filter(None, [weights]), table=tables.FEATURES)
+        for name, weights in weights_keys(context.config.features).items()
+    }
+    return {name: (context.workspace.features(name, key), key) for name, key in keys.items()}
+
+
+def _parts_keys(context: Context, items: Stage) -> list[str]:
+    """Input key of each encoder's parts."""
+    return [key for _, key in feature_folders(context, items).values()]
+
+
+def weights_keys(config: FeaturesConfig) -> dict[str, str]:
+    """`weights_key` of each encoder of a feature space; empty where the weights come with a package."""
+    return {
+        name: weights_key(config.weights.get(name) or ENCODERS[name].source) for name in encoder_names(config.space)
+    }
+
+
+def weights_key(source: str) -> str:
+    """What tells one set of weights from another: a hash of the files of a folder, else the hub id."""
+    if not source or not Path(source).is_dir():
+        return source
+    return _files_hash(stamps(sorted(path for path in Path(source).rglob("*") if path.is_file())))
+
+
+@functools.lru_cache(maxsize=16)
+def _files_hash(files: Stamps) -> str:
+    return input_key("weights", [(Path(path).name, file_sha256(Path(path))) for path, _, _ in files])
+
+
+def _encode(
+    encoder: Encoder, items: Stage, numbers: list[int], size: int, advance: Callable[[int], None]
+) -> tuple[Tensor, dict[int, str]]:
+    """Features of some items, (items, d), and of which samples the image could not be read any more."""
+    if encoder.modality == "text":
+        return _encode_texts(encoder, _captions(items, numbers), size, advance), {}
+    unreadable: dict[int, str] = {}
+    features = []
+    for images, faults in _images(items, numbers, size):
+        features.append(encoder.encode(images))
+        unreadable |= faults
+        advance(len(images))
+    return torch.cat(features), unreadable
+
+
+def _encode_texts(encoder: Encoder, texts: list[str], size: int, advance: Callable[[int], None]) -> Tensor:
+    """Features of some captions, (captions, d); equal ones are encoded once."""
+    count = Counter(texts)
+    distinct, features = list(count), []
+    for start in range(0, len(distinct), size):
+        batch = distinct[start : start + size]
+        features.append(encoder.encode(batch))
+        advance(sum(count[text] for text in batch))
+    row = {text: number for number, text in enumerate(distinct)}
+    return torch.cat(features)[[row[text] for text in texts]]
+
+
+def _captions(items: Stage, numbers: list[int]) -> list[str]:
+    if items.name == "queries":
+        return [load_queries(items)[number].caption for number in numbers]
+    return [several[0] for several in samples_table(items.path)["captions"].take(numbers).to_pylist()]
+
+
+def _images(items: Stage, numbers: list[int], size: int) -> Iterator[tuple[list[Image.Image], dict[int, str]]]:
+    """Images in batches, and why some of them are grey."""
+    if items.name == "samples":
+        return readable_images_ahead(items.path, numbers, size)
+    queries = [load_queries(items)[number] for number in numbers]
+    return ((images, {}) for images in in_threads(lambda query: query.image, queries, size))
+
+
+def _as_lists(features: Tensor) -> pa.ListArray:
+    width = features.shape[1]
+    offsets = np.arange(len(features) + 1, dtype=np.int32) * width
+    return pa.ListArray.from_arrays(offsets, features.numpy().ravel(), type=tables.VECTOR)

@@ -1,0 +1,236 @@
+"""Make the queries: generate one image per caption, or read images that exist."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import re
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+from PIL import Image
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from fastgda_core.diffusion.sampling import can_generate, generate
+from fastgda_core.errors import UsageError
+from fastgda_core.images import decode_image
+from storage_schemas import tables
+from storage_schemas.commit import (
+    commit_table,
+    committed,
+    file_sha256,
+    input_key,
+    read_manifest,
+    write_atomically,
+)
+from storage_schemas.files import AnyPath, stamps
+from storage_schemas.workspace import twins_beside
+from tasks.config.inputs import QueriesConfig
+from tasks.context import Context, Stage
+from tasks.inputs.samples import describe, tell_of_several_pictures
+from tasks.inputs.tars import RULES, find_shards, read_image, scan
+from tasks.inputs.twins import draw_twins
+from tasks.progress import console, stage
+
+GENERATION_BATCH = 16
+_PLAIN_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
+_READING = threading.Lock()  # threads that ask for images at once read a query set once
+TWIN_NUMBERS = 2**32  # + train_id: the starting noise of a twin's query, apart from those of captions
+
+
+@dataclass(frozen=True)
+class Query:
+    """A synthesized image with its caption."""
+
+    query_id: str
+    split: str
+    caption: str
+    path: AnyPath
+    """The table of its query set."""
+    row: int
+
+    @property
+    def image(self) -> Image.Image:
+        """Decoded anew each time: thousands of images are more than there is memory for."""
+        with _READING:
+            encoded = _encoded_images(self.path)[self.row].as_py()
+        return decode_image(encoded)
+
+    @property
+    def owner(self) -> int:
+        """A 48-bit number that stands for the query in noise streams."""
+        return int.from_bytes(hashlib.sha256(self.query_id.encode()).digest()[:6], "big")
+
+
+Row = tuple[str, str, str, bytes]  # query_id, split, caption, PNG
+
+
+@task(task_run_name="queries", cache_policy=NO_CACHE)
+def make_queries(context: Context, samples: Stage) -> Stage:
+    """The query set of the config with its splits, and the queries of the twin test, as one table and as PNG files."""
+    config = context.config.queries
+    # Images that exist depend on no setting of their generation.
+    settings = config.model_dump(mode="json", include=None if _generates(config) else {"split", "seed", "twins"})
+    model_hash = context.model_hash if _generates(config) else None
+    twins_of = samples.key if config.twins else None
+    tars = [RULES, *stamps(_shards(config))] if config.shards else []
+    key = input_key("queries", settings, tars, model_hash, twins_of, table=tables.QUERIES)
+    path = context.workspace.queries(key)
+    manifest = committed(path, key)
+    reused = manifest is not None
+    if manifest is None:
+        started = time.monotonic()
+        asked = _generate(context) if config.captions else _collect(config)
+        splits = config.split.of(len(asked)).assign(config.seed)
+        rows = [(query_id, split, *rest) for (query_id, *rest), split in zip(asked, splits, strict=True)]
+        twins, of_twins = _twin_queries(context, samples, key)
+        table = pa.Table.from_pylist(
+            [_write_image(path, number, *row) for number, row in enumerate((*rows, *of_twins))],
+            schema=tables.QUERIES.schema,
+        )
+        commit_table(twins_beside(path), twins, tables.TWINS, key=key, started=started)
+        manifest = commit_table(path, table, tables.QUERIES, key=key, started=started, device=str(context.device))
+    return replace(queries_stage(path), seconds=manifest.seconds, reused=reused)
+
+
+def _generates(config: QueriesConfig) -> bool:
+    return bool(config.captions or config.twins)
+
+
+def _write_image(path: AnyPath, number: int, query_id: str, split: str, caption: str, png: bytes) -> dict[str, object]:
+    """A row of the table, its PNG beside it: named after the query where the name is fit for a file, else numbered."""
+    stem = query_id
+    if not _PLAIN_NAME.fullmatch(query_id):
+        stem = f"{number:05d}-{hashlib.sha256(query_id.encode()).hexdigest()[:12]}"
+    write_atomically(path.parent / "images" / f"{stem}.png", png)
+    digest = hashlib.sha256(png).hexdigest()
+    return {"query_id": query_id, "split": split, "caption": caption, "image": png, "image_sha256": digest}
+
+
+def queries_stage(path: AnyPath) -> Stage:
+    """A committed query set as a stage."""
+    manifest = read_manifest(path)
+    rows = manifest.rows if manifest else tables.read(path, tables.QUERIES).num_rows
+    return Stage("queries", file_sha256(path)[:16], path, rows, 0.0, True)
+
+
+def _generate(context: Context) -> list[tuple[str, str, bytes]]:
+    captions = context.config.queries.captions or []
+    images = _images_of(context, "queries", captions, range(len(captions)))
+    names = [f"q{number:04d}" for number in range(len(captions))]
+    return list(zip(names, captions, images, strict=True))
+
+
+def _images_of(context: Context, name: str, captions: list[str], numbers: Sequence[int]) -> list[bytes]:
+    """A PNG generated from each caption; its starting noise depends on its number alone."""
+    config, model = context.config.queries, context.model()
+    images: list[bytes] = []
+    with stage(name, len(captions)) as advance:
+        for start in range(0, len(captions), GENERATION_BATCH):
+            batch = slice(start, start + GENERATION_BATCH)
+            latents = generate(
+                model,
+                captions[batch],
+                list(numbers[batch]),
+                seed=config.seed,
+                steps=config.steps,
+                guidance_scale=config.guidance_scale,
+            )
+            images += [_png(image) for image in model.decode_images(latents)]
+            advance(len(captions[batch]))
+    return images
+
+
+def _twin_queries(context: Context, samples: Stage, key: str) -> tuple[pa.Table, list[Row]]:
+    """The queries of the twin test: generated ones, then training images; and the twin of each.
+
+    An id holds a part of the set's key: twins of several sets may stand in one snapshot.
+    """
+    config = context.config.queries
+    twins = draw_twins(samples, config.twins, config.seed)
+    alone = [twin for twin in twins if not twin.shared]
+    if twins and not alone:
+        console.print("twin test: captions are shared by several samples, so only training images are asked")
+    if alone and not can_generate(context.model()):
+        console.print("twin test: the model is sampled by a pipeline of its own, so only training images are asked")
+        alone = []
+    images = _images_of(
+        context, "twins", [twin.caption for twin in alone], [TWIN_NUMBERS + twin.train_id for twin in alone]
+    )
+    found = [(tables.TWIN, twin, png) for twin, png in zip(alone, images, strict=True)]
+    found += [(tables.PSEUDO, twin, _png(twin.image)) for twin in twins]
+    rows = [(f"{kind}-{twin.train_id}-{key[:6]}", kind, twin.caption, png) for kind, twin, png in found]
+    train_ids = [twin.train_id for _, twin, _ in found]
+    return tables.TWINS.rows(query_id=[row[0] for row in rows], train_id=train_ids), rows
+
+
+def count_queries(config: QueriesConfig) -> int:
+    """How many there will be, at most, without making them."""
+    if config.captions:
+        return len(config.captions) + 2 * config.twins
+    samples, _ = scan(_shards(config), lambda: None)
+    return config.split.of(len(samples)).total + 2 * config.twins
+
+
+def _shards(config: QueriesConfig) -> list[Path]:
+    if config.shards is None:
+        return []
+    if "{partition}" in config.shards and not config.partition:
+        raise UsageError("queries.shards asks for a {partition}: set queries.partition, or run `fastgda backfill`")
+    return find_shards(config.shards.replace("{partition}", config.partition), "queries.shards")
+
+
+def _collect(config: QueriesConfig) -> list[tuple[str, str, bytes]]:
+    shards = _shards(config)
+    with stage("queries", len(shards)) as advance:
+        samples, rejections = scan(shards, lambda: advance(1))
+    tell_of_several_pictures(samples)
+    for rejection in rejections:
+        console.print(f"query skipped: {describe(rejection)}", markup=False, highlight=False, soft_wrap=True)
+    return [
+        (sample.key, sample.captions[0], _png(read_image(sample.shard, sample.offset, sample.size)))
+        for sample in samples
+    ]
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def join_queries(sets: Sequence[Stage]) -> list[tuple[int, int]]:
+    """Number of the set and row in it of every query of some sets; of queries of one name, the last set's."""
+    place: dict[str, tuple[int, int]] = {}
+    for number, several in enumerate(sets):
+        for row, query in enumerate(load_queries(several)):
+            place[query.query_id] = number, row
+    return sorted(place.values())
+
+
+def joined_queries(sets: Sequence[Stage]) -> list[Query]:
+    """The queries of some sets together, in the order of `join_queries`."""
+    loaded = [load_queries(several) for several in sets]
+    return [loaded[number][row] for number, row in join_queries(sets)]
+
+
+def load_queries(stage_: Stage) -> tuple[Query, ...]:
+    """The queries of a query set, in order; their images are read when one is asked for."""
+    return _queries_in(stage_.path)
+
+
+@functools.lru_cache(maxsize=64)
+def _queries_in(path: AnyPath) -> tuple[Query, ...]:
+    rows = tables.read(path, tables.QUERIES, columns=["query_id", "split", "caption"]).to_pylist()
+    return tuple(Query(**row, path=path, row=number) for number, row in enumerate(rows))
+
+
+@functools.lru_cache(maxsize=2)
+def _encoded_images(path: AnyPath) -> pa.ChunkedArray:
+    return tables.read(path, tables.QUERIES, columns=["image"])["image"]

@@ -1,0 +1,267 @@
+"""Read WebDataset tars: where each image lies, its captions, and what is wrong with the rest.
+
+A key is what is before the last dot of a file name, so that `photo.v2.0001.jpg` and `photo.v2.0001.txt` are a sample.
+A member under a longer key without an image and a caption of its own, `0001.seg.png`, is a companion of sample `0001`.
+Nothing is extracted and nothing but images, text and JSON is ever decoded.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from fastgda_core.errors import BadSample, UsageError
+from fastgda_core.images import decode_first, decode_image
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+CAPTION_SUFFIXES = ("txt", "json")
+MAX_MEMBER_BYTES = 256 * 2**20
+MAX_NAME = 4096  # characters: what a path may have on Linux
+RULES = 2  # of what is a sample: a tar that was read by other rules is read again
+_COMPRESSIONS = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+    b"PK\x03\x04": "zip",
+}
+# What tarfile raises on headers that were made to hurt, beside its own errors.
+_DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, LookupError, OverflowError, MemoryError, RecursionError)
+
+
+@dataclass(frozen=True)
+class ShardSample:
+    """One usable sample of a tar."""
+
+    shard: str
+    key: str
+    offset: int
+    size: int
+    captions: list[str]
+    width: int
+    height: int
+    image_sha256: str
+    pictures: int
+    """In the image's file, of which the first is used."""
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Something unusable: a sample, or a whole shard where `key` is empty."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+def find_shards(pattern: str, field: str) -> list[Path]:
+    """The tars that a glob of the config names, sorted.
+
+    Raises:
+        UsageError: none.
+    """
+    shards = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]  # noqa: PTH207
+    if not shards:
+        raise UsageError(f"{field} matches no file: {pattern}; give a glob of WebDataset tars such as data/*.tar")
+    return shards
+
+
+def scan(shards: list[Path], on_shard: Callable[[], None]) -> tuple[list[ShardSample], list[Rejection]]:
+    """Check every sample of every shard; bad ones are named, never raised."""
+    samples: list[ShardSample] = []
+    rejections: list[Rejection] = []
+    seen: dict[str, str] = {}
+    for shard in shards:
+        before = len(samples) + len(rejections)
+        for item in _scan_shard(shard):
+            if isinstance(item, ShardSample) and item.key in seen:
+                rejections.append(
+                    Rejection(item.shard, item.key, f"duplicate key, first seen in {seen[item.key]}: rename one")
+                )
+            elif isinstance(item, ShardSample):
+                seen[item.key] = item.shard
+                samples.append(item)
+            else:
+                rejections.append(item)
+        if len(samples) + len(rejections) == before:
+            rejections.append(Rejection(str(shard), "", "the shard is empty: write it again"))
+        on_shard()
+    return samples, rejections
+
+
+def read_image(shard: str, offset: int, size: int, sha256: str | None = None) -> Image.Image:
+    """One image by its place in a tar, as RGB on white.
+
+    Raises:
+        BadSample: its bytes are not those of this digest, or no image.
+    """
+    with Path(shard).open("rb") as file:
+        file.seek(offset)
+        content = file.read(size)
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise BadSample("the image changed since its tar was indexed: restore the tar")
+    return decode_image(content)
+
+
+def _scan_shard(shard: Path) -> Iterator[ShardSample | Rejection]:
+    members: list[tarfile.TarInfo] = []
+    damage: Rejection | None = None
+    try:
+        with tarfile.open(shard, "r:", encoding="utf-8") as tar:
+            for member in tar:
+                if member.size < 0:  # tarfile would step back and read the same members for ever
+                    raise tarfile.ReadError("a member of negative size")
+                if not member.isdir():
+                    members.append(member)
+            _check_end(tar)
+    except _DAMAGE as error:
+        damage = Rejection(str(shard), "", _describe_damage(shard, error, begins_well=bool(members)))
+    if members:
+        with shard.open("rb") as file:
+            yield from _check_members(shard, members, file)
+    if damage is not None:
+        yield damage
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """tarfile takes a file cut between two members for a whole one, and stops at the first block of zeros."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("no end mark where the last readable member ends")
+    while block := tar.fileobj.read(2**20):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError("more data behind its end mark, as where tars are joined without tar --concatenate")
+
+
+def _describe_damage(shard: Path, error: BaseException, *, begins_well: bool) -> str:
+    if not begins_well and shard.is_file():
+        with shard.open("rb") as file:
+            start = file.read(8)
+        for mark, name in _COMPRESSIONS.items():
+            if start.startswith(mark):
+                return f"the shard is a {name} file: unpack it to a plain tar, in which images have a fixed place"
+    return f"the tar is damaged ({error}): samples before the damage are used"
+
+
+def _check_members(
+    shard: Path, members: list[tarfile.TarInfo], file: io.BufferedReader
+) -> Iterator[ShardSample | Rejection]:
+    """Account for every member: it is of a sample, or a companion of one, or a rejection has its key."""
+    for member in members:
+        if len(member.name) > MAX_NAME:
+            reason = f"its name is longer than {MAX_NAME} characters: shorten it"
+            yield Rejection(str(shard), _printable(member.name)[:MAX_NAME], reason)
+    keyed, duplicates, others = _by_key([member for member in members if len(member.name) <= MAX_NAME])
+    complete = {key for key, parts in keyed.items() if _is_complete(parts)}
+    for key, parts in keyed.items():
+        if key not in complete and not complete.isdisjoint(_shorter_keys(key)):
+            continue  # `0001.seg.png` beside `0001.jpg` and `0001.txt`
+        try:
+            yield _check_sample(shard, _printable(key), parts, file)
+        except BadSample as error:
+            yield Rejection(str(shard), _printable(key), str(error))
+    for key, suffix in duplicates.items():
+        yield Rejection(str(shard), _printable(key), f"duplicate key: its .{suffix} occurs twice; rename one")
+    possible = ([*_shorter_keys(key), key] for key in others)
+    for key in dict.fromkeys(keys[0] for keys in possible if keyed.keys().isdisjoint(keys)):
+        yield Rejection(str(shard), _printable(key), "is no sample: no image and no caption has this key")
+
+
+def _by_key(
+    members: list[tarfile.TarInfo],
+) -> tuple[dict[str, dict[str, tarfile.TarInfo]], dict[str, str], list[str]]:
+    """Images and captions by key and suffix; key and suffix of what occurs again; keys of all other members."""
+    keyed: dict[str, dict[str, tarfile.TarInfo]] = {}
+    duplicates: dict[str, str] = {}
+    others: list[str] = []
+    for member in members:
+        key, suffix = _split_name(member.name)
+        if suffix not in IMAGE_SUFFIXES + CAPTION_SUFFIXES:
+            others.append(key)
+        elif suffix in keyed.setdefault(key, {}):
+            duplicates.setdefault(key, suffix)
+        else:
+            keyed[key][suffix] = member
+    return keyed, duplicates, others
+
+
+def _is_complete(parts: dict[str, tarfile.TarInfo]) -> bool:
+    return not any(parts.keys().isdisjoint(suffixes) for suffixes in (IMAGE_SUFFIXES, CAPTION_SUFFIXES))
+
+
+def _printable(name: str) -> str:
+    """Member names are bytes: those that are not UTF-8 show them as escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Key and suffix: what is before and behind the last dot of the file name; `.x` and `..` have no suffix."""
+    stem, _, suffix = name.rpartition(".")
+    return (stem, suffix.lower()) if stem.rpartition("/")[2].strip(".") and "/" not in suffix else (name, "")
+
+
+def _shorter_keys(key: str) -> list[str]:
+    """What is before each dot of a key's file name, the shortest first: that is WebDataset's."""
+    base = key.rpartition("/")[2].lstrip(".")
+    start = len(key) - len(base)
+    return [key[: start + number] for number, letter in enumerate(base) if letter == "." and number]
+
+
+def _check_sample(shard: Path, key: str, parts: dict[str, tarfile.TarInfo], file: io.BufferedReader) -> ShardSample:
+    def content(suffix: str) -> bytes:
+        member = parts[suffix]
+        if member.size > MAX_MEMBER_BYTES:
+            raise BadSample(f"its .{suffix} is larger than {MAX_MEMBER_BYTES >> 20} MiB: shrink it")
+        file.seek(member.offset_data)
+        whole = file.read(member.size)
+        if len(whole) < member.size:
+            raise BadSample(f"its .{suffix} is cut short: write the shard again")
+        return whole
+
+    for suffix, member in parts.items():
+        if not member.isreg() or member.issparse():
+            raise BadSample(f"its .{suffix} is a link, a device or sparse: store the whole file in the tar")
+    images = [suffix for suffix in IMAGE_SUFFIXES if suffix in parts]
+    if len(images) != 1:
+        problem = "has no image: add a" if not images else "has several images: keep one"
+        raise BadSample(f"{problem} .jpg, .png or .webp")
+    captions = _captions({suffix: content(suffix) for suffix in CAPTION_SUFFIXES if suffix in parts})
+    encoded = content(images[0])
+    image, pictures = decode_first(encoded)
+    return ShardSample(
+        str(shard),
+        key,
+        parts[images[0]].offset_data,
+        len(encoded),
+        captions,
+        image.width,
+        image.height,
+        hashlib.sha256(encoded).hexdigest(),
+        pictures,
+    )
+
+
+def _captions(texts: dict[str, bytes]) -> list[str]:
+    """Captions of a sample: `captions` or `caption` of its .json, else its .txt."""
+    try:
+        decoded = {suffix: text.decode("utf-8-sig") for suffix, text in texts.items()}
+        document = json.loads(decoded["json"]) if "json" in decoded else {}
+        found = document.get("captions") or document.get("caption") if isinstance(document, dict) else None
+        found = found or decoded.get("txt", "")
+        listed = found if isinstance(found, list) else [found]
+        captions = [" ".join(caption.split()) for caption in listed if isinstance(caption, str) and caption.strip()]
+        "".join(captions).encode()  # JSON can spell lone surrogates, which no file can hold
+    except (ValueError, RecursionError) as error:
+        raise BadSample(f"caption does not decode ({error}): write it as UTF-8") from error
+    if not captions:
+        raise BadSample("has no caption: add a .txt, or a .json with caption or captions")
+    return list(dict.fromkeys(captions))

@@ -1,0 +1,148 @@
+"""Measure rankings against the teacher on the test queries."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgda_core.evaluation.candidates import CandidateScores
+from fastgda_core.evaluation.ranking_metrics import (
+    agreement,
+    expected_random_agreement,
+    spearman,
+)
+from fastgda_core.features import text_space
+from fastgda_core.ranking.head import RankHead
+from storage_schemas import tables
+from storage_schemas.commit import commit_table, committed, input_key
+from tasks.context import Context, Stage
+from tasks.distilling.ranks import candidate_scores, load_ranks, rows_of_split, sample_features
+from tasks.distilling.versions import load_trained_head
+from tasks.inputs.features import extract_features, in_space, load_query_features
+from tasks.inputs.queries import joined_queries
+from tasks.judging.metric_rows import agreement_rows, metric_row, metric_rows
+from tasks.sole_maker import sole_maker
+
+CAPTIONS = "captions alone"
+
+
+@task(task_run_name="evaluation", cache_policy=NO_CACHE)
+def measure_head(
+    context: Context,
+    samples: Stage,
+    queries: Sequence[Stage],
+    ranks: Stage,
+    head: Stage,
+    checks: list[Stage],
+) -> Stage:
+    """How far the untuned and tuned features and chance rank as the teacher does, beside what its checks found."""
+    cutoffs = context.config.evaluation.cutoffs
+    exact = next((check for check in checks if check.name == "exact check"), None)
+    others = [check for check in checks if check is not exact]
+    behind = [exact.key if exact else None, [check.key for check in others]]
+    key = input_key("metrics 3", head.key, ranks.key, cutoffs, *behind, table=tables.METRICS)
+    path = context.workspace.metrics(key)
+    with sole_maker(context, "evaluation", path, key):
+        return _metrics(context, samples, queries, ranks, head, exact, others, key)
+
+
+def _metrics(
+    context: Context,
+    samples: Stage,
+    queries: Sequence[Stage],
+    ranks: Stage,
+    head: Stage,
+    exact: Stage | None,
+    others: list[Stage],
+    key: str,
+) -> Stage:
+    cutoffs, path = context.config.evaluation.cutoffs, context.workspace.metrics(key)
+    manifest = committed(path, key)
+    reused = manifest is not None
+    if manifest is None:
+        started = time.monotonic()
+        test = rows_of_split(queries, "test")
+        several = joined_queries(queries)
+        names = [several[row].query_id for row in test.tolist()]
+        scores = candidate_scores(context, ranks, names)
+        phi = load_query_features(context, queries, samples)[test], sample_features(context, samples)
+        rankings = {
+            "untuned": untuned_cosines(scores, *phi),
+            "tuned": tuned_cosines(scores, load_trained_head(head.path), *phi),
+            **_by_captions(context, samples, queries, test, scores),
+        }
+        rows = list(_ranking_rows(scores, rankings, cutoffs, names))
+        if exact is not None:
+            rows += _teacher_rows(context, ranks, exact)
+        table = pa.concat_tables(
+            [
+                pa.Table.from_pylist(rows, schema=tables.METRICS.schema),
+                *(tables.read(check.path, tables.METRICS) for check in others),
+            ]
+        )
+        manifest = commit_table(path, table, tables.METRICS, key=key, started=started)
+    return Stage("evaluation", key, path, manifest.rows, manifest.seconds, reused)
+
+
+def untuned_cosines(scores: CandidateScores, queries: Tensor, samples: Tensor) -> Tensor:
+    """How the features alone rank the candidates of queries, (queries, d), among samples, (samples, d)."""
+    return scores.cosines(F.normalize(queries, dim=1), lambda rows: F.normalize(samples[rows], dim=1))
+
+
+def tuned_cosines(scores: CandidateScores, head: RankHead, queries: Tensor, samples: Tensor) -> Tensor:
+    """How a head ranks them."""
+    return scores.cosines(head.queries(queries), lambda rows: head(samples[rows]))
+
+
+def _by_captions(
+    context: Context, samples: Stage, queries: Sequence[Stage], test: Tensor, scores: CandidateScores
+) -> dict[str, Tensor]:
+    """The cheapest ranking, which any other has to beat: by the captions' features alone, where there are such."""
+    space = context.config.features.space
+    if text_space(space) in ("", space):
+        return {}
+    worded = in_space(context, space=text_space(space))
+    for items in (samples, *queries):
+        extract_features.fn(worded, items)
+    phi = load_query_features(worded, queries, samples)[test], sample_features(worded, samples)
+    return {CAPTIONS: untuned_cosines(scores, *phi)}
+
+
+def _ranking_rows(
+    candidates: CandidateScores, rankings: dict[str, Tensor], cutoffs: list[int], query_ids: list[str]
+) -> Iterator[dict[str, object]]:
+    of_queries = list(zip(candidates.scores, candidates.known, strict=True))
+    for space, similarity in rankings.items():
+        measured = [
+            agreement(teacher[known][None], mine[known][None], cutoffs)
+            for (teacher, known), mine in zip(of_queries, similarity, strict=True)
+        ]
+        yield from agreement_rows(space, measured, query_ids)
+    by_chance = [expected_random_agreement(teacher[known], cutoffs) for teacher, known in of_queries]
+    for metric, cutoff in by_chance[0]:
+        values = torch.tensor([one[metric, cutoff] for one in by_chance], dtype=torch.float64)
+        yield metric_row(metric, "chance", values, cutoff=cutoff)
+
+
+def _teacher_rows(context: Context, ranks: Stage, exact: Stage) -> list[dict[str, object]]:
+    """Spearman between exact and first-order scores of each checked query, and their mean."""
+    checked = tables.read_parts(exact.path, tables.SCORES).rename_columns({"score": "exact"})
+    first_order = load_ranks(context, ranks, pc.unique(checked["query_id"]).to_pylist()).drop_columns(
+        ["rank", "rank_label"]
+    )
+    joined = checked.join(first_order, keys=["query_id", "train_id"])
+    query_ids = pc.unique(joined["query_id"]).to_pylist()
+    values = []
+    for query_id in query_ids:
+        pairs = joined.filter(pc.equal(joined["query_id"], query_id))
+        first, second = (torch.from_numpy(pairs[name].to_numpy().copy())[None] for name in ("exact", "score"))
+        values.append(spearman(first, second))
+    return list(metric_rows("spearman", "exact vs first order", torch.cat(values), query_ids))

@@ -1,0 +1,334 @@
+"""How far a teacher can be trusted: against twins, the exact one, itself drawn again, and float64."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from torch import Tensor
+
+from fastgda_core.diffusion.precision import Precision
+from fastgda_core.errors import UsageError
+from fastgda_core.evaluation.ranking_metrics import agreement, spearman, twin_ranks
+from fastgda_core.evaluation.twins import TwinTest, first_places
+from fastgda_core.teachers.registry import TEACHERS
+from fastgda_core.teachers.scores import exact_scores
+from fastgda_core.teachers.training_loss import SampleBlock, training_losses
+from fastgda_core.teachers.unlearning import compress, expand
+from storage_schemas import tables
+from storage_schemas.commit import commit_table, committed, input_key
+from storage_schemas.workspace import part
+from tasks.context import Context, Stage, noise_plan, stage_of_parts
+from tasks.distilling.ranks import load_influence, load_ranks
+from tasks.inputs.queries import Query, load_queries
+from tasks.inputs.twins import load_twins
+from tasks.judging.metric_rows import agreement_rows, metric_row, metric_rows
+from tasks.progress import stage
+from tasks.teaching.bad_samples import without_bad_samples
+from tasks.teaching.curvature import curvature_of, make_curvature
+from tasks.teaching.latents import load_block, unreadable_samples
+from tasks.teaching.run import RunInputs
+from tasks.teaching.unlearning import QueryUpdates, device_fisher, gradient_of, relative_errors, update_of
+from tasks.watching.trust import (
+    KINDS,
+    OTHER_CURVATURE,
+    OTHER_GRADIENT,
+    OTHER_NOISE,
+    OTHER_TEACHER,
+    TEACHER,
+    TWIN_RANK,
+    TWIN_SHARE,
+    WORST_TWIN,
+)
+
+PRECISION_CHECK_SAMPLES = 32
+PRECISION_CHECK_QUERIES = 64
+PRECISION_AGREEMENT = 0.999  # design section 4, "First order"
+
+
+@task(task_run_name="precision check", cache_policy=NO_CACHE)
+def check_precision(inputs: RunInputs) -> Stage:
+    """First-order scores of a few pairs in the teacher's precision and in float64: refused where they rank apart.
+
+    Raises:
+        UsageError: their rank correlation is below 0.999.
+    """
+    context, stages = inputs.context, inputs.stages
+    latents, updates, queries = stages["latents"], stages["unlearning steps"], stages["queries"]
+    precision = context.config.teacher.precision
+    numbers = list(range(min(queries.rows, PRECISION_CHECK_QUERIES)))
+
+    def rows() -> list[dict[str, object]]:
+        count = min(latents.rows, PRECISION_CHECK_SAMPLES)
+        train_ids = np.unique(np.linspace(0, latents.rows - 1, count).astype(int))
+
+        def both(chosen: NDArray[np.int64]) -> Tensor:
+            block = load_block(context, latents, chosen.tolist())
+            several = QueryUpdates(updates, numbers, len(numbers), context.device)
+            return torch.stack([_scores(context, block, several, each) for each in (precision, Precision.float64)])
+
+        known, nothing = unreadable_samples(latents, train_ids.tolist()), torch.empty(2, len(numbers), 0)
+        _, (coarse, fine), _ = without_bad_samples(train_ids, known, both, nothing)
+        correlation = spearman(coarse, fine)
+        if correlation.mean() < PRECISION_AGREEMENT:
+            raise UsageError(
+                f"teacher.precision is {precision}: on this model its scores agree with float64 to a rank correlation "
+                f"of {correlation.mean():.4f} only, where {PRECISION_AGREEMENT} is asked: use float32"
+            )
+        names = [load_queries(queries)[number].query_id for number in numbers]
+        return list(metric_rows("spearman", f"{precision} vs float64", correlation, names))
+
+    key = input_key("precision check", updates.key, precision, table=tables.METRICS)
+    return _check(context, "precision check", key, rows)
+
+
+def _scores(
+    context: Context,
+    block: SampleBlock,
+    updates: QueryUpdates | list[dict[str, Tensor]],
+    precision: Precision | None = None,
+    seed: int | None = None,
+) -> Tensor:
+    """The configured teacher's scores, (queries, n), on the CPU; under other noise where a seed is given."""
+    teacher, model, plan = (
+        TEACHERS[context.config.teacher.name],
+        context.teacher_model(precision),
+        noise_plan(context.config, seed),
+    )
+    base = None if teacher.first_order else training_losses(model, plan, block, context.micro_batch("losses"))
+    micro_batch = context.micro_batch("gradients" if teacher.first_order else "losses")
+    return teacher.scores(model, context.layers(model), plan, block, updates, base, micro_batch).cpu()
+
+
+@task(task_run_name="self-consistency", cache_policy=NO_CACHE)
+def check_self_consistency(inputs: RunInputs, ranks: Stage) -> Stage:
+    """Some pairs again: with other noise, another gradient of the query, another curvature, and all three together.
+
+    Rank correlation and mAP(L) of the teacher with itself; L is scaled by the share of the candidates that is scored
+    again. The last is that of two whole teachers: no student can be expected to agree with one of them better.
+    """
+    context, score_run, stages = inputs.context, inputs.score_run, inputs.stages
+    latents, queries, updates = stages["latents"], stages["queries"], stages["unlearning steps"]
+    config = context.config.self_consistency
+    assert config is not None
+    chosen = _test_queries(queries, config.queries)
+    curvatures = stages["curvature"], curvature_of(_with_other_curvature(context), latents)
+    keys = [stage_.key for stage_ in curvatures]
+    cutoffs = context.config.evaluation.cutoffs
+    key = input_key("self-consistency 3", ranks.key, keys, config, cutoffs, table=tables.METRICS)
+
+    def rows() -> list[dict[str, object]]:
+        make_curvature(_with_other_curvature(context), latents)
+        seed = context.config.teacher.seed
+        draw = np.random.default_rng(seed)
+        tied = context.config.teacher.negatives == "tie"
+        stored = load_influence(context, ranks, [score_run.query_ids[number] for number in chosen])
+        groups = [chosen] if TEACHERS[context.config.teacher.name].first_order else [[number] for number in chosen]
+        comparisons: list[_Comparison] = []
+        with stage("self-consistency", len(chosen)) as advance:
+            for numbers in groups:
+                mine = stored.filter(pc.is_in(stored["query_id"], pa.array([score_run.query_ids[n] for n in numbers])))
+                pool = np.unique(mine["train_id"].to_numpy())
+                train_ids = np.sort(draw.choice(pool, min(config.samples, len(pool)), replace=False))
+                same = QueryUpdates(updates, numbers, len(numbers), context.device)
+                others = _other_updates(context, [load_queries(queries)[n] for n in numbers], curvatures, latents.rows)
+                block = load_block(context, latents, train_ids.tolist())
+                again = _scores(context, block, [*same, *others], seed=seed + 1)
+                again = again.clamp(min=0) if tied else again
+                for number, *scores in zip(numbers, *again.split(len(numbers)), strict=True):
+                    comparisons.append(_comparison(score_run.query_ids[number], stored, train_ids, scores))
+                advance(len(numbers))
+        return _consistency_rows(comparisons, context.config.evaluation.cutoffs)
+
+    return _check(context, "self-consistency", key, rows)
+
+
+def _with_other_curvature(context: Context) -> Context:
+    """The context whose Fisher is estimated from other rows."""
+    config = context.config
+    curvature = config.curvature.model_copy(update={"seed": config.curvature.seed + 1})
+    return replace(context, config=config.model_copy(update={"curvature": curvature}))
+
+
+def _other_updates(
+    context: Context, queries: list[Query], curvatures: tuple[Stage, Stage], samples: int
+) -> list[dict[str, Tensor]]:
+    """Delta theta of some queries, by layer, (queries, d_out, d_in), three times.
+
+    From other Monte-Carlo pairs; from another curvature; from both.
+    """
+    config = context.config.teacher
+    found: list[dict[str, Tensor]] = []
+    same, other = ([gradient_of(context, query, seed) for query in queries] for seed in (config.seed, config.seed + 1))
+    for curvature, gradients in ((curvatures[0], other), (curvatures[1], same), (curvatures[1], other)):
+        fisher = device_fisher(context, curvature)
+        several = [update_of(context, gradient, fisher, samples) for gradient in gradients]
+        if config.update_rank is not None:
+            several = [expand(compress(update, config.update_rank)[0]) for update in several]
+        found.append({name: torch.stack([update[name] for update in several]) for name in several[0]})
+    return found
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """One query's scores of a share of its candidates, (n,) each: as stored, and again under other noise.
+
+    noise: nothing else is other; gradient, curvature: this is other, besides; whole: all three are.
+    """
+
+    query_id: str
+    share: float
+    stored: Tensor
+    noise: Tensor
+    gradient: Tensor
+    curvature: Tensor
+    whole: Tensor
+
+    def pair(self, space: str) -> tuple[Tensor, Tensor]:
+        """What is compared, (1, n) each."""
+        first, second = {
+            OTHER_NOISE: (self.stored, self.noise),
+            OTHER_GRADIENT: (self.noise, self.gradient),
+            OTHER_CURVATURE: (self.noise, self.curvature),
+            OTHER_TEACHER: (self.stored, self.whole),
+        }[space]
+        return first[None], second[None]
+
+
+def _comparison(query_id: str, stored: pa.Table, train_ids: NDArray[np.int64], scores: Sequence[Tensor]) -> _Comparison:
+    """What is known of the query's candidates among `train_ids`, (n,), whose new scores are given, (n,) each."""
+    mine = stored.filter(pc.equal(stored["query_id"], query_id)).sort_by("train_id")
+    candidates = mine["train_id"].to_numpy()
+    known = np.isin(train_ids, candidates)
+    before = mine["score"].to_numpy()[np.searchsorted(candidates, train_ids[known])]
+    mask = torch.from_numpy(known)
+    return _Comparison(
+        query_id, known.sum() / len(candidates), torch.from_numpy(before), *(again[mask] for again in scores)
+    )
+
+
+def _consistency_rows(comparisons: list[_Comparison], cutoffs: list[int]) -> list[dict[str, object]]:
+    names = [comparison.query_id for comparison in comparisons]
+    rows: list[dict[str, object]] = []
+    for space in (OTHER_NOISE, OTHER_GRADIENT, OTHER_CURVATURE, OTHER_TEACHER):
+        measured = [agreement(*comparison.pair(space), cutoffs, comparison.share) for comparison in comparisons]
+        rows += agreement_rows(space, measured, names)
+    return rows
+
+
+@task(task_run_name="twin test", cache_policy=NO_CACHE)
+def check_twins(inputs: RunInputs, ranks: Stage) -> Stage:
+    """Where the teacher ranks the training samples that it has to rank first; see `fastgda_core.evaluation.twins`."""
+    context, queries = inputs.context, inputs.stages["queries"]
+    twins = load_twins(queries.path)
+
+    def rows() -> list[dict[str, object]]:
+        found: list[dict[str, object]] = []
+        for kind in KINDS:
+            query_ids = [query.query_id for query in load_queries(queries) if query.split == kind]
+            scored = load_ranks(context, ranks, query_ids)
+            places = {query_id: _twin_place(scored, query_id, twins[query_id]) for query_id in query_ids}
+            known = {query_id: place for query_id, place in places.items() if place is not None}
+            found += _twin_rows(kind, known) if known else []
+        return found
+
+    return _check(context, "twin test", input_key("twin test", ranks.key, queries.key, table=tables.METRICS), rows)
+
+
+def _twin_place(scored: pa.Table, query_id: str, twin: int) -> tuple[int, int] | None:
+    """Rank of a query's twin, and how many places count as first; None where the run left the twin out."""
+    mine = scored.filter(pc.equal(scored["query_id"], query_id))
+    place = pc.index(mine["train_id"], twin).as_py()
+    if place < 0:
+        return None
+    scores = torch.from_numpy(mine["score"].to_numpy().copy())[None]
+    return int(twin_ranks(scores, torch.tensor([place]))), first_places(mine.num_rows)
+
+
+def _twin_rows(kind: str, places: dict[str, tuple[int, int]]) -> list[dict[str, object]]:
+    test = TwinTest(*zip(*places.values(), strict=True))
+    found = torch.tensor(test.ranks) <= torch.tensor(test.places)
+    worst = metric_row(WORST_TWIN, TEACHER, torch.tensor([float(test.worst)]), split=kind)
+    return [
+        metric_row(TWIN_SHARE, TEACHER, found.double(), split=kind),
+        worst | {"queries": len(places)},
+        *(
+            metric_row(TWIN_RANK, TEACHER, torch.tensor([float(rank)]), cutoff=first, query_id=query_id, split=kind)
+            for query_id, (rank, first) in places.items()
+        ),
+    ]
+
+
+@task(task_run_name="low-rank error", cache_policy=NO_CACHE)
+def measure_low_rank(inputs: RunInputs) -> Stage:
+    """What `teacher.update_rank` loses of Delta theta, on average over all queries."""
+    context, queries, updates = inputs.context, inputs.stages["queries"], inputs.stages["unlearning steps"]
+
+    def rows() -> list[dict[str, object]]:
+        errors = torch.tensor(relative_errors(updates, list(range(queries.rows))))
+        return [metric_row("relative error", "low-rank Delta theta", errors)]
+
+    return _check(context, "low-rank error", input_key("low-rank error", updates.key, table=tables.METRICS), rows)
+
+
+@task(task_run_name="exact check", cache_policy=NO_CACHE)
+def check_against_exact(inputs: RunInputs, ranks: Stage) -> Stage:
+    """Score a few test queries with the exact teacher too, on candidates spread evenly over the first-order ranking."""
+    context, score_run, stages = inputs.context, inputs.score_run, inputs.stages
+    latents, queries, updates = stages["latents"], stages["queries"], stages["unlearning steps"]
+    config = context.config.exact_check
+    assert config is not None
+    run = score_run.run
+    key = input_key("exact check", run, config, table=tables.SCORES)
+    folder = context.workspace.exact_check(key)
+    chosen = _test_queries(queries, config.queries)
+    paths = {number: part(folder, number) for number in chosen}
+    missing = [number for number in chosen if committed(paths[number], key) is None]
+    with stage("exact check", len(missing)) as advance:
+        scores = load_ranks(context, ranks, [score_run.query_ids[number] for number in missing]) if missing else None
+        plan, micro_batch = noise_plan(context.config), context.micro_batch("losses")
+        for number in missing:
+            assert scores is not None
+            model = context.teacher_model(Precision.float32)  # loaded once, and not at all where nothing is missing
+            started = time.monotonic()
+            mine = scores.filter(pc.equal(scores["query_id"], score_run.query_ids[number])).sort_by(
+                [("score", "descending"), ("train_id", "ascending")]
+            )
+            take = np.unique(np.linspace(0, mine.num_rows - 1, config.candidates).round().astype(int))
+            block = load_block(context, latents, sorted(mine["train_id"].take(take).to_pylist()))
+            base = training_losses(model, plan, block, micro_batch)
+            (update,) = QueryUpdates(updates, [number], 1, context.device)
+            one = {name: change[0] for name, change in update.items()}
+            exact = exact_scores(model, context.layers(model), plan, block, base, one, micro_batch)
+            names = [score_run.query_ids[number]] * len(exact)
+            table = tables.SCORES.rows(
+                query_id=names, train_id=block.train_ids.cpu().numpy(), score=exact.cpu().numpy()
+            )
+            commit_table(paths[number], table, tables.SCORES, key=key, started=started, device=str(context.device))
+            advance(1)
+    rows = tables.read_parts(folder, tables.SCORES).num_rows
+    return stage_of_parts("exact check", key, folder, list(paths.values()), rows, reused=not missing)
+
+
+def _test_queries(queries: Stage, count: int | None) -> list[int]:
+    return [number for number, query in enumerate(load_queries(queries)) if query.split == "test"][:count]
+
+
+def _check(context: Context, name: str, key: str, rows: Callable[[], list[dict[str, object]]]) -> Stage:
+    """A check whose outcome is some metrics, committed under its key."""
+    path = context.workspace.teacher_check(key)
+    manifest = committed(path, key)
+    reused = manifest is not None
+    if manifest is None:
+        started = time.monotonic()
+        table = pa.Table.from_pylist(rows(), schema=tables.METRICS.schema)
+        manifest = commit_table(path, table, tables.METRICS, key=key, started=started, device=str(context.device))
+    return Stage(name, key, path, manifest.rows, manifest.seconds, reused)

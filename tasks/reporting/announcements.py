@@ -1,0 +1,99 @@
+"""What is told when a stage is there: an event for those who wait for it, an artifact for those who look."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+from storage_schemas.heads.metrics_history import metrics_history
+from storage_schemas.snapshots.snapshots import read_snapshot
+from storage_schemas.workspace import Workspace
+from tasks.context import Context, Stage
+from tasks.distilling.labels import Labels
+from tasks.distilling.loss_curve import loss_curve
+from tasks.reporting.attribution_sheet import attribution_sheet
+from tasks.serving.promotion import Evaluation
+from tasks.teaching.run import RunInputs
+from tasks.watching import events
+from tasks.watching.artifacts import publish_image, publish_markdown
+from tasks.watching.trust import trust_in
+
+SHOWN_QUERIES, SHOWN_SAMPLES = 5, 8
+
+
+def announce_scores(inputs: RunInputs, snapshot: str) -> None:
+    """Scores are published; what the teacher says of five queries, as a picture."""
+    context = inputs.context
+    samples, queries = inputs.stages["samples"], inputs.stages["queries"]
+    picture = attribution_sheet(inputs.workspace, snapshot, samples, queries, SHOWN_QUERIES, SHOWN_SAMPLES)
+    publish_image(f"top attributions {inputs.run}", picture, "The most influential training images of five queries")
+    rows = read_snapshot(inputs.workspace, snapshot)
+    links = f"snapshot `{snapshot}`: runs {', '.join(f'`{run}`' for run in rows.runs)}, {rows.rows:,} rows"
+    publish_markdown(
+        f"published {snapshot}", f"{links}\n\n{_lineage(inputs.workspace, snapshot)}\n", "What was published"
+    )
+    events.announce(events.SCORES_PUBLISHED, context, "snapshot", snapshot, run=inputs.run)
+
+
+def announce_trust(inputs: RunInputs) -> None:
+    """What is known of the run's teacher, and what to do where it cannot be believed."""
+    trust = trust_in(inputs.workspace, inputs.run)
+    lines = [f"run `{inputs.run}`", "", *(f"- {name}: {value}" for name, value in trust.facts)]
+    lines += [line for warning in trust.warnings for line in ("", f"**Warning** {warning}")]
+    publish_markdown(f"teacher {inputs.run}", "\n".join(lines) + "\n", "Whether the teacher can be believed")
+
+
+def announce_head(context: Context, head: Stage, labels: Labels) -> None:
+    """A head is trained; its loss curve."""
+    history = json.loads((head.path / "head.json").read_text())
+    cutoff = context.config.evaluation.validation_cutoff
+    publish_image(f"loss {head.key}", loss_curve(history, cutoff), f"Training of head {head.key}")
+    publish_markdown(
+        f"head {head.key}",
+        f"head `{head.key}`, trained on snapshot `{labels.ranks.key}` of run `{labels.run}`\n\n"
+        f"{_lineage(context.workspace, head.key)}\n",
+        "Where the head comes from",
+    )
+    events.announce(events.HEAD_TRAINED, context, "head", head.key, snapshot=labels.ranks.key)
+
+
+def announce_index(context: Context, index: Stage, head: Stage) -> None:
+    """An index is built."""
+    publish_markdown(
+        f"index {index.key}",
+        f"index `{index.key}` of head `{head.key}`: {index.rows:,} vectors\n\n"
+        f"{_lineage(context.workspace, index.key)}\n",
+        "Where the index comes from",
+    )
+    events.announce(events.INDEX_BUILT, context, "index", index.key, head=head.key)
+
+
+def announce_metrics(context: Context, evaluation: Evaluation, head: Stage, labels: Labels) -> None:
+    """An index was measured, and is served or not; how it compares with those before."""
+    cutoff = context.config.evaluation.validation_cutoff
+    event = events.PROMOTION_REFUSED if evaluation.refused else events.INDEX_PROMOTED
+    lines = [
+        f"index `{evaluation.index.key}` (head `{head.key}`, snapshot `{labels.ranks.key}`): "
+        + (evaluation.refused or "promoted"),
+        "",
+        f"| metrics | mAP({cutoff}) tuned | untuned | queries | measured |",
+        "| --- | ---: | ---: | ---: | --- |",
+        *_history(context, cutoff),
+    ]
+    publish_markdown(f"map history {context.config.name}", "\n".join(lines) + "\n", f"mAP({cutoff}) over time")
+    events.announce(
+        event, context, "index", evaluation.index.key, head=head.key, tuned=evaluation.tuned, refused=evaluation.refused
+    )
+
+
+def _history(context: Context, cutoff: int) -> list[str]:
+    """A row for every evaluation in the workspace, newest first."""
+    return [
+        f"| `{made.key}` | {made.tuned:.3f} | {made.untuned:.3f} | {made.queries} | {made.at:%Y-%m-%d %H:%M} |"
+        for made in metrics_history(context.workspace, cutoff)
+    ]
+
+
+def _lineage(workspace: Workspace, version: str) -> str:
+    """The command that tells more, for people in whatever folder."""
+    return f"`fastgda lineage {version} --workspace {shlex.quote(str(workspace.root))}`"

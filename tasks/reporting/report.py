@@ -1,0 +1,173 @@
+"""One self-contained HTML page: what the pipeline found, next to what the teacher says."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import matplotlib
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from torch import Tensor
+
+from fastgda_core.diffusion.objective import Objective
+from fastgda_core.evaluation.ranking_metrics import descending_ranks, top_mask
+from storage_schemas import tables
+from storage_schemas.commit import commit, committed, input_key
+from tasks.context import Context, Stage
+from tasks.distilling.loss_curve import loss_curve
+from tasks.distilling.ranks import candidate_scores, rows_of_split, sample_features
+from tasks.distilling.versions import load_trained_head
+from tasks.inputs.features import load_features
+from tasks.inputs.queries import Query, load_queries
+from tasks.inputs.samples import sample_images, samples_table
+from tasks.judging.head import CAPTIONS, tuned_cosines, untuned_cosines
+from tasks.reporting.attribution_sheet import spread
+from tasks.watching.trust import KINDS, OTHER_CURVATURE, OTHER_GRADIENT, OTHER_NOISE, OTHER_TEACHER, trust_of
+
+matplotlib.use("Agg")
+THUMBNAIL = 96
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A training image as the page shows it."""
+
+    data: str
+    caption: str
+    value: str
+    agrees: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    title: str
+    note: str
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True)
+class QueryPanel:
+    query: Query
+    image: str
+    precision: dict[str, float]
+    rows: list[Row]
+
+
+@task(task_run_name="report", cache_policy=NO_CACHE)
+def write_report(context: Context, run: str, stages: list[Stage]) -> Stage:
+    """`reports/<run>/report.html`, written anew when anything that it shows has changed."""
+    path = context.workspace.report(run)
+    by_name = {stage.name: stage for stage in stages}
+    shown = _measures(context.config.evaluation.cutoffs), _TEMPLATE.read_text()
+    key = input_key("report", [stage.key for stage in stages], context.config.evaluation, shown)
+    manifest = committed(path, key)
+    reused = manifest is not None
+    if manifest is None:
+        started = time.monotonic()
+        html = _render(context, run, by_name).encode()
+        manifest = commit(path, lambda temporary: temporary.write_bytes(html), key=key, rows=1, started=started)
+    return Stage("report", key, path, manifest.rows, manifest.seconds, reused)
+
+
+_TEMPLATE = Path(__file__).with_name("templates") / "report.html"
+
+
+def _render(context: Context, run: str, stages: dict[str, Stage]) -> str:
+    metrics = tables.read(stages["evaluation"].path, tables.METRICS).to_pylist()
+    head = json.loads((stages["rank head"].path / "head.json").read_text())
+    means = {(row["metric"], row["space"], row["cutoff"]): row for row in metrics if not row["query_id"]}
+    curve = loss_curve(head, context.config.evaluation.validation_cutoff, format="svg").decode()
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_TEMPLATE.read_text())
+    return template.render(
+        run=run,
+        config=context.config,
+        measures=_measures(context.config.evaluation.cutoffs),
+        means=means,
+        headline=context.config.evaluation.validation_cutoff,
+        parts=[OTHER_NOISE, OTHER_GRADIENT, OTHER_CURVATURE],
+        other_teacher=OTHER_TEACHER,
+        captions=CAPTIONS,
+        ceiling=means.get(("spearman", OTHER_TEACHER, 0)),
+        trust=trust_of(metrics, context.config.teacher.objective),
+        kinds=KINDS,
+        objective="output's squared norm" if context.config.teacher.objective is Objective.output_norm else "loss",
+        agreement=means.get(("spearman", "exact vs first order", 0)),
+        loss_curve=curve[curve.index("<svg") :],
+        panels=_panels(context, stages, metrics),
+        stages=list(stages.values()),
+        samples=stages["samples"].rows,
+        queries=sum(query.split not in KINDS for query in load_queries(stages["queries"])),
+    )
+
+
+def _measures(cutoffs: list[int]) -> list[tuple[str, str, int]]:
+    """(label, metric, cutoff) of the rows of the table."""
+    least = min(cutoffs)
+    rows = [(f"mAP({cutoff})", "mAP", cutoff) for cutoff in cutoffs]
+    rows += [(f"NDCG@{cutoff}", "ndcg", cutoff) for cutoff in cutoffs]
+    rows += [(f"first {cutoff} in common", "overlap", cutoff) for cutoff in cutoffs]
+    rows += [(f"teacher's first {least} in {cutoff}", "recall", cutoff) for cutoff in cutoffs if cutoff > least]
+    return [*rows, ("Spearman", "spearman", 0), ("Kendall", "kendall", 0)]
+
+
+def _panels(context: Context, stages: dict[str, Stage], metrics: list[dict[str, object]]) -> list[QueryPanel]:
+    samples, queries, config = stages["samples"], stages["queries"], context.config.evaluation
+    several = load_queries(queries)
+    test = rows_of_split([queries], "test")
+    test = test[spread(len(test), config.shown_queries)]
+    scores = candidate_scores(context, stages["rank labels"], [several[number].query_id for number in test.tolist()])
+    phi = load_features(context, queries, samples)[test], sample_features(context, samples)
+    rankings = [
+        ("Untuned features", "nearest by the frozen encoders", untuned_cosines(scores, *phi)),
+        (
+            "Tuned features",
+            "nearest by the rank head: FastGDA's answer",
+            tuned_cosines(scores, load_trained_head(stages["rank head"].path), *phi),
+        ),
+        ("Teacher", "the truth it learned from, by AbU+ score", scores.scores),
+    ]
+    cutoff = config.validation_cutoff
+    teacher_rank, relevant = descending_ranks(scores.scores), top_mask(scores.scores, cutoff)
+    precision = {
+        (row["query_id"], row["space"]): row["value"]
+        for row in metrics
+        if row["metric"] == "AP" and row["cutoff"] == cutoff
+    }
+    panels = []
+    for row, number in enumerate(test.tolist()):
+        query = several[number]
+        judged = scores.train_ids[row], teacher_rank[row], relevant[row]
+        rows = [
+            Row(title, note, _pictures(samples, ranking[row].topk(config.neighbors).indices, *judged))
+            for title, note, ranking in rankings
+        ]
+        mine = {space: float(precision[query.query_id, space]) for space in ("untuned", "tuned")}  # type: ignore[arg-type]
+        panels.append(QueryPanel(query, _data_url(query.image), mine, rows))
+    return panels
+
+
+def _pictures(
+    samples: Stage, chosen: Tensor, candidates: Tensor, teacher_rank: Tensor, relevant: Tensor
+) -> list[Picture]:
+    """Some of a query's candidates, by their places among all, (n,); `relevant` says which of these agree."""
+    train_ids = candidates[chosen].tolist()
+    captions = samples_table(samples.path)["captions"].take(train_ids).to_pylist()
+    judged = zip(teacher_rank[chosen].tolist(), relevant[chosen].tolist(), strict=True)
+    return [
+        Picture(_data_url(image), several[0], f"teacher's #{rank}", agrees)
+        for image, several, (rank, agrees) in zip(sample_images(samples.path, train_ids), captions, judged, strict=True)
+    ]
+
+
+def _data_url(image) -> str:
+    image = image.copy()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,72 @@
+"""Which head and index are served."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from storage_schemas.heads.metrics_history import mean_value
+from storage_schemas.heads.records import index_samples
+from storage_schemas.publishing.publish import update_published
+from storage_schemas.snapshots.published import Published
+from storage_schemas.workspace import Workspace
+from tasks.context import Context, Stage
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How an index did on the test queries; `refused` says why it is not served, and is empty where it is."""
+
+    metrics: Stage
+    index: Stage
+    tuned: float
+    untuned: float
+    refused: str
+
+
+@task(task_run_name="promotion", cache_policy=NO_CACHE)
+def promote(context: Context, head: Stage, index: Stage, metrics: Stage) -> Evaluation:
+    """Serve a head, its index and its metrics, together, unless it is below the floors of the configuration or of
+    other training data than what is published.
+    """
+    config, workspace = context.config.evaluation, context.workspace
+    tuned, untuned = (
+        mean_value(metrics.path, "mAP", space, config.validation_cutoff) for space in ("tuned", "untuned")
+    )
+    assert tuned is not None and untuned is not None
+    what = f"mAP({config.validation_cutoff}) of index {index.key} is {tuned:.3f}"
+    refused = ""
+    if config.floor is not None and tuned < config.floor:
+        refused = f"{what}, below evaluation.floor {config.floor}"
+    elif config.gain_floor is not None and tuned < config.gain_floor * untuned:
+        refused = (
+            f"{what}, {tuned / untuned:.2f} x the untuned features', below evaluation.gain_floor {config.gain_floor}"
+        )
+    if not refused:
+        refused = _serve(workspace, head, index, metrics)
+    return Evaluation(metrics, index, tuned, untuned, refused)
+
+
+def _serve(workspace: Workspace, head: Stage, index: Stage, metrics: Stage) -> str:
+    """Make them what readers see beside what is published by now; or why that cannot be."""
+    paths = {"head": head.path, "index": index.path, "metrics": metrics.path}
+    served = {name: workspace.relative(path) for name, path in paths.items()}
+    samples, refused = index_samples(workspace, head.path, index.path), ""
+
+    def change(before: Published | None) -> Published | None:
+        nonlocal refused
+        if before is None:
+            refused = f"{workspace.root} has no published run: `fastgda publish RUN`, then evaluate again"
+        elif before.samples != samples:
+            refused = (
+                f"index {index.key} is of {samples}, what is published of {before.samples}, where a train_id means "
+                "another image: `fastgda publish` a run of the index's data, or train and index on what is published"
+            )
+        else:
+            refused = ""
+        return before if refused or before is None else before.model_copy(update={**served, "index_samples": samples})
+
+    update_published(workspace, change)
+    return refused

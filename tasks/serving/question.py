@@ -1,0 +1,30 @@
+"""A question to the index, checked before what answers it is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from fastgda_core.errors import BadSample, UsageError
+from fastgda_core.images import decode_image
+
+
+def read_picture(path: Path) -> Image.Image:
+    """The image of a file.
+
+    Raises:
+        UsageError: it is no file, or holds no image; a pipe or a device is never read, as it may have no end.
+    """
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path}: is no file: give the path of a PNG, JPEG or WebP image")
+    try:
+        return decode_image(path.read_bytes())
+    except (OSError, BadSample) as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def check_caption(caption: str) -> None:
+    """Raises UsageError where there is nothing in it, as a training sample without a caption is refused."""
+    if not caption.strip():
+        raise UsageError("--caption is empty: give the caption that the image was generated from")

@@ -1,0 +1,88 @@
+"""Base losses: L(z_i, theta_0) of every training sample."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastgda_core.teachers.training_loss import training_losses
+from storage_schemas import tables
+from storage_schemas.commit import Manifest, commit_table, input_key
+from storage_schemas.files import AnyPath
+from storage_schemas.workspace import part
+from tasks.context import Context, Stage, noise_plan
+from tasks.teaching.bad_samples import without_bad_samples
+from tasks.teaching.latents import load_block, unreadable_samples
+
+BASE_LOSS_PART = 512
+
+
+def base_losses_of(context: Context, latents: Stage) -> Stage:
+    """Where L(z_i, theta_0) of every sample under the noise plan lies, or will: what the exact teacher subtracts."""
+    teacher = context.config.teacher
+    noise = noise_plan(context.config)
+    key = input_key("base losses", latents.key, noise, teacher.precision, teacher.objective, table=tables.BASE_LOSSES)
+    return Stage("base losses", key, context.workspace.base_losses(key), latents.rows, 0.0, True)
+
+
+class BaseLossParts:
+    """L(z_i, theta_0) of every sample under the noise plan, in parts of 512."""
+
+    kind = "base losses"
+
+    def __init__(self, context: Context, latents: Stage, base_losses: Stage) -> None:
+        self.context, self.latents, self.stage = context, latents, base_losses
+        self.count = -(-latents.rows // BASE_LOSS_PART)
+
+    def path(self, number: int) -> AnyPath:
+        return part(self.stage.path, number)
+
+    def key(self, number: int) -> str:
+        return self.stage.key
+
+    def rows(self, number: int) -> int:
+        return min(BASE_LOSS_PART, self.latents.rows - number * BASE_LOSS_PART)
+
+    def make(self, number: int) -> Manifest:
+        context, started = self.context, time.monotonic()
+        first = number * BASE_LOSS_PART
+        train_ids = np.arange(first, first + self.rows(number))
+
+        def losses_of(chosen: NDArray[np.int64]) -> Tensor:
+            block = load_block(context, self.latents, chosen.tolist())
+            model, plan = context.teacher_model(), noise_plan(context.config)
+            return training_losses(model, plan, block, context.micro_batch("losses")).cpu()
+
+        known, flips = unreadable_samples(self.latents, train_ids.tolist()), 2 if context.config.model.flips else 1
+        good, losses, bad = without_bad_samples(train_ids, known, losses_of, torch.empty(0, flips, dtype=torch.float64))
+        whole = torch.full((len(train_ids), losses.shape[1]), torch.nan, dtype=torch.float64)
+        whole[torch.from_numpy(np.isin(train_ids, good))] = losses
+        table = tables.BASE_LOSSES.rows(
+            train_id=np.repeat(train_ids, whole.shape[1]),
+            flip=np.tile(np.arange(whole.shape[1], dtype=np.int32), len(train_ids)),
+            base_loss=whole.flatten().numpy(),
+        )
+        path, key, device = self.path(number), self.key(number), str(context.device)
+        return commit_table(path, table, tables.BASE_LOSSES, key=key, started=started, device=device, quarantined=bad)
+
+
+def forget_base_losses() -> None:
+    """Load base losses anew when they are next needed."""
+    load_base_losses.cache_clear()
+
+
+@functools.lru_cache(maxsize=1)
+def load_base_losses(base_losses: Stage) -> Tensor:
+    """L(z_i, theta_0), (samples, f), row number = train_id; NaN of samples that have none."""
+    flat = tables.read_parts(base_losses.path, tables.BASE_LOSSES)["base_loss"].to_numpy().copy()
+    return torch.from_numpy(flat).view(base_losses.rows, -1)
+
+
+def without_base_loss(base_losses: Stage, train_ids: NDArray[np.int64]) -> dict[int, str]:
+    missing = load_base_losses(base_losses)[torch.from_numpy(train_ids)].isnan().any(1).numpy()
+    return dict.fromkeys(train_ids[missing].tolist(), "it has no base loss")

@@ -1,0 +1,156 @@
+"""The Fisher of the layers that the unlearning step moves."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from fastgda_core.curvature.fisher import fit_fisher
+from fastgda_core.curvature.importance import timestep_density, weighted_timesteps
+from fastgda_core.curvature.layers import input_rows
+from fastgda_core.diffusion.loss import per_sample_loss, take
+from fastgda_core.diffusion.noise import gaussian_noise, stream_key, uniform
+from fastgda_core.interruption import checkpoint
+from fastgda_core.teachers.gradients import output_gradients, weight_gradient
+from fastgda_core.teachers.registry import TEACHERS
+from storage_schemas.commit import Manifest, commit, committed, input_key
+from storage_schemas.files import AnyPath
+from tasks.config.teaching import CurvatureConfig
+from tasks.context import Context, Stage
+from tasks.teaching.latents import load_block, unreadable_samples
+
+CURVATURE_BATCH = 32
+PILOT_ROWS, PILOT_SHARE = 256, 0.25  # at most, and at most of the rows that they are for
+
+
+def curvature_of(context: Context, latents: Stage) -> Stage:
+    """Where the teacher's Fisher lies, or will."""
+    config, teacher = context.config.curvature, context.config.teacher
+    key = input_key("curvature", latents.key, config, TEACHERS[teacher.name].fisher, teacher.layers)
+    return Stage("curvature", key, context.workspace.curvature(key), config.samples, 0.0, True)
+
+
+def make_curvature(context: Context, latents: Stage) -> Stage:
+    """The Fisher of a context, here and now, unless it is there."""
+    stage = curvature_of(context, latents)
+    parts = CurvatureParts(context, latents, stage)
+    if committed(parts.path(0), parts.key(0)) is None:
+        parts.make(0)
+    return stage
+
+
+def pilot_rows(config: CurvatureConfig) -> int:
+    """Rows that are looked at before the timesteps are drawn."""
+    return min(PILOT_ROWS, math.ceil(PILOT_SHARE * config.samples)) if config.importance else 0
+
+
+class CurvatureParts:
+    """The teacher's Fisher over sampled (training image, eps, t): one part."""
+
+    kind = "curvature"
+    count = 1
+
+    def __init__(self, context: Context, latents: Stage, curvature: Stage) -> None:
+        self.context, self.latents, self.stage = context, latents, curvature
+
+    def path(self, number: int) -> AnyPath:
+        return self.stage.path
+
+    def key(self, number: int) -> str:
+        return self.stage.key
+
+    def rows(self, number: int) -> int:
+        return self.stage.rows
+
+    def make(self, number: int) -> Manifest:
+        context, config, started = self.context, self.context.config.curvature, time.monotonic()
+        kind = TEACHERS[context.config.teacher.name].fisher
+        model = context.model()
+        density = _density(context, self.latents) if config.importance else None
+        rows = _draw_rows(context, self.latents, config.samples, "curvature", density)
+
+        def loss(denoiser: torch.nn.Module, batch: list[Tensor]) -> Tensor:
+            checkpoint()
+            clean, timesteps, noise, weights, *condition = batch
+            named = dict(zip(rows.condition, condition, strict=True))
+            losses = per_sample_loss(denoiser, model.schedule, clean, named, timesteps, noise)
+            return (losses * weights.sqrt()).sum()  # a gradient counts by its square
+
+        layers = list(context.layers(model))
+        fisher = fit_fisher(kind, model.denoiser, layers, rows.dataset(), loss, CURVATURE_BATCH, context.device)
+        path, key = self.path(number), self.key(number)
+        return commit(path, fisher.save, key=key, rows=config.samples, started=started, device=str(context.device))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """(training image, eps, t) triples on the CPU, what each weighs in the mean, and the conditions by name."""
+
+    clean: Tensor
+    timesteps: Tensor
+    noise: Tensor
+    weights: Tensor
+    condition: dict[str, Tensor]
+
+    def dataset(self) -> TensorDataset:
+        return TensorDataset(self.clean, self.timesteps, self.noise, self.weights, *self.condition.values())
+
+
+def _draw_rows(context: Context, latents: Stage, count: int, stream: str, density: Tensor | None) -> _Rows:
+    """Random samples, timesteps spread over the schedule, evenly or by a density."""
+    config, model = context.config.curvature, context.model()
+    block = load_block(context, latents, _some_samples(latents, count, config.seed))
+    row = torch.arange(count)
+    flip = row % block.flips
+    steps = model.schedule.train_timesteps
+    quantiles = (row + uniform(stream_key(config.seed, f"{stream} timesteps"), 0, count)) / count
+    if density is None:
+        timesteps, weights = (quantiles * steps).long().clamp_(max=steps - 1), torch.ones(count)
+    else:
+        timesteps, weights = weighted_timesteps(quantiles, density, steps)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))
+    timesteps, weights = timesteps[order], weights[order]
+    noise = gaussian_noise(stream_key(config.seed, f"{stream} noise"), row, timesteps, row % 2**16, model.latent_shape)
+    condition = take(block.condition, torch.nonzero(block.caption_number == 0).flatten())
+    on_cpu = {name: tensor.cpu() for name, tensor in condition.items()}
+    return _Rows(block.latents.cpu()[row, flip], timesteps, noise, weights, on_cpu)
+
+
+def _some_samples(latents: Stage, count: int, seed: int) -> list[int]:
+    """train_ids drawn at random, each once where there are enough."""
+    draw = random.Random(seed)
+    population = range(latents.rows)
+    chosen = draw.sample(population, count) if count <= latents.rows else draw.choices(population, k=count)
+    # Others stand in for samples that cannot be read. The Fisher stays as it is when these are mended: it is an
+    # estimate over some samples, and every score of a run has to rest on the same one.
+    bad = unreadable_samples(latents, population)
+    good = [train_id for train_id in population if train_id not in bad]
+    return [draw.choice(good) if train_id in bad else train_id for train_id in chosen]
+
+
+def _density(context: Context, latents: Stage) -> Tensor:
+    """Where on the schedule gradients are large, by a pilot of a few hundred rows."""
+    model = context.model()
+    layers = context.layers(model)
+    count = pilot_rows(context.config.curvature)
+    rows = _draw_rows(context, latents, count, "curvature pilot", None)
+    device = context.device
+
+    def squared_norms(stretch: slice) -> Tensor:
+        condition = {name: tensor[stretch].to(device) for name, tensor in rows.condition.items()}
+        clean, timesteps, noise = (part[stretch].to(device) for part in (rows.clean, rows.timesteps, rows.noise))
+        _, seen, gradients = output_gradients(model, layers, clean, condition, timesteps, noise)
+        squares = [
+            weight_gradient(gradient, input_rows(layers[name], seen[name])).flatten(1).square().sum(1)
+            for name, gradient in gradients.items()
+        ]
+        return torch.stack(squares).sum(0).cpu()
+
+    norms = torch.cat([norms for _, norms in context.micro_batch("gradients").run(count, squared_norms)])
+    return timestep_density(rows.timesteps, norms, model.schedule.train_timesteps)

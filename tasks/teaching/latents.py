@@ -1,0 +1,124 @@
+"""Latents and caption embeddings of the training samples, in parts."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterable
+
+import torch
+from PIL import ImageOps
+from safetensors.torch import save_file
+
+from fastgda_core.diffusion.loss import concatenate
+from fastgda_core.interruption import checkpoint
+from fastgda_core.teachers.training_loss import SampleBlock
+from storage_schemas.commit import Manifest, commit, input_key, read_manifest
+from storage_schemas.files import AnyPath
+from storage_schemas.workspace import part
+from tasks.context import Context, Stage, load_tensors
+from tasks.inputs.samples import readable_images_ahead, samples_table
+
+LATENT_PART_SAMPLES = 512
+_CONDITION = "condition/"
+
+
+def latents_of(context: Context, samples: Stage) -> Stage:
+    """Where the latents and caption embeddings of the samples lie, or will."""
+    key = input_key("latents", samples.key, context.model_hash, context.config.model.flips)
+    return Stage("latents", key, context.workspace.latents(key), samples.rows, 0.0, True)
+
+
+class LatentParts:
+    """Latents and caption embeddings of every sample, in parts of 512."""
+
+    kind = "latents"
+
+    def __init__(self, context: Context, samples: Stage, latents: Stage) -> None:
+        self.context, self.samples, self.stage = context, samples, latents
+        self.count = -(-samples.rows // LATENT_PART_SAMPLES)
+
+    def path(self, number: int) -> AnyPath:
+        return part(self.stage.path, number, "safetensors")
+
+    def key(self, number: int) -> str:
+        return self.stage.key
+
+    def rows(self, number: int) -> int:
+        return min(LATENT_PART_SAMPLES, self.samples.rows - number * LATENT_PART_SAMPLES)
+
+    def make(self, number: int) -> Manifest:
+        started = time.monotonic()
+        first = number * LATENT_PART_SAMPLES
+        tensors, unreadable = self._encode(list(range(first, first + self.rows(number))))
+        return commit(
+            self.path(number),
+            functools.partial(save_file, tensors),
+            key=self.stage.key,
+            rows=self.rows(number),
+            started=started,
+            device=str(self.context.device),
+            quarantined=unreadable,
+        )
+
+    def _encode(self, train_ids: list[int]) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
+        """The tensors of a part; samples that cannot be read any more have latents of NaN, and are named."""
+        model = self.context.model()
+        captions = samples_table(self.samples.path)["captions"].take(train_ids).to_pylist()
+        flat = [caption for several in captions for caption in several]
+        conditions = [model.encode_captions(flat[start : start + 128]) for start in range(0, len(flat), 128)]
+        latents: list[torch.Tensor] = []
+        unreadable: dict[int, str] = {}
+        for number, (images, faults) in enumerate(readable_images_ahead(self.samples.path, train_ids, 64)):
+            checkpoint()
+            chosen = train_ids[64 * number : 64 * (number + 1)]
+            unreadable |= faults
+            seen = [images, [ImageOps.mirror(i) for i in images]] if self.context.config.model.flips else [images]
+            encoded = torch.stack([model.encode_images(several) for several in seen], dim=1).cpu()
+            encoded[[train_id in faults for train_id in chosen]] = torch.nan
+            latents.append(encoded)
+        counts = torch.tensor([len(several) for several in captions])
+        tensors = {"train_ids": torch.tensor(train_ids), "latents": torch.cat(latents), "captions_of": counts}
+        condition = {f"{_CONDITION}{name}": tensor.cpu() for name, tensor in concatenate(conditions).items()}
+        return {name: tensor.contiguous() for name, tensor in {**tensors, **condition}.items()}, unreadable
+
+
+def unreadable_samples(latents: Stage, train_ids: Iterable[int]) -> dict[int, str]:
+    """Which of these samples have no latents, and why."""
+    wanted = set(train_ids)
+    numbers = sorted({train_id // LATENT_PART_SAMPLES for train_id in wanted})
+    manifests = [read_manifest(part(latents.path, number, "safetensors")) for number in numbers]
+    known = {train_id: why for manifest in manifests if manifest for train_id, why in manifest.quarantined.items()}
+    return {train_id: why for train_id, why in known.items() if train_id in wanted}
+
+
+def load_block(context: Context, latents: Stage, train_ids: list[int]) -> SampleBlock:
+    """The named samples, ascending, on the context's device."""
+    by_part: dict[int, list[int]] = {}
+    for train_id in train_ids:
+        by_part.setdefault(train_id // LATENT_PART_SAMPLES, []).append(train_id % LATENT_PART_SAMPLES)
+    pieces: dict[str, list[torch.Tensor]] = {}
+    for number, rows in by_part.items():
+        tensors = load_tensors(part(latents.path, number, "safetensors"))
+        chosen = torch.tensor(rows)
+        first = torch.cumsum(tensors["captions_of"], 0) - tensors["captions_of"]
+        caption_rows = torch.cat([torch.arange(first[row], first[row] + tensors["captions_of"][row]) for row in rows])
+        for name, tensor in tensors.items():
+            pieces.setdefault(name, []).append(tensor[caption_rows if name.startswith(_CONDITION) else chosen])
+    whole = {name: torch.cat(several) for name, several in pieces.items()}
+    counts = whole["captions_of"]
+    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    number_within = torch.arange(len(owner)) - (torch.cumsum(counts, 0) - counts)[owner]
+    device = context.device
+    condition = {
+        name.removeprefix(_CONDITION): tensor.to(device)
+        for name, tensor in whole.items()
+        if name.startswith(_CONDITION)
+    }
+    return SampleBlock(
+        whole["train_ids"].to(device),
+        whole["latents"].to(device),
+        condition,
+        owner.to(device),
+        number_within.to(device),
+    )

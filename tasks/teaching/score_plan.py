@@ -1,0 +1,127 @@
+"""Split the pairs of a run into score shards, each the unit of work, retry and commit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from fastgda_core.teachers.registry import TEACHERS
+from storage_schemas import tables
+from storage_schemas.commit import code_version, input_key
+from storage_schemas.runs.ledger import write_plan
+from storage_schemas.runs.records import RunRecord
+from tasks.context import Context, Stage
+from tasks.inputs.queries import load_queries
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreShard:
+    """Some training samples against some queries."""
+
+    number: int
+    query_block: int
+    query_numbers: list[int]
+    train_ids: NDArray[np.int64]  # ascending
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreRun:
+    """One execution's pairs: which queries, which candidates, in which shards.
+
+    candidates: of each query, ascending.
+    """
+
+    run: str
+    query_ids: list[str]
+    candidates: list[NDArray[np.int64]]
+    shards: list[ScoreShard]
+
+    @property
+    def pairs(self) -> int:
+        return sum(len(mine) for mine in self.candidates)
+
+    def pairs_of(self, shard: ScoreShard) -> int:
+        return sum(int(self.chosen(number, shard.train_ids).sum()) for number in shard.query_numbers)
+
+    def chosen(self, number: int, train_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of these samples, ascending, the query is scored against."""
+        mine = self.candidates[number]
+        place = np.searchsorted(mine, train_ids)
+        return np.append(mine, -1)[place] == train_ids
+
+    def pool(self, numbers: list[int]) -> NDArray[np.int64]:
+        """The samples that any of these queries is scored against, ascending."""
+        return np.unique(np.concatenate([self.candidates[number] for number in numbers]))
+
+    def shard_key(self, shard: ScoreShard) -> str:
+        return input_key(self.run, shard.query_numbers, shard.train_ids.tolist(), table=tables.SCORES)
+
+
+def plan_scores(context: Context, candidates: Stage, queries: Stage) -> ScoreRun:
+    """Exact teacher: one query and its candidates a shard. First order: a block of queries and a block of samples."""
+    query_ids = [query.query_id for query in load_queries(queries)]
+    chosen = _candidates(candidates, query_ids)
+    config = context.config.teacher
+    if TEACHERS[config.name].first_order:
+        shape: tuple[int, int | None] = config.shard_queries or len(query_ids), config.shard_samples
+    else:
+        shape = 1, None
+    run = ScoreRun(candidates.key, query_ids, chosen, [])
+    for number, first in enumerate(range(0, len(query_ids), shape[0])):
+        block = list(range(first, min(first + shape[0], len(query_ids))))
+        pool = run.pool(block)
+        step = shape[1] or max(1, len(pool))
+        for start in range(0, len(pool), step):
+            run.shards.append(ScoreShard(len(run.shards), number, block, pool[start : start + step]))
+    return run
+
+
+def _candidates(candidates: Stage, query_ids: list[str]) -> list[NDArray[np.int64]]:
+    """The training samples of each query, ascending."""
+    table = tables.read(candidates.path, tables.CANDIDATES)
+    numbers = pc.index_in(table["query_id"], pa.array(query_ids)).to_numpy()
+    train_ids = table["train_id"].to_numpy()
+    order = np.lexsort((train_ids, numbers))
+    ends = np.searchsorted(numbers[order], np.arange(1, len(query_ids)))
+    return np.split(train_ids[order], ends)
+
+
+def store_plan(context: Context, score_run: ScoreRun, stages: dict[str, Stage], origin: str) -> None:
+    """Write down what the run will do, so that its ledger can always be rebuilt."""
+    workspace = context.workspace
+    block_of = {number: shard.query_block for shard in score_run.shards for number in shard.query_numbers}
+    planned = [
+        (name, block_of[number], len(score_run.candidates[number]))
+        for number, name in enumerate(score_run.query_ids)
+        if number in block_of
+    ]
+    names, blocks, counts = zip(*planned, strict=True)
+    samples, base_losses = stages["samples"], stages.get("base losses")
+    record = RunRecord(
+        run=score_run.run,
+        name=context.config.name,
+        teacher=context.config.teacher.name,
+        created_at=datetime.now(UTC),
+        code_version=code_version(),
+        shards=len(score_run.shards),
+        pairs=score_run.pairs,
+        samples=workspace.relative(samples.path),
+        rejected_samples=workspace.relative(samples.path.with_name("rejected.parquet")),
+        queries=workspace.relative(stages["queries"].path),
+        candidates=workspace.relative(stages["candidates"].path),
+        base_losses=workspace.relative(base_losses.path) if base_losses else None,
+        origin=origin,
+        config=context.config.model_dump(mode="json"),
+    )
+    shards = tables.PLAN_SHARDS.rows(
+        shard=[shard.number for shard in score_run.shards],
+        input_key=[score_run.shard_key(shard) for shard in score_run.shards],
+        query_block=[shard.query_block for shard in score_run.shards],
+        pairs=[score_run.pairs_of(shard) for shard in score_run.shards],
+    )
+    write_plan(workspace, record, shards, tables.PLAN_QUERIES.rows(query_id=names, query_block=blocks, pairs=counts))

@@ -1,0 +1,163 @@
+"""What the checks of a run's teacher found, in few words: whether its answers can be believed, and what to do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from fastgda_core.diffusion.objective import Objective
+from fastgda_core.evaluation.twins import TwinTest
+from storage_schemas import tables
+from storage_schemas.errors import StoreError
+from storage_schemas.files import AnyPath
+from storage_schemas.runs.ledger import read_run
+from storage_schemas.snapshots.published import read_published
+from storage_schemas.tables import PSEUDO, TWIN
+from storage_schemas.workspace import Workspace
+
+KINDS = {TWIN: "generated from training captions", PSEUDO: "training images as queries"}
+TEACHER = "teacher"  # what the twin test's rows of `metrics` are about
+TWIN_SHARE, TWIN_RANK, WORST_TWIN = "twin share", "twin rank", "worst twin rank"
+OTHER_NOISE, OTHER_GRADIENT = "teacher with other noise", "teacher with other gradient"
+OTHER_CURVATURE, OTHER_TEACHER = "teacher with other curvature", "another teacher"
+HEAD = "tuned"
+
+# Below it less than half of what orders the samples would come back if the teacher were drawn again.
+LEAST_AGREEMENT = 0.5
+_RAISED = {
+    OTHER_NOISE: "teacher.timesteps or teacher.draws",
+    OTHER_GRADIENT: "teacher.gradient_pairs",
+    OTHER_CURVATURE: "curvature.samples or teacher.damping",
+}
+_LOST_SIGN = (
+    "on pictures that the model made itself the loss's gradient can lose its sign: set teacher.objective: output_norm"
+)
+_NOISY = (
+    "see whether captions belong to their images, then raise curvature.samples, teacher.timesteps and "
+    "teacher.gradient_pairs"
+)
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What is known of a run's teacher.
+
+    twins: the twin test of each kind of query, where it was made.
+    agreement: Spearman's between two whole teachers; None where it was not measured.
+    objective: whose gradients the scores are made of.
+    parts: Spearman's of the teacher with itself where one part alone is drawn again, by the name of that teacher.
+    precision: mean of mAP(L) over L, of another whole teacher and of the head, where both were measured.
+    """
+
+    twins: dict[str, TwinTest]
+    agreement: float | None
+    objective: Objective
+    parts: dict[str, float] = field(default_factory=dict)
+    precision: tuple[float, float] | None = None
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """As (name, value)."""
+        found = [("twins found", "; ".join(_summary(kind, test) for kind, test in self.twins.items()))]
+        if self.agreement is not None:
+            found.append(("two teachers agree", f"Spearman {self.agreement:.3f}"))
+        return [(name, value) for name, value in found if value]
+
+    @property
+    def warnings(self) -> list[str]:
+        """A line for each test that failed: what, and how to mend it."""
+        wrong = [
+            f"the teacher names wrong images: it found {_summary(kind, test)}; "
+            + (_LOST_SIGN if (kind, self.objective) == (TWIN, Objective.loss) else _NOISY)
+            for kind, test in self.twins.items()
+            if not test.passed
+        ]
+        return [*wrong, *self._disagreement()]
+
+    def _disagreement(self) -> list[str]:
+        """What is wrong with a teacher that, drawn again, is another one."""
+        if self.agreement is not None and self.agreement < LEAST_AGREEMENT:
+            what = f"two teachers that differ in their draws alone agree at Spearman {self.agreement:.2f} only"
+        elif self.precision is not None and self.precision[0] < self.precision[1]:
+            another, head = self.precision
+            what = f"its head agrees with it better (mAP {head:.3f}) than another such teacher does ({another:.3f})"
+        else:
+            return []
+        noisiest = sorted(self.parts, key=self.parts.__getitem__)
+        alone = ", ".join(f"{name.removeprefix('teacher with ')} {self.parts[name]:.2f}" for name in noisiest)
+        raised = _RAISED[noisiest[0]] if noisiest else "teacher.timesteps, teacher.gradient_pairs and curvature.samples"
+        return [
+            f"the teacher is mostly noise, and so is any gain measured against it: {what}"
+            + (f" (by itself: {alone})" if alone else "")
+            + f"; raise {raised}"
+        ]
+
+
+def _summary(kind: str, test: TwinTest) -> str:
+    return (
+        f"{test.found} of {len(test.ranks)} {KINDS[kind]} among the first {max(test.places)}, "
+        f"the worst at rank {test.worst:,}"
+    )
+
+
+def trust_in(workspace: Workspace, run: str) -> Trust:
+    """What the checks of a run have found so far; nothing of a run that was never judged."""
+    rows = _of_the_head(workspace, run)
+    for name, (_, path, _) in check_paths(workspace, run).items():
+        if name != "exact check":  # pairs, not metrics
+            rows += tables.read(path, tables.METRICS).to_pylist()
+    return trust_of(rows, _objective(workspace, run))
+
+
+def trust_of(rows: list[dict[str, Any]], objective: Objective) -> Trust:
+    """The same from rows of `metrics`."""
+    twins = {}
+    for kind in KINDS:
+        of_kind = [row for row in rows if row["metric"] == TWIN_RANK and row["split"] == kind]
+        if of_kind:
+            ranks, places = zip(*((int(row["value"]), row["cutoff"]) for row in of_kind), strict=True)
+            twins[kind] = TwinTest(ranks, places)
+    means = {(row["metric"], row["space"], row["cutoff"]): row["value"] for row in rows if not row["query_id"]}
+    parts = {name: means["spearman", name, 0] for name in _RAISED if ("spearman", name, 0) in means}
+    precision = [
+        [value for (metric, name, _), value in means.items() if (metric, name) == ("mAP", space)]
+        for space in (OTHER_TEACHER, HEAD)
+    ]
+    return Trust(
+        twins,
+        means.get(("spearman", OTHER_TEACHER, 0)),
+        objective,
+        parts,
+        (fmean(precision[0]), fmean(precision[1])) if all(precision) else None,
+    )
+
+
+def _of_the_head(workspace: Workspace, run: str) -> list[dict[str, Any]]:
+    """The metrics of the head that is published with a run."""
+    try:
+        published = read_published(workspace)
+    except StoreError:
+        return []
+    if published.run != run or published.metrics is None:
+        return []
+    rows = tables.read(workspace.file(published.metrics), tables.METRICS).to_pylist()
+    return [row for row in rows if row["space"] == HEAD]
+
+
+def check_paths(workspace: Workspace, run: str) -> dict[str, tuple[str, AnyPath, int]]:
+    """Key, path and rows of each check of a run's teacher, by its name; none before it was judged."""
+    try:
+        named = json.loads(workspace.checks(run).read_bytes())
+    except FileNotFoundError:
+        return {}
+    return {name: (key, workspace.file(path), rows) for name, (key, path, rows) in named.items()}
+
+
+def _objective(workspace: Workspace, run: str) -> Objective:
+    try:
+        teacher = read_run(workspace, run).config.get("teacher")
+    except StoreError:
+        teacher = None
+    return Objective(teacher.get("objective", Objective.loss)) if isinstance(teacher, dict) else Objective.loss

@@ -1,0 +1,113 @@
+"""The mean that features are centred by: of every sample whose image can be read, made once, made again when mended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastgda_core.features import Encoder
+from storage_schemas.commit import manifest_path, read_manifest
+from tasks.config.pipeline import PipelineConfig
+from tasks.context import Context
+from tasks.inputs import features
+from tasks.inputs.features import extract_features, feature_mean, in_space, load_features, map_features
+from tasks.inputs.samples import ingest_samples
+from tests import tiny
+from tests.tasks.configs import document
+
+SAMPLES, ROTTEN = 12, 7
+
+
+@pytest.fixture
+def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
+    """A dozen samples in three parts, of which the last is not full."""
+    monkeypatch.setattr(features, "PART_ITEMS", 5)
+    tiny.write_tar(tmp_path / "shapes.tar", tiny.sample_members(range(SAMPLES)))
+    changes = {"data__shards": str(tmp_path / "*.tar"), "features": {"space": "pixel"}}
+    config = PipelineConfig.model_validate(document(workspace=str(tmp_path / "workspace"), **changes))
+    return Context(config, "model")
+
+
+def rows(context: Context) -> np.ndarray:
+    """The encoder's outputs as they lie on disk, at length one."""
+    parts = sorted((context.workspace.root / "features" / "pixel").rglob("part-*.parquet"))
+    assert len(parts) == 3
+    vectors = np.vstack([np.stack(pq.read_table(part)["feature"].to_numpy()) for part in parts]).astype(np.float64)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def mean_files(context: Context) -> list[Path]:
+    return sorted((context.workspace.root / "features" / "means").glob("*.safetensors"))
+
+
+def test_the_mean_is_that_of_all_samples_and_is_made_once(context: Context) -> None:
+    samples = ingest_samples.fn(context)
+    made = extract_features.fn(context, samples)
+    (path,) = mean_files(context)
+    expected = rows(context).mean(0)
+    np.testing.assert_allclose(load_file(path)["mean"].numpy(), expected, atol=1e-7)
+    np.testing.assert_allclose(load_features(context, samples, samples), rows(context) - expected, atol=1e-6)
+    written = path.stat().st_mtime_ns
+    again = extract_features.fn(context, samples)
+    assert (made.reused, again.reused) == (False, True)
+    assert path.stat().st_mtime_ns == written
+    path.unlink()
+    assert not extract_features.fn(context, samples).reused and mean_files(context) == [path]
+
+
+def test_features_that_are_not_centred_have_no_mean_and_are_the_encoders_own(context: Context) -> None:
+    context = in_space(context, centre=False)
+    samples = ingest_samples.fn(context)
+    extract_features.fn(context, samples)
+    assert not mean_files(context) and feature_mean(context, samples) is None
+    found = load_features(context, samples, samples)
+    np.testing.assert_allclose(found.numpy(), rows(context), atol=1e-6)
+    assert torch.equal(map_features(context, samples), found)
+
+
+def test_a_sample_that_cannot_be_read_counts_once_it_is_restored(context: Context, tmp_path: Path) -> None:
+    samples, tar = ingest_samples.fn(context), tmp_path / "shapes.tar"
+    whole, image = tar.read_bytes(), tiny.draw(ROTTEN)[0]
+    middle = whole.index(image) + len(image) // 2
+    tar.write_bytes(whole[:middle] + bytes(64) + whole[middle + 64 :])
+    extract_features.fn(context, samples)
+    (path,) = mean_files(context)
+    manifest = read_manifest(path)
+    assert manifest is not None and manifest.rows == SAMPLES - 1 and manifest.quarantined.keys() == {ROTTEN}
+    others = np.arange(SAMPLES) != ROTTEN
+    np.testing.assert_allclose(load_file(path)["mean"].numpy(), rows(context)[others].mean(0), atol=1e-7)
+    mapped = map_features(context, samples)
+
+    tar.write_bytes(whole)
+    (short,) = (context.workspace.root / "features" / "pixel").rglob("part-00001.parquet")
+    short.unlink()
+    manifest_path(short).unlink()
+    assert not extract_features.fn(context, samples).reused
+    np.testing.assert_allclose(load_file(path)["mean"].numpy(), rows(context).mean(0), atol=1e-7)
+    assert torch.equal(map_features(context, samples), load_features(context, samples, samples))
+    assert not torch.equal(map_features(context, samples), mapped)
+
+
+def test_equal_captions_are_encoded_once(tmp_path: Path) -> None:
+    captions = ["a cat", "a dog", "a cat", "a bird", "a cat", "a dog"]
+    images = tiny.sample_members(range(len(captions)))[::2]
+    texts = [(name.replace("jpg", "txt"), text.encode()) for (name, _), text in zip(images, captions, strict=True)]
+    tiny.write_tar(tmp_path / "data.tar", [*images, *texts])
+    where = {"workspace": str(tmp_path / "workspace"), "data__shards": str(tmp_path / "*.tar")}
+    samples = ingest_samples.fn(Context(PipelineConfig.model_validate(document(**where)), "model"))
+    asked: list[str] = []
+    done: list[int] = []
+
+    def encode(batch: list[str]) -> torch.Tensor:
+        asked.extend(batch)
+        return torch.tensor([[float(len(text)), float(ord(text[2]))] for text in batch])
+
+    found, _ = features._encode(Encoder("text", encode), samples, list(range(6)), 2, done.append)
+    assert asked == ["a cat", "a dog", "a bird"]
+    assert found.tolist() == [[len(text), ord(text[2])] for text in captions]
+    assert sum(done) == len(captions)

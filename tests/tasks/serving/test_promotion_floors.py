@@ -1,0 +1,61 @@
+"""An index that is not good enough is not served."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from storage_schemas import tables
+from storage_schemas.commit import commit_table
+from storage_schemas.files import write_atomically
+from storage_schemas.publishing.publish import publish_runs
+from storage_schemas.snapshots.published import read_published
+from storage_schemas.workspace import Workspace
+from tasks.config.pipeline import PipelineConfig
+from tasks.context import Context, Stage
+from tasks.judging.metric_rows import metric_row
+from tasks.serving.promotion import promote
+from tests.storage_schemas.workspaces import finish_run
+from tests.tasks.configs import document
+
+
+def measured(workspace: Workspace, name: str, tuned: float, untuned: float) -> Stage:
+    """Metrics of an index, as an evaluation leaves them."""
+    rows = [
+        metric_row("mAP", space, torch.tensor([value]), cutoff=1)
+        for space, value in (("tuned", tuned), ("untuned", untuned))
+    ]
+    path = workspace.metrics(name)
+    commit_table(path, pa.Table.from_pylist(rows, schema=tables.METRICS.schema), tables.METRICS, key=name, started=0.0)
+    return Stage("evaluation", name, path, len(rows), 0.0, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "served"),
+    [({}, "good"), ({"evaluation__gain_floor": None}, "random"), ({"evaluation__gain_floor": 0.5}, "random")],
+)
+def test_a_head_below_the_untuned_features_is_not_served_unless_that_is_asked_for(
+    tmp_path: Path, changes: dict[str, object], served: str
+) -> None:
+    finish_run(tmp_path)
+    samples = publish_runs(Workspace(tmp_path), ["run-1"]).samples
+    context = Context(PipelineConfig.model_validate(document(workspace=str(tmp_path), **changes)), "model")
+    workspace = context.workspace
+    outcomes = {}
+    for name, tuned in (("good", 0.210), ("random", 0.081)):
+        head, index = (
+            Stage(what, name, folder, 1, 0.0, False)
+            for what, folder in (("rank head", workspace.head(name)), ("index", workspace.index(name)))
+        )
+        write_atomically(index.path / "index.json", json.dumps({"head": name, "samples": samples}).encode())
+        outcomes[name] = promote.fn(context, head, index, measured(workspace, name, tuned, 0.144))
+    published = read_published(workspace)
+    assert published.index == workspace.relative(workspace.index(served))
+    assert published.head == workspace.relative(workspace.head(served))
+    assert bool(outcomes["random"].refused) == (served == "good")
+    if served == "good":
+        assert "0.56 x the untuned features', below evaluation.gain_floor 1.0" in outcomes["random"].refused
