@@ -28,21 +28,23 @@ from fastgda_core.diffusion.objective import Objective
 from fastgda_core.evaluation.ranking_metrics import average_precision, spearman, top_mask
 from fastgda_core.teachers.scores import first_order_scores
 from flows.demo import prepare
+from tasks.artifact import Artifact
 from tasks.config.files import load_config
 from tasks.config.teaching import CurvatureConfig
-from tasks.context import Context, Stage, noise_plan
+from tasks.context import Context
 from tasks.inputs.queries import load_queries, make_queries
 from tasks.inputs.samples import ingest_samples
 from tasks.teaching.curvature import make_curvature
 from tasks.teaching.latents import load_block
-from tasks.teaching.unlearning import gradient_of, update_of
+from tasks.teaching.noise import noise_plan
+from tasks.teaching.updates import gradient_of, update_of
 
 ROWS, DAMPINGS, POSITIVES = (512, 2048), (0.1, 1.0, 10.0), 0.025
 QUERIES = 24
 
 
 def scores(
-    context: Context, latents: Stage, curvatures: list[Path], train_ids: list[int]
+    context: Context, latents: Artifact, curvatures: list[Path], train_ids: list[int]
 ) -> dict[tuple[Path, float], Tensor]:
     """(queries, samples) by Fisher and damping, from one pass over the samples."""
     queries = [query for query in load_queries(_queries(context)) if query.split in ("train", "validation", "test")]
@@ -59,8 +61,8 @@ def scores(
     return dict(zip(places, found.split(QUERIES), strict=True))
 
 
-def _queries(context: Context) -> Stage:
-    return make_queries.fn(context, ingest_samples.fn(context))
+def _queries(context: Context) -> Artifact:
+    return make_queries.fn(context, ingest_samples.fn(context).artifact).artifact
 
 
 def with_objective(context: Context, objective: Objective) -> Context:
@@ -71,7 +73,7 @@ def with_objective(context: Context, objective: Objective) -> Context:
 def run(folder: Path, count: int) -> None:
     config = load_config(prepare(folder))
     context = Context(config, model_hash(config.model.folder))
-    latents = make_latents(context, ingest_samples.fn(context))
+    latents = make_latents(context, ingest_samples.fn(context).artifact)
     train_ids = np.sort(np.random.default_rng(11).choice(latents.rows, count, replace=False)).tolist()
     made: dict[tuple[int, bool], tuple[Path, Path]] = {}
     seconds: dict[tuple[int, bool], float] = {}

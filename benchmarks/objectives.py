@@ -68,10 +68,10 @@ def teach(config: PipelineConfig, objective: Objective) -> Teacher:
     teacher = config.teacher.model_copy(update={"objective": objective})
     changed = config.model_copy(update={"teacher": teacher})
     curation = curate(changed)
-    (consistency,) = [check for check in judge(changed) if check.name == "self-consistency"]
+    (consistency,) = [made.artifact for made in judge(changed) if made.artifact.name == "self-consistency"]
     inputs = curation.plan.inputs
-    names = [query.query_id for query in load_queries(inputs.stages["queries"])]
-    scores = candidate_scores(inputs.context, curation.ranks, names).scores  # the demo's candidates are all samples
+    names = [query.query_id for query in load_queries(inputs.artifacts["queries"])]
+    scores = candidate_scores(inputs.workspace, curation.ranks, names).scores  # the demo's candidates are all samples
     agreement = mean_value(consistency.path, "spearman", OTHER_TEACHER, 0)
     assert agreement is not None
     return Teacher(inputs.context, curation, scores, trust_in(inputs.workspace, curation.run), agreement)
@@ -101,13 +101,13 @@ def print_tables(teachers: dict[Objective, Teacher]) -> None:
 
 def _own(teacher: Teacher) -> Tensor:
     """Rows of the queries that are of no test."""
-    queries = [teacher.curation.plan.inputs.stages["queries"]]
+    queries = [teacher.curation.plan.inputs.artifacts["queries"]]
     return torch.cat([rows_of_split(queries, split) for split in ("train", "validation", "test")])
 
 
 def _agreement(teacher: Teacher, space: dict[str, object]) -> tuple[float, float]:
     context = in_space(teacher.context, **space)
-    samples, queries = (teacher.curation.plan.inputs.stages[name] for name in ("samples", "queries"))
+    samples, queries = (teacher.curation.plan.inputs.artifacts[name] for name in ("samples", "queries"))
     for items in (samples, queries):
         extract_features.fn(context, items)
     own = _own(teacher)
@@ -118,7 +118,7 @@ def _agreement(teacher: Teacher, space: dict[str, object]) -> tuple[float, float
 
 def draw(teachers: dict[Objective, Teacher], path: Path) -> None:
     """A row for each pictured query: the image, then the first images of each objective."""
-    stages = next(iter(teachers.values())).curation.plan.inputs.stages
+    stages = next(iter(teachers.values())).curation.plan.inputs.artifacts
     queries, samples = load_queries(stages["queries"]), stages["samples"]
     step = TILE + GAP
     block = SHOWN * step + 3 * GAP

@@ -143,7 +143,7 @@ def memory() -> None:
     from storage_schemas.publishing.publish import publish_runs
     from storage_schemas.snapshots.snapshots import read_snapshot
     from storage_schemas.workspace import Workspace
-    from tasks.context import Stage
+    from tasks.artifact import Artifact
     from tasks.distilling.ranks import rank_pairs
 
     queries, candidates = 10_000, 10_000
@@ -153,7 +153,7 @@ def memory() -> None:
             other.submit(score_store.commit, workspace, queries, candidates).result()
             published = other.submit(publish_runs, workspace, [score_store.RUN]).result()
         found = read_snapshot(workspace, published.snapshot)
-        ranks = Stage("rank labels", found.snapshot, workspace.root, found.rows, 0.0, True)
+        ranks = Artifact("rank labels", found.snapshot, workspace.root, found.rows)
         before, started = peak_memory(), time.perf_counter()
         ids = [score_store.query_id(number) for number in range(queries)]
         pairs = rank_pairs(workspace, ranks, ids, torch.arange(queries), score_store.SAMPLES, standardised=False)

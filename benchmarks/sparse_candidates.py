@@ -27,15 +27,16 @@ from storage_schemas.commit import commit_table, write_atomically
 from storage_schemas.runs.records import Part
 from storage_schemas.snapshots.snapshots import Snapshot
 from storage_schemas.workspace import Workspace
+from tasks.artifact import Artifact
 from tasks.config.pipeline import PipelineConfig
-from tasks.context import Context, Stage
+from tasks.context import Context
 from tasks.distilling.ranks import candidate_scores, rank_pairs
 from tasks.judging.head import tuned_cosines, untuned_cosines
 
 AT_ONCE = 25  # queries of a part
 
 
-def write_snapshot(workspace: Workspace, queries: int, candidates: int, samples: int) -> Stage:
+def write_snapshot(workspace: Workspace, queries: int, candidates: int, samples: int) -> Artifact:
     draw = np.random.default_rng(0)
     parts = []
     for start in range(0, queries, AT_ONCE):
@@ -64,7 +65,7 @@ def write_snapshot(workspace: Workspace, queries: int, candidates: int, samples:
         )
     snapshot = Snapshot(snapshot="run-1", runs=["run"], rows=queries * candidates, queries=queries, parts=parts)
     write_atomically(workspace.snapshot("run-1"), snapshot.model_dump_json().encode())
-    return Stage("rank labels", "run-1", workspace.snapshot("run-1"), snapshot.rows, 0.0, False)
+    return Artifact("rank labels", "run-1", workspace.snapshot("run-1"), snapshot.rows)
 
 
 def context_of(folder: Path) -> Context:
@@ -124,7 +125,7 @@ def main() -> None:
         rows = torch.arange(given.queries)
         pairs = rank_pairs(context.workspace, ranks, names, rows, given.samples, standardised=False)
         at = step(f"{len(pairs):,} labelled pairs", at)
-        scores = candidate_scores(context, ranks, names)
+        scores = candidate_scores(context.workspace, ranks, names)
         at = step("scores of the candidates", at)
         head = RankHead(given.dims).eval().requires_grad_(False)
         rankings = untuned_cosines(scores, queries, features), tuned_cosines(scores, head, queries, features)

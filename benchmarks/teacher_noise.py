@@ -38,7 +38,7 @@ from tasks.inputs.queries import load_queries, make_queries
 from tasks.inputs.samples import ingest_samples
 from tasks.teaching.curvature import make_curvature
 from tasks.teaching.latents import load_block
-from tasks.teaching.unlearning import gradient_of, update_of
+from tasks.teaching.updates import gradient_of, update_of
 
 GRID = 20  # timesteps measured
 COPIES = 4  # independent draws at each; the first two make the plans, the others the truth
@@ -178,8 +178,8 @@ def print_gradients(context: Context, curvature, queries, block, training_size: 
 
 def run(config: PipelineConfig, count: int) -> None:
     context = Context(config, model_hash(config.model.folder))
-    samples = ingest_samples.fn(context)
-    queries = make_queries.fn(context, samples)
+    samples = ingest_samples.fn(context).artifact
+    queries = make_queries.fn(context, samples).artifact
     latents = make_latents(context, samples)
     curvature = make_curvature(context, latents)
     training_size = config.teacher.training_size or samples.rows

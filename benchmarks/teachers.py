@@ -78,8 +78,8 @@ def set_up(folder: Path, samples: int, pairs: int | None) -> Setting:
     """Everything made or found in `folder`; without Delta theta where `pairs` is None."""
     config = load_config(prepare(folder))
     context = Context(config, model_hash(config.model.folder))
-    ingested = ingest_samples.fn(context)
-    queries = load_queries(make_queries.fn(context, ingested))
+    ingested = ingest_samples.fn(context).artifact
+    queries = load_queries(make_queries.fn(context, ingested).artifact)
     latents = make_latents(context, ingested)
     model = context.model()
     chosen = np.random.default_rng(3).choice(ingested.rows, samples, replace=False)

@@ -8,14 +8,14 @@ from datetime import date
 from prefect import flow
 
 from flows.names import named
+from tasks.artifact import Artifact, Made
 from tasks.config.pipeline import PipelineConfig, check_sizes
 from tasks.config.stored import config_of
-from tasks.context import Stage, open_context
+from tasks.context import open_context
 from tasks.distilling.publish import publish_scores
 from tasks.execution.coordinator import begin_run
-from tasks.execution.outcomes import RunIncomplete
 from tasks.execution.partitions import PartitionOutcome, in_partition, partition_names, scheduled_partition
-from tasks.execution.plan import RunPlan, run_inputs, run_name, stages_of
+from tasks.execution.plan import RunPlan, run_artifacts, run_inputs, run_name
 from tasks.execution.retry import release
 from tasks.inputs.candidates import candidate_features, choose_candidates
 from tasks.inputs.features import extract_features
@@ -24,20 +24,21 @@ from tasks.inputs.samples import ingest_samples
 from tasks.judging.kept_checks import publish_checks
 from tasks.judging.teacher import check_precision, check_twins
 from tasks.reporting.announcements import announce_scores, announce_trust
+from tasks.teaching.families import family_of
 from tasks.watching.trust import Trust, trust_in
 
 
 @dataclass(frozen=True)
 class Curation:
-    """What a curation made: its plan, its stages in order, and the rank labels as they were published."""
+    """What a curation made: its plan, everything in order, and the rank labels as they were published."""
 
     plan: RunPlan
-    stages: list[Stage]
-    ranks: Stage
+    made: list[Made]
+    ranks: Artifact
 
     @property
     def run(self) -> str:
-        return self.plan.run
+        return self.plan.inputs.run
 
     @property
     def trust(self) -> Trust:
@@ -48,17 +49,18 @@ class Curation:
 def plan_run(config: PipelineConfig) -> RunPlan:
     """Samples, queries, features and candidates, and from them what the run is to do."""
     context = open_context(config)
-    samples = ingest_samples(context)
+    family_of(config).check(context)
+    ingested = ingest_samples(context)
+    samples = ingested.artifact
     check_sizes(config, samples.rows)
-    queries = make_queries(context, samples)
-    features = extract_features(context, samples)
-    query_features = extract_features(context, queries)
-    more_features = candidate_features(context, samples, queries)
-    stages = stages_of(context, samples, queries)
-    candidates = choose_candidates(context, run_name(context, stages), samples, queries)
-    check_sizes(config, samples.rows, candidates.rows // queries.rows)
-    inputs = run_inputs(context, stages, candidates)
-    return RunPlan(inputs, [samples, queries, features, query_features, *more_features, candidates])
+    asked = make_queries(context, samples)
+    queries = asked.artifact
+    features = [extract_features(context, items) for items in (samples, queries)]
+    features += candidate_features(context, samples, queries)
+    artifacts = run_artifacts(context, samples, queries)
+    chosen = choose_candidates(context, run_name(context, artifacts), samples, queries)
+    check_sizes(config, samples.rows, chosen.artifact.rows // queries.rows)
+    return RunPlan(run_inputs(context, artifacts, chosen.artifact), [ingested, asked, *features, chosen])
 
 
 @flow(name="curate", flow_run_name=named("curate"))
@@ -70,23 +72,18 @@ def curate(config: PipelineConfig) -> Curation:
         RunCancelled: somebody asked for it.
     """
     plan = plan_run(config)
-    with begin_run(plan.inputs) as parts:
-        stages = [*plan.made, *parts.make_all_before("scores")]
+    with begin_run(plan.inputs) as coordinator:
+        made = [*plan.made, *coordinator.make_all_before("scores")]
         if not config.teacher.precision.exact:
-            stages.append(check_precision(plan.inputs))
-        try:
-            stages.append(parts.make("scores"))
-            incomplete = False
-        except RunIncomplete:
-            incomplete = config.execution.publish_incomplete
-            if not incomplete:
-                raise
-    ranks = publish_scores(plan.inputs, incomplete=incomplete)
-    announce_scores(plan.inputs, ranks.key)
-    checks = [check_twins(plan.inputs, ranks)] if config.queries.twins else []
-    publish_checks(plan.inputs, checks)
+            made.append(check_precision(plan.inputs))
+        make = coordinator.make_unless_incomplete if config.execution.publish_incomplete else coordinator.make
+        scores = make("scores")
+    ranks = publish_scores(plan.inputs, incomplete=scores is None)
+    announce_scores(plan.inputs, ranks.artifact.key)
+    checks = [check_twins(plan.inputs, ranks.artifact)] if config.queries.twins else []
+    publish_checks(plan.inputs, [check.artifact for check in checks])
     announce_trust(plan.inputs)
-    return Curation(plan, [*stages, ranks, *checks], ranks)
+    return Curation(plan, [*made, *([scores] if scores else []), ranks, *checks], ranks.artifact)
 
 
 @flow(name="curate partition", flow_run_name=named("curate", "partition"))

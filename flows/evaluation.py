@@ -6,9 +6,10 @@ from prefect import flow
 
 from flows.curation import plan_run
 from flows.names import named
+from tasks.artifact import Made
 from tasks.config.pipeline import PipelineConfig
-from tasks.context import Stage, open_context
-from tasks.distilling.labels import read_labels
+from tasks.context import open_context
+from tasks.distilling.labels import extract_query_features, read_labels
 from tasks.distilling.publish import rank_scores
 from tasks.distilling.versions import latest_index, read_head, read_index_head, space_of_head
 from tasks.inputs.features import extract_features
@@ -17,13 +18,18 @@ from tasks.judging.kept_checks import publish_checks, read_checks
 from tasks.judging.teacher import check_against_exact, check_self_consistency, measure_low_rank
 from tasks.reporting.announcements import announce_metrics, announce_trust
 from tasks.serving.promotion import Evaluation, promote
+from tasks.teaching.run import RunInputs
 
 
 @flow(name="judge", flow_run_name=named("judge"))
-def judge(config: PipelineConfig) -> list[Stage]:
+def judge(config: PipelineConfig) -> list[Made]:
     """Whether the teacher of a finished run can be trusted: against the exact one, and against itself."""
-    inputs = plan_run(config).inputs
-    ranks = rank_scores(inputs)
+    return judge_run(plan_run(config).inputs)
+
+
+def judge_run(inputs: RunInputs) -> list[Made]:
+    """As `judge`, of a run that is planned already."""
+    config, ranks = inputs.context.config, rank_scores(inputs).artifact
     checks = []
     if config.teacher.update_rank is not None:
         checks.append(measure_low_rank(inputs))
@@ -31,7 +37,7 @@ def judge(config: PipelineConfig) -> list[Stage]:
         checks.append(check_against_exact(inputs, ranks))
     if config.self_consistency is not None:
         checks.append(check_self_consistency(inputs, ranks))
-    publish_checks(inputs, checks)
+    publish_checks(inputs, [check.artifact for check in checks])
     announce_trust(inputs)
     return checks
 
@@ -45,8 +51,8 @@ def evaluate(config: PipelineConfig, index: str | None = None) -> Evaluation:
     context = space_of_head(context, description)
     labels = read_labels(context, description.get("snapshot"))
     extract_features(context, labels.samples)
-    labels.extract_query_features(context)
-    checks = read_checks(context, labels.run)
+    extract_query_features(context, labels)
+    checks = read_checks(context.workspace, labels.run)
     metrics = measure_head(context, labels.samples, labels.queries, labels.ranks, trained, checks)
     evaluation = promote(context, trained, built, metrics)
     announce_metrics(context, evaluation, trained, labels)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.names import named
+from tasks.artifact import Made
 from tasks.config.pipeline import PipelineConfig
-from tasks.context import Stage, open_context
+from tasks.context import open_context
 from tasks.distilling.index import build_search_index
 from tasks.distilling.labels import read_labels
 from tasks.distilling.versions import latest_head, read_head, space_of_head
@@ -15,13 +16,13 @@ from tasks.reporting.announcements import announce_index
 
 
 @flow(name="rebuild index", flow_run_name=named("index", "head"))
-def rebuild_index(config: PipelineConfig, head: str | None = None) -> Stage:
+def rebuild_index(config: PipelineConfig, head: str | None = None) -> Made:
     """An index version from a head, by default the newest; nobody is served from it before it is promoted."""
     context = open_context(config)
     trained, description = read_head(context.workspace, head or latest_head(context.workspace))
     context = space_of_head(context, description)
     labels = read_labels(context, description.get("snapshot"))
-    features = extract_features(context, labels.samples)
+    features = extract_features(context, labels.samples).artifact
     index = build_search_index(context, labels.samples, features, trained)
-    announce_index(context, index, trained)
+    announce_index(context, index.artifact, trained)
     return index

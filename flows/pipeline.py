@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from prefect import flow
 
 from flows.curation import curate
-from flows.evaluation import evaluate, judge
+from flows.evaluation import evaluate, judge_run
 from flows.indexing import rebuild_index
 from flows.names import named
 from flows.training import train_rank_head
+from tasks.artifact import Artifact, Made
 from tasks.config.pipeline import PipelineConfig
-from tasks.context import Stage
 from tasks.reporting.report import write_report
 from tasks.watching import events
 from tasks.watching.trust import Trust, trust_in
@@ -22,17 +22,17 @@ from tasks.watching.trust import Trust, trust_in
 class RunSummary:
     """What a pipeline made.
 
-    stages: in order; trust: what is known of the teacher; refused: why the index is not served, empty where it is.
+    made: in order; trust: what is known of the teacher; refused: why the index is not served, empty where it is.
     """
 
     run: str
-    stages: list[Stage]
+    made: list[Made]
     trust: Trust
     refused: str
 
     @property
-    def report(self) -> Stage:
-        return self.stages[-1]
+    def report(self) -> Artifact:
+        return self.made[-1].artifact
 
 
 @flow(name="attribution pipeline", flow_run_name=named("pipeline"))
@@ -40,12 +40,12 @@ def attribution_pipeline(config: PipelineConfig) -> RunSummary:
     """Teach, distil, serve: see the design's first section."""
     with events.followed():
         curation = curate(config)
-        checks = judge(config)
+        checks = judge_run(curation.plan.inputs)
         head = train_rank_head(config, curation.ranks.key)
-        index = rebuild_index(config, head.key)
-        evaluation = evaluate(config, index.key)
-    stages = [*curation.stages, *checks, head, index, evaluation.metrics]
+        index = rebuild_index(config, head.artifact.key)
+        evaluation = evaluate(config, index.artifact.key)
+    made = [*curation.made, *checks, head, index, evaluation.metrics]
     context = curation.plan.inputs.context
-    report = write_report(context, curation.run, stages)
+    report = write_report(context, curation.run, made)
     trust = trust_in(context.workspace, curation.run)
-    return RunSummary(curation.run, [*stages, report], trust, evaluation.refused)
+    return RunSummary(curation.run, [*made, report], trust, evaluation.refused)

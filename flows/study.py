@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from prefect import flow
 
 from flows.names import named
+from tasks.artifact import Made
 from tasks.config.pipeline import PipelineConfig
-from tasks.context import Stage, open_context
+from tasks.context import open_context
 from tasks.distilling.labels import read_labels
 from tasks.judging.study import compare_heads, draw_study
 
@@ -17,8 +18,8 @@ from tasks.judging.study import compare_heads, draw_study
 class Study:
     """Metrics of all variants, and their picture."""
 
-    metrics: Stage
-    picture: Stage
+    metrics: Made
+    picture: Made
 
 
 @flow(name="study", flow_run_name=named("study", "snapshot"))
@@ -27,4 +28,4 @@ def study(config: PipelineConfig, snapshot: str | None = None) -> Study:
     context = open_context(config)
     labels = read_labels(context, snapshot)
     metrics = compare_heads(context, labels)
-    return Study(metrics, draw_study(context, labels, metrics))
+    return Study(metrics, draw_study(context, labels, metrics.artifact))

@@ -5,21 +5,22 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.names import named
+from tasks.artifact import Made
 from tasks.config.pipeline import PipelineConfig
-from tasks.context import Stage, open_context
+from tasks.context import open_context
 from tasks.distilling.heads import fit_rank_head
-from tasks.distilling.labels import read_labels
+from tasks.distilling.labels import extract_query_features, read_labels
 from tasks.inputs.features import extract_features
 from tasks.reporting.announcements import announce_head
 
 
 @flow(name="train rank head", flow_run_name=named("train", "snapshot"))
-def train_rank_head(config: PipelineConfig, snapshot: str | None = None) -> Stage:
+def train_rank_head(config: PipelineConfig, snapshot: str | None = None) -> Made:
     """A head version from the rank labels of a snapshot, by default the published one."""
     context = open_context(config)
     labels = read_labels(context, snapshot)
-    features = extract_features(context, labels.samples)
-    labels.extract_query_features(context)
+    features = extract_features(context, labels.samples).artifact
+    extract_query_features(context, labels)
     head = fit_rank_head(context, labels.samples, labels.queries, features, labels.ranks)
-    announce_head(context, head, labels)
+    announce_head(context, head.artifact, labels)
     return head

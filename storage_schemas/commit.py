@@ -61,6 +61,7 @@ __all__ = [
 
 
 KEY_VERSION = "2"  # of input keys of what is no table
+MANIFEST = ".manifest.json"  # behind the name of the file that it is of
 QUARANTINED = "quarantined"  # key in the metadata of a Parquet file
 
 
@@ -143,7 +144,7 @@ def _plain(value: object) -> object:
 
 
 def manifest_path(path: AnyPath) -> AnyPath:
-    return path.with_name(path.name + ".manifest.json")
+    return path.with_name(path.name + MANIFEST)
 
 
 def read_manifest(path: AnyPath) -> Manifest | None:

@@ -11,34 +11,14 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 
 from fastgda_core.curvature.layers import Layer, select_layers
-from fastgda_core.diffusion.model import DiffusionModel, load_model, model_hash, train_timesteps
-from fastgda_core.diffusion.noise import NoisePlan
+from fastgda_core.diffusion.model import DiffusionModel, load_model, model_hash
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.diffusion.weights import check_weights
 from fastgda_core.teachers.micro_batch import MicroBatch
-from storage_schemas.commit import committed
 from storage_schemas.files import AnyPath, Stamps, stamps
 from storage_schemas.workspace import Workspace
 from tasks.config.pipeline import PipelineConfig
 from tasks.devices import pick_device
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a task made: key of its content, where it lies, rows, seconds of work, whether it was there before."""
-
-    name: str
-    key: str
-    path: AnyPath
-    rows: int
-    seconds: float
-    reused: bool
-
-
-def stage_of_parts(name: str, key: str, folder: AnyPath, paths: list[AnyPath], rows: int, *, reused: bool) -> Stage:
-    """The stage that some committed files make up; its seconds are theirs together."""
-    manifests = [committed(path, key) for path in paths]
-    return Stage(name, key, folder, rows, sum(manifest.seconds for manifest in manifests if manifest), reused)
 
 
 @dataclass(frozen=True)
@@ -108,29 +88,14 @@ def open_context(config: PipelineConfig) -> Context:
     """The context of a configuration.
 
     Raises:
-        UsageError: its model, the weights of it or its noise plan cannot be used; before any work.
+        UsageError: its model or the weights of it cannot be used; before any work.
     """
     check_weights(config.model.folder)
     files = sorted(path for path in config.model.folder.rglob("*") if path.is_file())
-    context = Context(config, _model_hash(config.model.folder, stamps(files)))
-    noise_plan(config).timestep_values(train_timesteps(config.model.folder))
-    return context
+    return Context(config, _model_hash(config.model.folder, stamps(files)))
 
 
 @functools.lru_cache(maxsize=4)
 def _model_hash(folder: Path, _files: Stamps) -> str:
     """Gigabytes are read once per process, however many flows ask, as long as no file changes."""
     return model_hash(folder)
-
-
-def noise_plan(config: PipelineConfig, seed: int | None = None) -> NoisePlan:
-    """The run's noise plan, or the same one with other noise."""
-    teacher = config.teacher
-    return NoisePlan(
-        seed=teacher.seed if seed is None else seed,
-        timesteps=teacher.timestep_list or teacher.timesteps,
-        draws=teacher.draws,
-        first_timestep=teacher.first_timestep,
-        weights=teacher.timestep_weights,
-        antithetic=teacher.antithetic,
-    )

@@ -1,13 +1,15 @@
-"""The teachers behind one protocol: how a (query, training sample) pair gets its score."""
+"""All teachers by name."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
+from fastgda_core.teachers.similarity import SimilarityTeacher
 
 if TYPE_CHECKING:  # a configuration looks teachers up, and is checked before torch is loaded
     from torch import Tensor
@@ -22,20 +24,49 @@ if TYPE_CHECKING:  # a configuration looks teachers up, and is checked before to
 
 
 class Teacher(Protocol):
-    """Scores training samples against queries.
+    """A method that scores (query, training sample) pairs.
+
+    family: what its scores are made from, and in which steps; teachers of one family share these.
+    settings: the fields of a configuration's section `teacher` that only some teachers read, and this one does.
+    redrawn: drawn again with another seed it gives other scores, so that it can be compared with itself.
+    """
+
+    @property
+    def family(self) -> str: ...
+    @property
+    def settings(self) -> frozenset[str]: ...
+    @property
+    def redrawn(self) -> bool: ...
+
+    def check_precision(self, precision: Precision) -> None:
+        """Raise `UsageError` where scores in this precision would not be this teacher's."""
+
+
+@dataclass(frozen=True)
+class UnlearningTeacher(ABC):
+    """Scores a training sample by what an unlearning step of the query does to its loss.
 
     fisher: which curvature preconditions the query's gradient.
     first_order: one pass over a sample serves every query, and no base losses are needed.
     """
 
-    @property
-    def fisher(self) -> FisherKind: ...
-    @property
-    def first_order(self) -> bool: ...
+    fisher: FisherKind
+    first_order: ClassVar[bool]
+    family: ClassVar[str] = "unlearning"
+    settings: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("objective", "layers", "damping", "precision", "alpha", "training_size", "timesteps", "first_timestep"),
+            *("timestep_list", "timestep_weights", "draws", "antithetic", "seed", "gradient_pairs", "update_rank"),
+            "loaded_queries",
+        }
+    )
+    redrawn: ClassVar[bool] = True
 
+    @abstractmethod
     def check_precision(self, precision: Precision) -> None:
         """Raise `UsageError` where scores in this precision would not be this teacher's."""
 
+    @abstractmethod
     def scores(
         self,
         model: DiffusionModel,
@@ -49,12 +80,10 @@ class Teacher(Protocol):
         """(queries, n) float64; `updates` hold some queries at a time, `base_losses` are (n, f) where needed."""
 
 
-@dataclass(frozen=True)
-class ExactTeacher:
+class ExactTeacher(UnlearningTeacher):
     """The rise of a sample's loss after the unlearning step: one pass over the samples for each query."""
 
-    fisher: FisherKind
-    first_order: bool = False
+    first_order = False
 
     def check_precision(self, precision: Precision) -> None:
         if not precision.exact:
@@ -88,12 +117,10 @@ class ExactTeacher:
         )
 
 
-@dataclass(frozen=True)
-class FirstOrderTeacher:
+class FirstOrderTeacher(UnlearningTeacher):
     """The same to first order in the step: one pass over the samples for all queries."""
 
-    fisher: FisherKind
-    first_order: bool = True
+    first_order = True
 
     def check_precision(self, precision: Precision) -> None:
         """Any will do that agrees with float64 on the model at hand; whoever runs it has to look."""
@@ -113,11 +140,12 @@ class FirstOrderTeacher:
         return first_order_scores(model, layers, plan, block, updates, micro_batch)
 
 
-TEACHERS: dict[str, Teacher] = {
+UNLEARNING_TEACHERS: dict[str, UnlearningTeacher] = {
     "abu": ExactTeacher("diagonal"),
     "abu_plus": ExactTeacher("ekfac"),
     "abu_plus_first_order": FirstOrderTeacher("ekfac"),
 }
+TEACHERS: dict[str, Teacher] = {**UNLEARNING_TEACHERS, "similarity": SimilarityTeacher()}
 
 
 def _one_by_one(update: Update) -> Iterable[dict[str, Tensor]]:

@@ -76,7 +76,7 @@ def curate(config: ConfigArgument, runner: RunnerOption = None) -> None:
 
     wait_for_server()
     done = curation(checked)
-    print_stages(done.run, done.stages, done.trust)
+    print_made(done.run, done.made, done.trust)
     say(f"published: {done.ranks.key}")
 
 
@@ -123,7 +123,7 @@ def index(
     wait_for_server()
     built = rebuild_index(checked, head)
     again = f"`fastgda evaluate {shlex.quote(str(config))}`"
-    say(f"index {built.key}{' (was there)' if built.reused else ''}: {again} measures and promotes it")
+    say(f"index {built.artifact.key}{' (was there)' if built.reused else ''}: {again} measures and promotes it")
 
 
 def evaluate(
@@ -159,7 +159,7 @@ def study(config: ConfigArgument, as_json: JsonOption = False) -> None:
     wait_for_server()
     found = compare(checked)
     cutoff = checked.evaluation.validation_cutoff
-    rows = answers(tables.read(found.metrics.path, tables.METRICS), cutoff)
+    rows = answers(tables.read(found.metrics.artifact.path, tables.METRICS), cutoff)
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
         return
@@ -169,7 +169,7 @@ def study(config: ConfigArgument, as_json: JsonOption = False) -> None:
         question, before = row.question if row.question != before else "", row.question
         table.add_row(question, row.value, f"{row.mean:.3f}", f"{row.deviation:.3f}" if row.seeds > 1 else "")
     out.print(table)
-    say(f"Picture: {found.picture.path}")
+    say(f"Picture: {found.picture.artifact.path}")
 
 
 def judge(config: ConfigArgument) -> None:
@@ -182,7 +182,8 @@ def judge(config: ConfigArgument) -> None:
     from storage_schemas import tables
 
     wait_for_server()
-    for check in judgement(checked):
+    for made in judgement(checked):
+        check = made.artifact
         say(f"{check.name}: {check.rows:,} rows")
         if check.name != "exact check":
             for row in tables.read(check.path, tables.METRICS).to_pylist():
@@ -242,22 +243,23 @@ def retry(
 
 def _say_head(head: Any, config: Path) -> None:
     again = f"`fastgda index {shlex.quote(str(config))}`"
-    say(f"head {head.key}{' (was there)' if head.reused else ''}: {again} builds its index")
+    say(f"head {head.artifact.key}{' (was there)' if head.reused else ''}: {again} builds its index")
 
 
 def print_summary(summary: Any) -> None:
-    print_stages(summary.run, summary.stages, summary.trust)
+    print_made(summary.run, summary.made, summary.trust)
     if summary.refused:
         say(f"not promoted: {summary.refused}")
     say(f"Report: {summary.report.path}")
 
 
-def print_stages(run: str, stages: list[Any], trust: Any) -> None:
+def print_made(run: str, made: list[Any], trust: Any) -> None:
     table = Table("stage", "rows", "seconds", "", title=f"run {run}", title_justify="left")
     for column in table.columns[1:3]:
         column.justify = "right"
-    for stage in stages:
-        table.add_row(stage.name, f"{stage.rows:,}", f"{stage.seconds:.1f}", "[dim]reused" if stage.reused else "new")
+    for each in made:
+        artifact, reused = each.artifact, "[dim]reused" if each.reused else "new"
+        table.add_row(artifact.name, f"{artifact.rows:,}", f"{each.seconds:.1f}", reused)
     out.print(table)
     for name, value in trust.facts:
         say(f"{name}: {value}")

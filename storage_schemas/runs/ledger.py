@@ -24,15 +24,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pyarrow as pa
 
 from storage_schemas import tables
-from storage_schemas.commit import Manifest, read_manifest
+from storage_schemas.commit import Manifest
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, matching, remove, write_atomically
+from storage_schemas.listings import Listing, folder_manifests, list_folder, listed_manifest, listed_manifests
 from storage_schemas.runs.attempts import Attempt, ShardState, read_attempts
 from storage_schemas.runs.liveness import read_assignment
 from storage_schemas.runs.records import Compaction, Labelling, RunRecord, UnknownRun
@@ -143,12 +143,12 @@ def derive(workspace: Workspace, run: str) -> tuple[pa.Table, pa.Table]:
     read_run(workspace, run)
     plan = tables.read(workspace.plan_shards(run), tables.PLAN_SHARDS).to_pylist()
     attempts = read_attempts(workspace, run)
-    listing = _listing(workspace.scores(run))
+    listing = list_folder(workspace.scores(run))
     held = _held_by_parts(workspace, run)
     rows = [_ledger_row(workspace, run, planned, attempts.get(planned["shard"], []), listing, held) for planned in plan]
     reasons: dict[int, tuple[str, str]] = {}
     for kind, folder in _folders(workspace, run).items():
-        for manifest in _manifests(folder, listing if kind == "scores" else _listing(folder)).values():
+        for manifest in listed_manifests(folder, listing if kind == "scores" else list_folder(folder)).values():
             for train_id, reason in manifest.quarantined.items():
                 reasons.setdefault(train_id, (kind, reason))
     left_out = [
@@ -170,17 +170,6 @@ def _folders(workspace: Workspace, run: str) -> dict[str, AnyPath]:
         stages = {}
     made = {kind: workspace.file(record.path) for kind, record in stages.items() if kind.startswith(_LEAVING_OUT)}
     return {**made, "scores": workspace.scores(run)}
-
-
-def folder_manifests(folder: AnyPath) -> dict[AnyPath, Manifest]:
-    """The manifest of every committed part of a folder, by the part's path; only what is new is read."""
-    return _manifests(folder, _listing(folder))
-
-
-def _manifests(folder: AnyPath, listing: dict[str, _Entry]) -> dict[AnyPath, Manifest]:
-    names = [name.removesuffix(_MANIFEST) for name in sorted(listing) if name.endswith(_MANIFEST)]
-    found = {folder / name: _cached_manifest(folder / name, listing) for name in names}
-    return {path: manifest for path, manifest in found.items() if manifest is not None}
 
 
 @contextmanager
@@ -221,7 +210,7 @@ def _ledger_row(
     run: str,
     planned: dict[str, Any],
     attempts: list[Attempt],
-    listing: dict[str, _Entry],
+    listing: Listing,
     held: set[int],
 ) -> dict[str, object]:
     shard = planned["shard"]
@@ -260,52 +249,12 @@ def _ledger_row(
     return row | {"state": last.state, "error_class": last.error_class, "error": last.error}
 
 
-_MANIFEST = ".manifest.json"
-_Entry: TypeAlias = tuple[int, str]  # size of a file, and a stamp that changes with its content
-_kept: dict[str, tuple[_Entry, Manifest]] = {}  # by the manifest's path: a refresh reads only what is new
-
-
-def _manifest_of(path: AnyPath, listing: dict[str, _Entry], key: str) -> Manifest | None:
+def _manifest_of(path: AnyPath, listing: Listing, key: str) -> Manifest | None:
     """The shard's manifest, unless it is of other work or of another file than the one that is there."""
-    manifest = _cached_manifest(path, listing)
+    manifest = listed_manifest(path, listing)
     if manifest is None or manifest.input_key != key:
         return None
-    return manifest if path.name not in listing or listing[path.name][0] == manifest.size else None
-
-
-def _cached_manifest(path: AnyPath, listing: dict[str, _Entry]) -> Manifest | None:
-    entry = listing.get(path.name + _MANIFEST)
-    if entry is None:
-        return None
-    kept = _kept.get(str(path))
-    if kept is not None and kept[0] == entry:
-        return kept[1]
-    manifest = read_manifest(path)
-    if manifest is not None:
-        _kept[str(path)] = (entry, manifest)
-    return manifest
-
-
-def _listing(folder: AnyPath) -> dict[str, _Entry]:
-    """Every file of a folder by name, in one listing."""
-    if isinstance(folder, Path):
-        try:
-            with os.scandir(folder) as entries:
-                stats = {entry.name: entry.stat() for entry in entries}
-        except FileNotFoundError:
-            return {}
-        return {name: (stat.st_size, f"{stat.st_ino}-{stat.st_mtime_ns}") for name, stat in stats.items()}
-    try:
-        listed = folder.fs.ls(folder.path, detail=True, refresh=True)
-    except FileNotFoundError:
-        return {}
-    return {
-        entry["name"].rsplit("/", 1)[-1]: (
-            entry["size"],
-            str(entry.get("ETag") or entry.get("LastModified") or entry.get("created")),
-        )
-        for entry in listed
-    }
+    return manifest if path.name not in listing or listing[path.name].size == manifest.size else None
 
 
 def _held_by_parts(workspace: Workspace, run: str) -> set[int]:

@@ -26,10 +26,10 @@ from storage_schemas.commit import commit, committed, input_key
 from storage_schemas.database import duckdb_type, file_list, literal, open_database, rows_of
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, file_sha256, write_atomically
+from storage_schemas.listings import folder_manifests
 from storage_schemas.runs.attempts import ShardState
 from storage_schemas.runs.ledger import (
     derive,
-    folder_manifests,
     read_compaction,
     read_labelling,
 )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     Field,
     NonNegativeInt,
     PositiveFloat,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -38,9 +41,19 @@ class CurvatureConfig(Section):
     seed: int = Field(default=0, ge=0)
 
 
+ALL_READ = frozenset({"name", "shard_samples", "shard_queries", "negatives"})  # by teachers of every family
+
+
+def _teacher_name(name: str) -> str:
+    if name not in TEACHERS:
+        raise ValueError(f"there is no teacher {name!r:.60}: choose one of {', '.join(TEACHERS)}")
+    return name
+
+
 class TeacherConfig(Section):
-    name: Literal["abu", "abu_plus", "abu_plus_first_order"] = Field(
-        description="exact loss difference with a diagonal or an EK-FAC Fisher, or the latter's linear part"
+    name: Annotated[str, AfterValidator(_teacher_name)] = Field(
+        description="abu, abu_plus: exact loss difference with a diagonal or an EK-FAC Fisher; abu_plus_first_order: "
+        "the latter's linear part; similarity: cosine of the features of candidates.space"
     )
     objective: Objective = Field(
         default=Objective.loss,
@@ -52,7 +65,9 @@ class TeacherConfig(Section):
     )
     damping: float = Field(default=DAMPING, gt=0, description="of the Fisher, x the layer's mean eigenvalue")
     precision: Precision = Field(default=Precision.float32, description="of the forwards; tf32, bf16: first order only")
-    alpha: float = Field(gt=0, description="step size: Delta theta = (alpha / N) F^-1 grad L")
+    alpha: float | None = Field(
+        default=None, gt=0, validate_default=True, description="step size: Delta theta = (alpha / N) F^-1 grad L"
+    )
     training_size: int | None = Field(default=None, ge=1, description="N; default: the samples in the workspace")
     timesteps: int = Field(default=10, ge=1, description="T of the noise plan, evenly spaced")
     first_timestep: int = Field(default=0, ge=0, description="where the grid of T timesteps starts, below T_train / T")
@@ -82,7 +97,25 @@ class TeacherConfig(Section):
 
     def science(self) -> dict[str, object]:
         """What scores depend on; the rest is about memory, or about what is made of scores."""
-        return self.model_dump(mode="json", exclude={"loaded_queries", "negatives"})
+        read = TEACHERS[self.name].settings | ALL_READ
+        return self.model_dump(mode="json", include=set(read), exclude={"loaded_queries", "negatives"})
+
+    @model_validator(mode="after")
+    def _settings_are_read(self) -> Self:
+        # By value, not by model_fields_set: a stored config names every setting and must load again.
+        read = TEACHERS[self.name].settings | ALL_READ
+        for name, field in type(self).model_fields.items():
+            if name not in read and getattr(self, name) != field.default:
+                raise ValueError(f"{name} is no setting of teacher {self.name}: remove it")
+        return self
+
+    @field_validator("alpha")
+    @classmethod
+    def _step_is_given(cls, alpha: float | None, info: ValidationInfo) -> float | None:
+        teacher = TEACHERS.get(info.data.get("name", ""))
+        if alpha is None and teacher is not None and "alpha" in teacher.settings:
+            raise ValueError("is missing")
+        return alpha
 
     @model_validator(mode="after")
     def _plan_is_whole(self) -> Self:

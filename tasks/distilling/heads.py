@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from prefect import task
@@ -18,11 +18,12 @@ from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.ranking_metrics import top_mask
 from fastgda_core.ranking.head import load_release_checkpoint, save_head
 from fastgda_core.ranking.losses import LOSSES
-from storage_schemas.commit import code_version, commit, committed, input_key
+from storage_schemas.commit import Manifest, code_version, commit, input_key
 from storage_schemas.files import AnyPath, file_sha256
 from storage_schemas.workspace import Workspace
+from tasks.artifact import Artifact, Made, once
 from tasks.config.pipeline import PipelineConfig
-from tasks.context import Context, Stage
+from tasks.context import Context
 from tasks.devices import pick_device
 from tasks.distilling.head_space import described
 from tasks.distilling.loss_curve import loss_curve
@@ -40,65 +41,45 @@ from tasks.inputs.features import (
 )
 from tasks.inputs.queries import joined_queries
 from tasks.progress import stage
-from tasks.sole_maker import sole_maker
+
+if TYPE_CHECKING:
+    from fastgda_core.ranking.training import RankData, TrainedHead
 
 
 @task(task_run_name="rank head", cache_policy=NO_CACHE)
-def fit_rank_head(context: Context, samples: Stage, queries: Sequence[Stage], features: Stage, ranks: Stage) -> Stage:
+def fit_rank_head(
+    context: Context, samples: Artifact, queries: Sequence[Artifact], features: Artifact, ranks: Artifact
+) -> Made:
     """`head.safetensors` and `head.json` of a head version, named after everything it was trained on."""
     config = context.config
     key = input_key("head 3", ranks.key, features.key, config.head.learned, config.evaluation.validation_cutoff)
-    with sole_maker(context, "rank head", context.workspace.head(key) / "head.safetensors", key):
-        return _rank_head(context, samples, queries, ranks, key)
-
-
-def _rank_head(context: Context, samples: Stage, queries: Sequence[Stage], ranks: Stage, key: str) -> Stage:
-    config = context.config
     folder = context.workspace.head(key)
-    manifest = committed(folder / "head.safetensors", key)
-    reused = manifest is not None
-    if manifest is None:
-        # Lightning takes seconds to import, which a run that reuses its head need not wait for.
-        from fastgda_core.ranking.training import HeadTraining, RankData, train_head
 
-        started = time.monotonic()
-        train, validation = rows_of_split(queries, "train"), rows_of_split(queries, "validation")
-        query_ids = [query.query_id for query in joined_queries(queries)]
-        scores = candidate_scores(context, ranks, [query_ids[row] for row in validation.tolist()])
-        standardised = LOSSES[config.head.loss].standardised_scores
-        data = RankData(
-            query_features=load_query_features(context, queries, samples),
-            sample_features=sample_features(context, samples),
-            train_pairs=rank_pairs(context.workspace, ranks, query_ids, train, samples.rows, standardised=standardised),
-            validation=validation,
-            validation_scores=scores,
-            relevant=top_mask(scores.scores, config.evaluation.validation_cutoff),
-        )
-        with stage("rank head", config.head.epochs) as advance:
-            training = HeadTraining(**config.head.model_dump())
-            trained = train_head(data, training, lambda: advance(1), _checkpoints(folder))
+    def make(started: float) -> Manifest:
+        data, trained = _train(context, samples, queries, ranks, _checkpoints(folder))
         description = {
             "loss": config.head.loss,
             "features": data.sample_features.shape[1],
             **described(config.features, context.workspace),
-            "run": run_behind(context, ranks),
+            "run": run_behind(context.workspace, ranks),
             "snapshot": ranks.key,
             "origin": flow_run.get_id() or "",
             "code_version": code_version(),
             "best_epoch": trained.best_epoch,
             "history": [{"loss": loss, "validation_map": value} for loss, value in trained.history],
         }
-        text = json.dumps(description, indent=2) + "\n"
         epochs = len(trained.history)
         table = "".join(f"{epoch},{loss},{value}\n" for epoch, (loss, value) in enumerate(trained.history, start=1))
-        log = f"epoch,loss,validation_map\n{table}"
-        picture = loss_curve(description, config.evaluation.validation_cutoff)
-        commit(folder / "training.csv", lambda path: path.write_text(log), key=key, rows=epochs, started=started)
-        commit(folder / "training.png", lambda path: path.write_bytes(picture), key=key, rows=epochs, started=started)
-        commit(folder / "head.json", lambda path: path.write_text(text), key=key, rows=1, started=started)
+        contents = {
+            "training.csv": f"epoch,loss,validation_map\n{table}".encode(),
+            "training.png": loss_curve(description, config.evaluation.validation_cutoff),
+            "head.json": json.dumps(description, indent=2).encode() + b"\n",
+        }
+        for name, content in contents.items():
+            commit(folder / name, _writer(content), key=key, rows=epochs, started=started)
         manifest = commit(
             folder / "head.safetensors",
-            lambda path: save_head(trained.head, path),
+            functools.partial(save_head, trained.head),
             key=key,
             rows=len(data.train_pairs),
             started=started,
@@ -106,7 +87,40 @@ def _rank_head(context: Context, samples: Stage, queries: Sequence[Stage], ranks
         )
         if checkpoints := _checkpoints(folder):
             shutil.rmtree(checkpoints)
-    return Stage("rank head", key, folder, manifest.rows, manifest.seconds, reused)
+        return manifest
+
+    return once(Artifact("rank head", key, folder, 0), folder / "head.safetensors", make, alone_in=context.workspace)
+
+
+def _train(
+    context: Context, samples: Artifact, queries: Sequence[Artifact], ranks: Artifact, checkpoints: Path | None
+) -> tuple[RankData, TrainedHead]:
+    # Lightning takes seconds to import, which a run that reuses its head need not wait for.
+    from fastgda_core.ranking.training import HeadTraining, RankData, train_head
+
+    config = context.config
+    train, validation = rows_of_split(queries, "train"), rows_of_split(queries, "validation")
+    query_ids = [query.query_id for query in joined_queries(queries)]
+    scores = candidate_scores(context.workspace, ranks, [query_ids[row] for row in validation.tolist()])
+    standardised = LOSSES[config.head.loss].standardised_scores
+    data = RankData(
+        query_features=load_query_features(context, queries, samples),
+        sample_features=sample_features(context, samples),
+        train_pairs=rank_pairs(context.workspace, ranks, query_ids, train, samples.rows, standardised=standardised),
+        validation=validation,
+        validation_scores=scores,
+        relevant=top_mask(scores.scores, config.evaluation.validation_cutoff),
+    )
+    with stage("rank head", config.head.epochs) as advance:
+        training = HeadTraining(**config.head.model_dump())
+        return data, train_head(data, training, lambda: advance(1), checkpoints)
+
+
+def _writer(content: bytes) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_bytes(content)
+
+    return write
 
 
 def _checkpoints(folder: AnyPath) -> Path | None:
@@ -114,7 +128,7 @@ def _checkpoints(folder: AnyPath) -> Path | None:
     return folder / "checkpoints" if isinstance(folder, Path) else None
 
 
-def import_head(config: PipelineConfig, checkpoint: Path) -> Stage:
+def import_head(config: PipelineConfig, checkpoint: Path) -> Made:
     """A head version from a checkpoint of FastGDA's release, over the feature space of the configuration.
 
     It never saw centred features and gets none, whatever `features.centre` says.
@@ -131,13 +145,12 @@ def import_head(config: PipelineConfig, checkpoint: Path) -> Stage:
             f"{checkpoint} takes {head.features} features, {space.space} has {' + '.join(map(str, widths))}: "
             "name the space that it was trained on in features.space"
         )
-    started, sha256 = time.monotonic(), file_sha256(checkpoint)
+    sha256 = file_sha256(checkpoint)
     key = input_key("imported head", sha256, space.space, weights_keys(space), space.unit_length)
     workspace = Workspace.at(config.workspace)
     folder = workspace.head(key)
-    manifest = committed(folder / "head.safetensors", key)
-    reused = manifest is not None
-    if manifest is None:
+
+    def make(started: float) -> Manifest:
         description = {
             "features": head.features,
             **described(space, workspace),
@@ -145,9 +158,9 @@ def import_head(config: PipelineConfig, checkpoint: Path) -> Stage:
             "sha256": sha256,
             "code_version": code_version(),
         }
-        text = json.dumps(description, indent=2) + "\n"
-        commit(folder / "head.json", lambda path: path.write_text(text), key=key, rows=1, started=started)
-        manifest = commit(
-            folder / "head.safetensors", lambda path: save_head(head, path), key=key, rows=0, started=started
-        )
-    return Stage("rank head", key, folder, manifest.rows, manifest.seconds, reused)
+        content = json.dumps(description, indent=2).encode() + b"\n"
+        commit(folder / "head.json", _writer(content), key=key, rows=1, started=started)
+        write = functools.partial(save_head, head)
+        return commit(folder / "head.safetensors", write, key=key, rows=0, started=started)
+
+    return once(Artifact("rank head", key, folder, 0), folder / "head.safetensors", make)

@@ -16,18 +16,18 @@ from torch import Tensor
 from fastgda_core.errors import UsageError
 from fastgda_core.search.index import build_index, write_index
 from storage_schemas import tables
-from storage_schemas.commit import code_version, commit, commit_table, committed, input_key
+from storage_schemas.commit import Manifest, code_version, commit, commit_table, input_key
 from storage_schemas.files import AnyPath
 from storage_schemas.heads.records import index_description
 from storage_schemas.workspace import Workspace
-from tasks.context import Context, Stage, load_tensors
+from tasks.artifact import Artifact, Made, once
+from tasks.context import Context, load_tensors
 from tasks.distilling.versions import load_trained_head
 from tasks.inputs.features import (
     feature_mean,
     load_features,
 )
 from tasks.progress import stage
-from tasks.sole_maker import sole_maker
 
 INDEX_MEAN = "mean.safetensors"  # of the training samples' features, beside an index of a head over centred ones
 
@@ -47,55 +47,35 @@ def read_index_mean(index: AnyPath) -> Tensor:
 
 
 @task(task_run_name="index", cache_policy=NO_CACHE)
-def build_search_index(context: Context, samples: Stage, features: Stage, head: Stage) -> Stage:
+def build_search_index(context: Context, samples: Artifact, features: Artifact, head: Artifact) -> Made:
     """`index.faiss`, its id map, its head, what its features were centred by, its manifest: one immutable version."""
     key = input_key("index", head.key, features.key, "with its head's version", table=tables.INDEX_IDS)
-    with sole_maker(context, "index", context.workspace.index(key) / "index.faiss", key):
-        return _search_index(context, samples, head, key)
+    folder, mean = context.workspace.index(key), feature_mean(context, samples)
 
-
-def _search_index(context: Context, samples: Stage, head: Stage, key: str) -> Stage:
-    folder = context.workspace.index(key)
-    manifest, mean = committed(folder / "index.faiss", key), feature_mean(context, samples)
-    if mean is not None and committed(folder / INDEX_MEAN, key) is None:
-        manifest = None
-    reused = manifest is not None
-    if manifest is None:
-        started = time.monotonic()
+    def make(started: float) -> Manifest:
         with stage("index", samples.rows) as advance:
             embeddings = load_trained_head(head.path)(load_features(context, samples, samples)).numpy()
             train_ids = np.arange(samples.rows)
             index = build_index(embeddings, train_ids)
             advance(samples.rows)
-        commit_table(
-            folder / "ids.parquet",
-            tables.INDEX_IDS.rows(train_id=train_ids),
-            tables.INDEX_IDS,
-            key=key,
-            started=started,
-        )
+        rows = tables.INDEX_IDS.rows(train_id=train_ids)
+        commit_table(folder / "ids.parquet", rows, tables.INDEX_IDS, key=key, started=started)
         _describe_index(context.workspace, folder, key, head, samples)
         if mean is not None:
-            commit(
-                folder / INDEX_MEAN,
-                functools.partial(save_file, {"mean": mean}),
-                key=key,
-                rows=samples.rows,
-                started=started,
-            )
-        manifest = commit(
-            folder / "index.faiss",
-            lambda path: write_index(index, path),
-            key=key,
-            rows=samples.rows,
-            started=started,
-        )
-    elif "samples" not in index_description(folder):  # of an earlier release
+            save_mean = functools.partial(save_file, {"mean": mean})
+            commit(folder / INDEX_MEAN, save_mean, key=key, rows=samples.rows, started=started)
+        write = functools.partial(write_index, index)
+        return commit(folder / "index.faiss", write, key=key, rows=samples.rows, started=started)
+
+    beside = [folder / INDEX_MEAN] if mean is not None else []
+    artifact = Artifact("index", key, folder, samples.rows)
+    made = once(artifact, folder / "index.faiss", make, beside=beside, alone_in=context.workspace)
+    if "samples" not in index_description(folder):  # of an earlier release
         _describe_index(context.workspace, folder, key, head, samples)
-    return Stage("index", key, folder, manifest.rows, manifest.seconds, reused)
+    return made
 
 
-def _describe_index(workspace: Workspace, folder: AnyPath, key: str, head: Stage, samples: Stage) -> None:
+def _describe_index(workspace: Workspace, folder: AnyPath, key: str, head: Artifact, samples: Artifact) -> None:
     description = {
         "head": head.key,
         "samples": workspace.relative(samples.path),

@@ -8,10 +8,11 @@ from fastgda_core.errors import UsageError
 from storage_schemas.runs.ledger import read_run
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.snapshots.snapshots import read_snapshot
-from tasks.context import Context, Stage
+from tasks.artifact import Artifact
+from tasks.context import Context
 from tasks.inputs.features import extract_features
-from tasks.inputs.queries import queries_stage
-from tasks.inputs.samples import samples_stage
+from tasks.inputs.queries import queries_artifact
+from tasks.inputs.samples import samples_artifact
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,9 @@ class Labels:
     """
 
     run: str
-    samples: Stage
-    queries: tuple[Stage, ...]
-    ranks: Stage
-
-    def extract_query_features(self, context: Context) -> None:
-        """Features of all query sets, in the context's feature space."""
-        for several in self.queries:
-            extract_features(context, several)
+    samples: Artifact
+    queries: tuple[Artifact, ...]
+    ranks: Artifact
 
 
 def read_labels(context: Context, snapshot: str | None) -> Labels:
@@ -48,7 +44,13 @@ def read_labels(context: Context, snapshot: str | None) -> Labels:
             raise UsageError(
                 f"run {record.run} was imported: it has no images to train on; publish the others without it"
             )
-    samples = samples_stage(workspace.file(records[-1].samples or ""))
-    queries = dict.fromkeys(queries_stage(workspace.file(record.queries or "")) for record in records)
-    ranks = Stage("rank labels", found.snapshot, workspace.snapshot(found.snapshot), found.rows, 0.0, True)
+    samples = samples_artifact(workspace.file(records[-1].samples or ""))
+    queries = dict.fromkeys(queries_artifact(workspace.file(record.queries or "")) for record in records)
+    ranks = Artifact("rank labels", found.snapshot, workspace.snapshot(found.snapshot), found.rows)
     return Labels(found.runs[-1], samples, tuple(queries), ranks)
+
+
+def extract_query_features(context: Context, labels: Labels) -> None:
+    """Features of all query sets, in the context's feature space."""
+    for queries in labels.queries:
+        extract_features(context, queries)

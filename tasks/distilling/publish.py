@@ -13,21 +13,21 @@ from storage_schemas.runs.ledger import read_compaction, write_labelling
 from storage_schemas.runs.records import Labelling
 from storage_schemas.snapshots.snapshots import Snapshot, make_snapshot, read_snapshot
 from storage_schemas.workspace import Workspace
-from tasks.context import Stage
+from tasks.artifact import Artifact, Made
 from tasks.progress import stage
 from tasks.teaching.run import RunInputs
 
 
 @task(task_run_name="rank labels", cache_policy=NO_CACHE)
-def rank_scores(inputs: RunInputs) -> Stage:
+def rank_scores(inputs: RunInputs) -> Made:
     """Rank labels of every query of one finished run, whether or not readers see it."""
     started = time.time()
     _label(inputs)
-    return _as_stage(inputs.workspace, make_snapshot(inputs.workspace, [inputs.run]), started)
+    return _made(inputs.workspace, make_snapshot(inputs.workspace, [inputs.run]), started)
 
 
 @task(task_run_name="publish", cache_policy=NO_CACHE)
-def publish_scores(inputs: RunInputs, *, incomplete: bool) -> Stage:
+def publish_scores(inputs: RunInputs, *, incomplete: bool) -> Made:
     """Rank labels of the run, alone or beside those that are published already, made what readers see in one step.
 
     Args:
@@ -36,11 +36,11 @@ def publish_scores(inputs: RunInputs, *, incomplete: bool) -> Stage:
     workspace, started = inputs.workspace, time.time()
     add = inputs.context.config.publish == "add"
     _label(inputs)
-    rows = sum(inputs.rows("scores", range(inputs.count("scores"))))
+    rows = sum(map(inputs.scores.rows, range(inputs.scores.count)))
     with stage("rank labels", 0 if _is_ranked(inputs) else rows) as advance:
         published = publish_runs(workspace, [inputs.run], add=add, incomplete=incomplete, advance=advance)
     snapshot = read_snapshot(workspace, published.snapshot)
-    return _as_stage(workspace, snapshot, started)
+    return _made(workspace, snapshot, started)
 
 
 def _label(inputs: RunInputs) -> None:
@@ -56,9 +56,9 @@ def _is_ranked(inputs: RunInputs) -> bool:
     return compaction is not None and all(part.negatives == negatives for part in compaction.parts)
 
 
-def _as_stage(workspace: Workspace, snapshot: Snapshot, started: float) -> Stage:
+def _made(workspace: Workspace, snapshot: Snapshot, started: float) -> Made:
     manifests = [manifest for part in snapshot.parts if (manifest := read_manifest(workspace.file(part.path)))]
     reused = all(made.committed_at is not None and made.committed_at.timestamp() < started for made in manifests)
     seconds = sum(manifest.seconds for manifest in manifests)
     path = workspace.snapshot(snapshot.snapshot)
-    return Stage("rank labels", snapshot.snapshot, path, snapshot.rows, seconds, reused)
+    return Made(Artifact("rank labels", snapshot.snapshot, path, snapshot.rows), seconds, reused)

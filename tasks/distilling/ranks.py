@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fastgda_core.evaluation.candidates import CandidateScores
 from fastgda_core.ranking.batches import RankPairs, first_pairs
-from storage_schemas.snapshots.snapshots import read_influence, read_ranks, read_snapshot
+from storage_schemas.snapshots.snapshots import read_influence, read_snapshot
 from storage_schemas.workspace import Workspace
-from tasks.context import Context, Stage
+from tasks.artifact import Artifact
+from tasks.context import Context
 from tasks.inputs.features import (
     load_features,
     map_features,
@@ -24,39 +25,29 @@ from tasks.inputs.features import (
 from tasks.inputs.queries import joined_queries
 
 
-def load_influence(context: Context, ranks: Stage, query_ids: list[str]) -> pa.Table:
-    """Rows of the rank labels' snapshot, of some queries, with the scores that count: negative ones may be 0."""
-    return read_influence(context.workspace, ranks.key, query_ids)
-
-
-def load_ranks(context: Context, ranks: Stage, query_ids: list[str] | None = None) -> pa.Table:
-    """Rows of the rank labels' snapshot, of all its queries or of some."""
-    return read_ranks(context.workspace, ranks.key, query_ids)
-
-
-def run_behind(context: Context, ranks: Stage) -> str:
+def run_behind(workspace: Workspace, ranks: Artifact) -> str:
     """The run that a snapshot's rows are of; the last, where it holds several."""
-    return read_snapshot(context.workspace, ranks.key).runs[-1]
+    return read_snapshot(workspace, ranks.key).runs[-1]
 
 
 ROWS_AT_ONCE = 300_000
 
 
-def candidate_scores(context: Context, ranks: Stage, query_ids: Sequence[str]) -> CandidateScores:
+def candidate_scores(workspace: Workspace, ranks: Artifact, query_ids: Sequence[str]) -> CandidateScores:
     """The teacher's scores of some queries' candidates; negative ones are 0 where the labels tie them."""
-    table = load_influence(context, ranks, list(query_ids))
+    table = read_influence(workspace, ranks.key, list(query_ids))
     number = pc.index_in(table["query_id"], pa.array(query_ids, pa.string())).to_numpy()
     columns = (number, table["train_id"].to_numpy(), table["score"].to_numpy())
     return CandidateScores.of(*(torch.from_numpy(each.copy()) for each in columns), queries=len(query_ids))
 
 
-def sample_features(context: Context, samples: Stage) -> Tensor:
+def sample_features(context: Context, samples: Artifact) -> Tensor:
     """phi of all samples, (samples, d): in memory, or mapped from a file where `head.resident` is false."""
     return load_features(context, samples, samples) if context.config.head.resident else map_features(context, samples)
 
 
 def rank_pairs(
-    workspace: Workspace, ranks: Stage, query_ids: Sequence[str], rows: Tensor, samples: int, *, standardised: bool
+    workspace: Workspace, ranks: Artifact, query_ids: Sequence[str], rows: Tensor, samples: int, *, standardised: bool
 ) -> RankPairs:
     """The labelled pairs of some queries, read a few queries at a time: a hundred million take 0.8 GB.
 
@@ -104,5 +95,5 @@ def _standardised(score: NDArray[np.float64], query: NDArray[np.int64], queries:
     return values, least
 
 
-def rows_of_split(queries: Sequence[Stage], split: str) -> Tensor:
+def rows_of_split(queries: Sequence[Artifact], split: str) -> Tensor:
     return torch.tensor([row for row, query in enumerate(joined_queries(queries)) if query.split == split])

@@ -12,7 +12,8 @@ from storage_schemas.commit import committed, read_manifest
 from storage_schemas.files import AnyPath, local_files, matching
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
-from tasks.context import Context, Stage
+from tasks.artifact import Artifact
+from tasks.context import Context
 from tasks.distilling.head_space import described_space
 from tasks.inputs.features import (
     in_space,
@@ -30,8 +31,8 @@ def load_trained_head(folder: AnyPath) -> RankHead:
     return load_head(local_files(folder, ("head.json", "head.safetensors")))
 
 
-def read_head(workspace: Workspace, version: str) -> tuple[Stage, dict[str, Any]]:
-    """A trained head as a stage, and its `head.json`.
+def read_head(workspace: Workspace, version: str) -> tuple[Artifact, dict[str, Any]]:
+    """A trained head as an artifact, and its `head.json`.
 
     Raises:
         UsageError: there is no such head.
@@ -41,8 +42,8 @@ def read_head(workspace: Workspace, version: str) -> tuple[Stage, dict[str, Any]
     )
 
 
-def read_index_head(workspace: Workspace, version: str) -> tuple[Stage, str]:
-    """A built index as a stage, and the version of the head whose vectors it holds.
+def read_index_head(workspace: Workspace, version: str) -> tuple[Artifact, str]:
+    """A built index as an artifact, and the version of the head whose vectors it holds.
 
     Raises:
         UsageError: there is no such index.
@@ -52,13 +53,15 @@ def read_index_head(workspace: Workspace, version: str) -> tuple[Stage, str]:
     return stage_, description["head"]
 
 
-def _read(workspace: Workspace, path: AnyPath, version: str, what: str, listing: str) -> tuple[Stage, dict[str, Any]]:
-    """The stage that a committed file is of, and the JSON file that describes it."""
+def _read(
+    workspace: Workspace, path: AnyPath, version: str, what: str, listing: str
+) -> tuple[Artifact, dict[str, Any]]:
+    """The artifact that a committed file is of, and the JSON file that describes it."""
     manifest = committed(path, version)
     if manifest is None:
         raise UsageError(f"no {what} {version!r}: {command(workspace, f'sql {shlex.quote(listing)}')} lists them")
     description = json.loads(path.with_suffix(".json").read_text())
-    return Stage(what, version, path.parent, manifest.rows, manifest.seconds, True), description
+    return Artifact(what, version, path.parent, manifest.rows), description
 
 
 def latest_head(workspace: Workspace) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,24 +16,25 @@ from prefect.task_runners import TaskRunner
 from rich.markup import escape
 
 from fastgda_core.interruption import checkpoint
-from storage_schemas import tables
-from storage_schemas.commit import committed, read_manifest
+from storage_schemas.commit import read_manifest
 from storage_schemas.errors import StoreError
 from storage_schemas.runs.attempts import ShardState, deaths, read_attempts
-from storage_schemas.runs.ledger import kept_ledger, ledger_as_written
+from storage_schemas.runs.ledger import kept_ledger
 from storage_schemas.runs.liveness import Beat, Wish, asked, read_assignment, withdraw, write_assignment
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
-from tasks.context import Stage
+from tasks.artifact import Made
 from tasks.execution import cancellation
 from tasks.execution.cost import known_rate, mean_captions, median_seconds
 from tasks.execution.fan_out import Order, quarantine_deadly, run_parts
 from tasks.execution.jobs import JobPool
-from tasks.execution.outcomes import Failure, Outcome, PartHangs, RunCancelled, RunIncomplete, RunRefused
+from tasks.execution.outcomes import Failure, Outcome, PartHangs, RunCancelled, RunIncomplete
 from tasks.execution.runners import submission, task_runner
 from tasks.execution.worker import coordinate_here
 from tasks.progress import console, stage
-from tasks.teaching.cost import Size, costs
+from tasks.teaching.cost import Size
+from tasks.teaching.families import family_of
+from tasks.teaching.parts import Parts
 from tasks.teaching.run import RunInputs
 from tasks.teaching.score_plan import store_plan
 from tasks.watching import events
@@ -42,7 +42,6 @@ from tasks.watching.artifacts import Board
 from tasks.watching.run_status import others_at_work
 
 PAUSE_LOOK_SECONDS = 1.0
-MOST_LEFT_OUT = 0.1  # of the samples
 SAMPLE_PARTS = 9  # whose seconds tell what a part takes
 
 
@@ -82,25 +81,24 @@ class Makers:
         if runner is not None:
             runner.__exit__(None, None, None)
 
-    def make_all_before(self, kind: str) -> list[Stage]:
-        """The stages that lead to this kind, in order."""
-        kinds = self.inputs.kinds()
+    def make_all_before(self, kind: str) -> list[Made]:
+        """What leads to this kind of parts, in order."""
+        kinds = list(self.inputs.parts)
         return [self.make(each) for each in kinds[: kinds.index(kind)]]
 
-    def make(self, kind: str) -> Stage:
-        """The stage of this kind, complete.
+    def make(self, kind: str) -> Made:
+        """The parts of this kind, complete.
 
         Raises:
             RunIncomplete: parts failed for good.
             RunCancelled: somebody asked for it.
+            RunRefused: they are complete and cannot be right.
             PartHangs: one does not come back, in this process.
         """
-        inputs = self.inputs
-        missing = inputs.missing(kind)
-        before = inputs.stages[kind]
+        inputs, parts = self.inputs, self.inputs.parts[kind]
+        missing = parts.missing()
         if not missing:
-            self._check_left_out(kind)
-            return self._made(before, reused=True)
+            return _made(parts, reused=True)
         failures = self._given_up(kind)
         todo = [number for number in missing if number not in failures]
         if inputs.context.config.execution.runner != "pool" and others_at_work(inputs.workspace, inputs.run):
@@ -119,7 +117,7 @@ class Makers:
                     failures |= quarantine_deadly(
                         inputs.workspace, inputs.run, kind, batch, inputs.context.config.execution.max_deaths
                     )
-                left = [number for number in inputs.missing(kind) if number not in failures]
+                left = [number for number in parts.missing() if number not in failures]
                 if outcome.worker_lost:
                     attempts = read_attempts(inputs.workspace, inputs.run, kind)
                     suspects = [number for number in left if deaths(attempts.get(number, []))]
@@ -131,23 +129,15 @@ class Makers:
         if failures:
             several = [failures[number] for number in sorted(failures)]
             events.announce(events.RUN_INCOMPLETE, inputs.context, "run", inputs.run, parts=kind, failed=len(several))
-            raise RunIncomplete(inputs.workspace, inputs.run, kind, inputs.count(kind), several)
-        self._check_left_out(kind)
-        return self._made(before, reused=False)
+            raise RunIncomplete(inputs.workspace, inputs.run, kind, parts.count, several)
+        return _made(parts, reused=False)
 
-    def _check_left_out(self, kind: str) -> None:
-        """Raises RunRefused where so many samples were left out of the scores that they cannot be to blame."""
-        inputs = self.inputs
-        path = inputs.workspace.quarantined_samples(inputs.run)
-        if kind != "scores" or not path.exists():
-            return
-        reasons, samples = tables.read(path, tables.QUARANTINED_SAMPLES)["reason"], inputs.stages["samples"].rows
-        if len(reasons) > max(2, MOST_LEFT_OUT * samples):
-            raise RunRefused(
-                f"run {inputs.run}: {len(reasons):,} of {samples:,} samples had to be left out, the first because: "
-                f"{reasons[0].as_py()}: look at the model and the tars, "
-                f"then {command(inputs.workspace, f'retry {inputs.run}')}"
-            )
+    def make_unless_incomplete(self, kind: str) -> Made | None:
+        """As `make`; None where parts failed for good."""
+        try:
+            return self.make(kind)
+        except RunIncomplete:
+            return None
 
     def _given_up(self, kind: str) -> dict[int, Failure]:
         """Parts that were quarantined before, which only `fastgda retry` takes up again."""
@@ -163,7 +153,7 @@ class Makers:
         order = Order(str(inputs.workspace.root), inputs.run, self.assignment, kind, execution)
         coordinate_here(inputs.run)
         if execution.runner == "pool":
-            missing = functools.partial(inputs.missing, kind)
+            missing = inputs.parts[kind].missing
             return JobPool(inputs.workspace, order, watch.part_seconds, missing).make(todo, watch.tick)
         workers = self._workers()
         with submission(config):
@@ -175,12 +165,12 @@ class Makers:
     @contextmanager
     def _watched(self, kind: str, todo: list[int]) -> Iterator[Watch]:
         """Progress bar, ledger and board, kept up to date while the block runs."""
-        inputs = self.inputs
-        rows = sum(inputs.rows(kind, todo))
-        ledger = kept_ledger(inputs.workspace, inputs.run) if kind == "scores" else nullcontext(lambda: None)
-        title = "teacher scores" if kind == "scores" else kind
-        with self._board, ledger as refresh, stage(title, rows) as advance:
-            yield Watch(inputs, kind, set(todo), self.part_seconds.get(kind), advance, refresh, self._board)
+        inputs, parts = self.inputs, self.inputs.parts[kind]
+        rows = sum(map(parts.rows, todo))
+        # The ledger is one of score shards.
+        ledger = kept_ledger(inputs.workspace, inputs.run) if parts is inputs.scores else nullcontext(lambda: None)
+        with self._board, ledger as refresh, stage(parts.title, rows) as advance:
+            yield Watch(inputs, parts, set(todo), self.part_seconds.get(kind), advance, refresh, self._board)
 
     def _wait_until_resumed(self, watch: Watch) -> None:
         """Raises RunCancelled unless it is a pause, which ends when somebody resumes the run."""
@@ -198,14 +188,10 @@ class Makers:
                 f"{command(inputs.workspace, f'retry {inputs.run}')} goes on"
             )
 
-    def _made(self, before: Stage, *, reused: bool) -> Stage:
-        inputs, kind = self.inputs, before.name
-        if kind == "scores":
-            seconds = sum(ledger_as_written(inputs.workspace, inputs.run)["seconds"].to_pylist())
-            return replace(before, name="teacher scores", seconds=seconds, reused=reused)
-        parts = inputs.parts(kind)
-        manifests = [committed(parts.path(number), parts.key(number)) for number in range(parts.count)]
-        return replace(before, seconds=sum(made.seconds for made in manifests if made), reused=reused)
+
+def _made(parts: Parts, *, reused: bool) -> Made:
+    parts.check()
+    return Made(replace(parts.artifact, name=parts.title), parts.seconds(), reused)
 
 
 @dataclass
@@ -213,7 +199,7 @@ class Watch:
     """Follows a stage while it is made."""
 
     inputs: RunInputs
-    kind: str
+    parts: Parts
     left: set[int]
     estimate: float | None
     advance: Callable[[int], None]
@@ -226,14 +212,14 @@ class Watch:
     def finished(self, number: int) -> None:
         if number in self.left:
             self.left.discard(number)
-            self.advance(sum(self.inputs.rows(self.kind, [number])))
+            self.advance(self.parts.rows(number))
             self._measure(number)
 
     def _measure(self, number: int) -> None:
         """What a part takes, from the first few that were made."""
         if len(self.sample) < SAMPLE_PARTS:
             self.sample.append(number)
-            manifests = [read_manifest(self.inputs.path(self.kind, each)) for each in self.sample]
+            manifests = [read_manifest(self.parts.path(each)) for each in self.sample]
             self.measured = median_seconds(manifest for manifest in manifests if manifest)
 
     def part_seconds(self) -> float | None:
@@ -245,7 +231,7 @@ class Watch:
         self.refresh()
         self.board.update()
         if self.inputs.context.config.execution.runner == "pool" and time.monotonic() - self.looked > 5:
-            for number in self.left - set(self.inputs.missing(self.kind)):
+            for number in self.left - set(self.parts.missing()):
                 self.finished(number)
             self.looked = time.monotonic()
         return asked(self.inputs.workspace, self.inputs.run) is None and not cancellation.requested()
@@ -257,7 +243,7 @@ def begin_run(inputs: RunInputs) -> Makers:
     workspace, run, context = inputs.workspace, inputs.run, inputs.context
     origin = flow_run.get_id() or ""
     if not workspace.run(run).exists():
-        store_plan(context, inputs.score_run, inputs.stages, origin)
+        store_plan(context, inputs.score_run, inputs.artifacts, origin)
     assignment = inputs.assignment(_generation(workspace, run), origin)
     write_assignment(workspace, assignment)
     withdraw(workspace, run)
@@ -291,8 +277,8 @@ def _part_seconds(inputs: RunInputs) -> dict[str, float]:
     speed = known_rate(inputs.context)
     if speed is None:
         return {}
-    samples, queries = inputs.stages["samples"], inputs.stages["queries"]
-    candidates = inputs.stages["candidates"].rows // max(1, queries.rows)
+    samples, queries = inputs.artifacts["samples"], inputs.artifacts["queries"]
+    candidates = inputs.artifacts["candidates"].rows // max(1, queries.rows)
     size = Size(samples.rows, mean_captions(samples.path), queries.rows, candidates)
-    per_second = speed.forwards_per_second
-    return {cost.kind: cost.seconds(per_second) / cost.parts for cost in costs(inputs.context.config, size)}
+    per_second, config = speed.forwards_per_second, inputs.context.config
+    return {cost.kind: cost.seconds(per_second) / cost.parts for cost in family_of(config).costs(config, size)}

@@ -21,7 +21,8 @@ from tasks.config.pipeline import PipelineConfig
 from tasks.config.stored import lifted
 from tasks.context import Context
 from tasks.inputs.samples import samples_table
-from tasks.teaching.cost import Size, costs
+from tasks.teaching.cost import Size
+from tasks.teaching.families import family_of
 
 TRIAL_SECONDS = 1.0
 TRIAL_ROWS = 8
@@ -70,8 +71,10 @@ def _measured(workspace: Workspace, model_hash: str) -> Rate | None:
         samples = found.stages["samples"]
         captions = mean_captions(workspace.file(samples.path))
         size = Size(samples.rows, captions, queries, record.pairs // queries)
-        forwards += costs(config, size)[-1].forwards * len(done) / record.shards
-        seconds += sum(done)
+        run_forwards = family_of(config).costs(config, size)[-1].forwards * len(done) / record.shards
+        if run_forwards:  # else it never ran the model
+            forwards += run_forwards
+            seconds += sum(done)
     return Rate(forwards / seconds, "earlier runs of this model here") if seconds else None
 
 

@@ -14,7 +14,8 @@ from tasks.context import open_context
 from tasks.execution.cost import Rate, mean_captions, rate
 from tasks.inputs.queries import count_queries
 from tasks.inputs.samples import ingest_samples
-from tasks.teaching.cost import KindCost, Size, costs
+from tasks.teaching.cost import KindCost, Size
+from tasks.teaching.families import family_of
 from tasks.watching.status_text import duration
 
 CHEAP_SECONDS, LONG_SECONDS = 2.0, 3600.0  # of one shard: below, overhead shows; above, a failure costs much
@@ -76,13 +77,16 @@ def estimate(config: PipelineConfig) -> Estimate:
         UsageError: the configuration asks for more than there is.
     """
     context = open_context(config)
-    samples = ingest_samples.fn(context)
+    family_of(config).check(context)
+    samples = ingest_samples.fn(context).artifact
     queries = count_queries(config.queries)
     candidates = _candidates(config.candidates, samples.rows, queries)
     check_sizes(config, samples.rows, candidates)
     size = Size(samples.rows, mean_captions(samples.path), queries, candidates)
     execution = config.execution
-    return Estimate(size, costs(config, size), rate(context), execution.price_per_device_hour, execution.currency)
+    return Estimate(
+        size, family_of(config).costs(config, size), rate(context), execution.price_per_device_hour, execution.currency
+    )
 
 
 def _candidates(config: CandidatesConfig, samples: int, queries: int) -> int:

@@ -68,7 +68,7 @@ def make_part(
     if not coordinator_here(run):
         hold_device()
     inputs = load_inputs(location, run, assignment)
-    parts = inputs.parts(kind)
+    parts = inputs.parts[kind]
     path, key = parts.path(number), parts.key(number)
     manifest = committed(path, key)
     if manifest is None:

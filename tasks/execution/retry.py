@@ -8,13 +8,13 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from storage_schemas.commit import manifest_path
+from storage_schemas.errors import StoreError
 from storage_schemas.files import move, remove
 from storage_schemas.runs.attempts import AttemptLog, ShardState, read_attempts
 from storage_schemas.runs.ledger import quarantined_parts
 from storage_schemas.runs.liveness import read_assignment, withdraw, write_assignment
 from storage_schemas.workspace import Workspace
 from tasks.execution.number_ranges import chosen_shards
-from tasks.teaching.run import KINDS
 
 
 @task(task_run_name="release", cache_policy=NO_CACHE)
@@ -61,7 +61,11 @@ def release(location: str, run: str, shards: str | None = None) -> int:
 def _given_up(workspace: Workspace, run: str) -> dict[str, set[int]]:
     """Parts whose last attempt record says failed or quarantined, by kind."""
     found: dict[str, set[int]] = {}
-    for kind in KINDS:
+    try:
+        kinds = list(read_assignment(workspace, run).stages)
+    except StoreError:  # imported
+        kinds = ["scores"]
+    for kind in kinds:
         for number, attempts in read_attempts(workspace, run, kind).items():
             if attempts and attempts[-1].state in (ShardState.failed, ShardState.quarantined):
                 found.setdefault(kind, set()).add(number)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +13,10 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from storage_schemas import tables
-from storage_schemas.commit import commit_table, committed
+from storage_schemas.commit import Manifest, commit_table
+from tasks.artifact import Artifact, Made, once
 from tasks.config.inputs import CandidatesConfig
-from tasks.context import Context, Stage
+from tasks.context import Context
 from tasks.inputs.features import extract_features, in_space, load_features
 from tasks.inputs.queries import load_queries
 from tasks.inputs.twins import load_twins
@@ -29,23 +29,24 @@ def candidate_space(context: Context) -> Context:
     return in_space(context, space=context.config.candidates.space or context.config.features.space)
 
 
-def candidate_features(context: Context, samples: Stage, queries: Stage) -> list[Stage]:
+def candidate_features(context: Context, samples: Artifact, queries: Artifact) -> list[Made]:
     """Features of samples and queries in that space; none where it is the head's, whose features are there."""
     near = candidate_space(context)
     if near == context:
         return []
-    made = [extract_features(near, items) for items in (samples, queries)]
-    return [dataclasses.replace(stage, name=f"{stage.name} for candidates") for stage in made]
+    extracted = [extract_features(near, items) for items in (samples, queries)]
+    return [
+        replace(made, artifact=replace(made.artifact, name=f"{made.artifact.name} for candidates"))
+        for made in extracted
+    ]
 
 
 @task(task_run_name="candidates", cache_policy=NO_CACHE)
-def choose_candidates(context: Context, run: str, samples: Stage, queries: Stage) -> Stage:
+def choose_candidates(context: Context, run: str, samples: Artifact, queries: Artifact) -> Made:
     """Each query's candidates, by `candidates.policy`, with their place among its neighbours."""
     path = context.workspace.candidates(run)
-    manifest = committed(path, run)
-    reused = manifest is not None
-    if manifest is None:
-        started = time.monotonic()
+
+    def make(started: float) -> Manifest:
         near = candidate_space(context)
         sample_features = torch.nn.functional.normalize(load_features(near, samples, samples), dim=1).numpy()
         query_features = torch.nn.functional.normalize(load_features(near, queries, samples), dim=1).numpy()
@@ -63,8 +64,9 @@ def choose_candidates(context: Context, run: str, samples: Stage, queries: Stage
                 context.config.candidates, query_features, sample_features, wanted
             )
         ]
-        manifest = commit_table(path, pa.concat_tables(parts), tables.CANDIDATES, key=run, started=started)
-    return Stage("candidates", run, path, manifest.rows, manifest.seconds, reused)
+        return commit_table(path, pa.concat_tables(parts), tables.CANDIDATES, key=run, started=started)
+
+    return once(Artifact("candidates", run, path, 0), path, make)
 
 
 def _chosen(

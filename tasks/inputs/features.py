@@ -25,9 +25,11 @@ from fastgda_core.images import in_threads
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit, commit_table, committed, input_key, read_manifest
 from storage_schemas.files import AnyPath, Stamps, file_sha256, private_folder, stamps, temporary_name
+from storage_schemas.listings import committed_parts
 from storage_schemas.workspace import part
+from tasks.artifact import Artifact, Made
 from tasks.config.inputs import FeaturesConfig
-from tasks.context import Context, Stage, load_tensors
+from tasks.context import Context, load_tensors
 from tasks.inputs.queries import join_queries, load_queries
 from tasks.inputs.samples import readable_images_ahead, samples_table
 from tasks.progress import stage
@@ -36,7 +38,7 @@ PART_ITEMS = 1024
 
 
 @task(task_run_name="features of {items.name}", cache_policy=NO_CACHE)
-def extract_features(context: Context, items: Stage) -> Stage:
+def extract_features(context: Context, items: Artifact) -> Made:
     """Outputs of every encoder of the feature space for samples or queries, in parts of 1,024.
 
     Of samples whose features are to be centred also their mean.
@@ -45,7 +47,8 @@ def extract_features(context: Context, items: Stage) -> Stage:
     left_out: dict[int, str] = {}
     for name, (folder, key) in feature_folders(context, items).items():
         sizes = [min(PART_ITEMS, items.rows - start) for start in range(0, items.rows, PART_ITEMS)]
-        missing = [number for number in range(len(sizes)) if committed(part(folder, number), key) is None]
+        there = committed_parts(folder, key)
+        missing = [number for number in range(len(sizes)) if part(folder, number).name not in there]
         reused &= not missing
         with stage(f"{name} of {items.name}", sum(sizes[number] for number in missing)) as advance:
             source = context.config.features.weights.get(name)
@@ -58,25 +61,30 @@ def extract_features(context: Context, items: Stage) -> Stage:
                 features, unreadable = _encode(encoder, items, numbers, size, advance)
                 table = tables.FEATURES.rows(item=[str(number) for number in numbers], feature=_as_lists(features))
                 path = part(folder, number)
-                commit_table(path, table, tables.FEATURES, key=key, started=started, quarantined=unreadable)
-        manifests = [made for number in range(len(sizes)) if (made := committed(part(folder, number), key))]
+                there[path.name] = commit_table(
+                    path, table, tables.FEATURES, key=key, started=started, quarantined=unreadable
+                )
+        manifests = [there[part(folder, number).name] for number in range(len(sizes))]
         seconds += sum(manifest.seconds for manifest in manifests)
         for manifest in manifests:
             left_out |= manifest.quarantined
     if context.config.features.centre and items.name == "samples":
         mean, was_there = _commit_mean(context, items, left_out)
         seconds, reused = seconds + mean.seconds, reused and was_there
-    return Stage(
-        f"features of {items.name}",
-        features_key(context, items),
-        context.workspace.root / "features",
-        items.rows,
-        seconds,
-        reused,
-    )
+    name, folder = f"features of {items.name}", context.workspace.root / "features"
+    return Made(Artifact(name, features_key(context, items), folder, items.rows), seconds, reused)
 
 
-def _commit_mean(context: Context, samples: Stage, left_out: dict[int, str]) -> tuple[Manifest, bool]:
+def unreadable_items(context: Context, items: Artifact, numbers: list[int]) -> dict[int, str]:
+    """Which of these samples have the features of a grey picture, and why."""
+    wanted, found = set(numbers), dict[int, str]()
+    for folder, key in feature_folders(context, items).values():
+        for manifest in committed_parts(folder, key).values():
+            found |= {number: why for number, why in manifest.quarantined.items() if number in wanted}
+    return found
+
+
+def _commit_mean(context: Context, samples: Artifact, left_out: dict[int, str]) -> tuple[Manifest, bool]:
     """Commit the mean of phi over all samples but those left out, whose pictures are grey; was it there before?"""
     path, key = _mean_place(context, samples)
     manifest = committed(path, key)
@@ -106,18 +114,18 @@ def _kept(blocks: Iterable[Tensor], left_out: dict[int, str], advance: Callable[
         advance(len(block))
 
 
-def feature_mean(context: Context, samples: Stage) -> Tensor | None:
+def feature_mean(context: Context, samples: Artifact) -> Tensor | None:
     """What is taken off phi: the samples' mean, (d,), or None where features are not centred."""
     return load_tensors(_mean_place(context, samples)[0])["mean"] if context.config.features.centre else None
 
 
-def _mean_place(context: Context, samples: Stage) -> tuple[AnyPath, str]:
+def _mean_place(context: Context, samples: Artifact) -> tuple[AnyPath, str]:
     """Where the mean of the config's feature space lies, and its input key."""
     key = input_key("mean of features", _parts_keys(context, samples), context.config.features.unit_length)
     return context.workspace.feature_mean(key), key
 
 
-def load_features(context: Context, items: Stage, samples: Stage) -> Tensor:
+def load_features(context: Context, items: Artifact, samples: Artifact) -> Tensor:
     """phi of samples or queries in the config's feature space, (items, d) float32, less the mean of the samples."""
     folders = feature_folders(context, items).values()
     parts = [_vectors(tables.read_parts(folder, tables.FEATURES)) for folder, _ in folders]
@@ -125,7 +133,7 @@ def load_features(context: Context, items: Stage, samples: Stage) -> Tensor:
     return concatenate(parts, unit_length=context.config.features.unit_length, mean=mean)
 
 
-def map_features(context: Context, samples: Stage) -> Tensor:
+def map_features(context: Context, samples: Artifact) -> Tensor:
     """What `load_features` gives of samples, memory-mapped from an Arrow file: for more than there is memory.
 
     The file lies in the workspace, or in the folder for temporary files where that is an object store.
@@ -147,7 +155,7 @@ def map_features(context: Context, samples: Stage) -> Tensor:
     return torch.from_dlpack(vectors.flatten()).view(len(vectors), -1)
 
 
-def _mapped_path(context: Context, samples: Stage) -> Path:
+def _mapped_path(context: Context, samples: Artifact) -> Path:
     """Where the mapped file of the samples' phi lies; centred by another mean, phi has another file."""
     root, config = context.workspace.root, context.config.features
     cache = root / "features" if isinstance(root, Path) else private_folder("features")
@@ -156,7 +164,7 @@ def _mapped_path(context: Context, samples: Stage) -> Path:
     return cache / f"{key}.arrow"
 
 
-def _write_rows(path: Path, context: Context, samples: Stage) -> NDArray[np.float32]:
+def _write_rows(path: Path, context: Context, samples: Artifact) -> NDArray[np.float32]:
     """phi, (rows, d), in a mapped file of its own, as an Arrow file of one batch is written from one array."""
     mapped, start = np.empty((0, 0), np.float32), 0
     for phi in _blocks(context, samples, feature_mean(context, samples)):
@@ -167,7 +175,7 @@ def _write_rows(path: Path, context: Context, samples: Stage) -> NDArray[np.floa
     return mapped
 
 
-def _blocks(context: Context, samples: Stage, mean: Tensor | None = None) -> Iterator[Tensor]:
+def _blocks(context: Context, samples: Artifact, mean: Tensor | None = None) -> Iterator[Tensor]:
     """phi of the samples part by part, (<= 1,024, d) each, less `mean`."""
     folders = [folder for folder, _ in feature_folders(context, samples).values()]
     for number in range(-(-samples.rows // PART_ITEMS)):
@@ -187,7 +195,7 @@ def _vectors(table: pa.Table) -> Tensor:
     return torch.from_numpy(column.flatten().to_numpy().reshape(len(column), -1).copy())
 
 
-def load_query_features(context: Context, sets: Sequence[Stage], samples: Stage) -> Tensor:
+def load_query_features(context: Context, sets: Sequence[Artifact], samples: Artifact) -> Tensor:
     """phi of the queries of some sets together, (queries, d), in the order of `join_queries`."""
     loaded = [load_features(context, several, samples) for several in sets]
     return torch.stack([loaded[number][row] for number, row in join_queries(sets)])
@@ -204,7 +212,7 @@ def in_space(context: Context, **changes: Any) -> Context:
     return dataclasses.replace(context, config=context.config.model_copy(update={"features": features}))
 
 
-def features_key(context: Context, items: Stage) -> str:
+def features_key(context: Context, items: Artifact) -> str:
     """What the features of all encoders together depend on."""
     config = context.config.features
     raw = [] if config.unit_length else ["raw"]
@@ -213,7 +221,7 @@ def features_key(context: Context, items: Stage) -> str:
     return input_key(config.space, items.key, *weights, *raw, *centred, table=tables.FEATURES)
 
 
-def feature_folders(context: Context, items: Stage) -> dict[str, tuple[AnyPath, str]]:
+def feature_folders(context: Context, items: Artifact) -> dict[str, tuple[AnyPath, str]]:
     """Folder and input key of each encoder of the config's feature space."""
     keys = {
         name: input_key("features", name, items.key, *filter(None, [weights]), table=tables.FEATURES)
@@ -222,7 +230,7 @@ def feature_folders(context: Context, items: Stage) -> dict[str, tuple[AnyPath, 
     return {name: (context.workspace.features(name, key), key) for name, key in keys.items()}
 
 
-def _parts_keys(context: Context, items: Stage) -> list[str]:
+def _parts_keys(context: Context, items: Artifact) -> list[str]:
     """Input key of each encoder's parts."""
     return [key for _, key in feature_folders(context, items).values()]
 
@@ -247,7 +255,7 @@ def _files_hash(files: Stamps) -> str:
 
 
 def _encode(
-    encoder: Encoder, items: Stage, numbers: list[int], size: int, advance: Callable[[int], None]
+    encoder: Encoder, items: Artifact, numbers: list[int], size: int, advance: Callable[[int], None]
 ) -> tuple[Tensor, dict[int, str]]:
     """Features of some items, (items, d), and of which samples the image could not be read any more."""
     if encoder.modality == "text":
@@ -273,13 +281,13 @@ def _encode_texts(encoder: Encoder, texts: list[str], size: int, advance: Callab
     return torch.cat(features)[[row[text] for text in texts]]
 
 
-def _captions(items: Stage, numbers: list[int]) -> list[str]:
+def _captions(items: Artifact, numbers: list[int]) -> list[str]:
     if items.name == "queries":
         return [load_queries(items)[number].caption for number in numbers]
     return [several[0] for several in samples_table(items.path)["captions"].take(numbers).to_pylist()]
 
 
-def _images(items: Stage, numbers: list[int], size: int) -> Iterator[tuple[list[Image.Image], dict[int, str]]]:
+def _images(items: Artifact, numbers: list[int], size: int) -> Iterator[tuple[list[Image.Image], dict[int, str]]]:
     """Images in batches, and why some of them are grey."""
     if items.name == "samples":
         return readable_images_ahead(items.path, numbers, size)

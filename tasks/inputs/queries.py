@@ -7,7 +7,6 @@ import hashlib
 import io
 import re
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +21,8 @@ from fastgda_core.errors import UsageError
 from fastgda_core.images import decode_image
 from storage_schemas import tables
 from storage_schemas.commit import (
+    Manifest,
     commit_table,
-    committed,
     file_sha256,
     input_key,
     read_manifest,
@@ -31,8 +30,9 @@ from storage_schemas.commit import (
 )
 from storage_schemas.files import AnyPath, stamps
 from storage_schemas.workspace import twins_beside
+from tasks.artifact import Artifact, Made, once
 from tasks.config.inputs import QueriesConfig
-from tasks.context import Context, Stage
+from tasks.context import Context
 from tasks.inputs.samples import describe, tell_of_several_pictures
 from tasks.inputs.tars import RULES, find_shards, read_image, scan
 from tasks.inputs.twins import draw_twins
@@ -72,7 +72,7 @@ Row = tuple[str, str, str, bytes]  # query_id, split, caption, PNG
 
 
 @task(task_run_name="queries", cache_policy=NO_CACHE)
-def make_queries(context: Context, samples: Stage) -> Stage:
+def make_queries(context: Context, samples: Artifact) -> Made:
     """The query set of the config with its splits, and the queries of the twin test, as one table and as PNG files."""
     config = context.config.queries
     # Images that exist depend on no setting of their generation.
@@ -82,10 +82,8 @@ def make_queries(context: Context, samples: Stage) -> Stage:
     tars = [RULES, *stamps(_shards(config))] if config.shards else []
     key = input_key("queries", settings, tars, model_hash, twins_of, table=tables.QUERIES)
     path = context.workspace.queries(key)
-    manifest = committed(path, key)
-    reused = manifest is not None
-    if manifest is None:
-        started = time.monotonic()
+
+    def make(started: float) -> Manifest:
         asked = _generate(context) if config.captions else _collect(config)
         splits = config.split.of(len(asked)).assign(config.seed)
         rows = [(query_id, split, *rest) for (query_id, *rest), split in zip(asked, splits, strict=True)]
@@ -95,8 +93,10 @@ def make_queries(context: Context, samples: Stage) -> Stage:
             schema=tables.QUERIES.schema,
         )
         commit_table(twins_beside(path), twins, tables.TWINS, key=key, started=started)
-        manifest = commit_table(path, table, tables.QUERIES, key=key, started=started, device=str(context.device))
-    return replace(queries_stage(path), seconds=manifest.seconds, reused=reused)
+        return commit_table(path, table, tables.QUERIES, key=key, started=started, device=str(context.device))
+
+    made = once(Artifact("queries", key, path, 0), path, make)
+    return replace(made, artifact=queries_artifact(path))
 
 
 def _generates(config: QueriesConfig) -> bool:
@@ -113,11 +113,11 @@ def _write_image(path: AnyPath, number: int, query_id: str, split: str, caption:
     return {"query_id": query_id, "split": split, "caption": caption, "image": png, "image_sha256": digest}
 
 
-def queries_stage(path: AnyPath) -> Stage:
-    """A committed query set as a stage."""
+def queries_artifact(path: AnyPath) -> Artifact:
+    """A committed query set."""
     manifest = read_manifest(path)
     rows = manifest.rows if manifest else tables.read(path, tables.QUERIES).num_rows
-    return Stage("queries", file_sha256(path)[:16], path, rows, 0.0, True)
+    return Artifact("queries", file_sha256(path)[:16], path, rows)
 
 
 def _generate(context: Context) -> list[tuple[str, str, bytes]]:
@@ -147,7 +147,7 @@ def _images_of(context: Context, name: str, captions: list[str], numbers: Sequen
     return images
 
 
-def _twin_queries(context: Context, samples: Stage, key: str) -> tuple[pa.Table, list[Row]]:
+def _twin_queries(context: Context, samples: Artifact, key: str) -> tuple[pa.Table, list[Row]]:
     """The queries of the twin test: generated ones, then training images; and the twin of each.
 
     An id holds a part of the set's key: twins of several sets may stand in one snapshot.
@@ -205,7 +205,7 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def join_queries(sets: Sequence[Stage]) -> list[tuple[int, int]]:
+def join_queries(sets: Sequence[Artifact]) -> list[tuple[int, int]]:
     """Number of the set and row in it of every query of some sets; of queries of one name, the last set's."""
     place: dict[str, tuple[int, int]] = {}
     for number, several in enumerate(sets):
@@ -214,15 +214,15 @@ def join_queries(sets: Sequence[Stage]) -> list[tuple[int, int]]:
     return sorted(place.values())
 
 
-def joined_queries(sets: Sequence[Stage]) -> list[Query]:
+def joined_queries(sets: Sequence[Artifact]) -> list[Query]:
     """The queries of some sets together, in the order of `join_queries`."""
     loaded = [load_queries(several) for several in sets]
     return [loaded[number][row] for number, row in join_queries(sets)]
 
 
-def load_queries(stage_: Stage) -> tuple[Query, ...]:
+def load_queries(queries: Artifact) -> tuple[Query, ...]:
     """The queries of a query set, in order; their images are read when one is asked for."""
-    return _queries_in(stage_.path)
+    return _queries_in(queries.path)
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,7 +8,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -26,14 +26,15 @@ from storage_schemas.files import AnyPath, stamps
 from storage_schemas.indexed_samples import write_indexed
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
-from tasks.context import Context, Stage
+from tasks.artifact import Artifact, Made
+from tasks.context import Context
 from tasks.inputs.tars import RULES, Rejection, ShardSample, find_shards, read_image, scan
 from tasks.printable import printable
 from tasks.progress import console, stage
 
 
 @task(task_run_name="samples", cache_policy=NO_CACHE)
-def ingest_samples(context: Context) -> Stage:
+def ingest_samples(context: Context) -> Made:
     """Index and check every sample of the tars; a tar that changed since is read again."""
     workspace = context.workspace
     shards = find_shards(context.config.data.shards, "data.shards")
@@ -69,13 +70,13 @@ def ingest_samples(context: Context) -> Stage:
         if not manifest.rows:
             (first,) = rejections.slice(0, 1).to_pylist()
             raise UsageError(f"data.shards holds no usable sample; the first fault: {describe(Rejection(**first))}")
-    return replace(samples_stage(samples_path), seconds=manifest.seconds, reused=reused)
+    return Made(samples_artifact(samples_path), manifest.seconds, reused)
 
 
-def samples_stage(path: AnyPath) -> Stage:
-    """A committed table of samples as a stage."""
+def samples_artifact(path: AnyPath) -> Artifact:
+    """A committed table of samples."""
     table = samples_table(path)
-    return Stage("samples", _content_key(table), path, table.num_rows, 0.0, True)
+    return Artifact("samples", _content_key(table), path, table.num_rows)
 
 
 def _content_key(samples: pa.Table) -> str:

@@ -17,7 +17,7 @@ from PIL import Image
 from storage_schemas import tables
 from storage_schemas.files import AnyPath
 from storage_schemas.workspace import twins_beside
-from tasks.context import Stage
+from tasks.artifact import Artifact
 from tasks.inputs.samples import readable_images, samples_table
 
 DRAWS = 8  # samples that are looked at for one that will do
@@ -33,7 +33,7 @@ class Twin:
     shared: bool
 
 
-def draw_twins(samples: Stage, count: int, seed: int) -> list[Twin]:
+def draw_twins(samples: Artifact, count: int, seed: int) -> list[Twin]:
     """Readable samples spread over the whole set, one out of each of `count` equal stretches.
 
     One whose caption no other sample has is preferred: the twin of a generated query must be one sample alone.
@@ -58,7 +58,7 @@ def draw_twins(samples: Stage, count: int, seed: int) -> list[Twin]:
     return found
 
 
-def _shared(samples: Stage, captions: list[str]) -> set[str]:
+def _shared(samples: Artifact, captions: list[str]) -> set[str]:
     """Those of some captions that several samples have."""
     every = samples_table(samples.path)["captions"]
     wanted = pa.array(sorted(set(captions)), pa.string())

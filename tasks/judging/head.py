@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
@@ -22,14 +21,15 @@ from fastgda_core.evaluation.ranking_metrics import (
 from fastgda_core.features import text_space
 from fastgda_core.ranking.head import RankHead
 from storage_schemas import tables
-from storage_schemas.commit import commit_table, committed, input_key
-from tasks.context import Context, Stage
-from tasks.distilling.ranks import candidate_scores, load_ranks, rows_of_split, sample_features
+from storage_schemas.commit import Manifest, commit_table, input_key
+from storage_schemas.snapshots.snapshots import read_ranks
+from tasks.artifact import Artifact, Made, once
+from tasks.context import Context
+from tasks.distilling.ranks import candidate_scores, rows_of_split, sample_features
 from tasks.distilling.versions import load_trained_head
 from tasks.inputs.features import extract_features, in_space, load_query_features
 from tasks.inputs.queries import joined_queries
 from tasks.judging.metric_rows import agreement_rows, metric_row, metric_rows
-from tasks.sole_maker import sole_maker
 
 CAPTIONS = "captions alone"
 
@@ -37,12 +37,12 @@ CAPTIONS = "captions alone"
 @task(task_run_name="evaluation", cache_policy=NO_CACHE)
 def measure_head(
     context: Context,
-    samples: Stage,
-    queries: Sequence[Stage],
-    ranks: Stage,
-    head: Stage,
-    checks: list[Stage],
-) -> Stage:
+    samples: Artifact,
+    queries: Sequence[Artifact],
+    ranks: Artifact,
+    head: Artifact,
+    checks: list[Artifact],
+) -> Made:
     """How far the untuned and tuned features and chance rank as the teacher does, beside what its checks found."""
     cutoffs = context.config.evaluation.cutoffs
     exact = next((check for check in checks if check.name == "exact check"), None)
@@ -50,46 +50,32 @@ def measure_head(
     behind = [exact.key if exact else None, [check.key for check in others]]
     key = input_key("metrics 3", head.key, ranks.key, cutoffs, *behind, table=tables.METRICS)
     path = context.workspace.metrics(key)
-    with sole_maker(context, "evaluation", path, key):
-        return _metrics(context, samples, queries, ranks, head, exact, others, key)
 
-
-def _metrics(
-    context: Context,
-    samples: Stage,
-    queries: Sequence[Stage],
-    ranks: Stage,
-    head: Stage,
-    exact: Stage | None,
-    others: list[Stage],
-    key: str,
-) -> Stage:
-    cutoffs, path = context.config.evaluation.cutoffs, context.workspace.metrics(key)
-    manifest = committed(path, key)
-    reused = manifest is not None
-    if manifest is None:
-        started = time.monotonic()
-        test = rows_of_split(queries, "test")
-        several = joined_queries(queries)
-        names = [several[row].query_id for row in test.tolist()]
-        scores = candidate_scores(context, ranks, names)
-        phi = load_query_features(context, queries, samples)[test], sample_features(context, samples)
-        rankings = {
-            "untuned": untuned_cosines(scores, *phi),
-            "tuned": tuned_cosines(scores, load_trained_head(head.path), *phi),
-            **_by_captions(context, samples, queries, test, scores),
-        }
-        rows = list(_ranking_rows(scores, rankings, cutoffs, names))
+    def make(started: float) -> Manifest:
+        rows = list(_head_rows(context, samples, queries, ranks, head))
         if exact is not None:
             rows += _teacher_rows(context, ranks, exact)
-        table = pa.concat_tables(
-            [
-                pa.Table.from_pylist(rows, schema=tables.METRICS.schema),
-                *(tables.read(check.path, tables.METRICS) for check in others),
-            ]
-        )
-        manifest = commit_table(path, table, tables.METRICS, key=key, started=started)
-    return Stage("evaluation", key, path, manifest.rows, manifest.seconds, reused)
+        measured = pa.Table.from_pylist(rows, schema=tables.METRICS.schema)
+        table = pa.concat_tables([measured, *(tables.read(check.path, tables.METRICS) for check in others)])
+        return commit_table(path, table, tables.METRICS, key=key, started=started)
+
+    return once(Artifact("evaluation", key, path, 0), path, make, alone_in=context.workspace)
+
+
+def _head_rows(
+    context: Context, samples: Artifact, queries: Sequence[Artifact], ranks: Artifact, head: Artifact
+) -> Iterator[dict[str, object]]:
+    """How the head, the features alone and the captions alone agree with the teacher on the test queries."""
+    test, several = rows_of_split(queries, "test"), joined_queries(queries)
+    names = [several[row].query_id for row in test.tolist()]
+    scores = candidate_scores(context.workspace, ranks, names)
+    phi = load_query_features(context, queries, samples)[test], sample_features(context, samples)
+    rankings = {
+        "untuned": untuned_cosines(scores, *phi),
+        "tuned": tuned_cosines(scores, load_trained_head(head.path), *phi),
+        **_by_captions(context, samples, queries, test, scores),
+    }
+    return _ranking_rows(scores, rankings, context.config.evaluation.cutoffs, names)
 
 
 def untuned_cosines(scores: CandidateScores, queries: Tensor, samples: Tensor) -> Tensor:
@@ -103,7 +89,7 @@ def tuned_cosines(scores: CandidateScores, head: RankHead, queries: Tensor, samp
 
 
 def _by_captions(
-    context: Context, samples: Stage, queries: Sequence[Stage], test: Tensor, scores: CandidateScores
+    context: Context, samples: Artifact, queries: Sequence[Artifact], test: Tensor, scores: CandidateScores
 ) -> dict[str, Tensor]:
     """The cheapest ranking, which any other has to beat: by the captions' features alone, where there are such."""
     space = context.config.features.space
@@ -132,10 +118,10 @@ def _ranking_rows(
         yield metric_row(metric, "chance", values, cutoff=cutoff)
 
 
-def _teacher_rows(context: Context, ranks: Stage, exact: Stage) -> list[dict[str, object]]:
+def _teacher_rows(context: Context, ranks: Artifact, exact: Artifact) -> list[dict[str, object]]:
     """Spearman between exact and first-order scores of each checked query, and their mean."""
     checked = tables.read_parts(exact.path, tables.SCORES).rename_columns({"score": "exact"})
-    first_order = load_ranks(context, ranks, pc.unique(checked["query_id"]).to_pylist()).drop_columns(
+    first_order = read_ranks(context.workspace, ranks.key, pc.unique(checked["query_id"]).to_pylist()).drop_columns(
         ["rank", "rank_label"]
     )
     joined = checked.join(first_order, keys=["query_id", "train_id"])

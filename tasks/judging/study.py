@@ -22,14 +22,15 @@ from fastgda_core.ranking.loss_names import LossName
 from fastgda_core.ranking.losses import LOSSES
 from fastgda_core.ranking.subsets import random_priority, some_queries, thin
 from storage_schemas import tables
-from storage_schemas.commit import commit, commit_table, committed, input_key
+from storage_schemas.commit import Manifest, commit, commit_table, committed, input_key
 from storage_schemas.files import AnyPath
 from storage_schemas.heads.metrics_history import mean_value
 from storage_schemas.publishing.publish import update_published
 from storage_schemas.snapshots.published import Published
+from tasks.artifact import Artifact, Made, once
 from tasks.config.pipeline import PipelineConfig
-from tasks.context import Context, Stage
-from tasks.distilling.labels import Labels
+from tasks.context import Context
+from tasks.distilling.labels import Labels, extract_query_features
 from tasks.distilling.ranks import candidate_scores, rank_pairs, rows_of_split, sample_features
 from tasks.inputs.features import extract_features, features_key, in_space, load_query_features
 from tasks.inputs.queries import joined_queries
@@ -87,7 +88,7 @@ def variants(config: PipelineConfig) -> list[Variant]:
 
 
 @task(task_run_name="study", cache_policy=NO_CACHE)
-def compare_heads(context: Context, labels: Labels) -> Stage:
+def compare_heads(context: Context, labels: Labels) -> Made:
     """Train every variant and measure it on the test queries; each is committed by itself, and made once."""
     config = context.config
     several = variants(config)
@@ -103,7 +104,7 @@ def compare_heads(context: Context, labels: Labels) -> Stage:
     missing = [variant for variant in several if committed(paths[variant], keys[variant]) is None]
     for space in _spaces(missing):  # before the study's own progress bar: only one is shown at a time
         extract_features(in_space(context, space=space), labels.samples)
-        labels.extract_query_features(in_space(context, space=space))
+        extract_query_features(in_space(context, space=space), labels)
     with stage("study", len(missing)) as advance:
         for space in _spaces(missing):
             laboratory = _Laboratory(in_space(context, space=space), labels)
@@ -113,9 +114,9 @@ def compare_heads(context: Context, labels: Labels) -> Stage:
                     rows = pa.Table.from_pylist(list(laboratory.measure(variant)), schema=tables.METRICS.schema)
                     commit_table(paths[variant], rows, tables.METRICS, key=keys[variant], started=started)
                     advance(1)
-    found = _publish(context, labels, key, list(paths.values()))
-    made = [committed(paths[variant], keys[variant]) for variant in several]
-    return dataclasses.replace(found, seconds=sum(one.seconds for one in made if one), reused=not missing)
+    whole = _publish(context, labels, key, list(paths.values()))
+    manifests = [committed(paths[variant], keys[variant]) for variant in several]
+    return Made(whole, sum(manifest.seconds for manifest in manifests if manifest), not missing)
 
 
 def _spaces(several: list[Variant]) -> list[str]:
@@ -133,7 +134,8 @@ class _Laboratory:
         rows = {split: rows_of_split(labels.queries, split) for split in ("train", "validation", "test")}
         self.rows = rows
         self.scores = {
-            split: candidate_scores(context, labels.ranks, self._names(split)) for split in ("validation", "test")
+            split: candidate_scores(context.workspace, labels.ranks, self._names(split))
+            for split in ("validation", "test")
         }
         self.pairs: dict[bool, RankPairs] = {}
         self.nearness: Tensor | None = None
@@ -200,7 +202,7 @@ class _Laboratory:
         return self.nearness
 
 
-def _publish(context: Context, labels: Labels, key: str, paths: Sequence[AnyPath]) -> Stage:
+def _publish(context: Context, labels: Labels, key: str, paths: Sequence[AnyPath]) -> Artifact:
     """All rows in one file, which SQL shows beside the metrics of the published head."""
     workspace = context.workspace
     rows = pa.concat_tables([tables.read(path, tables.METRICS) for path in paths])
@@ -214,32 +216,31 @@ def _publish(context: Context, labels: Labels, key: str, paths: Sequence[AnyPath
         return before.model_copy(update={"study": workspace.relative(path)}) if is_of_it else before
 
     update_published(workspace, with_study)
-    return Stage("study", whole, path, rows.num_rows, 0.0, True)
+    return Artifact("study", whole, path, rows.num_rows)
 
 
 @task(task_run_name="picture of the study", cache_policy=NO_CACHE)
-def draw_study(context: Context, labels: Labels, study: Stage) -> Stage:
+def draw_study(context: Context, labels: Labels, study: Artifact) -> Made:
     """`study.png` beside the report of the run: a panel for each question."""
-    config, started = context.config.evaluation, time.monotonic()
-    cutoff = config.validation_cutoff
+    cutoff = context.config.evaluation.validation_cutoff
     path = context.workspace.report(labels.run).with_name("study.png")
     key = input_key("study picture", study.key, cutoff)
-    manifest = committed(path, key)
-    reused = manifest is not None
-    if manifest is None:
+
+    def make(started: float) -> Manifest:
         several = joined_queries(labels.queries)
         names = [several[row].query_id for row in rows_of_split(labels.queries, "test").tolist()]
-        scores = candidate_scores(context, labels.ranks, names)
+        scores = candidate_scores(context.workspace, labels.ranks, names)
         relevant = top_mask(scores.scores, cutoff).sum(1)
         counts = zip(scores.known.sum(1).tolist(), relevant.tolist(), strict=True)
         floor = statistics.fmean(expected_random_average_precision(known, relevant) for known, relevant in counts)
         found = answers(tables.read(study.path, tables.METRICS), cutoff)
         picture = study_plot(found, cutoff, floor, _ceiling(context, labels.run, cutoff))
-        manifest = commit(path, lambda temporary: temporary.write_bytes(picture), key=key, rows=1, started=started)
-    return Stage("picture of the study", key, path, manifest.rows, manifest.seconds, reused)
+        return commit(path, lambda temporary: temporary.write_bytes(picture), key=key, rows=1, started=started)
+
+    return once(Artifact("picture of the study", key, path, 1), path, make)
 
 
 def _ceiling(context: Context, run: str, cutoff: int) -> float | None:
     """mAP(L) of two whole teachers, where its run was judged."""
-    checks = [check for check in read_checks(context, run) if check.name == "self-consistency"]
+    checks = [check for check in read_checks(context.workspace, run) if check.name == "self-consistency"]
     return mean_value(checks[0].path, "mAP", OTHER_TEACHER, cutoff) if checks else None

@@ -19,15 +19,15 @@ from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.ranking_metrics import agreement, spearman, twin_ranks
 from fastgda_core.evaluation.twins import TwinTest, first_places
-from fastgda_core.teachers.registry import TEACHERS
 from fastgda_core.teachers.scores import exact_scores
 from fastgda_core.teachers.training_loss import SampleBlock, training_losses
 from fastgda_core.teachers.unlearning import compress, expand
 from storage_schemas import tables
-from storage_schemas.commit import commit_table, committed, input_key
+from storage_schemas.commit import Manifest, commit_table, committed, input_key
+from storage_schemas.snapshots.snapshots import read_influence, read_ranks
 from storage_schemas.workspace import part
-from tasks.context import Context, Stage, noise_plan, stage_of_parts
-from tasks.distilling.ranks import load_influence, load_ranks
+from tasks.artifact import Artifact, Made, once
+from tasks.context import Context
 from tasks.inputs.queries import Query, load_queries
 from tasks.inputs.twins import load_twins
 from tasks.judging.metric_rows import agreement_rows, metric_row, metric_rows
@@ -35,8 +35,10 @@ from tasks.progress import stage
 from tasks.teaching.bad_samples import without_bad_samples
 from tasks.teaching.curvature import curvature_of, make_curvature
 from tasks.teaching.latents import load_block, unreadable_samples
+from tasks.teaching.noise import noise_plan
 from tasks.teaching.run import RunInputs
-from tasks.teaching.unlearning import QueryUpdates, device_fisher, gradient_of, relative_errors, update_of
+from tasks.teaching.unlearning import unlearning_teacher
+from tasks.teaching.updates import QueryUpdates, device_fisher, gradient_of, relative_errors, update_of
 from tasks.watching.trust import (
     KINDS,
     OTHER_CURVATURE,
@@ -55,13 +57,13 @@ PRECISION_AGREEMENT = 0.999  # design section 4, "First order"
 
 
 @task(task_run_name="precision check", cache_policy=NO_CACHE)
-def check_precision(inputs: RunInputs) -> Stage:
+def check_precision(inputs: RunInputs) -> Made:
     """First-order scores of a few pairs in the teacher's precision and in float64: refused where they rank apart.
 
     Raises:
         UsageError: their rank correlation is below 0.999.
     """
-    context, stages = inputs.context, inputs.stages
+    context, stages = inputs.context, inputs.artifacts
     latents, updates, queries = stages["latents"], stages["unlearning steps"], stages["queries"]
     precision = context.config.teacher.precision
     numbers = list(range(min(queries.rows, PRECISION_CHECK_QUERIES)))
@@ -98,24 +100,21 @@ def _scores(
     seed: int | None = None,
 ) -> Tensor:
     """The configured teacher's scores, (queries, n), on the CPU; under other noise where a seed is given."""
-    teacher, model, plan = (
-        TEACHERS[context.config.teacher.name],
-        context.teacher_model(precision),
-        noise_plan(context.config, seed),
-    )
+    teacher, model = unlearning_teacher(context.config), context.teacher_model(precision)
+    plan = noise_plan(context.config, seed)
     base = None if teacher.first_order else training_losses(model, plan, block, context.micro_batch("losses"))
     micro_batch = context.micro_batch("gradients" if teacher.first_order else "losses")
     return teacher.scores(model, context.layers(model), plan, block, updates, base, micro_batch).cpu()
 
 
 @task(task_run_name="self-consistency", cache_policy=NO_CACHE)
-def check_self_consistency(inputs: RunInputs, ranks: Stage) -> Stage:
+def check_self_consistency(inputs: RunInputs, ranks: Artifact) -> Made:
     """Some pairs again: with other noise, another gradient of the query, another curvature, and all three together.
 
     Rank correlation and mAP(L) of the teacher with itself; L is scaled by the share of the candidates that is scored
     again. The last is that of two whole teachers: no student can be expected to agree with one of them better.
     """
-    context, score_run, stages = inputs.context, inputs.score_run, inputs.stages
+    context, score_run, stages = inputs.context, inputs.score_run, inputs.artifacts
     latents, queries, updates = stages["latents"], stages["queries"], stages["unlearning steps"]
     config = context.config.self_consistency
     assert config is not None
@@ -130,8 +129,8 @@ def check_self_consistency(inputs: RunInputs, ranks: Stage) -> Stage:
         seed = context.config.teacher.seed
         draw = np.random.default_rng(seed)
         tied = context.config.teacher.negatives == "tie"
-        stored = load_influence(context, ranks, [score_run.query_ids[number] for number in chosen])
-        groups = [chosen] if TEACHERS[context.config.teacher.name].first_order else [[number] for number in chosen]
+        stored = read_influence(context.workspace, ranks.key, [score_run.query_ids[number] for number in chosen])
+        groups = [chosen] if unlearning_teacher(context.config).first_order else [[number] for number in chosen]
         comparisons: list[_Comparison] = []
         with stage("self-consistency", len(chosen)) as advance:
             for numbers in groups:
@@ -159,7 +158,7 @@ def _with_other_curvature(context: Context) -> Context:
 
 
 def _other_updates(
-    context: Context, queries: list[Query], curvatures: tuple[Stage, Stage], samples: int
+    context: Context, queries: list[Query], curvatures: tuple[Artifact, Artifact], samples: int
 ) -> list[dict[str, Tensor]]:
     """Delta theta of some queries, by layer, (queries, d_out, d_in), three times.
 
@@ -225,16 +224,16 @@ def _consistency_rows(comparisons: list[_Comparison], cutoffs: list[int]) -> lis
 
 
 @task(task_run_name="twin test", cache_policy=NO_CACHE)
-def check_twins(inputs: RunInputs, ranks: Stage) -> Stage:
+def check_twins(inputs: RunInputs, ranks: Artifact) -> Made:
     """Where the teacher ranks the training samples that it has to rank first; see `fastgda_core.evaluation.twins`."""
-    context, queries = inputs.context, inputs.stages["queries"]
+    context, queries = inputs.context, inputs.artifacts["queries"]
     twins = load_twins(queries.path)
 
     def rows() -> list[dict[str, object]]:
         found: list[dict[str, object]] = []
         for kind in KINDS:
             query_ids = [query.query_id for query in load_queries(queries) if query.split == kind]
-            scored = load_ranks(context, ranks, query_ids)
+            scored = read_ranks(context.workspace, ranks.key, query_ids)
             places = {query_id: _twin_place(scored, query_id, twins[query_id]) for query_id in query_ids}
             known = {query_id: place for query_id, place in places.items() if place is not None}
             found += _twin_rows(kind, known) if known else []
@@ -268,9 +267,9 @@ def _twin_rows(kind: str, places: dict[str, tuple[int, int]]) -> list[dict[str, 
 
 
 @task(task_run_name="low-rank error", cache_policy=NO_CACHE)
-def measure_low_rank(inputs: RunInputs) -> Stage:
+def measure_low_rank(inputs: RunInputs) -> Made:
     """What `teacher.update_rank` loses of Delta theta, on average over all queries."""
-    context, queries, updates = inputs.context, inputs.stages["queries"], inputs.stages["unlearning steps"]
+    context, queries, updates = inputs.context, inputs.artifacts["queries"], inputs.artifacts["unlearning steps"]
 
     def rows() -> list[dict[str, object]]:
         errors = torch.tensor(relative_errors(updates, list(range(queries.rows))))
@@ -280,9 +279,9 @@ def measure_low_rank(inputs: RunInputs) -> Stage:
 
 
 @task(task_run_name="exact check", cache_policy=NO_CACHE)
-def check_against_exact(inputs: RunInputs, ranks: Stage) -> Stage:
+def check_against_exact(inputs: RunInputs, ranks: Artifact) -> Made:
     """Score a few test queries with the exact teacher too, on candidates spread evenly over the first-order ranking."""
-    context, score_run, stages = inputs.context, inputs.score_run, inputs.stages
+    context, score_run, stages = inputs.context, inputs.score_run, inputs.artifacts
     latents, queries, updates = stages["latents"], stages["queries"], stages["unlearning steps"]
     config = context.config.exact_check
     assert config is not None
@@ -293,7 +292,11 @@ def check_against_exact(inputs: RunInputs, ranks: Stage) -> Stage:
     paths = {number: part(folder, number) for number in chosen}
     missing = [number for number in chosen if committed(paths[number], key) is None]
     with stage("exact check", len(missing)) as advance:
-        scores = load_ranks(context, ranks, [score_run.query_ids[number] for number in missing]) if missing else None
+        scores = (
+            read_ranks(context.workspace, ranks.key, [score_run.query_ids[number] for number in missing])
+            if missing
+            else None
+        )
         plan, micro_batch = noise_plan(context.config), context.micro_batch("losses")
         for number in missing:
             assert scores is not None
@@ -314,21 +317,21 @@ def check_against_exact(inputs: RunInputs, ranks: Stage) -> Stage:
             )
             commit_table(paths[number], table, tables.SCORES, key=key, started=started, device=str(context.device))
             advance(1)
-    rows = tables.read_parts(folder, tables.SCORES).num_rows
-    return stage_of_parts("exact check", key, folder, list(paths.values()), rows, reused=not missing)
+    manifests = [made for path in paths.values() if (made := committed(path, key))]
+    artifact = Artifact("exact check", key, folder, sum(manifest.rows for manifest in manifests))
+    return Made(artifact, sum(manifest.seconds for manifest in manifests), not missing)
 
 
-def _test_queries(queries: Stage, count: int | None) -> list[int]:
+def _test_queries(queries: Artifact, count: int | None) -> list[int]:
     return [number for number, query in enumerate(load_queries(queries)) if query.split == "test"][:count]
 
 
-def _check(context: Context, name: str, key: str, rows: Callable[[], list[dict[str, object]]]) -> Stage:
+def _check(context: Context, name: str, key: str, rows: Callable[[], list[dict[str, object]]]) -> Made:
     """A check whose outcome is some metrics, committed under its key."""
     path = context.workspace.teacher_check(key)
-    manifest = committed(path, key)
-    reused = manifest is not None
-    if manifest is None:
-        started = time.monotonic()
+
+    def make(started: float) -> Manifest:
         table = pa.Table.from_pylist(rows(), schema=tables.METRICS.schema)
-        manifest = commit_table(path, table, tables.METRICS, key=key, started=started, device=str(context.device))
-    return Stage(name, key, path, manifest.rows, manifest.seconds, reused)
+        return commit_table(path, table, tables.METRICS, key=key, started=started, device=str(context.device))
+
+    return once(Artifact(name, key, path, 0), path, make)

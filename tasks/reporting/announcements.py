@@ -8,7 +8,8 @@ import shlex
 from storage_schemas.heads.metrics_history import metrics_history
 from storage_schemas.snapshots.snapshots import read_snapshot
 from storage_schemas.workspace import Workspace
-from tasks.context import Context, Stage
+from tasks.artifact import Artifact
+from tasks.context import Context
 from tasks.distilling.labels import Labels
 from tasks.distilling.loss_curve import loss_curve
 from tasks.reporting.attribution_sheet import attribution_sheet
@@ -24,7 +25,7 @@ SHOWN_QUERIES, SHOWN_SAMPLES = 5, 8
 def announce_scores(inputs: RunInputs, snapshot: str) -> None:
     """Scores are published; what the teacher says of five queries, as a picture."""
     context = inputs.context
-    samples, queries = inputs.stages["samples"], inputs.stages["queries"]
+    samples, queries = inputs.artifacts["samples"], inputs.artifacts["queries"]
     picture = attribution_sheet(inputs.workspace, snapshot, samples, queries, SHOWN_QUERIES, SHOWN_SAMPLES)
     publish_image(f"top attributions {inputs.run}", picture, "The most influential training images of five queries")
     rows = read_snapshot(inputs.workspace, snapshot)
@@ -43,7 +44,7 @@ def announce_trust(inputs: RunInputs) -> None:
     publish_markdown(f"teacher {inputs.run}", "\n".join(lines) + "\n", "Whether the teacher can be believed")
 
 
-def announce_head(context: Context, head: Stage, labels: Labels) -> None:
+def announce_head(context: Context, head: Artifact, labels: Labels) -> None:
     """A head is trained; its loss curve."""
     history = json.loads((head.path / "head.json").read_text())
     cutoff = context.config.evaluation.validation_cutoff
@@ -57,7 +58,7 @@ def announce_head(context: Context, head: Stage, labels: Labels) -> None:
     events.announce(events.HEAD_TRAINED, context, "head", head.key, snapshot=labels.ranks.key)
 
 
-def announce_index(context: Context, index: Stage, head: Stage) -> None:
+def announce_index(context: Context, index: Artifact, head: Artifact) -> None:
     """An index is built."""
     publish_markdown(
         f"index {index.key}",
@@ -68,7 +69,7 @@ def announce_index(context: Context, index: Stage, head: Stage) -> None:
     events.announce(events.INDEX_BUILT, context, "index", index.key, head=head.key)
 
 
-def announce_metrics(context: Context, evaluation: Evaluation, head: Stage, labels: Labels) -> None:
+def announce_metrics(context: Context, evaluation: Evaluation, head: Artifact, labels: Labels) -> None:
     """An index was measured, and is served or not; how it compares with those before."""
     cutoff = context.config.evaluation.validation_cutoff
     event = events.PROMOTION_REFUSED if evaluation.refused else events.INDEX_PROMOTED

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from storage_schemas.snapshots.snapshots import read_ranks
 from storage_schemas.workspace import Workspace
-from tasks.context import Stage
+from tasks.artifact import Artifact
 from tasks.inputs.queries import load_queries
 from tasks.inputs.samples import readable_images
 
@@ -16,7 +16,7 @@ TILE, GAP, LABEL = 88, 8, 20
 
 
 def attribution_sheet(
-    workspace: Workspace, snapshot: str, samples: Stage, queries: Stage, shown_queries: int, shown_samples: int
+    workspace: Workspace, snapshot: str, samples: Artifact, queries: Artifact, shown_queries: int, shown_samples: int
 ) -> bytes:
     """JPEG: a row for each of some queries, spread over the set, with its most influential training images."""
     every = load_queries(queries)

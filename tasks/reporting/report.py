@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from torch import Tensor
 from fastgda_core.diffusion.objective import Objective
 from fastgda_core.evaluation.ranking_metrics import descending_ranks, top_mask
 from storage_schemas import tables
-from storage_schemas.commit import commit, committed, input_key
-from tasks.context import Context, Stage
+from storage_schemas.commit import Manifest, commit, input_key
+from tasks.artifact import Artifact, Made, once
+from tasks.context import Context
 from tasks.distilling.loss_curve import loss_curve
 from tasks.distilling.ranks import candidate_scores, rows_of_split, sample_features
 from tasks.distilling.versions import load_trained_head
@@ -60,27 +60,26 @@ class QueryPanel:
 
 
 @task(task_run_name="report", cache_policy=NO_CACHE)
-def write_report(context: Context, run: str, stages: list[Stage]) -> Stage:
+def write_report(context: Context, run: str, stages: list[Made]) -> Made:
     """`reports/<run>/report.html`, written anew when anything that it shows has changed."""
     path = context.workspace.report(run)
-    by_name = {stage.name: stage for stage in stages}
+    artifacts = {made.artifact.name: made.artifact for made in stages}
     shown = _measures(context.config.evaluation.cutoffs), _TEMPLATE.read_text()
-    key = input_key("report", [stage.key for stage in stages], context.config.evaluation, shown)
-    manifest = committed(path, key)
-    reused = manifest is not None
-    if manifest is None:
-        started = time.monotonic()
-        html = _render(context, run, by_name).encode()
-        manifest = commit(path, lambda temporary: temporary.write_bytes(html), key=key, rows=1, started=started)
-    return Stage("report", key, path, manifest.rows, manifest.seconds, reused)
+    key = input_key("report", [each.key for each in artifacts.values()], context.config.evaluation, shown)
+
+    def make(started: float) -> Manifest:
+        html = _render(context, run, artifacts, stages).encode()
+        return commit(path, lambda temporary: temporary.write_bytes(html), key=key, rows=1, started=started)
+
+    return once(Artifact("report", key, path, 1), path, make)
 
 
 _TEMPLATE = Path(__file__).with_name("templates") / "report.html"
 
 
-def _render(context: Context, run: str, stages: dict[str, Stage]) -> str:
-    metrics = tables.read(stages["evaluation"].path, tables.METRICS).to_pylist()
-    head = json.loads((stages["rank head"].path / "head.json").read_text())
+def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: list[Made]) -> str:
+    metrics = tables.read(artifacts["evaluation"].path, tables.METRICS).to_pylist()
+    head = json.loads((artifacts["rank head"].path / "head.json").read_text())
     means = {(row["metric"], row["space"], row["cutoff"]): row for row in metrics if not row["query_id"]}
     curve = loss_curve(head, context.config.evaluation.validation_cutoff, format="svg").decode()
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_TEMPLATE.read_text())
@@ -99,10 +98,10 @@ def _render(context: Context, run: str, stages: dict[str, Stage]) -> str:
         objective="output's squared norm" if context.config.teacher.objective is Objective.output_norm else "loss",
         agreement=means.get(("spearman", "exact vs first order", 0)),
         loss_curve=curve[curve.index("<svg") :],
-        panels=_panels(context, stages, metrics),
-        stages=list(stages.values()),
-        samples=stages["samples"].rows,
-        queries=sum(query.split not in KINDS for query in load_queries(stages["queries"])),
+        panels=_panels(context, artifacts, metrics),
+        stages=stages,
+        samples=artifacts["samples"].rows,
+        queries=sum(query.split not in KINDS for query in load_queries(artifacts["queries"])),
     )
 
 
@@ -116,19 +115,21 @@ def _measures(cutoffs: list[int]) -> list[tuple[str, str, int]]:
     return [*rows, ("Spearman", "spearman", 0), ("Kendall", "kendall", 0)]
 
 
-def _panels(context: Context, stages: dict[str, Stage], metrics: list[dict[str, object]]) -> list[QueryPanel]:
-    samples, queries, config = stages["samples"], stages["queries"], context.config.evaluation
+def _panels(context: Context, artifacts: dict[str, Artifact], metrics: list[dict[str, object]]) -> list[QueryPanel]:
+    samples, queries, config = artifacts["samples"], artifacts["queries"], context.config.evaluation
     several = load_queries(queries)
     test = rows_of_split([queries], "test")
     test = test[spread(len(test), config.shown_queries)]
-    scores = candidate_scores(context, stages["rank labels"], [several[number].query_id for number in test.tolist()])
+    scores = candidate_scores(
+        context.workspace, artifacts["rank labels"], [several[number].query_id for number in test.tolist()]
+    )
     phi = load_features(context, queries, samples)[test], sample_features(context, samples)
     rankings = [
         ("Untuned features", "nearest by the frozen encoders", untuned_cosines(scores, *phi)),
         (
             "Tuned features",
             "nearest by the rank head: FastGDA's answer",
-            tuned_cosines(scores, load_trained_head(stages["rank head"].path), *phi),
+            tuned_cosines(scores, load_trained_head(artifacts["rank head"].path), *phi),
         ),
         ("Teacher", "the truth it learned from, by AbU+ score", scores.scores),
     ]
@@ -153,7 +154,7 @@ def _panels(context: Context, stages: dict[str, Stage], metrics: list[dict[str, 
 
 
 def _pictures(
-    samples: Stage, chosen: Tensor, candidates: Tensor, teacher_rank: Tensor, relevant: Tensor
+    samples: Artifact, chosen: Tensor, candidates: Tensor, teacher_rank: Tensor, relevant: Tensor
 ) -> list[Picture]:
     """Some of a query's candidates, by their places among all, (n,); `relevant` says which of these agree."""
     train_ids = candidates[chosen].tolist()

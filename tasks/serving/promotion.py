@@ -12,28 +12,29 @@ from storage_schemas.heads.records import index_samples
 from storage_schemas.publishing.publish import update_published
 from storage_schemas.snapshots.published import Published
 from storage_schemas.workspace import Workspace
-from tasks.context import Context, Stage
+from tasks.artifact import Artifact, Made
+from tasks.context import Context
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """How an index did on the test queries; `refused` says why it is not served, and is empty where it is."""
 
-    metrics: Stage
-    index: Stage
+    metrics: Made
+    index: Artifact
     tuned: float
     untuned: float
     refused: str
 
 
 @task(task_run_name="promotion", cache_policy=NO_CACHE)
-def promote(context: Context, head: Stage, index: Stage, metrics: Stage) -> Evaluation:
+def promote(context: Context, head: Artifact, index: Artifact, metrics: Made) -> Evaluation:
     """Serve a head, its index and its metrics, together, unless it is below the floors of the configuration or of
     other training data than what is published.
     """
     config, workspace = context.config.evaluation, context.workspace
     tuned, untuned = (
-        mean_value(metrics.path, "mAP", space, config.validation_cutoff) for space in ("tuned", "untuned")
+        mean_value(metrics.artifact.path, "mAP", space, config.validation_cutoff) for space in ("tuned", "untuned")
     )
     assert tuned is not None and untuned is not None
     what = f"mAP({config.validation_cutoff}) of index {index.key} is {tuned:.3f}"
@@ -45,11 +46,11 @@ def promote(context: Context, head: Stage, index: Stage, metrics: Stage) -> Eval
             f"{what}, {tuned / untuned:.2f} x the untuned features', below evaluation.gain_floor {config.gain_floor}"
         )
     if not refused:
-        refused = _serve(workspace, head, index, metrics)
+        refused = _serve(workspace, head, index, metrics.artifact)
     return Evaluation(metrics, index, tuned, untuned, refused)
 
 
-def _serve(workspace: Workspace, head: Stage, index: Stage, metrics: Stage) -> str:
+def _serve(workspace: Workspace, head: Artifact, index: Artifact, metrics: Artifact) -> str:
     """Make them what readers see beside what is published by now; or why that cannot be."""
     paths = {"head": head.path, "index": index.path, "metrics": metrics.path}
     served = {name: workspace.relative(path) for name, path in paths.items()}

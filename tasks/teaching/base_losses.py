@@ -13,37 +13,35 @@ from torch import Tensor
 from fastgda_core.teachers.training_loss import training_losses
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table, input_key
-from storage_schemas.files import AnyPath
-from storage_schemas.workspace import part
-from tasks.context import Context, Stage, noise_plan
+from tasks.artifact import Artifact
+from tasks.context import Context
 from tasks.teaching.bad_samples import without_bad_samples
 from tasks.teaching.latents import load_block, unreadable_samples
+from tasks.teaching.noise import noise_plan
+from tasks.teaching.parts import Parts
 
 BASE_LOSS_PART = 512
 
 
-def base_losses_of(context: Context, latents: Stage) -> Stage:
+def base_losses_of(context: Context, latents: Artifact) -> Artifact:
     """Where L(z_i, theta_0) of every sample under the noise plan lies, or will: what the exact teacher subtracts."""
     teacher = context.config.teacher
     noise = noise_plan(context.config)
     key = input_key("base losses", latents.key, noise, teacher.precision, teacher.objective, table=tables.BASE_LOSSES)
-    return Stage("base losses", key, context.workspace.base_losses(key), latents.rows, 0.0, True)
+    return Artifact("base losses", key, context.workspace.base_losses(key), latents.rows)
 
 
-class BaseLossParts:
+class BaseLossParts(Parts):
     """L(z_i, theta_0) of every sample under the noise plan, in parts of 512."""
 
-    kind = "base losses"
+    kind = title = "base losses"
 
-    def __init__(self, context: Context, latents: Stage, base_losses: Stage) -> None:
-        self.context, self.latents, self.stage = context, latents, base_losses
-        self.count = -(-latents.rows // BASE_LOSS_PART)
+    def __init__(self, context: Context, latents: Artifact, base_losses: Artifact) -> None:
+        self.context, self.latents, self.artifact = context, latents, base_losses
 
-    def path(self, number: int) -> AnyPath:
-        return part(self.stage.path, number)
-
-    def key(self, number: int) -> str:
-        return self.stage.key
+    @property
+    def count(self) -> int:
+        return -(-self.latents.rows // BASE_LOSS_PART)
 
     def rows(self, number: int) -> int:
         return min(BASE_LOSS_PART, self.latents.rows - number * BASE_LOSS_PART)
@@ -77,12 +75,12 @@ def forget_base_losses() -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def load_base_losses(base_losses: Stage) -> Tensor:
+def load_base_losses(base_losses: Artifact) -> Tensor:
     """L(z_i, theta_0), (samples, f), row number = train_id; NaN of samples that have none."""
     flat = tables.read_parts(base_losses.path, tables.BASE_LOSSES)["base_loss"].to_numpy().copy()
     return torch.from_numpy(flat).view(base_losses.rows, -1)
 
 
-def without_base_loss(base_losses: Stage, train_ids: NDArray[np.int64]) -> dict[int, str]:
+def without_base_loss(base_losses: Artifact, train_ids: NDArray[np.int64]) -> dict[int, str]:
     missing = load_base_losses(base_losses)[torch.from_numpy(train_ids)].isnan().any(1).numpy()
     return dict.fromkeys(train_ids[missing].tolist(), "it has no base loss")

@@ -18,29 +18,31 @@ from fastgda_core.diffusion.loss import per_sample_loss, take
 from fastgda_core.diffusion.noise import gaussian_noise, stream_key, uniform
 from fastgda_core.interruption import checkpoint
 from fastgda_core.teachers.gradients import output_gradients, weight_gradient
-from fastgda_core.teachers.registry import TEACHERS
+from fastgda_core.teachers.registry import UNLEARNING_TEACHERS
 from storage_schemas.commit import Manifest, commit, committed, input_key
 from storage_schemas.files import AnyPath
+from tasks.artifact import Artifact
 from tasks.config.teaching import CurvatureConfig
-from tasks.context import Context, Stage
+from tasks.context import Context
 from tasks.teaching.latents import load_block, unreadable_samples
+from tasks.teaching.parts import Parts
 
 CURVATURE_BATCH = 32
 PILOT_ROWS, PILOT_SHARE = 256, 0.25  # at most, and at most of the rows that they are for
 
 
-def curvature_of(context: Context, latents: Stage) -> Stage:
+def curvature_of(context: Context, latents: Artifact) -> Artifact:
     """Where the teacher's Fisher lies, or will."""
     config, teacher = context.config.curvature, context.config.teacher
-    key = input_key("curvature", latents.key, config, TEACHERS[teacher.name].fisher, teacher.layers)
-    return Stage("curvature", key, context.workspace.curvature(key), config.samples, 0.0, True)
+    key = input_key("curvature", latents.key, config, UNLEARNING_TEACHERS[teacher.name].fisher, teacher.layers)
+    return Artifact("curvature", key, context.workspace.curvature(key), config.samples)
 
 
-def make_curvature(context: Context, latents: Stage) -> Stage:
+def make_curvature(context: Context, latents: Artifact) -> Artifact:
     """The Fisher of a context, here and now, unless it is there."""
     stage = curvature_of(context, latents)
     parts = CurvatureParts(context, latents, stage)
-    if committed(parts.path(0), parts.key(0)) is None:
+    if parts.missing():
         parts.make(0)
     return stage
 
@@ -50,27 +52,31 @@ def pilot_rows(config: CurvatureConfig) -> int:
     return min(PILOT_ROWS, math.ceil(PILOT_SHARE * config.samples)) if config.importance else 0
 
 
-class CurvatureParts:
+class CurvatureParts(Parts):
     """The teacher's Fisher over sampled (training image, eps, t): one part."""
 
-    kind = "curvature"
-    count = 1
+    kind = title = "curvature"
 
-    def __init__(self, context: Context, latents: Stage, curvature: Stage) -> None:
-        self.context, self.latents, self.stage = context, latents, curvature
+    def __init__(self, context: Context, latents: Artifact, curvature: Artifact) -> None:
+        self.context, self.latents, self.artifact = context, latents, curvature
+
+    @property
+    def count(self) -> int:
+        return 1
 
     def path(self, number: int) -> AnyPath:
-        return self.stage.path
+        return self.artifact.path
 
-    def key(self, number: int) -> str:
-        return self.stage.key
+    def committed(self) -> dict[int, Manifest]:
+        manifest = committed(self.artifact.path, self.artifact.key)
+        return {0: manifest} if manifest else {}
 
     def rows(self, number: int) -> int:
-        return self.stage.rows
+        return self.artifact.rows
 
     def make(self, number: int) -> Manifest:
         context, config, started = self.context, self.context.config.curvature, time.monotonic()
-        kind = TEACHERS[context.config.teacher.name].fisher
+        kind = UNLEARNING_TEACHERS[context.config.teacher.name].fisher
         model = context.model()
         density = _density(context, self.latents) if config.importance else None
         rows = _draw_rows(context, self.latents, config.samples, "curvature", density)
@@ -102,7 +108,7 @@ class _Rows:
         return TensorDataset(self.clean, self.timesteps, self.noise, self.weights, *self.condition.values())
 
 
-def _draw_rows(context: Context, latents: Stage, count: int, stream: str, density: Tensor | None) -> _Rows:
+def _draw_rows(context: Context, latents: Artifact, count: int, stream: str, density: Tensor | None) -> _Rows:
     """Random samples, timesteps spread over the schedule, evenly or by a density."""
     config, model = context.config.curvature, context.model()
     block = load_block(context, latents, _some_samples(latents, count, config.seed))
@@ -122,7 +128,7 @@ def _draw_rows(context: Context, latents: Stage, count: int, stream: str, densit
     return _Rows(block.latents.cpu()[row, flip], timesteps, noise, weights, on_cpu)
 
 
-def _some_samples(latents: Stage, count: int, seed: int) -> list[int]:
+def _some_samples(latents: Artifact, count: int, seed: int) -> list[int]:
     """train_ids drawn at random, each once where there are enough."""
     draw = random.Random(seed)
     population = range(latents.rows)
@@ -134,7 +140,7 @@ def _some_samples(latents: Stage, count: int, seed: int) -> list[int]:
     return [draw.choice(good) if train_id in bad else train_id for train_id in chosen]
 
 
-def _density(context: Context, latents: Stage) -> Tensor:
+def _density(context: Context, latents: Artifact) -> Tensor:
     """Where on the schedule gradients are large, by a pilot of a few hundred rows."""
     model = context.model()
     layers = context.layers(model)

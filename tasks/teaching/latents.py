@@ -14,35 +14,34 @@ from fastgda_core.diffusion.loss import concatenate
 from fastgda_core.interruption import checkpoint
 from fastgda_core.teachers.training_loss import SampleBlock
 from storage_schemas.commit import Manifest, commit, input_key, read_manifest
-from storage_schemas.files import AnyPath
 from storage_schemas.workspace import part
-from tasks.context import Context, Stage, load_tensors
+from tasks.artifact import Artifact
+from tasks.context import Context, load_tensors
 from tasks.inputs.samples import readable_images_ahead, samples_table
+from tasks.teaching.parts import Parts
 
 LATENT_PART_SAMPLES = 512
 _CONDITION = "condition/"
 
 
-def latents_of(context: Context, samples: Stage) -> Stage:
+def latents_of(context: Context, samples: Artifact) -> Artifact:
     """Where the latents and caption embeddings of the samples lie, or will."""
     key = input_key("latents", samples.key, context.model_hash, context.config.model.flips)
-    return Stage("latents", key, context.workspace.latents(key), samples.rows, 0.0, True)
+    return Artifact("latents", key, context.workspace.latents(key), samples.rows)
 
 
-class LatentParts:
+class LatentParts(Parts):
     """Latents and caption embeddings of every sample, in parts of 512."""
 
-    kind = "latents"
+    kind = title = "latents"
+    suffix = "safetensors"
 
-    def __init__(self, context: Context, samples: Stage, latents: Stage) -> None:
-        self.context, self.samples, self.stage = context, samples, latents
-        self.count = -(-samples.rows // LATENT_PART_SAMPLES)
+    def __init__(self, context: Context, samples: Artifact, latents: Artifact) -> None:
+        self.context, self.samples, self.artifact = context, samples, latents
 
-    def path(self, number: int) -> AnyPath:
-        return part(self.stage.path, number, "safetensors")
-
-    def key(self, number: int) -> str:
-        return self.stage.key
+    @property
+    def count(self) -> int:
+        return -(-self.samples.rows // LATENT_PART_SAMPLES)
 
     def rows(self, number: int) -> int:
         return min(LATENT_PART_SAMPLES, self.samples.rows - number * LATENT_PART_SAMPLES)
@@ -54,7 +53,7 @@ class LatentParts:
         return commit(
             self.path(number),
             functools.partial(save_file, tensors),
-            key=self.stage.key,
+            key=self.artifact.key,
             rows=self.rows(number),
             started=started,
             device=str(self.context.device),
@@ -83,7 +82,7 @@ class LatentParts:
         return {name: tensor.contiguous() for name, tensor in {**tensors, **condition}.items()}, unreadable
 
 
-def unreadable_samples(latents: Stage, train_ids: Iterable[int]) -> dict[int, str]:
+def unreadable_samples(latents: Artifact, train_ids: Iterable[int]) -> dict[int, str]:
     """Which of these samples have no latents, and why."""
     wanted = set(train_ids)
     numbers = sorted({train_id // LATENT_PART_SAMPLES for train_id in wanted})
@@ -92,7 +91,7 @@ def unreadable_samples(latents: Stage, train_ids: Iterable[int]) -> dict[int, st
     return {train_id: why for train_id, why in known.items() if train_id in wanted}
 
 
-def load_block(context: Context, latents: Stage, train_ids: list[int]) -> SampleBlock:
+def load_block(context: Context, latents: Artifact, train_ids: list[int]) -> SampleBlock:
     """The named samples, ascending, on the context's device."""
     by_part: dict[int, list[int]] = {}
     for train_id in train_ids:

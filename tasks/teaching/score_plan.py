@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from fastgda_core.teachers.registry import TEACHERS
 from storage_schemas import tables
 from storage_schemas.commit import code_version, input_key
 from storage_schemas.runs.ledger import write_plan
 from storage_schemas.runs.records import RunRecord
-from tasks.context import Context, Stage
+from tasks.artifact import Artifact
+from tasks.context import Context
 from tasks.inputs.queries import load_queries
 
 
@@ -62,15 +62,14 @@ class ScoreRun:
         return input_key(self.run, shard.query_numbers, shard.train_ids.tolist(), table=tables.SCORES)
 
 
-def plan_scores(context: Context, candidates: Stage, queries: Stage) -> ScoreRun:
-    """Exact teacher: one query and its candidates a shard. First order: a block of queries and a block of samples."""
+def plan_scores(candidates: Artifact, queries: Artifact, shape: tuple[int, int | None]) -> ScoreRun:
+    """The shards of a run.
+
+    Args:
+        shape: queries and training samples of one shard; None: all that the queries are scored against.
+    """
     query_ids = [query.query_id for query in load_queries(queries)]
     chosen = _candidates(candidates, query_ids)
-    config = context.config.teacher
-    if TEACHERS[config.name].first_order:
-        shape: tuple[int, int | None] = config.shard_queries or len(query_ids), config.shard_samples
-    else:
-        shape = 1, None
     run = ScoreRun(candidates.key, query_ids, chosen, [])
     for number, first in enumerate(range(0, len(query_ids), shape[0])):
         block = list(range(first, min(first + shape[0], len(query_ids))))
@@ -81,7 +80,7 @@ def plan_scores(context: Context, candidates: Stage, queries: Stage) -> ScoreRun
     return run
 
 
-def _candidates(candidates: Stage, query_ids: list[str]) -> list[NDArray[np.int64]]:
+def _candidates(candidates: Artifact, query_ids: list[str]) -> list[NDArray[np.int64]]:
     """The training samples of each query, ascending."""
     table = tables.read(candidates.path, tables.CANDIDATES)
     numbers = pc.index_in(table["query_id"], pa.array(query_ids)).to_numpy()
@@ -91,7 +90,7 @@ def _candidates(candidates: Stage, query_ids: list[str]) -> list[NDArray[np.int6
     return np.split(train_ids[order], ends)
 
 
-def store_plan(context: Context, score_run: ScoreRun, stages: dict[str, Stage], origin: str) -> None:
+def store_plan(context: Context, score_run: ScoreRun, stages: dict[str, Artifact], origin: str) -> None:
     """Write down what the run will do, so that its ledger can always be rebuilt."""
     workspace = context.workspace
     block_of = {number: shard.query_block for shard in score_run.shards for number in shard.query_numbers}

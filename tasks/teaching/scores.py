@@ -2,80 +2,85 @@
 
 from __future__ import annotations
 
+import functools
 import time
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from fastgda_core.teachers.registry import TEACHERS
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table
-from storage_schemas.files import AnyPath
-from tasks.context import Context, Stage, noise_plan
-from tasks.teaching.bad_samples import without_bad_samples
-from tasks.teaching.base_losses import load_base_losses, without_base_loss
-from tasks.teaching.latents import load_block, unreadable_samples
-from tasks.teaching.score_plan import ScoreRun, ScoreShard
-from tasks.teaching.unlearning import QueryUpdates
+from storage_schemas.runs.ledger import done_shards, ledger_as_written
+from storage_schemas.which_workspace import command
+from tasks.context import Context
+from tasks.teaching.families import Artifacts, Family
+from tasks.teaching.parts import Parts, RunRefused
+from tasks.teaching.score_plan import ScoreRun, ScoreShard, plan_scores
+
+MOST_LEFT_OUT = 0.1  # of the samples
 
 
-class ScoreParts:
+class ScoreParts(Parts):
     """The score shards of a run."""
 
     kind = "scores"
+    title = "teacher scores"
 
-    def __init__(
-        self, context: Context, score_run: ScoreRun, latents: Stage, updates: Stage, base_losses: Stage | None
-    ) -> None:
-        self.context, self.score_run = context, score_run
-        self.latents, self.updates, self.base_losses = latents, updates, base_losses
-        self.count = len(score_run.shards)
+    def __init__(self, context: Context, family: Family, artifacts: Artifacts) -> None:
+        self.context, self.family, self.artifacts = context, family, artifacts
+        self.artifact = artifacts["scores"]
 
-    def path(self, number: int) -> AnyPath:
-        return self.context.workspace.score_shard(self.score_run.run, number)
+    @functools.cached_property
+    def score_run(self) -> ScoreRun:
+        """The plan of the run's pairs, made again from its candidates."""
+        shape = self.family.shard_shape(self.context.config, self.artifacts["queries"].rows)
+        return plan_scores(self.artifacts["candidates"], self.artifacts["queries"], shape)
+
+    @functools.cached_property
+    def _planned(self) -> dict[int, int]:
+        """Pairs of each shard, from the stored plan: no pair is looked at."""
+        plan = tables.read(self.context.workspace.plan_shards(self.artifact.key), tables.PLAN_SHARDS)
+        return dict(zip(plan["shard"].to_pylist(), plan["pairs"].to_pylist(), strict=True))
+
+    @property
+    def count(self) -> int:
+        return len(self._planned)
 
     def key(self, number: int) -> str:
         return self.score_run.shard_key(self.score_run.shards[number])
 
     def rows(self, number: int) -> int:
-        return self.score_run.pairs_of(self.score_run.shards[number])
+        return self._planned[number]
 
     def make(self, number: int) -> Manifest:
-        started = time.monotonic()
-        shard = self.score_run.shards[number]
-        known = unreadable_samples(self.latents, shard.train_ids.tolist())
-        if self.base_losses is not None:
-            known |= without_base_loss(self.base_losses, shard.train_ids)
-        nothing = torch.empty(len(shard.query_numbers), 0, dtype=torch.float64)
-        good, scores, bad = without_bad_samples(
-            shard.train_ids, known, lambda chosen: self._scores(shard, chosen), nothing
-        )
-        rows = _pair_rows(self.score_run, shard, good, scores.numpy())
+        started, shard = time.monotonic(), self.score_run.shards[number]
+        block = self.family.scores(self.context, self.artifacts, shard.query_numbers, shard.train_ids)
+        rows = _pair_rows(self.score_run, shard, block.train_ids, block.scores.numpy())
         path, key, device = self.path(number), self.key(number), str(self.context.device)
-        return commit_table(path, rows, tables.SCORES, key=key, started=started, device=device, quarantined=bad)
-
-    def _scores(self, shard: ScoreShard, train_ids: NDArray[np.int64]) -> Tensor:
-        """(queries, n) float64 of some of the shard's samples."""
-        context = self.context
-        config, model = context.config.teacher, context.teacher_model()
-        block = load_block(context, self.latents, train_ids.tolist())
-        base = load_base_losses(self.base_losses)[block.train_ids.cpu()] if self.base_losses else None
-        return (
-            TEACHERS[config.name]
-            .scores(
-                model,
-                context.layers(model),
-                noise_plan(context.config),
-                block,
-                QueryUpdates(self.updates, shard.query_numbers, config.loaded_queries, context.device),
-                base.to(context.device) if base is not None else None,
-                context.micro_batch("gradients" if base is None else "losses"),
-            )
-            .cpu()
+        return commit_table(
+            path, rows, tables.SCORES, key=key, started=started, device=device, quarantined=block.left_out
         )
+
+    def missing(self) -> list[int]:
+        """By plan and ledger alone: shards may lie in large files by now."""
+        return sorted(self._planned.keys() - done_shards(self.context.workspace, self.artifact.key))
+
+    def seconds(self) -> float:
+        return float(sum(ledger_as_written(self.context.workspace, self.artifact.key)["seconds"].to_pylist()))
+
+    def check(self) -> None:
+        """Raises RunRefused where so many samples were left out that they cannot be to blame."""
+        workspace, run = self.context.workspace, self.artifact.key
+        path = workspace.quarantined_samples(run)
+        if not path.exists():
+            return
+        reasons, samples = tables.read(path, tables.QUARANTINED_SAMPLES)["reason"], self.artifacts["samples"].rows
+        if len(reasons) > max(2, MOST_LEFT_OUT * samples):
+            raise RunRefused(
+                f"run {run}: {len(reasons):,} of {samples:,} samples had to be left out, the first because: "
+                f"{reasons[0].as_py()}: look at the model and the tars, then {command(workspace, f'retry {run}')}"
+            )
 
 
 def _pair_rows(

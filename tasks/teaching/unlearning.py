@@ -1,149 +1,122 @@
-"""One unlearning step per query: how the weights move when the model forgets it."""
+"""The unlearning teachers: latents, curvature, one unlearning step a query, base losses where exact, then scores."""
 
 from __future__ import annotations
 
-import functools
-import time
-from collections.abc import Iterator
-
+import numpy as np
 import torch
-from safetensors.torch import save_file
+from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgda_core.curvature.fisher import Fisher, load_fisher
-from fastgda_core.errors import NonFiniteLoss, UsageError
-from fastgda_core.teachers.unlearning import compress, expand, query_gradient, unlearning_update
-from storage_schemas.commit import Manifest, commit, input_key
-from storage_schemas.files import AnyPath, local_copy
-from storage_schemas.workspace import part
-from tasks.context import Context, Stage, load_tensors
-from tasks.inputs.queries import Query, load_queries
+from fastgda_core.diffusion.model import train_timesteps
+from fastgda_core.teachers.registry import UNLEARNING_TEACHERS, UnlearningTeacher
+from tasks.artifact import Artifact
+from tasks.config.pipeline import PipelineConfig
+from tasks.context import Context
+from tasks.teaching.bad_samples import without_bad_samples
+from tasks.teaching.base_losses import (
+    BASE_LOSS_PART,
+    BaseLossParts,
+    base_losses_of,
+    forget_base_losses,
+    load_base_losses,
+    without_base_loss,
+)
+from tasks.teaching.cost import KindCost, Size, score_shards
+from tasks.teaching.curvature import CurvatureParts, curvature_of, pilot_rows
+from tasks.teaching.families import Artifacts, BlockScores
+from tasks.teaching.latents import LatentParts, latents_of, load_block, unreadable_samples
+from tasks.teaching.noise import noise_plan
+from tasks.teaching.parts import Parts
+from tasks.teaching.updates import QueryUpdates, UpdateParts, updates_of
 
-_ERROR = "/relative_error"
-
-
-def updates_of(context: Context, latents: Stage, curvature: Stage, queries: Stage) -> Stage:
-    """Where every query's Delta theta lies, or will."""
-    config = context.config.teacher
-    training_size = config.training_size or latents.rows
-    key = input_key(
-        "updates",
-        curvature.key,
-        queries.key,
-        config.alpha,
-        training_size,
-        config.gradient_pairs,
-        config.seed,
-        config.damping,
-        config.update_rank,
-        config.precision,
-        config.objective,
-    )
-    return Stage("unlearning steps", key, context.workspace.updates(key), queries.rows, 0.0, True)
+GRADIENT_FORWARDS = 2.1  # one forward and backward to the chosen layers, in forwards (benchmarks/RESULTS.md)
+# Of one row, in forwards: kronfluence's pass; for EK-FAC a pass for the eigenvalues after it.
+FISHER_FORWARDS = {"diagonal": 3.0, "ekfac": 3.0 + GRADIENT_FORWARDS}
 
 
-class UpdateParts:
-    """Delta theta of every query, a part each."""
-
-    kind = "unlearning steps"
-
-    def __init__(self, context: Context, latents: Stage, curvature: Stage, queries: Stage, updates: Stage) -> None:
-        self.context, self.curvature, self.queries, self.stage = context, curvature, queries, updates
-        self.samples = latents.rows
-        self.count = queries.rows
-
-    def path(self, number: int) -> AnyPath:
-        return part(self.stage.path, number, "safetensors")
-
-    def key(self, number: int) -> str:
-        return self.stage.key
-
-    def rows(self, number: int) -> int:
-        return 1
-
-    def make(self, number: int) -> Manifest:
-        """Raises UsageError where the query's gradient is no number: no other sample could stand in for it."""
-        context, config, started = self.context, self.context.config.teacher, time.monotonic()
-        query = load_queries(self.queries)[number]
-        fisher = device_fisher(context, self.curvature)
-        try:
-            gradient = gradient_of(context, query, config.seed)
-        except NonFiniteLoss as error:
-            raise UsageError(
-                f"the loss of query {query.query_id} is no number: look at its image and caption, then take it out of "
-                "the query set or mend it"
-            ) from error
-        update = update_of(context, gradient, fisher, self.samples)
-        return commit(
-            self.path(number),
-            functools.partial(save_file, _stored(update, config.update_rank)),
-            key=self.key(number),
-            rows=1,
-            started=started,
-            device=str(context.device),
-        )
+def unlearning_teacher(config: PipelineConfig) -> UnlearningTeacher:
+    """The configured teacher, one of this family."""
+    return UNLEARNING_TEACHERS[config.teacher.name]
 
 
-def device_fisher(context: Context, curvature: Stage) -> Fisher:
-    """The Fisher on the context's device, loaded once per process."""
-    return _load_fisher(curvature, context.config.teacher.damping, context.device)
+class Unlearning:
+    """See `tasks.teaching.families.Family`."""
+
+    def check(self, context: Context) -> None:
+        """Raises UsageError where the noise plan does not fit the model's schedule."""
+        noise_plan(context.config).timestep_values(train_timesteps(context.config.model.folder))
+
+    def artifacts(self, context: Context, samples: Artifact, queries: Artifact) -> list[Artifact]:
+        latents = latents_of(context, samples)
+        curvature = curvature_of(context, latents)
+        made = [latents, curvature, updates_of(context, latents, curvature, queries)]
+        return made if unlearning_teacher(context.config).first_order else [*made, base_losses_of(context, latents)]
+
+    def parts(self, context: Context, artifacts: Artifacts) -> list[Parts]:
+        latents, curvature, updates = (artifacts[name] for name in ("latents", "curvature", "unlearning steps"))
+        parts: list[Parts] = [
+            LatentParts(context, artifacts["samples"], latents),
+            CurvatureParts(context, latents, curvature),
+            UpdateParts(context, latents, curvature, artifacts["queries"], updates),
+        ]
+        if "base losses" in artifacts:
+            parts.append(BaseLossParts(context, latents, artifacts["base losses"]))
+        return parts
+
+    def key(self, context: Context, artifacts: Artifacts) -> str:
+        return artifacts["unlearning steps"].key
+
+    def shard_shape(self, config: PipelineConfig, queries: int) -> tuple[int, int | None]:
+        """Exact: one query and all its candidates. First order: a block of queries and a block of samples."""
+        if not unlearning_teacher(config).first_order:
+            return 1, None
+        return config.teacher.shard_queries or queries, config.teacher.shard_samples
+
+    def scores(
+        self, context: Context, artifacts: Artifacts, query_numbers: list[int], train_ids: NDArray[np.int64]
+    ) -> BlockScores:
+        latents, updates, base_losses = (artifacts.get(name) for name in ("latents", "unlearning steps", "base losses"))
+        assert latents is not None and updates is not None
+        known = unreadable_samples(latents, train_ids.tolist())
+        if base_losses is not None:
+            known |= without_base_loss(base_losses, train_ids)
+
+        def of_samples(chosen: NDArray[np.int64]) -> Tensor:
+            model, block = context.teacher_model(), load_block(context, latents, chosen.tolist())
+            base = load_base_losses(base_losses)[block.train_ids.cpu()].to(context.device) if base_losses else None
+            scores = unlearning_teacher(context.config).scores(
+                model,
+                context.layers(model),
+                noise_plan(context.config),
+                block,
+                QueryUpdates(updates, query_numbers, context.config.teacher.loaded_queries, context.device),
+                base,
+                context.micro_batch("gradients" if base is None else "losses"),
+            )
+            return scores.cpu()
+
+        nothing = torch.empty(len(query_numbers), 0, dtype=torch.float64)
+        return BlockScores(*without_bad_samples(train_ids, known, of_samples, nothing))
+
+    def costs(self, config: PipelineConfig, size: Size) -> list[KindCost]:
+        teacher, method, queries = config.teacher, unlearning_teacher(config), size.queries
+        timesteps = len(teacher.timestep_list) if teacher.timestep_list is not None else teacher.timesteps
+        noises = timesteps * teacher.draws * (2 if config.model.flips else 1) * size.captions
+        rows, pilot = config.curvature.samples, pilot_rows(config.curvature) * GRADIENT_FORWARDS
+        costs = [
+            KindCost("curvature", 1, rows, rows * FISHER_FORWARDS[method.fisher] + pilot),
+            KindCost("unlearning steps", queries, queries, queries * teacher.gradient_pairs * GRADIENT_FORWARDS),
+        ]
+        pairs = queries * size.candidates
+        if not method.first_order:
+            samples, parts = size.samples, -(-size.samples // BASE_LOSS_PART)
+            costs.append(KindCost("base losses", parts, samples, samples * noises))
+            return [*costs, KindCost("scores", queries, pairs, pairs * noises)]
+        shards, seen = score_shards(config, size)
+        return [*costs, KindCost("scores", shards, pairs, seen * noises * GRADIENT_FORWARDS)]
+
+    def forget(self) -> None:
+        forget_base_losses()
 
 
-@functools.lru_cache(maxsize=2)  # a run's, and the other one of its self-consistency
-def _load_fisher(curvature: Stage, damping: float, device: torch.device) -> Fisher:
-    return load_fisher(local_copy(curvature.path), damping).to(device)
-
-
-def gradient_of(context: Context, query: Query, seed: int) -> dict[str, Tensor]:
-    """The gradient of one query's objective, by layer; `seed` is that of its Monte-Carlo pairs."""
-    config, model = context.config.teacher, context.teacher_model()
-    gradient = query_gradient(
-        model,
-        context.layers(model),
-        model.encode_images([query.image])[0],
-        model.encode_captions([query.caption]),
-        owner=query.owner,
-        seed=seed,
-        pairs=config.gradient_pairs,
-        micro_batch=context.micro_batch("gradients"),
-    )
-    return {name: layer.float() for name, layer in gradient.items()}
-
-
-def update_of(context: Context, gradient: dict[str, Tensor], fisher: Fisher, samples: int) -> dict[str, Tensor]:
-    """Delta theta, by layer, from a query's gradient; `samples` are those of the workspace."""
-    config = context.config.teacher
-    return unlearning_update(fisher, gradient, alpha=config.alpha, training_size=config.training_size or samples)
-
-
-def _stored(update: dict[str, Tensor], rank: int | None) -> dict[str, Tensor]:
-    error = 0.0
-    if rank is not None:
-        update, error = compress(update, rank)
-    tensors = {name: layer.cpu().contiguous() for name, layer in update.items()}
-    return {**tensors, _ERROR: torch.tensor(error, dtype=torch.float64)}
-
-
-class QueryUpdates:
-    """Delta theta of some queries by layer, (queries, d_out, d_in), a device's fill at a time."""
-
-    def __init__(self, updates: Stage, numbers: list[int], at_a_time: int, device: torch.device) -> None:
-        self.blocks = [tuple(numbers[start : start + at_a_time]) for start in range(0, len(numbers), at_a_time)]
-        self.updates, self.device = updates, device
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for block in self.blocks:
-            yield _load(self.updates, block, self.device)
-
-
-@functools.lru_cache(maxsize=1)
-def _load(updates: Stage, numbers: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
-    loaded = [load_tensors(part(updates.path, number, "safetensors")) for number in numbers]
-    return expand(
-        {name: torch.stack([update[name] for update in loaded]).to(device) for name in loaded[0] if name != _ERROR}
-    )
-
-
-def relative_errors(updates: Stage, numbers: list[int]) -> list[float]:
-    """What keeping Delta theta at a low rank lost of each query's, relative in the Frobenius norm."""
-    return [load_tensors(part(updates.path, number, "safetensors"))[_ERROR].item() for number in numbers]
+FAMILY = Unlearning()

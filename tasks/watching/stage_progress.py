@@ -10,8 +10,8 @@ from datetime import datetime, timedelta
 from storage_schemas.commit import Manifest, read_manifest
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath
+from storage_schemas.listings import folder_manifests
 from storage_schemas.runs.attempts import Attempt, ShardState, read_attempts
-from storage_schemas.runs.ledger import folder_manifests
 from storage_schemas.runs.liveness import PartsRecord, read_assignment
 from storage_schemas.workspace import Workspace
 

@@ -19,8 +19,9 @@ from storage_schemas.snapshots.published import Published, read_published
 from storage_schemas.snapshots.snapshots import read_snapshot
 from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
+from tasks.artifact import Artifact, Made
 from tasks.config.pipeline import PipelineConfig
-from tasks.context import Context, Stage
+from tasks.context import Context
 from tasks.distilling.labels import Labels
 from tasks.judging.kept_checks import publish_checks
 from tasks.judging.study import _publish
@@ -44,22 +45,22 @@ def take_out(root: str, run: str) -> None:
 def serve(root: str, name: str) -> None:
     context = _context(root)
     folders = {kind: context.workspace.root / kind / name for kind in ("heads", "indexes")}
-    stages = {kind: Stage(kind, name, path, 1, 0.0, True) for kind, path in folders.items()}
-    metrics = Stage("evaluation", name, context.workspace.metrics(name), 1, 0.0, True)
-    promote.fn(context, stages["heads"], stages["indexes"], metrics)
+    stages = {kind: Artifact(kind, name, path, 1) for kind, path in folders.items()}
+    metrics = Artifact("evaluation", name, context.workspace.metrics(name), 1)
+    promote.fn(context, stages["heads"], stages["indexes"], Made(metrics, 0.0, True))
 
 
 def study(root: str, name: str) -> None:
     context = _context(root)
     snapshot = read_published(context.workspace).snapshot
-    ranks = Stage("rank labels", snapshot, context.workspace.snapshot(snapshot), 1, 0.0, True)
+    ranks = Artifact("rank labels", snapshot, context.workspace.snapshot(snapshot), 1)
     path = context.workspace.metrics("any")
     _publish(context, Labels("first", ranks, (), ranks), input_key("study", name), [path])
 
 
 def check(root: str, run: str) -> None:
     context = _context(root)
-    exact = Stage("exact check", run, context.workspace.exact_check(run), 1, 0.0, True)
+    exact = Artifact("exact check", run, context.workspace.exact_check(run), 1)
     publish_checks(SimpleNamespace(workspace=context.workspace, context=context, run=run), [exact])  # type: ignore[arg-type]
 
 

@@ -293,9 +293,9 @@ def test_an_index_that_lost_its_mean_gets_it_back(finished: Path, tmp_path: Path
     (path,) = (tmp_path / "workspace" / "indexes").glob("*/mean.safetensors")
     before = path.read_bytes()
     path.unlink()
-    features = extract_features.fn(context, samples)
+    features = extract_features.fn(context, samples).artifact
     built = build_search_index.fn(context, samples, features, head)
-    assert not built.reused and built.path == path.parent and path.read_bytes() == before
+    assert not built.reused and built.artifact.path == path.parent and path.read_bytes() == before
     assert build_search_index.fn(context, samples, features, head).reused
 
 

@@ -38,7 +38,7 @@ def test_an_imported_head_is_keyed_by_the_content_of_its_encoders_weights(tmp_pa
     for source in (weights, tmp_path / "copy"):
         features = {"space": "dino", "weights": {"dino": str(source)}, "unit_length": False}
         asked = document(workspace=str(tmp_path / "workspace"), features=features)
-        versions.append(import_head(PipelineConfig.model_validate(asked), tmp_path / "release.pth").key)
+        versions.append(import_head(PipelineConfig.model_validate(asked), tmp_path / "release.pth").artifact.key)
     assert versions[0] == versions[1]
 
 

@@ -38,7 +38,8 @@ from tasks.execution.jobs import JobPool
 from tasks.execution.number_ranges import as_ranges, from_ranges
 from tasks.execution.partitions import in_partition, partition_names
 from tasks.execution.worker import Worker
-from tasks.teaching.cost import Size, costs
+from tasks.teaching.cost import Size
+from tasks.teaching.families import family_of
 from tests.storage_schemas.workspaces import plan_run
 from tests.tasks.configs import document
 
@@ -223,7 +224,7 @@ def test_forward_passes_are_those_of_the_formula() -> None:
     def of(**changes: object) -> dict[str, float]:
         config = PipelineConfig.model_validate(document(**changes))
         size = Size(samples=100, captions=2.0, queries=10, candidates=100)
-        return {cost.kind: cost.forwards for cost in costs(config, size)}
+        return {cost.kind: cost.forwards for cost in family_of(config).costs(config, size)}
 
     exact = of(teacher__name="abu_plus", teacher__timesteps=5, teacher__draws=3, teacher__gradient_pairs=7)
     assert exact["base losses"] == 100 * 5 * 3 * 2
@@ -274,7 +275,7 @@ def test_shares_of_a_split_add_up(queries: int, validation: float, test: float) 
         ({"execution": {"runner": "pool", "workers": 2}}, "execution: workers belongs to"),
         ({"execution": {"runner": "pool", "pools": []}}, "execution: pools is empty"),
         ({"execution": {"pools": [{"deployment": "nothing"}]}}, "execution.pools.0.deployment"),
-        ({"teacher__name": "tracin"}, "teacher.name: Input should be 'abu'"),
+        ({"teacher__name": "tracin"}, "teacher.name: there is no teacher 'tracin': choose one of abu"),
         ({"teacher__gradient_pairs": -5}, "teacher.gradient_pairs"),
         ({"queries__partition": "2026-11-23"}, "queries: partition is given but shards has no {partition}"),
         ({"queries__split": {"validation_share": 0.6, "test_share": 0.5}}, "queries.split: validation_share and"),

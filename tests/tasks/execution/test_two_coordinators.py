@@ -10,7 +10,7 @@ import pytest
 from storage_schemas.commit import worker_name
 from storage_schemas.runs.liveness import Beat, write_beat
 from storage_schemas.workspace import Workspace
-from tasks.context import Stage
+from tasks.artifact import Artifact
 from tasks.execution.coordinator import Makers, Watch, begin_run
 from tasks.execution.outcomes import Outcome
 from tasks.teaching.run import RunInputs
@@ -46,8 +46,8 @@ def inputs_of(root: Path) -> RunInputs:
         "candidates": (workspace.candidates(run.run), 1),
         "scores": (workspace.scores(run.run), 1),
     }
-    stages = {name: Stage(name, "k", path, rows, 0.0, True) for name, (path, rows) in places.items()}
-    return RunInputs(run.run, context, stages)
+    keys = {"scores": run.run}
+    return RunInputs(context, {name: Artifact(name, keys.get(name, "k"), *place) for name, place in places.items()})
 
 
 def test_the_second_of_two_runs_says_who_is_at_it_and_begins_at_the_other_end(

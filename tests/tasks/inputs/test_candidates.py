@@ -121,11 +121,11 @@ def test_candidates_are_near_in_a_space_of_their_own(tmp_path: Path, model_folde
         candidates={"policy": "top_k", "k": 3, "space": "pixel"},
     )
     context = Context(PipelineConfig.model_validate(changes), "m")
-    samples = ingest_samples.fn(context)
-    queries = make_queries.fn(context, samples)
+    samples = ingest_samples.fn(context).artifact
+    queries = make_queries.fn(context, samples).artifact
     for items in (samples, queries):
         extract_features.fn(candidate_space(context), items)
-    chosen = choose_candidates.fn(context, "run-1", samples, queries)
+    chosen = choose_candidates.fn(context, "run-1", samples, queries).artifact
     nearest = tables.read(chosen.path, tables.CANDIDATES).to_pylist()
     assert len(nearest) == 3 * 4
     first = [row for row in nearest if row["neighbor_rank"] == 1]

@@ -46,7 +46,7 @@ def mean_files(context: Context) -> list[Path]:
 
 
 def test_the_mean_is_that_of_all_samples_and_is_made_once(context: Context) -> None:
-    samples = ingest_samples.fn(context)
+    samples = ingest_samples.fn(context).artifact
     made = extract_features.fn(context, samples)
     (path,) = mean_files(context)
     expected = rows(context).mean(0)
@@ -62,7 +62,7 @@ def test_the_mean_is_that_of_all_samples_and_is_made_once(context: Context) -> N
 
 def test_features_that_are_not_centred_have_no_mean_and_are_the_encoders_own(context: Context) -> None:
     context = in_space(context, centre=False)
-    samples = ingest_samples.fn(context)
+    samples = ingest_samples.fn(context).artifact
     extract_features.fn(context, samples)
     assert not mean_files(context) and feature_mean(context, samples) is None
     found = load_features(context, samples, samples)
@@ -71,7 +71,7 @@ def test_features_that_are_not_centred_have_no_mean_and_are_the_encoders_own(con
 
 
 def test_a_sample_that_cannot_be_read_counts_once_it_is_restored(context: Context, tmp_path: Path) -> None:
-    samples, tar = ingest_samples.fn(context), tmp_path / "shapes.tar"
+    samples, tar = ingest_samples.fn(context).artifact, tmp_path / "shapes.tar"
     whole, image = tar.read_bytes(), tiny.draw(ROTTEN)[0]
     middle = whole.index(image) + len(image) // 2
     tar.write_bytes(whole[:middle] + bytes(64) + whole[middle + 64 :])
@@ -99,7 +99,7 @@ def test_equal_captions_are_encoded_once(tmp_path: Path) -> None:
     texts = [(name.replace("jpg", "txt"), text.encode()) for (name, _), text in zip(images, captions, strict=True)]
     tiny.write_tar(tmp_path / "data.tar", [*images, *texts])
     where = {"workspace": str(tmp_path / "workspace"), "data__shards": str(tmp_path / "*.tar")}
-    samples = ingest_samples.fn(Context(PipelineConfig.model_validate(document(**where)), "model"))
+    samples = ingest_samples.fn(Context(PipelineConfig.model_validate(document(**where)), "model")).artifact
     asked: list[str] = []
     done: list[int] = []
 

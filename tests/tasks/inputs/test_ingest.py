@@ -42,7 +42,7 @@ def test_rejections_are_the_same_in_identical_runs_and_can_be_grouped(tmp_path: 
 
 def test_images_that_are_decoded_ahead_are_the_same_in_order_with_the_same_faults(tmp_path: Path) -> None:
     tar = tiny.write_tar(tmp_path / "data.tar", tiny.sample_members(range(23)))
-    samples = ingest_samples.fn(context(tmp_path, "one"))
+    samples = ingest_samples.fn(context(tmp_path, "one")).artifact
     whole, rotten = tar.read_bytes(), tiny.draw(9)[0]
     tar.write_bytes(whole.replace(rotten, rotten[:50] + bytes(len(rotten) - 50)))
     images, faults = readable_images(samples.path, list(range(23)))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from storage_schemas import tables
 from storage_schemas.table import Table
-from tasks.inputs.samples import _content_key, samples_stage
+from tasks.inputs.samples import _content_key, samples_artifact
 from tests.storage_schemas.workspaces import with_column, write_table
 
 CAPTIONS = [["a cat", 'said "no"\\'], ["two\nlines\t\x00\x1f"], ["a 👩🏽‍🚀 in 宇宙\u2028\x7f"], ["", "x" * 70_000]]
@@ -68,4 +68,4 @@ def test_neither_the_place_of_the_tars_nor_the_version_of_the_table_changes_it(
     written: Table = with_column(tables.SAMPLES, "new", pa.int32(), 7) if later else tables.SAMPLES
     monkeypatch.setattr(tables, "SAMPLES", written)
     moved = [row | ({"new": 5} if later else {}) for row in rows(CAPTIONS, "elsewhere/a.tar")]
-    assert samples_stage(write_table(tmp_path / "samples.parquet", written, moved)).key == expected(CAPTIONS)
+    assert samples_artifact(write_table(tmp_path / "samples.parquet", written, moved)).key == expected(CAPTIONS)

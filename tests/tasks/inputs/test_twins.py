@@ -15,8 +15,8 @@ from storage_schemas.commit import commit_table, write_atomically
 from storage_schemas.publishing.publish import publish_runs
 from storage_schemas.tables import PSEUDO, TWIN
 from storage_schemas.workspace import Workspace
-from tasks.context import Stage
-from tasks.inputs.samples import samples_stage
+from tasks.artifact import Artifact
+from tasks.inputs.samples import samples_artifact
 from tasks.inputs.tars import scan
 from tasks.inputs.twins import draw_twins
 from tasks.watching.run_status import run_status
@@ -36,7 +36,7 @@ from tests.storage_schemas.workspaces import finish_run, show
 SAMPLES = 40
 
 
-def samples_with(folder: Path, captions: list[str]) -> Stage:
+def samples_with(folder: Path, captions: list[str]) -> Artifact:
     """A table of samples whose images are drawn and whose captions are given."""
     members = []
     for number, caption in enumerate(captions):
@@ -45,7 +45,7 @@ def samples_with(folder: Path, captions: list[str]) -> Stage:
     rows = [{"train_id": number, **asdict(sample)} for number, sample in enumerate(found)]
     table = pa.Table.from_pylist(rows, schema=tables.SAMPLES.schema)
     commit_table(folder / "samples.parquet", table, tables.SAMPLES, key="samples", started=0.0)
-    return samples_stage(folder / "samples.parquet")
+    return samples_artifact(folder / "samples.parquet")
 
 
 def test_twins_are_spread_over_the_set_and_drawn_by_the_seed(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from storage_schemas.errors import StoreError
 from storage_schemas.heads.records import index_samples
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.workspace import Workspace
+from tasks.artifact import Artifact, Made
 from tasks.config.pipeline import PipelineConfig
-from tasks.context import Context, Stage
+from tasks.context import Context
 from tasks.distilling.index import build_search_index
 from tasks.inputs.features import extract_features
 from tasks.inputs.samples import ingest_samples
@@ -45,8 +46,8 @@ def promoted(root: Path, head: Path, index: Path) -> Evaluation:
         for space in ("tuned", "untuned")
     ]
     metrics = write_table(root / "metrics" / "m.parquet", tables.METRICS, rows)
-    stages = [Stage(path.name, path.name, path, 1, 0.0, True) for path in (head, index, metrics)]
-    return promote.fn(tiny_context(root), *stages)
+    trained, built, measured = (Artifact(path.name, path.name, path, 1) for path in (head, index, metrics))
+    return promote.fn(tiny_context(root), trained, built, Made(measured, 0.0, True))
 
 
 def test_an_index_of_other_training_data_is_refused(tmp_path: Path) -> None:
@@ -80,14 +81,14 @@ def test_an_index_says_its_data_and_answers_with_it(tmp_path: Path) -> None:
     root = tmp_path / "workspace"
     features = {"space": "pixel", "centre": False}
     context = tiny_context(root, data__shards=str(tmp_path / "*.tar"), features=features)
-    samples = ingest_samples.fn(context)
-    extracted = extract_features.fn(context, samples)
+    samples = ingest_samples.fn(context).artifact
+    extracted = extract_features.fn(context, samples).artifact
     width = len(tables.read_parts(next((root / "features" / "pixel").iterdir()), tables.FEATURES)["feature"][0])
     described = {"features": width, "feature_space": "pixel", "centre": False, "imported_from": "x"}
     head = write_json(root / "heads" / "h" / "head.json", **described)
     save_head(RankHead(width), head / "head.safetensors")
-    stage = Stage("rank head", "h", head, 0, 0.0, True)
-    built = build_search_index.fn(context, samples, extracted, stage)
+    stage = Artifact("rank head", "h", head, 0)
+    built = build_search_index.fn(context, samples, extracted, stage).artifact
     assert index_samples(Workspace(root), head, built.path) == f"samples/{samples.path.parent.name}/samples.parquet"
 
     description = built.path / "index.json"  # as an earlier release wrote it

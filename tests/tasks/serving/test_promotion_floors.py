@@ -15,15 +15,16 @@ from storage_schemas.files import write_atomically
 from storage_schemas.publishing.publish import publish_runs
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.workspace import Workspace
+from tasks.artifact import Artifact, Made
 from tasks.config.pipeline import PipelineConfig
-from tasks.context import Context, Stage
+from tasks.context import Context
 from tasks.judging.metric_rows import metric_row
 from tasks.serving.promotion import promote
 from tests.storage_schemas.workspaces import finish_run
 from tests.tasks.configs import document
 
 
-def measured(workspace: Workspace, name: str, tuned: float, untuned: float) -> Stage:
+def measured(workspace: Workspace, name: str, tuned: float, untuned: float) -> Made:
     """Metrics of an index, as an evaluation leaves them."""
     rows = [
         metric_row("mAP", space, torch.tensor([value]), cutoff=1)
@@ -31,7 +32,7 @@ def measured(workspace: Workspace, name: str, tuned: float, untuned: float) -> S
     ]
     path = workspace.metrics(name)
     commit_table(path, pa.Table.from_pylist(rows, schema=tables.METRICS.schema), tables.METRICS, key=name, started=0.0)
-    return Stage("evaluation", name, path, len(rows), 0.0, False)
+    return Made(Artifact("evaluation", name, path, len(rows)), 0.0, False)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_a_head_below_the_untuned_features_is_not_served_unless_that_is_asked_fo
     outcomes = {}
     for name, tuned in (("good", 0.210), ("random", 0.081)):
         head, index = (
-            Stage(what, name, folder, 1, 0.0, False)
+            Artifact(what, name, folder, 1)
             for what, folder in (("rank head", workspace.head(name)), ("index", workspace.index(name)))
         )
         write_atomically(index.path / "index.json", json.dumps({"head": name, "samples": samples}).encode())

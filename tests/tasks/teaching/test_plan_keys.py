@@ -11,9 +11,10 @@ import pytest
 
 from storage_schemas import tables
 from storage_schemas.commit import input_key
+from tasks.artifact import Artifact
 from tasks.config.pipeline import PipelineConfig
-from tasks.context import Context, Stage
-from tasks.execution.plan import run_name, stages_of
+from tasks.context import Context
+from tasks.execution.plan import run_artifacts, run_name
 from tasks.inputs.features import feature_folders, features_key
 from tasks.teaching.score_plan import ScoreRun, ScoreShard
 from tests.storage_schemas.workspaces import with_column
@@ -26,8 +27,8 @@ def keys(root: Path, samples: str = "s", queries: str = "q", model: str = "m", *
     """Key of each stage that leads to scores, and the run's name."""
     config = PipelineConfig.model_validate(document(workspace=str(root), **changes))
     context = Context(config, model)
-    ingested = Stage("samples", samples, root / "samples", 12, 0.0, True)
-    stages = stages_of(context, ingested, Stage("queries", queries, root / "queries", 3, 0.0, True))
+    ingested = Artifact("samples", samples, root / "samples", 12)
+    stages = run_artifacts(context, ingested, Artifact("queries", queries, root / "queries", 3))
     found = {name: stage.key for name, stage in stages.items() if name not in ("samples", "queries")}
     return {**found, "run": run_name(context, stages)}
 
@@ -94,7 +95,7 @@ def test_other_weights_of_an_encoder_are_other_features(tmp_path: Path) -> None:
 
 
 def test_features_that_are_not_centred_keep_the_key_of_earlier_releases(tmp_path: Path) -> None:
-    samples = Stage("samples", "s", tmp_path, 12, 0.0, True)
+    samples = Artifact("samples", "s", tmp_path, 12)
     found = {}
     for centre in (True, False):
         features = {"space": "pixel+minilm_text", "centre": centre}
@@ -119,7 +120,7 @@ def every_key(root: Path) -> dict[str, str]:
         "candidates": NEAR,
     }
     found = keys(root, **sections)
-    samples = Stage("samples", "s", root / "samples", 12, 0.0, True)
+    samples = Artifact("samples", "s", root / "samples", 12)
     config = PipelineConfig.model_validate(document(workspace=str(root), **sections))
     folders = feature_folders(Context(config, "m"), samples)
     shard = ScoreRun("run-1", ["q"], [], []).shard_key(ScoreShard(0, 0, [0], np.arange(3)))

@@ -17,8 +17,10 @@ from storage_schemas.commit import commit_table
 from storage_schemas.runs.ledger import done_shards, read_ledger
 from storage_schemas.table import Table
 from storage_schemas.workspace import part
+from tasks.artifact import Artifact
 from tasks.config.pipeline import PipelineConfig
-from tasks.context import Context, Stage
+from tasks.context import Context
+from tasks.teaching.families import family_of
 from tasks.teaching.score_plan import ScoreRun, plan_scores, store_plan
 from tests.tasks.configs import document
 
@@ -33,9 +35,9 @@ def png() -> bytes:
     return buffer.getvalue()
 
 
-def write_stage(path: Path, table: Table, rows: list[dict[str, object]]) -> Stage:
+def write_stage(path: Path, table: Table, rows: list[dict[str, object]]) -> Artifact:
     commit_table(path, pa.Table.from_pylist(rows, schema=table.schema), table, key=KEY, started=time.monotonic())
-    return Stage(path.stem, KEY, path, len(rows), 0.0, False)
+    return Artifact(path.stem, KEY, path, len(rows))
 
 
 def plan(
@@ -68,8 +70,9 @@ def plan(
         for train in sorted(mine, reverse=True)
     ]
     chosen = write_stage(context.workspace.candidates(KEY), tables.CANDIDATES, pairs)
-    samples = Stage("samples", KEY, context.workspace.samples(KEY), SAMPLES, 0.0, False)
-    run = plan_scores(context, chosen, queries)
+    samples = Artifact("samples", KEY, context.workspace.samples(KEY), SAMPLES)
+    family = family_of(context.config)
+    run = plan_scores(chosen, queries, family.shard_shape(context.config, queries.rows))
     stages = {"samples": samples, "queries": queries, "candidates": chosen}
     store_plan(context, run, stages, "")
     return context, run, query_ids

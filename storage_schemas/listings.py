@@ -1,0 +1,101 @@
+"""Which parts of a folder are committed, known from one listing of it.
+
+A folder may hold ten thousand parts, and in an object store each question about one of them is a request.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+from pydantic import ValidationError
+
+from storage_schemas.commit import MANIFEST, Manifest, manifest_path, read_manifest
+from storage_schemas.files import AnyPath
+
+
+class Entry(NamedTuple):
+    """A file as a listing shows it: its bytes, and a stamp that changes with its content."""
+
+    size: int
+    stamp: str
+
+
+Listing: TypeAlias = dict[str, Entry]  # by name
+
+_known: dict[str, tuple[Entry, Manifest]] = {}  # by the manifest's path: only what is new is read
+
+
+def list_folder(folder: AnyPath) -> Listing:
+    """Every file of a folder by name; nothing where there is no folder."""
+    if isinstance(folder, Path):
+        try:
+            with os.scandir(folder) as entries:
+                stats = {entry.name: entry.stat() for entry in entries}
+        except FileNotFoundError:
+            return {}
+        return {name: Entry(stat.st_size, f"{stat.st_ino}-{stat.st_mtime_ns}") for name, stat in stats.items()}
+    try:
+        listed = folder.fs.ls(folder.path, detail=True, refresh=True)
+    except FileNotFoundError:
+        return {}
+    return {
+        entry["name"].rsplit("/", 1)[-1]: Entry(
+            entry["size"], str(entry.get("ETag") or entry.get("LastModified") or entry.get("created"))
+        )
+        for entry in listed
+    }
+
+
+def committed_parts(folder: AnyPath, key: str) -> dict[str, Manifest]:
+    """The manifest of every part of a folder that was committed from the inputs behind `key`, by the part's name."""
+    listing = list_folder(folder)
+    manifests = ((path.name, manifest) for path, manifest in listed_manifests(folder, listing).items())
+    return {
+        name: manifest
+        for name, manifest in manifests
+        if manifest.input_key == key and name in listing and listing[name].size == manifest.size
+    }
+
+
+def folder_manifests(folder: AnyPath) -> dict[AnyPath, Manifest]:
+    """The manifest of every part of a folder, whether or not the part is there, by the part's path."""
+    return listed_manifests(folder, list_folder(folder))
+
+
+def listed_manifests(folder: AnyPath, listing: Listing) -> dict[AnyPath, Manifest]:
+    """As `folder_manifests`, from a listing of the folder."""
+    paths = [folder / name.removesuffix(MANIFEST) for name in sorted(listing) if name.endswith(MANIFEST)]
+    _read_together([path for path in paths if _known_as(path, listing) is None], listing)
+    return {path: manifest for path in paths if (manifest := listed_manifest(path, listing)) is not None}
+
+
+def listed_manifest(path: AnyPath, listing: Listing) -> Manifest | None:
+    """The manifest of one part, None where the listing has none or it cannot be read."""
+    if manifest_path(path).name not in listing:
+        return None
+    manifest = _known_as(path, listing)
+    if manifest is None and (manifest := read_manifest(path)) is not None:
+        _known[str(path)] = listing[manifest_path(path).name], manifest
+    return manifest
+
+
+def _known_as(path: AnyPath, listing: Listing) -> Manifest | None:
+    entry, manifest = _known.get(str(path), (None, None))
+    return manifest if entry == listing[manifest_path(path).name] else None
+
+
+def _read_together(paths: list[AnyPath], listing: Listing) -> None:
+    """Read manifests of an object store many at a time; on disk one after the other is as fast."""
+    remote = [path for path in paths if not isinstance(path, Path)]
+    if not remote:
+        return
+    of_manifest = {manifest_path(path).as_posix(): path for path in remote}
+    contents = remote[0].fs.cat(list(of_manifest), on_error="omit")
+    for name, content in contents.items():
+        path = of_manifest[name]
+        try:
+            _known[str(path)] = listing[manifest_path(path).name], Manifest.model_validate_json(content)
+        except ValidationError:
+            continue

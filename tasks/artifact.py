@@ -1,0 +1,73 @@
+"""A file that tasks make: by name, key and rows; and one that is made once, whoever asks for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+from storage_schemas.commit import Manifest, committed
+from storage_schemas.files import AnyPath
+from storage_schemas.runs import lease
+from storage_schemas.workspace import Workspace
+from tasks.progress import console
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file or folder that is committed, or will be: its name for people, its input key, its place, its rows."""
+
+    name: str
+    key: str
+    path: AnyPath
+    rows: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """An artifact that is there, the seconds of work behind it, and whether it was there before."""
+
+    artifact: Artifact
+    seconds: float
+    reused: bool
+
+
+def once(
+    artifact: Artifact,
+    file: AnyPath,
+    make: Callable[[float], Manifest],
+    *,
+    beside: Sequence[AnyPath] = (),
+    alone_in: Workspace | None = None,
+) -> Made:
+    """The artifact, made unless its file is committed already; its rows are those that were committed.
+
+    Args:
+        artifact: what is made.
+        file: its path, or the file in it that is committed last.
+        make: commits the file and gives its manifest; it is given the monotonic time at which the work began.
+        beside: files without which it has to be made again.
+        alone_in: a workspace in which one process at a time makes this artifact while the others wait for it, for what
+            costs much.
+    """
+
+    def manifest_of_all() -> Manifest | None:
+        return committed(file, artifact.key) if all(committed(each, artifact.key) for each in beside) else None
+
+    with _sole_maker(alone_in, artifact, lambda: manifest_of_all() is not None) if alone_in else nullcontext():
+        manifest = manifest_of_all()
+        reused = manifest is not None
+        if manifest is None:
+            manifest = make(time.monotonic())
+    return Made(replace(artifact, rows=manifest.rows), manifest.seconds, reused)
+
+
+def _sole_maker(workspace: Workspace, artifact: Artifact, is_made: Callable[[], bool]) -> AbstractContextManager[None]:
+    """Let one process at a time into the block, and say why a process waits."""
+
+    def waiting(owner: str) -> None:
+        what = f"{artifact.name} {artifact.key}"
+        console.print(f"{what}: {owner} makes it already; waiting for it", highlight=False, soft_wrap=True)
+
+    return lease.sole_maker(workspace, artifact.key, is_made, waiting)

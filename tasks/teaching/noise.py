@@ -1,0 +1,19 @@
+"""The noise plan of the unlearning teachers."""
+
+from __future__ import annotations
+
+from fastgda_core.diffusion.noise import NoisePlan
+from tasks.config.pipeline import PipelineConfig
+
+
+def noise_plan(config: PipelineConfig, seed: int | None = None) -> NoisePlan:
+    """The run's noise plan, or the same one with other noise."""
+    teacher = config.teacher
+    return NoisePlan(
+        seed=teacher.seed if seed is None else seed,
+        timesteps=teacher.timestep_list or teacher.timesteps,
+        draws=teacher.draws,
+        first_timestep=teacher.first_timestep,
+        weights=teacher.timestep_weights,
+        antithetic=teacher.antithetic,
+    )

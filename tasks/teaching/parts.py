@@ -1,0 +1,69 @@
+"""What a run is made of: files of one kind, each made, committed and tried again alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from storage_schemas.commit import Manifest
+from storage_schemas.files import AnyPath
+from storage_schemas.listings import committed_parts
+from storage_schemas.workspace import part
+from tasks.artifact import Artifact
+
+
+class RunRefused(RuntimeError):
+    """What was made cannot be right."""
+
+
+class Parts(ABC):
+    """The files of one kind that together are an artifact.
+
+    kind: what the run's files call it; title: what people read while it is made.
+    suffix: of a part's file name.
+    artifact: the folder of the parts, their key, their rows together.
+    """
+
+    kind: ClassVar[str]
+    title: ClassVar[str]
+    suffix: ClassVar[str] = "parquet"
+    artifact: Artifact
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """How many parts there are."""
+
+    def path(self, number: int) -> AnyPath:
+        """Where a part lies, or will."""
+        return part(self.artifact.path, number, self.suffix)
+
+    def key(self, number: int) -> str:
+        """A hash of everything that the part depends on."""
+        return self.artifact.key
+
+    @abstractmethod
+    def rows(self, number: int) -> int:
+        """Rows planned in a part, for progress."""
+
+    @abstractmethod
+    def make(self, number: int) -> Manifest:
+        """Compute and commit one part."""
+
+    def committed(self) -> dict[int, Manifest]:
+        """The manifests of the parts that are there, by number, from one listing."""
+        manifests = committed_parts(self.artifact.path, self.artifact.key)
+        paths = {number: self.path(number).name for number in range(self.count)}
+        return {number: manifests[name] for number, name in paths.items() if name in manifests}
+
+    def missing(self) -> list[int]:
+        """Numbers of the parts that are not committed."""
+        there = self.committed()
+        return [number for number in range(self.count) if number not in there]
+
+    def seconds(self) -> float:
+        """Work behind the parts that are there."""
+        return sum(manifest.seconds for manifest in self.committed().values())
+
+    def check(self) -> None:  # noqa: B027  # most kinds have nothing to check
+        """Raise `RunRefused` where the parts are complete and cannot be right."""

@@ -1,0 +1,68 @@
+"""The similarity teacher: cosines of features that are extracted already; nothing is made before the scores."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastgda_core.teachers.similarity import SimilarityTeacher
+from storage_schemas.commit import input_key
+from tasks.artifact import Artifact
+from tasks.config.pipeline import PipelineConfig
+from tasks.context import Context
+from tasks.inputs.candidates import candidate_space
+from tasks.inputs.features import features_key, load_features, map_features, unreadable_items
+from tasks.teaching.cost import KindCost, Size, score_shards
+from tasks.teaching.families import Artifacts, BlockScores
+from tasks.teaching.parts import Parts
+
+
+class Similarity:
+    """See `tasks.teaching.families.Family`; the space is that of the candidates."""
+
+    def check(self, context: Context) -> None:
+        """Whatever is wrong with a feature space is said when its features are extracted."""
+
+    def artifacts(self, context: Context, samples: Artifact, queries: Artifact) -> list[Artifact]:
+        return []
+
+    def parts(self, context: Context, artifacts: Artifacts) -> list[Parts]:
+        return []
+
+    def key(self, context: Context, artifacts: Artifacts) -> str:
+        space = candidate_space(context)
+        return input_key("similarity", *(features_key(space, artifacts[name]) for name in ("samples", "queries")))
+
+    def shard_shape(self, config: PipelineConfig, queries: int) -> tuple[int, int | None]:
+        return config.teacher.shard_queries or queries, config.teacher.shard_samples
+
+    def scores(
+        self, context: Context, artifacts: Artifacts, query_numbers: list[int], train_ids: NDArray[np.int64]
+    ) -> BlockScores:
+        space, samples = candidate_space(context), artifacts["samples"]
+        left_out = unreadable_items(space, samples, train_ids.tolist())
+        good = train_ids[~np.isin(train_ids, list(left_out))]
+        queries, mapped = _features(space, samples, artifacts["queries"])
+        return BlockScores(
+            good, SimilarityTeacher().scores(queries[query_numbers], mapped[torch.from_numpy(good)]), left_out
+        )
+
+    def costs(self, config: PipelineConfig, size: Size) -> list[KindCost]:
+        shards, _ = score_shards(config, size)
+        return [KindCost("scores", shards, size.queries * size.candidates, 0.0)]
+
+    def forget(self) -> None:
+        _features.cache_clear()
+
+
+@functools.lru_cache(maxsize=1)
+def _features(space: Context, samples: Artifact, queries: Artifact) -> tuple[Tensor, Tensor]:
+    """phi of the queries, (queries, d), in memory, and of the training samples, (samples, d), mapped from a file."""
+    return load_features(space, queries, samples), map_features(space, samples)
+
+
+FAMILY = Similarity()

@@ -1,0 +1,152 @@
+"""One unlearning step per query: how the weights move when the model forgets it."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastgda_core.curvature.fisher import Fisher, load_fisher
+from fastgda_core.errors import NonFiniteLoss, UsageError
+from fastgda_core.teachers.unlearning import compress, expand, query_gradient, unlearning_update
+from storage_schemas.commit import Manifest, commit, input_key
+from storage_schemas.files import local_copy
+from storage_schemas.workspace import part
+from tasks.artifact import Artifact
+from tasks.context import Context, load_tensors
+from tasks.inputs.queries import Query, load_queries
+from tasks.teaching.parts import Parts
+
+_ERROR = "/relative_error"
+
+
+def updates_of(context: Context, latents: Artifact, curvature: Artifact, queries: Artifact) -> Artifact:
+    """Where every query's Delta theta lies, or will."""
+    config = context.config.teacher
+    training_size = config.training_size or latents.rows
+    key = input_key(
+        "updates",
+        curvature.key,
+        queries.key,
+        config.alpha,
+        training_size,
+        config.gradient_pairs,
+        config.seed,
+        config.damping,
+        config.update_rank,
+        config.precision,
+        config.objective,
+    )
+    return Artifact("unlearning steps", key, context.workspace.updates(key), queries.rows)
+
+
+class UpdateParts(Parts):
+    """Delta theta of every query, a part each."""
+
+    kind = title = "unlearning steps"
+    suffix = "safetensors"
+
+    def __init__(
+        self, context: Context, latents: Artifact, curvature: Artifact, queries: Artifact, updates: Artifact
+    ) -> None:
+        self.context, self.curvature, self.queries, self.artifact = context, curvature, queries, updates
+        self.samples = latents.rows
+
+    @property
+    def count(self) -> int:
+        return self.queries.rows
+
+    def rows(self, number: int) -> int:
+        return 1
+
+    def make(self, number: int) -> Manifest:
+        """Raises UsageError where the query's gradient is no number: no other sample could stand in for it."""
+        context, config, started = self.context, self.context.config.teacher, time.monotonic()
+        query = load_queries(self.queries)[number]
+        fisher = device_fisher(context, self.curvature)
+        try:
+            gradient = gradient_of(context, query, config.seed)
+        except NonFiniteLoss as error:
+            raise UsageError(
+                f"the loss of query {query.query_id} is no number: look at its image and caption, then take it out of "
+                "the query set or mend it"
+            ) from error
+        update = update_of(context, gradient, fisher, self.samples)
+        return commit(
+            self.path(number),
+            functools.partial(save_file, _stored(update, config.update_rank)),
+            key=self.key(number),
+            rows=1,
+            started=started,
+            device=str(context.device),
+        )
+
+
+def device_fisher(context: Context, curvature: Artifact) -> Fisher:
+    """The Fisher on the context's device, loaded once per process."""
+    return _load_fisher(curvature, context.config.teacher.damping, context.device)
+
+
+@functools.lru_cache(maxsize=2)  # a run's, and the other one of its self-consistency
+def _load_fisher(curvature: Artifact, damping: float, device: torch.device) -> Fisher:
+    return load_fisher(local_copy(curvature.path), damping).to(device)
+
+
+def gradient_of(context: Context, query: Query, seed: int) -> dict[str, Tensor]:
+    """The gradient of one query's objective, by layer; `seed` is that of its Monte-Carlo pairs."""
+    config, model = context.config.teacher, context.teacher_model()
+    gradient = query_gradient(
+        model,
+        context.layers(model),
+        model.encode_images([query.image])[0],
+        model.encode_captions([query.caption]),
+        owner=query.owner,
+        seed=seed,
+        pairs=config.gradient_pairs,
+        micro_batch=context.micro_batch("gradients"),
+    )
+    return {name: layer.float() for name, layer in gradient.items()}
+
+
+def update_of(context: Context, gradient: dict[str, Tensor], fisher: Fisher, samples: int) -> dict[str, Tensor]:
+    """Delta theta, by layer, from a query's gradient; `samples` are those of the workspace."""
+    config = context.config.teacher
+    assert config.alpha is not None
+    return unlearning_update(fisher, gradient, alpha=config.alpha, training_size=config.training_size or samples)
+
+
+def _stored(update: dict[str, Tensor], rank: int | None) -> dict[str, Tensor]:
+    error = 0.0
+    if rank is not None:
+        update, error = compress(update, rank)
+    tensors = {name: layer.cpu().contiguous() for name, layer in update.items()}
+    return {**tensors, _ERROR: torch.tensor(error, dtype=torch.float64)}
+
+
+class QueryUpdates:
+    """Delta theta of some queries by layer, (queries, d_out, d_in), a device's fill at a time."""
+
+    def __init__(self, updates: Artifact, numbers: list[int], at_a_time: int, device: torch.device) -> None:
+        self.blocks = [tuple(numbers[start : start + at_a_time]) for start in range(0, len(numbers), at_a_time)]
+        self.updates, self.device = updates, device
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for block in self.blocks:
+            yield _load(self.updates, block, self.device)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(updates: Artifact, numbers: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
+    loaded = [load_tensors(part(updates.path, number, "safetensors")) for number in numbers]
+    return expand(
+        {name: torch.stack([update[name] for update in loaded]).to(device) for name in loaded[0] if name != _ERROR}
+    )
+
+
+def relative_errors(updates: Artifact, numbers: list[int]) -> list[float]:
+    """What keeping Delta theta at a low rank lost of each query's, relative in the Frobenius norm."""
+    return [load_tensors(part(updates.path, number, "safetensors"))[_ERROR].item() for number in numbers]
