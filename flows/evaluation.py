@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
+from fastgda_core.teachers.registry import TEACHERS
 from flows.curation import plan_run
 from flows.names import named
 from tasks.artifact import Made
@@ -35,7 +36,7 @@ def judge_run(inputs: RunInputs) -> list[Made]:
         checks.append(measure_low_rank(inputs))
     if config.exact_check is not None:
         checks.append(check_against_exact(inputs, ranks))
-    if config.self_consistency is not None:
+    if config.self_consistency is not None and TEACHERS[config.teacher.name].redrawn:
         checks.append(check_self_consistency(inputs, ranks))
     publish_checks(inputs, [check.artifact for check in checks])
     announce_trust(inputs)

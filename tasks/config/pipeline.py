@@ -10,7 +10,6 @@ from pydantic import (
 )
 
 from fastgda_core.errors import UsageError
-from fastgda_core.teachers.registry import TEACHERS
 from tasks.config.distilling import EvaluationConfig, HeadConfig, StudyConfig
 from tasks.config.execution import ExecutionConfig
 from tasks.config.inputs import CandidatesConfig, DataConfig, FeaturesConfig, QueriesConfig, SplitConfig
@@ -58,10 +57,6 @@ class PipelineConfig(Section):
                     "lower it"
                 )
         if self.self_consistency is not None:
-            if not TEACHERS[self.teacher.name].redrawn:
-                raise ValueError(
-                    f"self_consistency draws the teacher again, and {self.teacher.name} would stay the same: remove it"
-                )
             again = self.self_consistency.queries or 0
             if tests is not None and again > tests:
                 raise ValueError(

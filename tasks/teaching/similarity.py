@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,6 +21,9 @@ from tasks.teaching.parts import Parts
 
 class Similarity:
     """See `tasks.teaching.families.Family`; the space is that of the candidates."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, tuple[Tensor, Tensor]] = {}  # by key, at most one
 
     def check(self, context: Context) -> None:
         """Whatever is wrong with a feature space is said when its features are extracted."""
@@ -46,23 +47,27 @@ class Similarity:
         space, samples = candidate_space(context), artifacts["samples"]
         left_out = unreadable_items(space, samples, train_ids.tolist())
         good = train_ids[~np.isin(train_ids, list(left_out))]
-        queries, mapped = _features(space, samples, artifacts["queries"])
-        return BlockScores(
-            good, SimilarityTeacher().scores(queries[query_numbers], mapped[torch.from_numpy(good)]), left_out
-        )
+        queries, mapped = self._features(context, artifacts)
+        scores = SimilarityTeacher().scores(queries[query_numbers], mapped[torch.from_numpy(good)])
+        return BlockScores(good, scores, left_out)
 
     def costs(self, config: PipelineConfig, size: Size) -> list[KindCost]:
         shards, _ = score_shards(config, size)
         return [KindCost("scores", shards, size.queries * size.candidates, 0.0)]
 
     def forget(self) -> None:
-        _features.cache_clear()
+        self._loaded.clear()
 
+    def _features(self, context: Context, artifacts: Artifacts) -> tuple[Tensor, Tensor]:
+        """phi of the queries, (queries, d), in memory, and of the training samples, (samples, d), mapped from a file.
 
-@functools.lru_cache(maxsize=1)
-def _features(space: Context, samples: Artifact, queries: Artifact) -> tuple[Tensor, Tensor]:
-    """phi of the queries, (queries, d), in memory, and of the training samples, (samples, d), mapped from a file."""
-    return load_features(space, queries, samples), map_features(space, samples)
+        They are kept from one shard to the next.
+        """
+        key = self.key(context, artifacts)
+        if key not in self._loaded:
+            space, samples = candidate_space(context), artifacts["samples"]
+            self._loaded = {key: (load_features(space, artifacts["queries"], samples), map_features(space, samples))}
+        return self._loaded[key]
 
 
 FAMILY = Similarity()
