@@ -1,7 +1,7 @@
 """The `fastgda` command without its imports: each command runs in a fork of a process that has them behind it.
 
 A command of a test takes seconds to import torch, diffusers and Prefect, and often little else; the rest is the real
-thing: arguments, environment, folder, both outputs, exit code. Tests about processes start `fastgda` itself.
+thing: arguments, environment, folder, input and both outputs, exit code. Tests about processes start `fastgda` itself.
 """
 
 from __future__ import annotations
@@ -15,20 +15,32 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _HEADER = 8
+# What a shell runs as `fastgda`; without site-packages it starts in 30 ms.
+_CLIENT = """#!{python} -IS
+import json, os, socket, sys
+link = socket.socket(socket.AF_UNIX)
+link.connect({address!r})
+order = json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]).encode()
+socket.send_fds(link, [len(order).to_bytes(8, "big")], [0, 1, 2])
+link.sendall(order)
+sys.exit(int.from_bytes(link.recv(8), "big", signed=True))
+"""
 
 
 def run(arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """As `subprocess.run(["fastgda", *arguments], env=environment, capture_output=True, text=True)`."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        link = _zygote()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, socket.socket(socket.AF_UNIX) as link:
+        link.connect(_address())
         order = json.dumps([list(arguments), dict(environment), str(Path.cwd())]).encode()
-        link.sendall(len(order).to_bytes(_HEADER, "big") + order)
-        socket.send_fds(link, [b"x"], [out.fileno(), err.fileno()])
+        fds = [sys.__stdin__.fileno() if sys.__stdin__ else 0, out.fileno(), err.fileno()]
+        socket.send_fds(link, [len(order).to_bytes(_HEADER, "big")], fds)
+        link.sendall(order)
         code = int.from_bytes(_received(link, _HEADER), "big", signed=True)
         texts = []
         for file in (out, err):
@@ -37,14 +49,25 @@ def run(arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.
     return subprocess.CompletedProcess(["fastgda", *arguments], code, *texts)
 
 
+def write_command(folder: Path) -> None:
+    """Put a `fastgda` into a folder for shells to find, which does the same."""
+    command = folder / "fastgda"
+    command.write_text(_CLIENT.format(python=sys.executable, address=_address()))
+    command.chmod(0o755)
+
+
 @functools.cache
-def _zygote() -> socket.socket:
-    """The process that forks, one for each process of tests; it ends with its end of the socket."""
-    ours, theirs = socket.socketpair()
-    command = [sys.executable, "-m", "tests.warm", str(theirs.fileno())]
-    subprocess.Popen(command, cwd=Path(__file__).parents[1], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-    theirs.close()
-    return ours
+def _address() -> str:
+    """Socket of the process that forks, one for each process of tests; it ends when that one does."""
+    address = tempfile.mkdtemp(prefix="warm-") + "/socket"
+    ours, theirs = os.pipe()
+    command = [sys.executable, "-m", "tests.warm", address, str(ours)]
+    subprocess.Popen(command, cwd=Path(__file__).parents[1], pass_fds=[ours], stdin=subprocess.DEVNULL)
+    os.close(ours)
+    os.set_inheritable(theirs, False)
+    while not Path(address).exists():
+        time.sleep(0.05)
+    return address
 
 
 def _received(link: socket.socket, size: int) -> bytes:
@@ -57,7 +80,7 @@ def _received(link: socket.socket, size: int) -> bytes:
     return found
 
 
-def _serve(link: socket.socket) -> None:
+def _serve(address: str, alive: int) -> None:
     # The first says how little Prefect logs.
     for name in (
         "flows.commands.main",
@@ -71,31 +94,45 @@ def _serve(link: socket.socket) -> None:
     for name in ("CLIPTextModel", "CLIPTokenizer", "BertModel", "BertTokenizerFast"):
         getattr(importlib.import_module("transformers"), name)
 
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(f"{address}-")
+    listening.listen(64)
+    Path(f"{address}-").rename(address)
+    if os.fork() == 0:  # ends the whole with whoever started it, whose end of the pipe closes then
+        os.read(alive, 1)
+        os.killpg(0, 9)
+    os.close(alive)
     while True:
-        try:
-            arguments, environment, folder = json.loads(
-                _received(link, int.from_bytes(_received(link, _HEADER), "big"))
-            )
-        except EOFError:
-            return
-        _, outputs, _, _ = socket.recv_fds(link, 1, 2)
-        pid = os.fork()
-        if pid == 0:
-            link.close()
-            _become(arguments, environment, folder, outputs)
-        for output in outputs:
-            os.close(output)
-        _, status = os.waitpid(pid, 0)
-        link.sendall(os.waitstatus_to_exitcode(status).to_bytes(_HEADER, "big", signed=True))
+        link, _ = listening.accept()
+        if os.fork() == 0:
+            if os.fork() == 0:
+                listening.close()
+                _answer(link)
+            os._exit(0)
+        os.wait()
+        link.close()
 
 
-def _become(arguments: list[str], environment: dict[str, str], folder: str, outputs: list[int]) -> None:
+def _answer(link: socket.socket) -> None:
+    """Run the command that is asked for in a child, and tell its exit code."""
+    header, fds, _, _ = socket.recv_fds(link, _HEADER, 3)
+    arguments, environment, folder = json.loads(_received(link, int.from_bytes(header, "big")))
+    pid = os.fork()
+    if pid == 0:
+        link.close()
+        _become(arguments, environment, folder, fds)
+    _, status = os.waitpid(pid, 0)
+    link.sendall(os.waitstatus_to_exitcode(status).to_bytes(_HEADER, "big", signed=True))
+    os._exit(0)
+
+
+def _become(arguments: list[str], environment: dict[str, str], folder: str, fds: list[int]) -> None:
     """The command, from here to the end of this process."""
     from prefect.context import refresh_global_settings_context
 
-    for output, number in zip(outputs, (1, 2), strict=True):
-        os.dup2(output, number)
-        os.close(output)
+    for number, fd in enumerate(fds):
+        os.dup2(fd, number)
+        os.close(fd)
     os.chdir(folder)
     os.environ.update(environment)
     sys.argv = ["fastgda", *arguments]
@@ -114,4 +151,5 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, outp
 
 
 if __name__ == "__main__":
-    _serve(socket.socket(fileno=int(sys.argv[1])))
+    os.setsid()
+    _serve(sys.argv[1], int(sys.argv[2]))

@@ -19,6 +19,7 @@ from storage_schemas.snapshots.published import read_published
 from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
 from tasks.demo.openmoji import CONFIG, list_openmoji
+from tests import warm
 from tests.flows.pipeline_case import environment, fastgda, lay_out
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +69,8 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, hom
 
 
 def run_in(folder: Path, command: str, home: Path) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    warm.write_command(folder)
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     run = read_published(Workspace(folder / "demo" / "workspace")).run
     return subprocess.run(
         ["bash", "-c", command],
