@@ -12,7 +12,7 @@ from tasks.config.pipeline import PipelineConfig
 from tasks.context import open_context
 from tasks.distilling.labels import extract_query_features, read_labels
 from tasks.distilling.publish import rank_scores
-from tasks.distilling.versions import latest_index, read_head, read_index_head, space_of_head
+from tasks.distilling.versions import latest_index, read_head, read_index, space_of_head
 from tasks.inputs.features import extract_features
 from tasks.judging.head import measure_head
 from tasks.judging.kept_checks import publish_checks, read_checks
@@ -47,10 +47,10 @@ def judge_run(inputs: RunInputs) -> list[Made]:
 def evaluate(config: PipelineConfig, index: str | None = None) -> Evaluation:
     """Measure an index, by default the newest, on the test queries; past the floors it is promoted, and served."""
     context = open_context(config)
-    built, head = read_index_head(context.workspace, index or latest_index(context.workspace))
-    trained, description = read_head(context.workspace, head)
-    context = space_of_head(context, description)
-    labels = read_labels(context, description.get("snapshot"))
+    built, index_record = read_index(context.workspace, index or latest_index(context.workspace))
+    trained, record = read_head(context.workspace, index_record.head)
+    context = space_of_head(context, record)
+    labels = read_labels(context, record.snapshot)
     extract_features(context, labels.samples)
     extract_query_features(context, labels)
     checks = read_checks(context.workspace, labels.run)

@@ -19,9 +19,9 @@ from tasks.reporting.announcements import announce_index
 def rebuild_index(config: PipelineConfig, head: str | None = None) -> Made:
     """An index version from a head, by default the newest; nobody is served from it before it is promoted."""
     context = open_context(config)
-    trained, description = read_head(context.workspace, head or latest_head(context.workspace))
-    context = space_of_head(context, description)
-    labels = read_labels(context, description.get("snapshot"))
+    trained, record = read_head(context.workspace, head or latest_head(context.workspace))
+    context = space_of_head(context, record)
+    labels = read_labels(context, record.snapshot)
     features = extract_features(context, labels.samples).artifact
     index = build_search_index(context, labels.samples, features, trained)
     announce_index(context, index.artifact, trained)

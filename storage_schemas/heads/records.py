@@ -1,14 +1,133 @@
-"""What is written down of rank heads and indexes."""
+"""What is written down of rank heads, indexes and checks of a teacher: three JSON files, each with its model."""
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from typing import NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from storage_schemas.errors import StoreError
-from storage_schemas.files import AnyPath, read_if_there
+from storage_schemas.files import AnyPath, read_if_there, write_atomically
 from storage_schemas.runs.ledger import read_run
 from storage_schemas.workspace import Workspace
+
+HEAD_FILE, INDEX_FILE = "head.json", "index.json"
+Record = TypeVar("Record", bound=BaseModel)
+
+
+class Epoch(BaseModel):
+    """One epoch of a head's training."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    loss: float
+    validation_map: float
+
+
+class HeadRecord(BaseModel):
+    """`heads/<version>/head.json`: the feature space of a rank head, and what it learned from or came from.
+
+    Heads of earlier releases say less, and did not centre their features.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    feature_space: str
+    features: int | None = Field(default=None, description="width of phi")
+    feature_weights: dict[str, str] = Field(default_factory=dict, description="of an encoder: folder or hub id")
+    feature_weights_keys: dict[str, str] = Field(default_factory=dict, description="what tells these from others")
+    unit_length: bool = True
+    centre: bool = False
+    loss: str | None = None
+    run: str | None = Field(default=None, description="the last run of its snapshot")
+    snapshot: str | None = None
+    best_epoch: int | None = Field(default=None, description="the epoch kept, from 0")
+    history: list[Epoch] = Field(default_factory=list)
+    imported_from: str | None = Field(default=None, description="file name of a checkpoint of FastGDA's release")
+    sha256: str | None = Field(default=None, description="of that file")
+    origin: str = Field(default="", description="the Prefect flow run that it was made in")
+    code_version: str = ""
+
+    @property
+    def validation_map(self) -> float | None:
+        """mAP on the validation queries of the epoch kept."""
+        return None if self.best_epoch is None else self.history[self.best_epoch].validation_map
+
+
+class IndexRecord(BaseModel):
+    """`indexes/<version>/index.json`: whose vectors an index holds, and which samples its train_ids number.
+
+    Indexes of earlier releases do not say which samples.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    head: str = Field(default="", description="version of the head")
+    samples: str | None = Field(default=None, description="the table of samples, relative to the workspace")
+    origin: str = Field(default="", description="the Prefect flow run that it was made in")
+    code_version: str = ""
+
+
+class CheckRecord(NamedTuple):
+    """One check of a run's teacher; the path is relative to the workspace."""
+
+    key: str
+    path: str
+    rows: int
+
+
+class TeacherChecks(RootModel[dict[str, CheckRecord]]):
+    """`runs/<run>/checks.json`: what is known of the run's teacher, by the name of the check."""
+
+
+def as_json(record: BaseModel) -> bytes:
+    """A record as it stands in its file."""
+    return record.model_dump_json(indent=2, exclude_none=True).encode() + b"\n"
+
+
+def read_head_record(head: AnyPath) -> HeadRecord:
+    """What is written down of the head in this folder.
+
+    Raises:
+        StoreError: there is no such file, or it is damaged.
+    """
+    content = read_if_there(head / HEAD_FILE)
+    if content is None:
+        raise StoreError(f"{head / HEAD_FILE} is gone: `fastgda train CONFIG` makes the head again")
+    return _parsed(HeadRecord, content, head / HEAD_FILE)
+
+
+def read_index_record(index: AnyPath) -> IndexRecord:
+    """What is written down of the index in this folder; nothing where there is no file.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    return _parsed(IndexRecord, read_if_there(index / INDEX_FILE) or b"{}", index / INDEX_FILE)
+
+
+def read_checks_record(workspace: Workspace, run: str) -> dict[str, CheckRecord]:
+    """What is known of a run's teacher; nothing before it was judged.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    path = workspace.checks(run)
+    return _parsed(TeacherChecks, read_if_there(path) or b"{}", path).root
+
+
+def write_checks_record(workspace: Workspace, run: str, checks: dict[str, CheckRecord]) -> None:
+    """Replace what is known of a run's teacher."""
+    write_atomically(workspace.checks(run), as_json(TeacherChecks(checks)))
+
+
+def _parsed(model: type[Record], content: bytes, path: AnyPath) -> Record:
+    try:
+        return model.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "all"
+        raise StoreError(f"{path} is damaged ({where}: {first['msg']}): `fastgda verify` says what else is") from None
 
 
 def index_samples(workspace: Workspace, head: AnyPath, index: AnyPath) -> str:
@@ -19,17 +138,12 @@ def index_samples(workspace: Workspace, head: AnyPath, index: AnyPath) -> str:
     Raises:
         StoreError: such an index has a head that learned from no snapshot.
     """
-    samples, learned = index_description(index).get("samples"), json.loads(read_if_there(head / "head.json") or b"{}")
-    if samples is None and learned.get("snapshot"):
-        samples = read_run(workspace, learned["run"]).samples
+    samples = read_index_record(index).samples
+    if samples is None and (learned := read_head_record(head)).snapshot and learned.run:
+        samples = read_run(workspace, learned.run).samples
     if samples is None:
         raise StoreError(
             f"{index} does not say which training data it is of: `fastgda index CONFIG --head {head.name}` "
             "writes it down"
         )
-    return str(samples)
-
-
-def index_description(index: AnyPath) -> dict[str, Any]:
-    """An index version's `index.json`; empty where there is none."""
-    return dict(json.loads(read_if_there(index / "index.json") or b"{}"))
+    return samples

@@ -37,6 +37,7 @@ from storage_schemas.database import (
 )
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, matching, temporary_name
+from storage_schemas.heads.records import HEAD_FILE, read_head_record
 from storage_schemas.indexed_samples import Indexed, read_indexed
 from storage_schemas.runs.ledger import read_compaction, read_run, run_names
 from storage_schemas.runs.records import Part
@@ -317,17 +318,16 @@ def _run_rows(workspace: Workspace, state: _State, ledgers: list[pa.Table]) -> p
 
 def _head_rows(workspace: Workspace, state: _State) -> pa.Table:
     rows = []
-    for path in matching(workspace.root / "heads", "*/head.json"):
-        head = json.loads(path.read_bytes())
-        version, best_epoch = path.parent.name, head.get("best_epoch")
+    for path in matching(workspace.root / "heads", f"*/{HEAD_FILE}"):
+        head = read_head_record(path.parent)
         rows.append(
             {
-                "head": version,
-                "run": head.get("run", ""),
-                "snapshot": head.get("snapshot", ""),
-                "feature_space": head["feature_space"],
-                "best_epoch": best_epoch,
-                "validation_map": None if best_epoch is None else head["history"][best_epoch]["validation_map"],
+                "head": path.parent.name,
+                "run": head.run or "",
+                "snapshot": head.snapshot or "",
+                "feature_space": head.feature_space,
+                "best_epoch": head.best_epoch,
+                "validation_map": head.validation_map,
                 "served": bool(state.published and state.published.head == workspace.relative(path.parent)),
             }
         )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from fastgda_core.errors import UsageError
+from storage_schemas.heads.records import HeadRecord
 from storage_schemas.workspace import Workspace
 from tasks.config.inputs import FeaturesConfig
 from tasks.inputs.features import weights_key
@@ -16,42 +16,42 @@ ENVIRONMENT = "FASTGDA_ENCODERS"
 _INSIDE = "./"  # before a path seen from the workspace's folder: a hub id begins otherwise
 
 
-def described(space: FeaturesConfig, workspace: Workspace) -> dict[str, Any]:
-    """What `head.json` says of a head's feature space; `described_space` reads it."""
-    return {
-        "feature_space": space.space,
-        "feature_weights": {name: _named(source, workspace) for name, source in space.weights.items()},
-        "feature_weights_keys": {name: weights_key(source) for name, source in space.weights.items()},
-        "unit_length": space.unit_length,
-        "centre": space.centre,
-    }
+def space_record(space: FeaturesConfig, workspace: Workspace) -> HeadRecord:
+    """What is written down of a head's feature space; `recorded_space` reads it."""
+    return HeadRecord(
+        feature_space=space.space,
+        feature_weights={name: _named(source, workspace) for name, source in space.weights.items()},
+        feature_weights_keys={name: weights_key(source) for name, source in space.weights.items()},
+        unit_length=space.unit_length,
+        centre=space.centre,
+    )
 
 
-def described_space(
-    description: dict[str, Any], workspace: Workspace, configured: Mapping[str, str] | None = None
+def recorded_space(
+    record: HeadRecord, workspace: Workspace, configured: Mapping[str, str] | None = None
 ) -> FeaturesConfig:
-    """The feature space of a head by its `head.json`; those of earlier releases say less, and did not centre.
+    """The feature space of a head.
 
     Weights that lie outside of the workspace may lie elsewhere on this machine: where a configuration says, or under
     the encoder's name in the folder that FASTGDA_ENCODERS names.
 
     Args:
-        description: the content of `head.json`.
+        record: what is written down of the head.
         workspace: the head's.
         configured: weights of encoders by a configuration of this machine.
 
     Raises:
         UsageError: the weights found elsewhere are others.
     """
-    keys = description.get("feature_weights_keys", {})
+    keys = record.feature_weights_keys
     return FeaturesConfig(
-        space=description["feature_space"],
+        space=record.feature_space,
         weights={
             name: _found(name, source, workspace, keys.get(name), configured or {})
-            for name, source in description.get("feature_weights", {}).items()
+            for name, source in record.feature_weights.items()
         },
-        unit_length=description.get("unit_length", True),
-        centre=description.get("centre", False),
+        unit_length=record.unit_length,
+        centre=record.centre,
     )
 
 

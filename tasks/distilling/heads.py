@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +19,14 @@ from fastgda_core.ranking.head import load_release_checkpoint, save_head
 from fastgda_core.ranking.losses import LOSSES
 from storage_schemas.commit import Manifest, code_version, commit, input_key
 from storage_schemas.files import AnyPath, file_sha256
+from storage_schemas.heads.records import HEAD_FILE, Epoch, as_json
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made, once
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
 from tasks.devices import pick_device
-from tasks.distilling.head_space import described
-from tasks.distilling.loss_curve import loss_curve
+from tasks.distilling.head_space import space_record
+from tasks.distilling.loss_curve import LOSS_CURVE, loss_curve
 from tasks.distilling.ranks import (
     candidate_scores,
     rank_pairs,
@@ -57,26 +57,29 @@ def fit_rank_head(
 
     def make(started: float) -> Manifest:
         data, trained = _train(context, samples, queries, ranks, _checkpoints(folder))
-        description = {
-            "loss": config.head.loss,
-            "features": data.sample_features.shape[1],
-            **described(config.features, context.workspace),
-            "run": run_behind(context.workspace, ranks),
-            "snapshot": ranks.key,
-            "origin": flow_run.get_id() or "",
-            "code_version": code_version(),
-            "best_epoch": trained.best_epoch,
-            "history": [{"loss": loss, "validation_map": value} for loss, value in trained.history],
-        }
+        record = space_record(config.features, context.workspace).model_copy(
+            update={
+                "loss": config.head.loss,
+                "features": data.sample_features.shape[1],
+                "run": run_behind(context.workspace, ranks),
+                "snapshot": ranks.key,
+                "best_epoch": trained.best_epoch,
+                "history": [Epoch(loss=loss, validation_map=value) for loss, value in trained.history],
+                "origin": flow_run.get_id() or "",
+                "code_version": code_version(),
+            }
+        )
         epochs = len(trained.history)
         table = "".join(f"{epoch},{loss},{value}\n" for epoch, (loss, value) in enumerate(trained.history, start=1))
         contents = {
             "training.csv": f"epoch,loss,validation_map\n{table}".encode(),
-            "training.png": loss_curve(description, config.evaluation.validation_cutoff),
-            "head.json": json.dumps(description, indent=2).encode() + b"\n",
+            LOSS_CURVE: loss_curve(record, config.evaluation.validation_cutoff),
+            HEAD_FILE: as_json(record),
         }
         for name, content in contents.items():
-            commit(folder / name, _writer(content), key=key, rows=epochs, started=started)
+            commit(
+                folder / name, functools.partial(Path.write_bytes, data=content), key=key, rows=epochs, started=started
+            )
         manifest = commit(
             folder / "head.safetensors",
             functools.partial(save_head, trained.head),
@@ -116,13 +119,6 @@ def _train(
         return data, train_head(data, training, lambda: advance(1), checkpoints)
 
 
-def _writer(content: bytes) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        path.write_bytes(content)
-
-    return write
-
-
 def _checkpoints(folder: AnyPath) -> Path | None:
     """Where a training keeps what it needs to go on after a crash; none in an object store."""
     return folder / "checkpoints" if isinstance(folder, Path) else None
@@ -151,15 +147,10 @@ def import_head(config: PipelineConfig, checkpoint: Path) -> Made:
     folder = workspace.head(key)
 
     def make(started: float) -> Manifest:
-        description = {
-            "features": head.features,
-            **described(space, workspace),
-            "imported_from": checkpoint.name,
-            "sha256": sha256,
-            "code_version": code_version(),
-        }
-        content = json.dumps(description, indent=2).encode() + b"\n"
-        commit(folder / "head.json", _writer(content), key=key, rows=1, started=started)
+        came_from = {"features": head.features, "imported_from": checkpoint.name, "sha256": sha256}
+        record = space_record(space, workspace).model_copy(update={**came_from, "code_version": code_version()})
+        write_record = functools.partial(Path.write_bytes, data=as_json(record))
+        commit(folder / HEAD_FILE, write_record, key=key, rows=1, started=started)
         write = functools.partial(save_head, head)
         return commit(folder / "head.safetensors", write, key=key, rows=0, started=started)
 

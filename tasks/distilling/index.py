@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 import time
+from pathlib import Path
 
 import numpy as np
 from prefect import task
@@ -18,7 +18,7 @@ from fastgda_core.search.index import build_index, write_index
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, code_version, commit, commit_table, input_key
 from storage_schemas.files import AnyPath
-from storage_schemas.heads.records import index_description
+from storage_schemas.heads.records import INDEX_FILE, IndexRecord, as_json, read_index_record
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made, once
 from tasks.context import Context, load_tensors
@@ -60,7 +60,7 @@ def build_search_index(context: Context, samples: Artifact, features: Artifact, 
             advance(samples.rows)
         rows = tables.INDEX_IDS.rows(train_id=train_ids)
         commit_table(folder / "ids.parquet", rows, tables.INDEX_IDS, key=key, started=started)
-        _describe_index(context.workspace, folder, key, head, samples)
+        _write_record(context.workspace, folder, key, head, samples)
         if mean is not None:
             save_mean = functools.partial(save_file, {"mean": mean})
             commit(folder / INDEX_MEAN, save_mean, key=key, rows=samples.rows, started=started)
@@ -70,17 +70,17 @@ def build_search_index(context: Context, samples: Artifact, features: Artifact, 
     beside = [folder / INDEX_MEAN] if mean is not None else []
     artifact = Artifact("index", key, folder, samples.rows)
     made = once(artifact, folder / "index.faiss", make, beside=beside, alone_in=context.workspace)
-    if "samples" not in index_description(folder):  # of an earlier release
-        _describe_index(context.workspace, folder, key, head, samples)
+    if read_index_record(folder).samples is None:  # of an earlier release
+        _write_record(context.workspace, folder, key, head, samples)
     return made
 
 
-def _describe_index(workspace: Workspace, folder: AnyPath, key: str, head: Artifact, samples: Artifact) -> None:
-    description = {
-        "head": head.key,
-        "samples": workspace.relative(samples.path),
-        "origin": flow_run.get_id() or "",
-        "code_version": code_version(),
-    }
-    text, started = json.dumps(description) + "\n", time.monotonic()
-    commit(folder / "index.json", lambda path: path.write_text(text), key=key, rows=1, started=started)
+def _write_record(workspace: Workspace, folder: AnyPath, key: str, head: Artifact, samples: Artifact) -> None:
+    record = IndexRecord(
+        head=head.key,
+        samples=workspace.relative(samples.path),
+        origin=flow_run.get_id() or "",
+        code_version=code_version(),
+    )
+    write = functools.partial(Path.write_bytes, data=as_json(record))
+    commit(folder / INDEX_FILE, write, key=key, rows=1, started=time.monotonic())

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+
+from storage_schemas.heads.records import HeadRecord
+
+LOSS_CURVE = "training.png"  # beside a trained head
 
 
-def loss_curve(head: dict[str, Any], cutoff: int, *, format: str = "png") -> bytes:
-    """Training loss and validation mAP per epoch, from a `head.json`; PNG or SVG."""
+def loss_curve(head: HeadRecord, cutoff: int, *, format: str = "png") -> bytes:
+    """Training loss and validation mAP per epoch, of a head that was trained here; PNG or SVG."""
     from matplotlib.figure import Figure
 
-    history, best_epoch = head["history"], head["best_epoch"]
+    history, best_epoch = head.history, head.best_epoch
     epochs = range(1, len(history) + 1)
     figure = Figure(figsize=(9.6, 2.6), layout="constrained")
     loss_axis, map_axis = figure.subplots(1, 2)
-    loss_axis.plot(epochs, [point["loss"] for point in history], color="#2b6cb0", marker="o", markersize=3)
-    loss_axis.set(title=f"Training loss ({head['loss']})", xlabel="epoch")
-    map_axis.plot(epochs, [point["validation_map"] for point in history], color="#2f855a", marker="o", markersize=3)
+    loss_axis.plot(epochs, [point.loss for point in history], color="#2b6cb0", marker="o", markersize=3)
+    loss_axis.set(title=f"Training loss ({head.loss})", xlabel="epoch")
+    map_axis.plot(epochs, [point.validation_map for point in history], color="#2f855a", marker="o", markersize=3)
+    assert best_epoch is not None
     map_axis.axvline(best_epoch + 1, color="#a0aec0", linestyle="--", linewidth=1)
     map_axis.set(title=f"Validation mAP({cutoff}), epoch kept dashed", xlabel="epoch")
     for axis in (loss_axis, map_axis):

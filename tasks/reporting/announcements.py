@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 
 from storage_schemas.heads.metrics_history import metrics_history
@@ -11,7 +10,7 @@ from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact
 from tasks.context import Context
 from tasks.distilling.labels import Labels
-from tasks.distilling.loss_curve import loss_curve
+from tasks.distilling.loss_curve import LOSS_CURVE
 from tasks.reporting.attribution_sheet import attribution_sheet
 from tasks.serving.promotion import Evaluation
 from tasks.teaching.run import RunInputs
@@ -46,9 +45,8 @@ def announce_trust(inputs: RunInputs) -> None:
 
 def announce_head(context: Context, head: Artifact, labels: Labels) -> None:
     """A head is trained; its loss curve."""
-    history = json.loads((head.path / "head.json").read_text())
-    cutoff = context.config.evaluation.validation_cutoff
-    publish_image(f"loss {head.key}", loss_curve(history, cutoff), f"Training of head {head.key}")
+    curve = (head.path / LOSS_CURVE).read_bytes()
+    publish_image(f"loss {head.key}", curve, f"Training of head {head.key}")
     publish_markdown(
         f"head {head.key}",
         f"head `{head.key}`, trained on snapshot `{labels.ranks.key}` of run `{labels.run}`\n\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from fastgda_core.diffusion.objective import Objective
 from fastgda_core.evaluation.ranking_metrics import descending_ranks, top_mask
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit, input_key
+from storage_schemas.heads.records import read_head_record
 from tasks.artifact import Artifact, Made, once
 from tasks.context import Context
 from tasks.distilling.loss_curve import loss_curve
@@ -79,7 +79,7 @@ _TEMPLATE = Path(__file__).with_name("templates") / "report.html"
 
 def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: list[Made]) -> str:
     metrics = tables.read(artifacts["evaluation"].path, tables.METRICS).to_pylist()
-    head = json.loads((artifacts["rank head"].path / "head.json").read_text())
+    head = read_head_record(artifacts["rank head"].path)
     means = {(row["metric"], row["space"], row["cutoff"]): row for row in metrics if not row["query_id"]}
     curve = loss_curve(head, context.config.evaluation.validation_cutoff, format="svg").decode()
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_TEMPLATE.read_text())

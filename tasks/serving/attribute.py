@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +13,11 @@ from fastgda_core.features import concatenate
 from fastgda_core.images import as_rgb
 from fastgda_core.search.index import read_index, search
 from storage_schemas.files import local_copy
-from storage_schemas.heads.records import index_samples
+from storage_schemas.heads.records import index_samples, read_head_record
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.workspace import Workspace
 from tasks.devices import pick_device
-from tasks.distilling.head_space import described_space
+from tasks.distilling.head_space import recorded_space
 from tasks.distilling.index import read_index_mean
 from tasks.distilling.versions import load_trained_head
 from tasks.inputs.features import load_encoders
@@ -48,7 +47,7 @@ class AttributionService:
         self.device = pick_device(str(published.config.get("device", "auto")))
         head = workspace.file(published.head)
         # The head's own space: a run that was published since may have been configured with another.
-        space = described_space(json.loads((head / "head.json").read_text()), workspace)
+        space = recorded_space(read_head_record(head), workspace)
         self.unit_length = space.unit_length
         self.encoders = load_encoders(space, self.device)
         self.head = load_trained_head(head)

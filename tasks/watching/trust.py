@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -11,7 +10,7 @@ from fastgda_core.diffusion.objective import Objective
 from fastgda_core.evaluation.twins import TwinTest
 from storage_schemas import tables
 from storage_schemas.errors import StoreError
-from storage_schemas.files import AnyPath
+from storage_schemas.heads.records import read_checks_record
 from storage_schemas.runs.ledger import read_run
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.tables import PSEUDO, TWIN
@@ -105,9 +104,9 @@ def _summary(kind: str, test: TwinTest) -> str:
 def trust_in(workspace: Workspace, run: str) -> Trust:
     """What the checks of a run have found so far; nothing of a run that was never judged."""
     rows = _of_the_head(workspace, run)
-    for name, (_, path, _) in check_paths(workspace, run).items():
+    for name, check in read_checks_record(workspace, run).items():
         if name != "exact check":  # pairs, not metrics
-            rows += tables.read(path, tables.METRICS).to_pylist()
+            rows += tables.read(workspace.file(check.path), tables.METRICS).to_pylist()
     return trust_of(rows, _objective(workspace, run))
 
 
@@ -144,15 +143,6 @@ def _of_the_head(workspace: Workspace, run: str) -> list[dict[str, Any]]:
         return []
     rows = tables.read(workspace.file(published.metrics), tables.METRICS).to_pylist()
     return [row for row in rows if row["space"] == HEAD]
-
-
-def check_paths(workspace: Workspace, run: str) -> dict[str, tuple[str, AnyPath, int]]:
-    """Key, path and rows of each check of a run's teacher, by its name; none before it was judged."""
-    try:
-        named = json.loads(workspace.checks(run).read_bytes())
-    except FileNotFoundError:
-        return {}
-    return {name: (key, workspace.file(path), rows) for name, (key, path, rows) in named.items()}
 
 
 def _objective(workspace: Workspace, run: str) -> Objective:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,10 +11,11 @@ from transformers import ViTConfig, ViTModel
 
 from fastgda_core.errors import UsageError
 from fastgda_core.ranking.head import RankHead
+from storage_schemas.heads.records import HeadRecord, as_json
 from storage_schemas.workspace import Workspace
 from tasks.config.inputs import FeaturesConfig
 from tasks.config.pipeline import PipelineConfig
-from tasks.distilling.head_space import described, described_space
+from tasks.distilling.head_space import recorded_space, space_record
 from tasks.distilling.heads import import_head
 from tests.tasks.configs import document
 
@@ -45,10 +45,10 @@ def test_an_imported_head_is_keyed_by_the_content_of_its_encoders_weights(tmp_pa
 def test_weights_inside_the_workspace_move_with_it(tmp_path: Path, weights: Path) -> None:
     shutil.copytree(weights, tmp_path / "before" / "encoders" / "dino")
     space = FeaturesConfig(space="dino", weights={"dino": str(tmp_path / "before" / "encoders" / "dino")})
-    text = json.dumps(described(space, Workspace.at(tmp_path / "before")))
-    assert str(tmp_path) not in text
+    text = as_json(space_record(space, Workspace.at(tmp_path / "before")))
+    assert str(tmp_path).encode() not in text
     (tmp_path / "before").rename(tmp_path / "after")
-    found = described_space(json.loads(text), Workspace.at(tmp_path / "after"))
+    found = recorded_space(HeadRecord.model_validate_json(text), Workspace.at(tmp_path / "after"))
     assert found.weights == {"dino": str(tmp_path / "after" / "encoders" / "dino")}
 
 
@@ -57,16 +57,16 @@ def test_weights_outside_of_it_are_found_where_this_machine_has_them(
 ) -> None:
     workspace = Workspace.at(tmp_path / "workspace")
     space = FeaturesConfig(space="dino+clip", weights={"dino": str(weights), "clip": "a/hub-id"})
-    description = json.loads(json.dumps(described(space, workspace)))
-    assert described_space(description, workspace) == space.model_copy(update={"centre": True})
+    record = HeadRecord.model_validate_json(as_json(space_record(space, workspace)))
+    assert recorded_space(record, workspace) == space.model_copy(update={"centre": True})
     weights.parent.rename(tmp_path / "mounted")
     with pytest.raises(UsageError, match="FASTGDA_ENCODERS"):
-        described_space(description, workspace)
+        recorded_space(record, workspace)
     here = {"dino": str(tmp_path / "mounted" / "dino"), "clip": "a/hub-id"}
-    assert described_space(description, workspace, {"dino": here["dino"]}).weights == here
+    assert recorded_space(record, workspace, {"dino": here["dino"]}).weights == here
     monkeypatch.setenv("FASTGDA_ENCODERS", str(tmp_path / "mounted"))
-    assert described_space(description, workspace).weights == here
+    assert recorded_space(record, workspace).weights == here
     with (tmp_path / "mounted" / "dino" / "config.json").open("a") as file:
         file.write("\n")
     with pytest.raises(UsageError, match="are not those of"):
-        described_space(description, workspace)
+        recorded_space(record, workspace)
