@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 
 # Tests that kill workers and watch clocks come last: they mostly wait, and would wait in vain beside others that count.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --ignore tests/orchestration
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --ignore tests/orchestration
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile tests/orchestration
 
 slow: $(INSTALLED)

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from fastgda_core.evaluation.ranking_metrics import average_precision, expected_random_average_precision, top_mask
 from fastgda_core.features import encoder_names
 from fastgda_core.ranking.batches import RankPairs
+from fastgda_core.ranking.head import RankHead
 from fastgda_core.ranking.loss_names import LossName
 from fastgda_core.ranking.losses import LOSSES
 from fastgda_core.ranking.subsets import random_priority, some_queries, thin
@@ -138,6 +140,7 @@ class _Laboratory:
             for split in ("validation", "test")
         }
         self.pairs: dict[bool, RankPairs] = {}
+        self.heads: dict[Variant, RankHead] = {}
         self.nearness: Tensor | None = None
 
     def _names(self, split: str) -> list[str]:
@@ -145,10 +148,22 @@ class _Laboratory:
 
     def measure(self, variant: Variant) -> Iterator[dict[str, object]]:
         """Metrics of the variant's head; of the untuned features too, where the question is the feature space."""
+        scores, queries = self.scores["test"], self.queries[self.rows["test"]]
+        yield from self._precision(variant.name, tuned_cosines(scores, self._head(variant), queries, self.samples))
+        if variant.question == "feature space" and variant.seed == 0:
+            yield from self._precision(f"untuned = {variant.value}", untuned_cosines(scores, queries, self.samples))
+
+    def _head(self, variant: Variant) -> RankHead:
+        """The variant's head; several questions have the configured one among their answers, which is trained once."""
+        recipe = dataclasses.replace(variant, question="", value="")
+        if recipe not in self.heads:
+            self.heads[recipe] = self._train(variant)
+        return self.heads[recipe]
+
+    def _train(self, variant: Variant) -> RankHead:
         from fastgda_core.ranking.training import HeadTraining, RankData, train_head
 
-        config = self.context.config
-        validation = self.scores["validation"]
+        config, validation = self.context.config, self.scores["validation"]
         data = RankData(
             query_features=self.queries,
             sample_features=self.samples,
@@ -157,14 +172,10 @@ class _Laboratory:
             validation_scores=validation,
             relevant=top_mask(validation.scores, config.evaluation.validation_cutoff),
         )
-        changes = {"loss": variant.loss, "seed": config.head.seed + variant.seed}
+        changes: dict[str, Any] = {"loss": variant.loss, "seed": config.head.seed + variant.seed}
         if variant.outside is not None:
             changes["outside_probability"] = variant.outside
-        head = train_head(data, HeadTraining(**{**config.head.model_dump(), **changes})).head
-        scores, queries = self.scores["test"], self.queries[self.rows["test"]]
-        yield from self._precision(variant.name, tuned_cosines(scores, head, queries, self.samples))
-        if variant.question == "feature space" and variant.seed == 0:
-            yield from self._precision(f"untuned = {variant.value}", untuned_cosines(scores, queries, self.samples))
+        return train_head(data, HeadTraining(**{**config.head.model_dump(), **changes})).head
 
     def _precision(self, name: str, similarity: Tensor) -> Iterator[dict[str, object]]:
         for cutoff in self.context.config.evaluation.cutoffs:

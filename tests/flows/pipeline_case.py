@@ -61,8 +61,8 @@ def lay_out(folder: Path, model: Path, *, samples: int = SAMPLES, **changes: Any
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Prefect's state in a folder of the test's own, with the server that serves it, two threads per process."""
-    found = {**os.environ, "PREFECT_HOME": str(home / "prefect"), "OMP_NUM_THREADS": "2"}
+    """Prefect's state in a folder of the test's own, with the server that serves it, a core for each process."""
+    found = {**os.environ, "PREFECT_HOME": str(home / "prefect"), "OMP_NUM_THREADS": "1"}
     url = home / "server_url"
     return {**found, "PREFECT_API_URL": url.read_text()} if url.exists() else found
 
