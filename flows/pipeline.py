@@ -11,7 +11,7 @@ from flows.evaluation import evaluate, judge_run
 from flows.indexing import rebuild_index
 from flows.names import named
 from flows.training import train_rank_head
-from tasks.artifact import Artifact, Made
+from tasks.artifact import Artifact, Made, looked_at_once
 from tasks.config.pipeline import PipelineConfig
 from tasks.reporting.report import write_report
 from tasks.watching import events
@@ -38,7 +38,7 @@ class RunSummary:
 @flow(name="attribution pipeline", flow_run_name=named("pipeline"))
 def attribution_pipeline(config: PipelineConfig) -> RunSummary:
     """Teach, distil, serve: see the design's first section."""
-    with events.followed():
+    with events.followed(), looked_at_once():
         curation = curate(config)
         checks = judge_run(curation.plan.inputs)
         head = train_rank_head(config, curation.ranks.key)

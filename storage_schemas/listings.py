@@ -91,10 +91,10 @@ def _read_together(paths: list[AnyPath], listing: Listing) -> None:
     remote = [path for path in paths if not isinstance(path, Path)]
     if not remote:
         return
-    of_manifest = {manifest_path(path).as_posix(): path for path in remote}
-    contents = remote[0].fs.cat(list(of_manifest), on_error="omit")
-    for name, content in contents.items():
-        path = of_manifest[name]
+    of_manifest = {manifest_path(path).name: path for path in remote}
+    contents = remote[0].fs.cat([str(manifest_path(path)) for path in remote], on_error="omit")
+    for place, content in contents.items():
+        path = of_manifest[place.rsplit("/", 1)[-1]]
         try:
             _known[str(path)] = listing[manifest_path(path).name], Manifest.model_validate_json(content)
         except ValidationError:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 from storage_schemas.commit import Manifest, committed
@@ -31,6 +32,30 @@ class Made:
     artifact: Artifact
     seconds: float
     reused: bool
+
+
+_found: ContextVar[dict[str, Made] | None] = ContextVar("found", default=None)
+
+
+@contextmanager
+def looked_at_once() -> Iterator[None]:
+    """What `remembered` found to be there is not looked at again in the block: a pipeline asks for features often."""
+    token = _found.set({})
+    try:
+        yield
+    finally:
+        _found.reset(token)
+
+
+def remembered(key: str, make: Callable[[], Made]) -> Made:
+    """What `make` gives, complete; called again with the same key inside `looked_at_once`, as it was found then."""
+    found = _found.get()
+    if found is None:
+        return make()
+    if key in found:
+        return replace(found[key], reused=True)
+    found[key] = make()
+    return found[key]
 
 
 def once(

@@ -34,7 +34,7 @@ from tasks.execution.worker import coordinate_here
 from tasks.progress import console, stage
 from tasks.teaching.cost import Size
 from tasks.teaching.families import family_of
-from tasks.teaching.parts import Parts
+from tasks.teaching.parts import Parts, Standing
 from tasks.teaching.run import RunInputs
 from tasks.teaching.score_plan import store_plan
 from tasks.watching import events
@@ -96,11 +96,11 @@ class Makers:
             PartHangs: one does not come back, in this process.
         """
         inputs, parts = self.inputs, self.inputs.parts[kind]
-        missing = parts.missing()
-        if not missing:
-            return _made(parts, reused=True)
+        standing = parts.standing()
+        if not standing.missing:
+            return _made(parts, standing, reused=True)
         failures = self._given_up(kind)
-        todo = [number for number in missing if number not in failures]
+        todo = [number for number in standing.missing if number not in failures]
         if inputs.context.config.execution.runner != "pool" and others_at_work(inputs.workspace, inputs.run):
             todo.reverse()  # another coordinator began at the start: few parts are made twice, where the two meet
         with self._watched(kind, todo) as watch:
@@ -130,7 +130,7 @@ class Makers:
             several = [failures[number] for number in sorted(failures)]
             events.announce(events.RUN_INCOMPLETE, inputs.context, "run", inputs.run, parts=kind, failed=len(several))
             raise RunIncomplete(inputs.workspace, inputs.run, kind, parts.count, several)
-        return _made(parts, reused=False)
+        return _made(parts, parts.standing(), reused=False)
 
     def make_unless_incomplete(self, kind: str) -> Made | None:
         """As `make`; None where parts failed for good."""
@@ -189,9 +189,9 @@ class Makers:
             )
 
 
-def _made(parts: Parts, *, reused: bool) -> Made:
+def _made(parts: Parts, standing: Standing, *, reused: bool) -> Made:
     parts.check()
-    return Made(replace(parts.artifact, name=parts.title), parts.seconds(), reused)
+    return Made(replace(parts.artifact, name=parts.title), standing.seconds, reused)
 
 
 @dataclass

@@ -27,7 +27,7 @@ from storage_schemas.commit import Manifest, commit, commit_table, committed, in
 from storage_schemas.files import AnyPath, Stamps, file_sha256, private_folder, stamps, temporary_name
 from storage_schemas.listings import committed_parts
 from storage_schemas.workspace import part
-from tasks.artifact import Artifact, Made
+from tasks.artifact import Artifact, Made, remembered
 from tasks.config.inputs import FeaturesConfig
 from tasks.context import Context, load_tensors
 from tasks.inputs.queries import join_queries, load_queries
@@ -43,6 +43,11 @@ def extract_features(context: Context, items: Artifact) -> Made:
 
     Of samples whose features are to be centred also their mean.
     """
+    key = input_key(str(context.workspace.root), items.name, features_key(context, items))
+    return remembered(key, lambda: _extracted(context, items))
+
+
+def _extracted(context: Context, items: Artifact) -> Made:
     seconds, reused = 0.0, True
     left_out: dict[int, str] = {}
     for name, (folder, key) in feature_folders(context, items).items():

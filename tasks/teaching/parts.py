@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 from storage_schemas.commit import Manifest
@@ -14,6 +15,14 @@ from tasks.artifact import Artifact
 
 class RunRefused(RuntimeError):
     """What was made cannot be right."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Numbers of the parts that are not committed, and the seconds of work behind those that are."""
+
+    missing: list[int]
+    seconds: float
 
 
 class Parts(ABC):
@@ -56,14 +65,15 @@ class Parts(ABC):
         paths = {number: self.path(number).name for number in range(self.count)}
         return {number: manifests[name] for number, name in paths.items() if name in manifests}
 
+    def standing(self) -> Standing:
+        """How far the parts are, from one listing."""
+        there = self.committed()
+        missing = [number for number in range(self.count) if number not in there]
+        return Standing(missing, sum(manifest.seconds for manifest in there.values()))
+
     def missing(self) -> list[int]:
         """Numbers of the parts that are not committed."""
-        there = self.committed()
-        return [number for number in range(self.count) if number not in there]
-
-    def seconds(self) -> float:
-        """Work behind the parts that are there."""
-        return sum(manifest.seconds for manifest in self.committed().values())
+        return self.standing().missing
 
     def check(self) -> None:  # noqa: B027  # most kinds have nothing to check
         """Raise `RunRefused` where the parts are complete and cannot be right."""

@@ -7,15 +7,17 @@ import time
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table
-from storage_schemas.runs.ledger import done_shards, ledger_as_written
+from storage_schemas.runs.attempts import ShardState
+from storage_schemas.runs.ledger import read_ledger
 from storage_schemas.which_workspace import command
 from tasks.context import Context
 from tasks.teaching.families import Artifacts, Family
-from tasks.teaching.parts import Parts, RunRefused
+from tasks.teaching.parts import Parts, RunRefused, Standing
 from tasks.teaching.score_plan import ScoreRun, ScoreShard, plan_scores
 
 MOST_LEFT_OUT = 0.1  # of the samples
@@ -62,12 +64,11 @@ class ScoreParts(Parts):
             path, rows, tables.SCORES, key=key, started=started, device=device, quarantined=block.left_out
         )
 
-    def missing(self) -> list[int]:
+    def standing(self) -> Standing:
         """By plan and ledger alone: shards may lie in large files by now."""
-        return sorted(self._planned.keys() - done_shards(self.context.workspace, self.artifact.key))
-
-    def seconds(self) -> float:
-        return float(sum(ledger_as_written(self.context.workspace, self.artifact.key)["seconds"].to_pylist()))
+        ledger = read_ledger(self.context.workspace, self.artifact.key)
+        open_shards = ledger.filter(pc.not_equal(ledger["state"].cast(pa.string()), ShardState.done.value))
+        return Standing(sorted(open_shards["shard"].to_pylist()), float(sum(ledger["seconds"].to_pylist())))
 
     def check(self) -> None:
         """Raises RunRefused where so many samples were left out that they cannot be to blame."""
