@@ -240,7 +240,7 @@ def test_the_image_runs_as_the_user_that_the_manifests_name() -> None:
 def test_the_image_takes_the_packages_and_nothing_else() -> None:
     sources = [word for name, argument in instructions() if name in ("COPY", "ADD") for word in argument.split()[:-1]]
     packages = {"fastgda_core", "storage_schemas", "tasks", "flows", "deployments"}
-    assert set(sources) == packages | {"requirements.lock", "pyproject.toml", "README.md"}
+    assert set(sources) == packages | {"requirements.lock", "pyproject.toml", "README.md", "LICENSE", "NOTICE"}
     assert all((ROOT / source).exists() for source in sources)
     ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     assert {".git", ".venv"} <= set(ignored)

@@ -84,7 +84,7 @@ def run_in(folder: Path, command: str, home: Path) -> subprocess.CompletedProces
 
 # What cannot run inside the tests: this test run itself, and the full demo, which has a test of its own.
 BY_HAND = ("make ", ". .venv/bin/activate", "fastgda demo", "python benchmarks/")
-# What embeds the captions of the whole demo; tests/tasks/test_openmoji_model.py does the same with a few.
+# What embeds the captions of the whole demo; tests/tasks/demo/test_model.py does the same with a few.
 MINUTES = "fastgda train-demo-model"
 COMMANDS = [
     (document, line.split("  #")[0].strip())
@@ -120,12 +120,6 @@ def test_documented_python_runs(small_demo: Path, home: Path) -> None:
 def test_documented_make_targets_exist(target: str) -> None:
     done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_links_between_documents_lead_somewhere() -> None:
-    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
 def test_no_query_caption_is_a_training_caption() -> None:
