@@ -1,4 +1,4 @@
-"""Documents name what is there: pages, links, files, functions, commands' checks."""
+"""Documents name files, functions and pages that are there; licence, citation and workflow agree with the package."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *PAGES, ROOT / "benchmarks" / "RESULTS.md"]
 MAPS = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "docs" / "architecture.md"]
+WIDTH = 120
 PLACE = re.compile(
     r"`((?:\.ci|benchmarks|deployments|docs|fastgda_core|flows|storage_schemas|tasks|tests)/[\w./-]*)(::\w+)?`"
 )
@@ -62,6 +63,12 @@ def test_files_and_functions_that_a_document_names_are_there(document: Path) -> 
             word = name.removeprefix("::")
             defined = rf"^(?:def|class) {word}\b|^{word}\b.*="
             assert re.search(defined, (ROOT / path).read_text(), re.MULTILINE), f"{document.name}: {path}{name}"
+
+
+@pytest.mark.parametrize("document", [named(each) for each in DOCUMENTS if each.parent.name != "benchmarks"])
+def test_lines_of_prose_are_no_longer_than_lines_of_code(document: Path) -> None:
+    long = [line for line in prose(document) if len(line) > WIDTH and not line.startswith(("|", "!["))]
+    assert long == []
 
 
 def test_the_workflow_runs_what_ci_runs_on_the_versions_that_we_say() -> None:
