@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from tasks.config.execution import ExecutionConfig
-from tasks.execution.fan_out import Order, end_of_job, run_parts
+from tasks.execution.fan_out import Order, PartReference, end_of_job, run_parts
 from tasks.execution.number_ranges import from_ranges
 
 
@@ -30,6 +30,6 @@ def make_parts(
     """
     order = Order(location, run, assignment, kind, execution)
     seconds = timeout / execution.timeout_factor if timeout is not None else None
-    with ThreadPoolTaskRunner(max_workers=1) as runner:
+    with ThreadPoolTaskRunner[PartReference](max_workers=1) as runner:
         outcome = run_parts(order, from_ranges(numbers), runner, lambda: seconds)
     return end_of_job(order, outcome)

@@ -168,7 +168,7 @@ def committed(path: AnyPath, key: str) -> Manifest | None:
 
 def commit(
     path: AnyPath,
-    write: Callable[[Path], None],
+    write: Callable[[Path], object],
     *,
     key: str,
     rows: int,

@@ -98,7 +98,7 @@ def create(path: AnyPath, content: bytes) -> bool:
     return True
 
 
-def replace_through(path: AnyPath, write: Callable[[Path], None], look: Callable[[Path], None]) -> None:
+def replace_through(path: AnyPath, write: Callable[[Path], object], look: Callable[[Path], None]) -> None:
     """Replace a file by what `write` puts at a local path; `look` sees the finished file before it takes the name."""
     if isinstance(path, Path):
         path.parent.mkdir(parents=True, exist_ok=True)

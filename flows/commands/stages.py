@@ -206,7 +206,7 @@ def backfill(
     from flows.curation import backfill as backfilling
 
     wait_for_server()
-    dates = [day.date() if day else None for day in (first, last)]
+    dates = first.date() if first else None, last.date() if last else None
     for outcome in backfilling(checked, *dates, partition):
         say(f"{outcome.partition}: run {outcome.run}")
 

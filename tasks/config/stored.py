@@ -18,7 +18,11 @@ from tasks.config.section import Section
 from tasks.progress import console
 
 # What earlier releases did not do they do not say; with today's defaults theirs would be other runs.
-_IN_FORCE_BEFORE = {"features": {"centre": False}, "curvature": {"importance": False}, "queries": {"twins": 0}}
+_IN_FORCE_BEFORE: dict[str, dict[str, object]] = {
+    "features": {"centre": False},
+    "curvature": {"importance": False},
+    "queries": {"twins": 0},
+}
 
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -34,8 +38,9 @@ def config_of(location: str, run: str) -> PipelineConfig:
     if "teacher" not in record.config:
         raise UsageError(f"run {run} was imported: its scores cannot be made again here; import its file once more")
     found = read_assignment(workspace, run)
-    sections = {name: {**before, **found.config.get(name, {})} for name, before in _IN_FORCE_BEFORE.items()}
-    document = {**found.config, **sections, "execution": found.execution, "workspace": str(workspace.root)}
+    stored: dict[str, Any] = found.config
+    sections = {name: {**before, **stored.get(name, {})} for name, before in _IN_FORCE_BEFORE.items()}
+    document = {**stored, **sections, "execution": found.execution, "workspace": str(workspace.root)}
     config, unknown = lifted(PipelineConfig, document, f"run {run}")
     if unknown:
         console.print(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -76,7 +77,7 @@ def write_shards(folder: Path) -> None:
     write_atomically(origin, note.encode())
 
 
-def _tar(images: list[OpenMoji], advance) -> bytes:
+def _tar(images: list[OpenMoji], advance: Callable[[int], None]) -> bytes:
     buffer = io.BytesIO()
     with webdataset.TarWriter(buffer, encoder=False, mtime=0.0, user="", group="") as writer:
         for image in images:

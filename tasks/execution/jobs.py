@@ -11,7 +11,7 @@ import functools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 from uuid import UUID, uuid4
@@ -241,6 +241,7 @@ class JobPool:
             ),
             pool,
         )
+        assert not isinstance(started, Coroutine)  # which it is where an event loop runs
         self._unanswered = request if started is None else None
         if started is not None:
             self._jobs.append(_Job(started.id, started.name, pool, request.numbers))

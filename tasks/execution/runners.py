@@ -56,7 +56,7 @@ def _ray(address: str | None, workers: int, gpus: int) -> TaskRunner[Any]:
 
 def _dask(address: str | None, workers: int) -> TaskRunner[Any]:
     try:
-        from prefect_dask import DaskTaskRunner
+        from prefect_dask.task_runners import DaskTaskRunner
     except ImportError:
         raise UsageError("execution.runner is dask, which is not installed: pip install 'fastgda[dask]'") from None
     if address is not None:

@@ -19,6 +19,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from fastgda_core.features import ENCODERS, Encoder, concatenate, encoder_names, load_encoder, mean_over
 from fastgda_core.images import in_threads
@@ -157,7 +158,7 @@ def map_features(context: Context, samples: Artifact) -> Tensor:
             temporary.unlink(missing_ok=True)
     with pa.memory_map(str(path)) as source:
         vectors = pa.ipc.open_file(source).get_batch(0).column("phi")
-    return torch.from_dlpack(vectors.flatten()).view(len(vectors), -1)
+    return from_dlpack(vectors.flatten()).view(len(vectors), -1)
 
 
 def _mapped_path(context: Context, samples: Artifact) -> Path:

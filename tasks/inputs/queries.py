@@ -86,7 +86,7 @@ def make_queries(context: Context, samples: Artifact) -> Made:
     def make(started: float) -> Manifest:
         asked = _generate(context) if config.captions else _collect(config)
         splits = config.split.of(len(asked)).assign(config.seed)
-        rows = [(query_id, split, *rest) for (query_id, *rest), split in zip(asked, splits, strict=True)]
+        rows = [(query_id, split, caption, png) for (query_id, caption, png), split in zip(asked, splits, strict=True)]
         twins, of_twins = _twin_queries(context, samples, key)
         table = pa.Table.from_pylist(
             [_write_image(path, number, *row) for number, row in enumerate((*rows, *of_twins))],

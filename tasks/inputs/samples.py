@@ -162,7 +162,8 @@ def _read_or_grey(row: dict[str, Any]) -> tuple[Image.Image, str]:
 
 
 def _parted(train_ids: list[int], read: Iterable[tuple[Image.Image, str]]) -> tuple[list[Image.Image], dict[int, str]]:
-    images, faults = [], {}
+    images: list[Image.Image] = []
+    faults: dict[int, str] = {}
     for train_id, (image, why) in zip(train_ids, read, strict=True):
         images.append(image)
         faults |= {train_id: why} if why else {}

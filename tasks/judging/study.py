@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import torch
@@ -172,10 +171,11 @@ class _Laboratory:
             validation_scores=validation,
             relevant=top_mask(validation.scores, config.evaluation.validation_cutoff),
         )
-        changes: dict[str, Any] = {"loss": variant.loss, "seed": config.head.seed + variant.seed}
+        training = HeadTraining(**config.head.model_dump())
+        training = dataclasses.replace(training, loss=variant.loss, seed=config.head.seed + variant.seed)
         if variant.outside is not None:
-            changes["outside_probability"] = variant.outside
-        return train_head(data, HeadTraining(**{**config.head.model_dump(), **changes})).head
+            training = dataclasses.replace(training, outside_probability=variant.outside)
+        return train_head(data, training).head
 
     def _precision(self, name: str, similarity: Tensor) -> Iterator[dict[str, object]]:
         for cutoff in self.context.config.evaluation.cutoffs:
@@ -223,8 +223,9 @@ def _publish(context: Context, labels: Labels, key: str, paths: Sequence[AnyPath
         commit_table(path, rows, tables.METRICS, key=whole, started=time.monotonic())
 
     def with_study(before: Published | None) -> Published | None:
-        is_of_it = before is not None and before.snapshot == labels.ranks.key
-        return before.model_copy(update={"study": workspace.relative(path)}) if is_of_it else before
+        if before is None or before.snapshot != labels.ranks.key:
+            return before
+        return before.model_copy(update={"study": workspace.relative(path)})
 
     update_published(workspace, with_study)
     return Artifact("study", whole, path, rows.num_rows)

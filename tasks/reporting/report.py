@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jinja2
 import matplotlib
+from PIL import Image
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
@@ -81,14 +82,20 @@ def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: 
     metrics = tables.read(artifacts["evaluation"].path, tables.METRICS).to_pylist()
     head = read_head_record(artifacts["rank head"].path)
     means = {(row["metric"], row["space"], row["cutoff"]): row for row in metrics if not row["query_id"]}
-    curve = loss_curve(head, context.config.evaluation.validation_cutoff, format="svg").decode()
+    cutoff = context.config.evaluation.validation_cutoff
+    precision = {
+        (row["query_id"], row["space"]): row["value"]
+        for row in metrics
+        if row["metric"] == "AP" and row["cutoff"] == cutoff
+    }
+    curve = loss_curve(head, cutoff, format="svg").decode()
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_TEMPLATE.read_text())
     return template.render(
         run=run,
         config=context.config,
         measures=_measures(context.config.evaluation.cutoffs),
         means=means,
-        headline=context.config.evaluation.validation_cutoff,
+        headline=cutoff,
         parts=[OTHER_NOISE, OTHER_GRADIENT, OTHER_CURVATURE],
         other_teacher=OTHER_TEACHER,
         captions=CAPTIONS,
@@ -98,7 +105,7 @@ def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: 
         objective="output's squared norm" if context.config.teacher.objective is Objective.output_norm else "loss",
         agreement=means.get(("spearman", "exact vs first order", 0)),
         loss_curve=curve[curve.index("<svg") :],
-        panels=_panels(context, artifacts, metrics),
+        panels=_panels(context, artifacts, precision),
         stages=stages,
         samples=artifacts["samples"].rows,
         queries=sum(query.split not in KINDS for query in load_queries(artifacts["queries"])),
@@ -115,7 +122,10 @@ def _measures(cutoffs: list[int]) -> list[tuple[str, str, int]]:
     return [*rows, ("Spearman", "spearman", 0), ("Kendall", "kendall", 0)]
 
 
-def _panels(context: Context, artifacts: dict[str, Artifact], metrics: list[dict[str, object]]) -> list[QueryPanel]:
+def _panels(
+    context: Context, artifacts: dict[str, Artifact], precision: dict[tuple[str, str], float]
+) -> list[QueryPanel]:
+    """The shown test queries; `precision` is average precision by (query_id, space)."""
     samples, queries, config = artifacts["samples"], artifacts["queries"], context.config.evaluation
     several = load_queries(queries)
     test = rows_of_split([queries], "test")
@@ -135,11 +145,6 @@ def _panels(context: Context, artifacts: dict[str, Artifact], metrics: list[dict
     ]
     cutoff = config.validation_cutoff
     teacher_rank, relevant = descending_ranks(scores.scores), top_mask(scores.scores, cutoff)
-    precision = {
-        (row["query_id"], row["space"]): row["value"]
-        for row in metrics
-        if row["metric"] == "AP" and row["cutoff"] == cutoff
-    }
     panels = []
     for row, number in enumerate(test.tolist()):
         query = several[number]
@@ -148,7 +153,7 @@ def _panels(context: Context, artifacts: dict[str, Artifact], metrics: list[dict
             Row(title, note, _pictures(samples, ranking[row].topk(config.neighbors).indices, *judged))
             for title, note, ranking in rankings
         ]
-        mine = {space: float(precision[query.query_id, space]) for space in ("untuned", "tuned")}  # type: ignore[arg-type]
+        mine = {space: precision[query.query_id, space] for space in ("untuned", "tuned")}
         panels.append(QueryPanel(query, _data_url(query.image), mine, rows))
     return panels
 
@@ -166,7 +171,7 @@ def _pictures(
     ]
 
 
-def _data_url(image) -> str:
+def _data_url(image: Image.Image) -> str:
     image = image.copy()
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()

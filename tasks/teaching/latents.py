@@ -100,8 +100,9 @@ def load_block(context: Context, latents: Artifact, train_ids: list[int]) -> Sam
     for number, rows in by_part.items():
         tensors = load_tensors(part(latents.path, number, "safetensors"))
         chosen = torch.tensor(rows)
-        first = torch.cumsum(tensors["captions_of"], 0) - tensors["captions_of"]
-        caption_rows = torch.cat([torch.arange(first[row], first[row] + tensors["captions_of"][row]) for row in rows])
+        last = torch.cumsum(tensors["captions_of"], 0)
+        first = last - tensors["captions_of"]
+        caption_rows = torch.cat([torch.arange(int(first[row]), int(last[row])) for row in rows])
         for name, tensor in tensors.items():
             pieces.setdefault(name, []).append(tensor[caption_rows if name.startswith(_CONDITION) else chosen])
     whole = {name: torch.cat(several) for name, several in pieces.items()}

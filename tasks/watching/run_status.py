@@ -6,6 +6,7 @@ import statistics
 from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from typing import TypedDict
 
 from fastgda_core.errors import UsageError
 from storage_schemas.commit import worker_name
@@ -44,6 +45,30 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
+class WorkerStatus:
+    """A process that works on the run, as of its last sign of life."""
+
+    worker: str
+    device: str
+    at: str
+    part_seconds: float
+    parts: int
+    rows: int
+    device_memory: int
+    out_of_memory: int
+    seconds_silent: float
+    flow_run: str
+
+
+class _DoneShard(TypedDict):
+    """What is read here of a row of the ledger whose shard is done."""
+
+    rows: int
+    seconds: float
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True)
 class RunStatus:
     """Counts are of score shards and their rows; seconds are those of devices.
 
@@ -66,7 +91,7 @@ class RunStatus:
     cost: float | None
     currency: str
     failed_attempts: dict[str, int]
-    workers: list[dict[str, object]]
+    workers: list[WorkerStatus]
     stragglers: list[Straggler]
     failures: list[FailedShard]
     left_out: list[LeftOut]
@@ -84,7 +109,7 @@ def run_status(workspace: Workspace, run: str) -> RunStatus:
     ledger_rows, left_out = derive(workspace, run)
     ledger = ledger_rows.to_pylist()
     states = Counter(str(row["state"]) for row in ledger)
-    done = [row for row in ledger if row["state"] == ShardState.done]
+    done: list[_DoneShard] = [row for row in ledger if row["state"] == ShardState.done]
     rows = sum(row["rows"] for row in done)
     now = datetime.now(UTC)
     beats = [beat for beat in read_beats(workspace, run) if _lives(beat, now)]
@@ -159,7 +184,7 @@ def _state(states: Counter[str], shards: int, alive: bool, wish: Wish | None, st
     return "stopped" if states[ShardState.done] or any(stage.done for stage in stages) else "planned"
 
 
-def _rows_per_second(done: list[dict[str, object]], now: datetime) -> float:
+def _rows_per_second(done: list[_DoneShard], now: datetime) -> float:
     ends = [(row["finished_at"], row["rows"], row["seconds"]) for row in done if row["finished_at"] is not None]
     return recent_speed(ends, now)
 
@@ -179,23 +204,23 @@ def _seconds_since(beat: Beat, now: datetime) -> float:
     return (now - beat.at).total_seconds()
 
 
-def _worker(beat: Beat, now: datetime) -> dict[str, object]:
-    return {
-        "worker": beat.worker,
-        "device": beat.device,
-        "at": f"{beat.kind} {beat.number:05d}" if beat.kind else "",
-        "part_seconds": round(beat.part_seconds, 1),
-        "parts": beat.parts,
-        "rows": beat.rows,
-        "device_memory": beat.device_memory,
-        "out_of_memory": beat.out_of_memory,
-        "seconds_silent": round(_seconds_since(beat, now), 1),
-        "flow_run": beat.job,
-    }
+def _worker(beat: Beat, now: datetime) -> WorkerStatus:
+    return WorkerStatus(
+        worker=beat.worker,
+        device=beat.device,
+        at=f"{beat.kind} {beat.number:05d}" if beat.kind else "",
+        part_seconds=round(beat.part_seconds, 1),
+        parts=beat.parts,
+        rows=beat.rows,
+        device_memory=beat.device_memory,
+        out_of_memory=beat.out_of_memory,
+        seconds_silent=round(_seconds_since(beat, now), 1),
+        flow_run=beat.job,
+    )
 
 
 def _stragglers(
-    done: list[dict[str, object]],
+    done: list[_DoneShard],
     stages: list[StageProgress],
     beats: list[Beat],
     now: datetime,
@@ -204,7 +229,7 @@ def _stragglers(
     """Of the parts under way, those that take much longer than the median of the finished ones of their kind."""
     medians = {stage.kind: (stage.done, stage.median) for stage in stages if stage.median is not None}
     if done:
-        medians["scores"] = len(done), statistics.median(float(row["seconds"]) for row in done)  # type: ignore[arg-type]
+        medians["scores"] = len(done), statistics.median(row["seconds"] for row in done)
     found = []
     for beat in beats:
         count, median = medians.get(beat.kind, (0, None))

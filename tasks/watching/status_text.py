@@ -87,8 +87,7 @@ def status_markdown(status: RunStatus) -> str:
     if status.workers:
         lines += ["", "| worker | device | at | for | parts | rows |", "| --- | --- | --- | ---: | ---: | ---: |"]
         lines += [
-            f"| {w['worker']} | {w['device']} | {w['at'] or '-'} | {duration(float(str(w['part_seconds'])))} "
-            f"| {w['parts']} | {int(str(w['rows'])):,} |"
+            f"| {w.worker} | {w.device} | {w.at or '-'} | {duration(w.part_seconds)} | {w.parts} | {w.rows:,} |"
             for w in status.workers
         ]
     if status.stragglers:
@@ -133,9 +132,8 @@ def status_table(status: RunStatus) -> RenderableType:
     if status.workers:
         workers = Table("worker", "device", "at", "for", "parts", "rows", title="workers", title_justify="left")
         for w in status.workers:
-            at, seconds = str(w["at"]) or "-", duration(float(str(w["part_seconds"])))
-            names = Text(printable(str(w["worker"]))), Text(printable(str(w["device"])))
-            workers.add_row(*names, at, seconds, str(w["parts"]), f"{w['rows']:,}")
+            names = Text(printable(w.worker)), Text(printable(w.device))
+            workers.add_row(*names, w.at or "-", duration(w.part_seconds), str(w.parts), f"{w.rows:,}")
         parts.append(workers)
     parts += [Text(f"slow: {told}", "yellow") for told in slow_parts(status)]
     if status.failures:
