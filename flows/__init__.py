@@ -5,6 +5,8 @@ The environment is set before Prefect, transformers or diffusers are imported, i
 
 import os
 
+from tasks import logs
+
 # Nothing is sent anywhere.
 os.environ.update(
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
@@ -17,3 +19,5 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no hub is asked, unless somebody
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", logs.ROOT)  # a flow run's log has our records
+logs.set_up_once()

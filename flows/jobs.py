@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from tasks import logs
 from tasks.config.execution import ExecutionConfig
 from tasks.execution.fan_out import Order, PartReference, end_of_job, run_parts
 from tasks.execution.number_ranges import from_ranges
+
+log = logging.getLogger("fastgda.execution.jobs")
 
 
 @flow(name="make parts", flow_run_name="{kind} {run} {numbers}")
@@ -30,6 +35,10 @@ def make_parts(
     """
     order = Order(location, run, assignment, kind, execution)
     seconds = timeout / execution.timeout_factor if timeout is not None else None
-    with ThreadPoolTaskRunner[PartReference](max_workers=1) as runner:
+    with logs.about(run=run, kind=kind), ThreadPoolTaskRunner[PartReference](max_workers=1) as runner:
+        log.info("a job is begun: %s %s", kind, numbers)
         outcome = run_parts(order, from_ranges(numbers), runner, lambda: seconds)
+        log.info(
+            "the job is over: %s", "it was stopped" if outcome.stopped else f"{len(outcome.failures)} parts failed"
+        )
     return end_of_job(order, outcome)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,6 +14,8 @@ from storage_schemas.files import AnyPath
 from storage_schemas.runs import lease
 from storage_schemas.workspace import Workspace
 from tasks.progress import console
+
+log = logging.getLogger("fastgda.lease")
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ def _sole_maker(workspace: Workspace, artifact: Artifact, is_made: Callable[[], 
 
     def waiting(owner: str) -> None:
         what = f"{artifact.name} {artifact.key}"
+        log.info("%s: %s makes it already; waiting for it", what, owner)
         console.print(f"{what}: {owner} makes it already; waiting for it", highlight=False, soft_wrap=True)
 
     return lease.sole_maker(workspace, artifact.key, is_made, waiting)

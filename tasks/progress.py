@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from tasks import logs
 
 console = Console(stderr=True)
 _PLAIN_INTERVAL = 15.0  # seconds between lines where the output is no terminal
@@ -62,6 +65,7 @@ def _begin() -> Progress:
             )
             _display = Progress(*columns, console=console)
             _display.start()
+            logs.write = functools.partial(console.out, highlight=False)
         _under_way += 1
         return _display
 
@@ -72,6 +76,7 @@ def _end() -> None:
     with _lock:
         _under_way -= 1
         if not _under_way and _display is not None:
+            logs.write = logs.print_line
             _display.stop()
             _display = None
 
@@ -87,6 +92,6 @@ def _plain(name: str, total: int) -> Callable[[int], None]:
             printed = now
             left = (now - started) / done * (total - done)
             line = f"{name}: {done:.0f}/{total}, {now - started:.0f} s elapsed, {left:.0f} s left"
-            console.print(line, highlight=False)
+            console.out(logs.as_line(line), highlight=False)
 
     return advance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ from fastgda_core.errors import UsageError, out_of_memory
 from fastgda_core.interruption import checkpoint
 
 T = TypeVar("T")
+log = logging.getLogger("fastgda.core.micro_batch")
 
 
 class MicroBatch:
@@ -43,6 +45,7 @@ class MicroBatch:
                     ) from error
                 self.size = max(1, min(self.size, stretch.stop - stretch.start) // 2)
                 self.halvings += 1
+                log.info("the device ran out of memory: from now on %d rows at a time", self.size)
             else:
                 yield stretch, result
                 start = stretch.stop

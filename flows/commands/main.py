@@ -16,6 +16,7 @@ import atexit
 import contextlib
 import errno
 import warnings
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -31,6 +32,7 @@ from flows.commands.store import ledger_app, store_commands
 from flows.commands.watch import watch_commands
 from storage_schemas.errors import StoreError
 from storage_schemas.files import FULL_DISK
+from tasks import logs
 from tasks.printable import printable
 
 app = typer.Typer(
@@ -57,6 +59,27 @@ REFUSALS = {
     errno.ESTALE: "the file server lost the file: mount it again, then start the same command again",
     errno.ENOTCONN: "the disk's connection is gone: mount it again, then start the same command again",
 }
+
+
+@app.callback()
+def log(
+    log_level: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(logs.LEVELS),
+            envvar=logs.LEVEL,
+            help="Log records to show, from this level on.",
+            show_default="warning at a terminal, else info",
+        ),
+    ] = "",
+    log_format: Annotated[
+        str, typer.Option(metavar="|".join(logs.FORMATS), envvar=logs.FORMAT, help="How log records are written.")
+    ] = "text",
+) -> None:
+    """Log as asked, in this process and in those that it starts."""
+    level = log_level or logs.default_level()
+    logs.set_up(level, log_format)
+    os.environ.update({logs.LEVEL: level, logs.FORMAT: log_format})
 
 
 for command in (

@@ -117,6 +117,7 @@ def start_server() -> None:
         )
     atexit.register(stop_server)
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    os.environ["PREFECT_LOGGING_TO_API_ENABLED"] = "false"  # it shows no page
     refresh_global_settings_context()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,7 @@ from storage_schemas.runs.ledger import kept_ledger
 from storage_schemas.runs.liveness import Beat, Wish, asked, read_assignment, withdraw, write_assignment
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
+from tasks import logs
 from tasks.artifact import Made
 from tasks.execution import cancellation
 from tasks.execution.cost import known_rate, mean_captions, median_seconds
@@ -41,6 +43,7 @@ from tasks.watching import events
 from tasks.watching.artifacts import Board
 from tasks.watching.run_status import others_at_work
 
+log = logging.getLogger("fastgda.execution")
 PAUSE_LOOK_SECONDS = 1.0
 SAMPLE_PARTS = 9  # whose seconds tell what a part takes
 
@@ -60,6 +63,7 @@ class Makers:
 
     def __post_init__(self) -> None:
         self._board = Board(self.inputs.workspace, self.inputs.run)
+        self._begun = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -68,6 +72,9 @@ class Makers:
         if isinstance(error, PartHangs):
             self._runner = None  # to end it is to wait for the thread that hangs
         self._end_workers()
+        with logs.about(run=self.inputs.run):
+            end = "finished" if error is None else f"left by {type(error).__name__}"
+            log.info("run %s is %s after %.0f s", self.inputs.run, end, time.monotonic() - self._begun)
 
     def _workers(self) -> TaskRunner[Any]:
         """The task runner, started when it is first needed: its processes keep the model from one stage to the next."""
@@ -121,6 +128,10 @@ class Makers:
                 if outcome.worker_lost:
                     attempts = read_attempts(inputs.workspace, inputs.run, kind)
                     suspects = [number for number in left if deaths(attempts.get(number, []))]
+                    log.warning(
+                        "a worker process died; the %d parts that it may have died over are made one by one",
+                        len(suspects),
+                    )
                 elif not outcome.stopped and left == todo:
                     raise RuntimeError(f"run {inputs.run}: {kind} {left[0]:05d} was made and is not there")
                 else:
@@ -128,6 +139,8 @@ class Makers:
                 todo = left
         if failures:
             several = [failures[number] for number in sorted(failures)]
+            with logs.about(run=inputs.run, kind=kind):
+                log.error("%d of %d parts failed for good", len(several), parts.count)
             events.announce(events.RUN_INCOMPLETE, inputs.context, "run", inputs.run, parts=kind, failed=len(several))
             raise RunIncomplete(inputs.workspace, inputs.run, kind, parts.count, several)
         return _made(parts, parts.standing(), reused=False)
@@ -169,7 +182,13 @@ class Makers:
         rows = sum(map(parts.rows, todo))
         # The ledger is one of score shards.
         ledger = kept_ledger(inputs.workspace, inputs.run) if parts is inputs.scores else nullcontext(lambda: None)
-        with self._board, ledger as refresh, stage(parts.title, rows) as advance:
+        with (
+            logs.about(run=inputs.run, kind=kind),
+            _logged(parts.title, len(todo)),
+            self._board,
+            ledger as refresh,
+            stage(parts.title, rows) as advance,
+        ):
             yield Watch(inputs, parts, set(todo), self.part_seconds.get(kind), advance, refresh, self._board)
 
     def _wait_until_resumed(self, watch: Watch) -> None:
@@ -178,20 +197,31 @@ class Makers:
         checkpoint()
         if asked(inputs.workspace, inputs.run) == Wish.pause:
             goes_on = escape(command(inputs.workspace, f"resume {inputs.run}"))
+            log.info("the run is paused")
             console.print(f"paused: {goes_on} goes on", highlight=False, soft_wrap=True)
         while (wish := asked(inputs.workspace, inputs.run)) == Wish.pause and not cancellation.requested():
             watch.tick()
             time.sleep(PAUSE_LOOK_SECONDS)
         if wish == Wish.cancel or cancellation.requested():
+            log.info("the run is cancelled")
             raise RunCancelled(
                 f"run {inputs.run} was cancelled; what is finished is kept, and "
                 f"{command(inputs.workspace, f'retry {inputs.run}')} goes on"
             )
+        log.info("the run goes on")
 
 
 def _made(parts: Parts, standing: Standing, *, reused: bool) -> Made:
     parts.check()
     return Made(replace(parts.artifact, name=parts.title), standing.seconds, reused)
+
+
+@contextmanager
+def _logged(title: str, parts: int) -> Iterator[None]:
+    started = time.monotonic()
+    log.info("%s: %d parts to make", title, parts)
+    yield
+    log.info("%s: over after %.0f s", title, time.monotonic() - started)
 
 
 @dataclass
@@ -244,9 +274,13 @@ def begin_run(inputs: RunInputs) -> Makers:
     origin = flow_run.get_id() or ""
     if not workspace.run(run).exists():
         store_plan(context, inputs.score_run, inputs.artifacts, origin)
+        with logs.about(run=run):
+            log.info("run %s is planned", run)
     assignment = inputs.assignment(_generation(workspace, run), origin)
     write_assignment(workspace, assignment)
     withdraw(workspace, run)
+    with logs.about(run=run):
+        log.info("run %s is begun: %d pairs", run, inputs.stages["scores"].rows)
     _tell_of_others(workspace, run, others_at_work(workspace, run))
     return Makers(inputs, assignment.key, _part_seconds(inputs))
 

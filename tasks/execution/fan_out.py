@@ -6,6 +6,7 @@ runner's affair; who decides what is missing, failed or lost is the workspace's:
 
 from __future__ import annotations
 
+import logging
 import queue
 import time
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
 from prefect.futures import PrefectFuture
 from prefect.states import Cancelled
 from prefect.task_runners import TaskRunner
@@ -26,6 +28,7 @@ from fastgda_core.interruption import stopping
 from storage_schemas.commit import committed
 from storage_schemas.runs.attempts import AttemptLog, ShardState, deaths, read_attempts
 from storage_schemas.workspace import Workspace
+from tasks import logs
 from tasks.config.execution import ExecutionConfig
 from tasks.devices import hold_device
 from tasks.execution.outcomes import Failure, Outcome
@@ -33,6 +36,7 @@ from tasks.execution.worker import coordinator_here, raise_if_hung, worker_on
 from tasks.teaching.run import load_inputs
 
 TICK_SECONDS = 1.0
+log = logging.getLogger("fastgda.execution.parts")
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,11 @@ class PartReference:
 
 def _passes(_task: Task[..., object], _run: TaskRun, state: State[object]) -> bool:
     error = state.result(raise_on_failure=False)
-    return isinstance(error, BaseException) and remedy(error) is Remedy.retry and not device_lost(error)
+    return isinstance(error, BaseException) and _may_pass(error)
+
+
+def _may_pass(error: BaseException) -> bool:
+    return remedy(error) is Remedy.retry and not device_lost(error)
 
 
 @task(
@@ -63,6 +71,28 @@ def make_part(
     location: str, run: str, assignment: str, kind: str, number: int, timeout: float | None
 ) -> PartReference | State[None]:
     """Make and commit one part; one that is there already costs nothing."""
+    logs.set_up_once()
+    with logs.about(run=run, kind=kind, part=number):
+        try:
+            return _part(location, run, assignment, kind, number, timeout)
+        except Exception as error:
+            _log_failure(kind, number, error)
+            raise
+
+
+def _log_failure(kind: str, number: int, error: Exception) -> None:
+    context = TaskRunContext.get()
+    attempt, attempts = (context.task_run.run_count, 1 + context.task.retries) if context else (1, 1)
+    why, trace = f"{type(error).__name__}: {error}", log.isEnabledFor(logging.DEBUG)
+    if attempt < attempts and _may_pass(error):
+        log.warning("%s %05d is tried again after attempt %d of %d: %s", kind, number, attempt, attempts, why)
+    else:
+        log.error("%s %05d failed for good at attempt %d: %s", kind, number, attempt, why, exc_info=trace)
+
+
+def _part(
+    location: str, run: str, assignment: str, kind: str, number: int, timeout: float | None
+) -> PartReference | State[None]:
     if stopping():  # before the model is loaded for nothing
         return Cancelled(message="stopped as somebody asked")
     if not coordinator_here(run):
@@ -75,10 +105,15 @@ def make_part(
         worker = worker_on(location, run)
         try:
             with worker.at_work(inputs.context, kind, number, timeout):
+                log.debug("%s %05d is begun on %s", kind, number, inputs.context.device)
                 manifest = parts.make(number)
         except Stopped:
+            log.info("%s %05d is left, as the run is to stop", kind, number)
             return Cancelled(message="stopped as somebody asked")
         worker.finished(manifest)
+        left_out = len(manifest.quarantined)
+        made = "%s %05d is made: %d rows in %.1f s, %d samples left out"
+        log.debug(made, kind, number, manifest.rows, manifest.seconds, left_out)
     relative = inputs.workspace.relative(path)
     return PartReference(kind, number, relative, manifest.sha256, manifest.rows, manifest.seconds)
 
@@ -222,12 +257,14 @@ def quarantine_deadly(
     workspace: Workspace, run: str, kind: str, numbers: Iterable[int], max_deaths: int
 ) -> dict[int, Failure]:
     """Take those of some unfinished parts out of the run over which too many worker processes died."""
-    attempts, log = read_attempts(workspace, run, kind), AttemptLog(workspace, run, kind=kind)
+    attempts, attempt_log = read_attempts(workspace, run, kind), AttemptLog(workspace, run, kind=kind)
     found = {}
     for number in numbers:
         count = deaths(attempts.get(number, []))
         if count >= max_deaths:
             error = WorkerLost(f"{count} worker processes died over it: it is not tried again before `fastgda retry`")
-            log.record(number, ShardState.quarantined, error=error)
+            attempt_log.record(number, ShardState.quarantined, error=error)
+            with logs.about(run=run, kind=kind, part=number):
+                log.warning("%s %05d is quarantined: %s", kind, number, error)
             found[number] = Failure.of(kind, number, error)
     return found

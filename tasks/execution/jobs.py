@@ -8,6 +8,7 @@ the workspace to learn what a job got done: its Prefect state may never come whe
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import time
 from collections import deque
@@ -24,7 +25,6 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Cancelling, Crashed
-from rich.markup import escape
 
 from fastgda_core.errors import UsageError
 from storage_schemas.runs.attempts import Attempt, ShardState, read_attempts
@@ -36,7 +36,6 @@ from tasks.execution.fan_out import Order, quarantine_deadly
 from tasks.execution.number_ranges import as_ranges, from_ranges
 from tasks.execution.outcomes import Failure, Outcome
 from tasks.execution.worker import HUNG_FACTOR
-from tasks.progress import console
 from tasks.watching.prefect_answers import away, refusal, tolerated
 
 POLL_SECONDS = 2.0
@@ -51,6 +50,7 @@ _UNFINISHED = [
     StateType.PAUSED,
     StateType.CANCELLING,
 ]
+log = logging.getLogger("fastgda.execution.jobs")
 PAGE = 200  # flow runs in one answer, at most: PREFECT_SERVER_API_DEFAULT_LIMIT
 T = TypeVar("T")
 
@@ -116,6 +116,12 @@ class JobPool:
                     for job in self._ended(client, stopping=outcome.stopped):
                         back = self._settle(job, outcome)
                         waiting.extendleft(reversed(back))
+                        log.info(
+                            "job %s is over; %d of its %d parts are to be made yet",
+                            job.name,
+                            len(back),
+                            len(job.numbers),
+                        )
                     if self._idle >= IDLE_JOBS:
                         raise UsageError(
                             f"{self._idle} jobs in a row ended before they started a part: look at the Prefect flow "
@@ -151,6 +157,7 @@ class JobPool:
         for found in under_way:
             numbers = from_ranges(str(found.parameters.get("numbers", "")))
             self._jobs.append(_Job(found.id, found.name, self._pool_of(found, deployments), numbers))
+            log.info("job %s of an earlier coordinator goes on, with %d parts", found.name, len(numbers))
         return True
 
     def _page(self, client: SyncPrefectClient, chosen: FlowRunFilter) -> list[FlowRun] | None:
@@ -193,16 +200,16 @@ class JobPool:
             if not away(error):
                 raise refusal(error, asked) from error
             if not self._waiting:
-                why = escape(" ".join(str(error).split()) or type(error).__name__)
-                console.print(
-                    f"[yellow]waiting:[/] the Prefect server is away ({why}); jobs under way go on, and "
-                    f"`fastgda cancel {self.order.run}` stops the run",
-                    highlight=False,
+                log.warning(
+                    "waiting: the Prefect server is away (%s); jobs under way go on, and `fastgda cancel %s` stops "
+                    "the run",
+                    " ".join(str(error).split()) or type(error).__name__,
+                    self.order.run,
                 )
             self._waiting = True
             return None
         if self._waiting:
-            console.print("the Prefect server answers again", highlight=False)
+            log.warning("the Prefect server answers again")
         self._waiting = False
         return answer
 
@@ -245,6 +252,7 @@ class JobPool:
         self._unanswered = request if started is None else None
         if started is not None:
             self._jobs.append(_Job(started.id, started.name, pool, request.numbers))
+            log.info("job %s is submitted to %s", started.name, pool.deployment)
         return started is not None
 
     def _size(self, pool: PoolConfig, waiting: int) -> int:
@@ -296,10 +304,12 @@ class JobPool:
         hung = beat is not None and timeout is not None and beat.part_seconds > HUNG_FACTOR * timeout
         if hung and not silent:
             if not job.ending:
+                log.warning("job %s hangs over a part; it is told to end", job.name)
                 job.ending = self._force(client, job, Cancelling(message="it hangs over a part"))
             return False
         if silent:
             message = f"no sign of life for {self.order.execution.lost_after:.0f} s"
+            log.warning("job %s has given %s; its parts are made by others", job.name, message)
             self._force(client, job, Crashed(message=message))
         return silent
 
@@ -338,10 +348,11 @@ class JobPool:
     def _tell_untaken(self, job: _Job) -> None:
         if not self._told and time.monotonic() - job.created > UNTAKEN_SECONDS:
             self._told = True
-            console.print(
-                f"[yellow]waiting:[/] no worker has taken a job of {job.pool.deployment} for {UNTAKEN_SECONDS:.0f} s; "
-                "is one running, and has its pool a free slot? `prefect worker start --pool POOL` starts one",
-                highlight=False,
+            log.warning(
+                "waiting: no worker has taken a job of %s for %.0f s; is one running, and has its pool a free slot? "
+                "`prefect worker start --pool POOL` starts one",
+                job.pool.deployment,
+                UNTAKEN_SECONDS,
             )
 
     def _end_all(self, client: SyncPrefectClient) -> None:

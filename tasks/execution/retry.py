@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import UTC, datetime
 
 from prefect import task
@@ -14,7 +15,10 @@ from storage_schemas.runs.attempts import AttemptLog, ShardState, read_attempts
 from storage_schemas.runs.ledger import quarantined_parts
 from storage_schemas.runs.liveness import read_assignment, withdraw, write_assignment
 from storage_schemas.workspace import Workspace
+from tasks import logs
 from tasks.execution.number_ranges import chosen_shards
+
+log = logging.getLogger("fastgda.execution")
 
 
 @task(task_run_name="release", cache_policy=NO_CACHE)
@@ -48,14 +52,17 @@ def release(location: str, run: str, shards: str | None = None) -> int:
             move(path, folder / workspace.relative(path))
             remove(manifest_path(path))
     for kind, numbers in given_up.items():
-        log = AttemptLog(workspace, run, kind=kind)
+        attempts = AttemptLog(workspace, run, kind=kind)
         for number in sorted(numbers):
-            log.record(number, ShardState.pending)
+            attempts.record(number, ShardState.pending)
     withdraw(workspace, run)
     if any(short.values()):
         found = read_assignment(workspace, run)
         write_assignment(workspace, found.model_copy(update={"generation": found.generation + 1}))
-    return sum(map(len, short.values())) + sum(map(len, given_up.values()))
+    count = sum(map(len, short.values())) + sum(map(len, given_up.values()))
+    with logs.about(run=run):
+        log.info("%d parts that failed or left samples out are to be made again", count)
+    return count
 
 
 def _given_up(workspace: Workspace, run: str) -> dict[str, set[int]]:

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import faulthandler
 import functools
+import logging
 import os
 import threading
 import time
@@ -24,9 +25,11 @@ from storage_schemas.commit import Manifest, made_in, worker_name
 from storage_schemas.runs.attempts import AttemptLog, ShardState
 from storage_schemas.runs.liveness import BEAT_SECONDS, Beat, Wish, asked, write_beat
 from storage_schemas.workspace import Workspace
+from tasks import logs
 from tasks.context import Context
 from tasks.execution.outcomes import PartHangs
 
+log = logging.getLogger("fastgda.execution.worker")
 LOST_DEVICE = 75  # exit code of a process that may not use its device again (EX_TEMPFAIL)
 HUNG_FACTOR = 1.5  # x the time limit of a part, after which it hangs within a micro-batch: its process is ended
 LAST_WORDS_SECONDS = 60.0  # that a coordinator has to say why it ends, when a thread of its own hangs
@@ -101,7 +104,7 @@ class Worker:
         """
         self._since = time.monotonic()
         self._tell(kind=kind, number=number, device=str(context.device), job=flow_run.get_id() or "")
-        log = self._logs.setdefault(kind, AttemptLog(self.workspace, self.run, kind=kind))
+        attempts = self._logs.setdefault(kind, AttemptLog(self.workspace, self.run, kind=kind))
         _at_work[self.run] = self
         if timeout is not None and not coordinator_here(self.run):
             # By a thread in C, which comes to its turn even where the work holds Python's lock.
@@ -110,13 +113,14 @@ class Worker:
             with (
                 made_in(flow_run.get_id() or ""),
                 checked_by(lambda: self._check(timeout)),
-                log.attempt(number, str(context.device), leaving=Stopped),
+                attempts.attempt(number, str(context.device), leaving=Stopped),
             ):
                 self.stop_if_asked()
                 try:
                     yield
                 except RuntimeError as error:
                     if device_lost(error) and not coordinator_here(self.run):
+                        log.error("the device is lost, and this process ends: %s", error)
                         # A fresh process gets the device back: a pool, Ray or Dask starts one. The attempt has no end,
                         # which counts as a worker that died over it.
                         os._exit(LOST_DEVICE)
@@ -164,6 +168,8 @@ class Worker:
             except Exception as error:
                 # Without signs of life this process counts as dead before long, and its work is given to others.
                 self._beats_failed = error
+                with logs.about(run=self.run):
+                    log.error("signs of life cannot be written, and this process stops: %s", error)
                 self.leave()
 
     def raise_if_hung(self, timeout: float) -> None:
@@ -176,6 +182,8 @@ class Worker:
             f"ends, what is finished is kept, and `fastgda retry {self.run}` goes on"
         )
         self._logs[state.kind].record(state.number, ShardState.failed, seconds=seconds, error=error)
+        with logs.about(run=self.run, kind=state.kind, part=state.number):
+            log.error("%s", error)
         threading.Thread(target=_end_process, name="end of a process that hangs", daemon=True).start()
         raise error
 

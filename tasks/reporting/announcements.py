@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 
 from storage_schemas.heads.metrics_history import metrics_history
 from storage_schemas.snapshots.snapshots import read_snapshot
 from storage_schemas.workspace import Workspace
+from tasks import logs
 from tasks.artifact import Artifact
 from tasks.context import Context
 from tasks.distilling.labels import Labels
@@ -18,6 +20,7 @@ from tasks.watching import events
 from tasks.watching.artifacts import publish_image, publish_markdown
 from tasks.watching.trust import trust_in
 
+log = logging.getLogger("fastgda.publishing")
 SHOWN_QUERIES, SHOWN_SAMPLES = 5, 8
 
 
@@ -32,6 +35,8 @@ def announce_scores(inputs: RunInputs, snapshot: str) -> None:
     publish_markdown(
         f"published {snapshot}", f"{links}\n\n{_lineage(inputs.workspace, snapshot)}\n", "What was published"
     )
+    with logs.about(run=inputs.run):
+        log.info("snapshot %s is published: %d rows of %d runs", snapshot, rows.rows, len(rows.runs))
     events.announce(events.SCORES_PUBLISHED, context, "snapshot", snapshot, run=inputs.run)
 
 

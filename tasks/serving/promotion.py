@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from prefect import task
@@ -14,6 +15,8 @@ from storage_schemas.snapshots.published import Published
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made
 from tasks.context import Context
+
+log = logging.getLogger("fastgda.serving")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ def promote(context: Context, head: Artifact, index: Artifact, metrics: Made) ->
         )
     if not refused:
         refused = _serve(workspace, head, index, metrics.artifact)
+    if refused:
+        log.info("index %s is not promoted: %s", index.key, refused)
+    else:
+        log.info("index %s is promoted: %s", index.key, what)
     return Evaluation(metrics, index, tuned, untuned, refused)
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.settings import PREFECT_API_URL
-from rich.markup import escape
 
 from fastgda_core.errors import Remedy, UsageError, remedy
-from tasks.progress import console
 
+log = logging.getLogger("fastgda.prefect")
 SHOWN = 500  # characters of what a server answered
 _told: set[str] = set()
 
@@ -57,4 +57,4 @@ def tolerated(asked: str) -> Iterator[None]:
         told = str(refusal(error, asked))
         if told not in _told:
             _told.add(told)
-            console.print(f"[yellow]warning:[/] {escape(told)}", highlight=False, soft_wrap=True)
+            log.warning("%s", told)

@@ -18,6 +18,7 @@ def none_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
     with monkeypatch.context() as here:
         here.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
         here.setenv("PREFECT_API_URL", "")
+        here.setenv("PREFECT_LOGGING_TO_API_ENABLED", "true")
         here.setenv("TMPDIR", str(tmp_path))
         here.setattr("tempfile.tempdir", None)
         here.setattr(own_server, "_server", None)

@@ -40,10 +40,10 @@ def start(config: Path, home: Path, faults: dict[str, str], *, own_server: bool)
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[float, list[str]]:
-    """Seconds until the process was gone, and what it wrote to standard error, but for progress."""
+    """Seconds until the process was gone, and what it wrote to standard error, but for its log."""
     started = time.monotonic()
     _, errors = process.communicate(timeout=SOON)
-    return time.monotonic() - started, [line for line in errors.splitlines() if " elapsed, " not in line]
+    return time.monotonic() - started, [line for line in errors.splitlines() if not line[:4].isdigit()]
 
 
 def go_on(config: Path) -> str:

@@ -25,6 +25,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from fastgda_core.errors import UsageError
 from storage_schemas.runs.liveness import Beat, write_beat
 from storage_schemas.workspace import Workspace
+from tasks import logs
 from tasks.config.execution import ExecutionConfig
 from tasks.execution import jobs
 from tasks.execution.fan_out import Order
@@ -96,6 +97,7 @@ def job_pool(folder: Path, run: str = "run", *, missing: list[int] | None = None
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "POLL_SECONDS", 0.05)
+    logs.set_up("warning", "text")
 
 
 @pytest.mark.parametrize("status", [401, 403, 409, 422])
