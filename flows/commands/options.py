@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from storage_schemas.which_workspace import ENVIRONMENT, default_location
+
+if TYPE_CHECKING:
+    from tasks.config.pipeline import PipelineConfig
 
 ConfigArgument = Annotated[Path, typer.Argument(help="YAML config; see deployments/openmoji.yaml.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -26,7 +29,7 @@ RunnerOption = Annotated[
 ]
 
 
-def read_config(path: Path, runner: Runner | None = None) -> Any:
+def read_config(path: Path, runner: Runner | None = None) -> PipelineConfig:
     """The configuration, with another runner where one is given."""
     from tasks.config.files import load_config, with_runner
 

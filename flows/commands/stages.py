@@ -7,7 +7,7 @@ import shlex
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -27,8 +27,14 @@ from flows.commands.terminal import out, say, warn
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 
+if TYPE_CHECKING:
+    from flows.pipeline import RunSummary
+    from tasks.artifact import Made
+    from tasks.config.pipeline import PipelineConfig
+    from tasks.watching.trust import Trust
 
-def _begin(path: Path, runner: Runner | None = None) -> Any:
+
+def _begin(path: Path, runner: Runner | None = None) -> PipelineConfig:
     """The configuration, checked before a server starts and before the flows and what they need are loaded."""
     config = read_config(path, runner)
     start_server()
@@ -241,19 +247,19 @@ def retry(
         warn(f"the data or the model of run {run} changed since it was planned: run {summary.run} was made instead")
 
 
-def _say_head(head: Any, config: Path) -> None:
+def _say_head(head: Made, config: Path) -> None:
     again = f"`fastgda index {shlex.quote(str(config))}`"
     say(f"head {head.artifact.key}{' (was there)' if head.reused else ''}: {again} builds its index")
 
 
-def print_summary(summary: Any) -> None:
+def print_summary(summary: RunSummary) -> None:
     print_made(summary.run, summary.made, summary.trust)
     if summary.refused:
         say(f"not promoted: {summary.refused}")
     say(f"Report: {summary.report.path}")
 
 
-def print_made(run: str, made: list[Any], trust: Any) -> None:
+def print_made(run: str, made: list[Made], trust: Trust) -> None:
     table = Table("stage", "rows", "seconds", "", title=f"run {run}", title_justify="left")
     for column in table.columns[1:3]:
         column.justify = "right"

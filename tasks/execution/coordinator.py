@@ -280,7 +280,7 @@ def begin_run(inputs: RunInputs) -> Makers:
     write_assignment(workspace, assignment)
     withdraw(workspace, run)
     with logs.about(run=run):
-        log.info("run %s is begun: %d pairs", run, inputs.stages["scores"].rows)
+        log.info("run %s is begun: %d pairs", run, inputs.artifacts["scores"].rows)
     _tell_of_others(workspace, run, others_at_work(workspace, run))
     return Makers(inputs, assignment.key, _part_seconds(inputs))
 
