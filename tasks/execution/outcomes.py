@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
+from tasks.teaching.parts import RunRefused
+
+__all__ = ["Failure", "Outcome", "PartHangs", "RunCancelled", "RunIncomplete", "RunRefused"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,6 @@ class RunIncomplete(RuntimeError):
             *more,
         ]
         super().__init__("\n".join(lines))
-
-
-class RunRefused(RuntimeError):
-    """What was made cannot be right."""
 
 
 class RunCancelled(RuntimeError):

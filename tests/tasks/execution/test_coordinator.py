@@ -16,9 +16,8 @@ from storage_schemas.runs.liveness import Wish, ask, asked, read_assignment, wit
 from tasks.execution import coordinator, fan_out, worker
 from tasks.execution.coordinator import Makers, begin_run
 from tasks.execution.fan_out import DeviceLost
-from tasks.execution.outcomes import PartHangs, RunCancelled, RunIncomplete
+from tasks.execution.outcomes import PartHangs, RunCancelled, RunIncomplete, RunRefused
 from tasks.execution.retry import release
-from tasks.teaching.parts import RunRefused
 from tasks.watching.run_status import run_status
 from tests.tasks.letters import LETTERS, RUN, Letters, inputs_of, taught_by_letters
 from tests.tasks.without_prefect import Here, made_here
