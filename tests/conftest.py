@@ -10,24 +10,36 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from fastgda_core.diffusion.model import DiffusionModel, load_model
-from tests import tiny
-from tests.prefect_processes import prefect_server
+# torch and diffusers take seconds to import: the process that hands tests out to others is spared them.
+if TYPE_CHECKING:
+    from fastgda_core.diffusion.model import DiffusionModel
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever asks for a Prefect server is no unit test."""
+    for item in items:
+        if "home" in getattr(item, "fixturenames", ()):
+            item.add_marker("integration")
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable-Diffusion-shaped folder of random weights."""
+    from tests import tiny
+
     return tiny.save_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where Prefect keeps its state during the tests, with a server that commands share, as its start takes seconds."""
+    from tests.prefect_processes import prefect_server
+
     folder = tmp_path_factory.mktemp("home")
     with prefect_server(folder / "server") as server:
         (folder / "server_url").write_text(server.url)
@@ -36,4 +48,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def tiny_model(model_folder: Path) -> DiffusionModel:
+    import torch
+
+    from fastgda_core.diffusion.model import load_model
+
     return load_model(model_folder, torch.device("cpu"))

@@ -1,92 +1,33 @@
-"""Whole runs of some seconds, made once for all tests that look at what came of them."""
+"""Runs that are made once for all tests that look at what came of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from flows.curation import Curation, curate
-from flows.evaluation import evaluate, judge_run
-from flows.indexing import rebuild_index
-from flows.training import train_rank_head
-from storage_schemas.workspace import Workspace
-from tasks.artifact import Made
-from tasks.config.pipeline import PipelineConfig
-from tasks.context import Context
-from tasks.serving.promotion import Evaluation
-from tests import tiny
-from tests.tasks.configs import document
-from tests.tasks.without_prefect import without_prefect
-
-SAMPLES, TWINS, CUTOFFS = 24, 2, [2, 4]
-
-
-@dataclass(frozen=True)
-class WholeRun:
-    """A run with its checks, head, index and evaluation."""
-
-    config: PipelineConfig
-    curation: Curation
-    checks: list[Made]
-    head: Made
-    index: Made
-    evaluation: Evaluation
-
-    @property
-    def context(self) -> Context:
-        return self.curation.plan.inputs.context
-
-    @property
-    def workspace(self) -> Workspace:
-        return self.context.workspace
-
-
-def configuration(folder: Path, model: Path, **changes: object) -> PipelineConfig:
-    """Eight images that are samples, too, as queries, and the twins of two samples; features are the pixels."""
-    tiny.write_tar(folder / "shapes.tar", tiny.sample_members(range(SAMPLES)))
-    tiny.write_tar(folder / "queries.tar", tiny.sample_members(range(8)))
-    whole = document(
-        workspace=str(folder / "workspace"),
-        data__shards=str(folder / "shapes.tar"),
-        model__folder=str(model),
-        queries={
-            "shards": str(folder / "queries.tar"),
-            "split": {"train": 4, "validation": 2, "test": 2},
-            "twins": TWINS,
-            "steps": 2,
-        },
-        features={"space": "pixel"},
-        head={"epochs": 2},
-        evaluation={"cutoffs": CUTOFFS, "validation_cutoff": CUTOFFS[-1], "neighbors": 3, "gain_floor": None},
-        **changes,
-    )
-    return PipelineConfig.model_validate(whole)
-
-
-def made(config: PipelineConfig) -> WholeRun:
-    with without_prefect():
-        curation = curate(config)
-        checks = judge_run(curation.plan.inputs)
-        head = train_rank_head(config, curation.ranks.key)
-        index = rebuild_index(config, head.artifact.key)
-        return WholeRun(config, curation, checks, head, index, evaluate(config, index.artifact.key))
+if TYPE_CHECKING:  # see tests/conftest.py
+    from tests.tasks.whole_runs import WholeRun
 
 
 @pytest.fixture(scope="session")
 def similar(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> WholeRun:
     """Taught by cosines, of which the truth is known."""
+    from tests.tasks.whole_runs import configuration, whole_run
+
     folder = tmp_path_factory.mktemp("similar")
     candidates = {"policy": "top_k", "k": 10}
-    return made(configuration(folder, model_folder, teacher={"name": "similarity"}, candidates=candidates))
+    return whole_run(configuration(folder, model_folder, teacher={"name": "similarity"}, candidates=candidates))
 
 
 @pytest.fixture(scope="session")
 def unlearned(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> WholeRun:
     """Taught by first-order unlearning steps of low rank, and judged by every check."""
+    from tests.tasks.whole_runs import configuration, whole_run
+
     teacher = {"name": "abu_plus_first_order", "alpha": 1e-4, "timesteps": 2, "gradient_pairs": 4, "shard_samples": 16}
-    return made(
+    return whole_run(
         configuration(
             tmp_path_factory.mktemp("unlearned"),
             model_folder,

@@ -16,7 +16,7 @@ from tasks.inputs.twins import load_twins
 from tasks.judging.kept_checks import read_checks
 from tasks.judging.teacher import check_against_exact, check_precision, check_self_consistency, check_twins
 from tasks.watching.trust import OTHER_CURVATURE, OTHER_GRADIENT, OTHER_NOISE, OTHER_TEACHER, trust_in
-from tests.tasks.conftest import CUTOFFS, TWINS, WholeRun
+from tests.tasks.whole_runs import CUTOFFS, TWINS, WholeRun
 
 
 def rows_of(run: WholeRun, name: str) -> list[dict]:

@@ -11,7 +11,7 @@ from storage_schemas import tables
 from storage_schemas.snapshots.snapshots import read_ranks
 from tasks.inputs.features import load_features
 from tasks.inputs.queries import load_queries
-from tests.tasks.conftest import SAMPLES, WholeRun
+from tests.tasks.whole_runs import SAMPLES, WholeRun
 
 
 def test_scores_are_the_cosines_of_the_features(similar: WholeRun) -> None:

@@ -1,0 +1,117 @@
+"""Versions of heads and indexes: made once, found again, described by what they came from."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fastgda_core.errors import UsageError
+from fastgda_core.search.index import read_index, search
+from storage_schemas import tables
+from storage_schemas.snapshots.published import NotPublished, read_published
+from storage_schemas.snapshots.snapshots import read_snapshot
+from storage_schemas.workspace import Workspace
+from tasks.distilling.heads import fit_rank_head
+from tasks.distilling.index import build_search_index, read_index_mean
+from tasks.distilling.labels import read_labels
+from tasks.distilling.publish import publish_scores
+from tasks.distilling.ranks import run_behind
+from tasks.distilling.versions import (
+    latest_head,
+    latest_index,
+    load_trained_head,
+    read_head,
+    read_index_head,
+    space_of_head,
+)
+from tasks.inputs.features import extract_features, feature_mean, in_space, load_features
+from tests.storage_schemas.workspaces import publish_run
+from tests.tasks.whole_runs import SAMPLES, WholeRun
+
+
+def test_a_head_and_an_index_are_found_by_version_and_as_the_newest(similar: WholeRun) -> None:
+    head, index = similar.head.artifact, similar.index.artifact
+    found, description = read_head(similar.workspace, head.key)
+    assert (found.path, found.rows) == (head.path, head.rows)
+    assert description["run"] == similar.curation.run and description["snapshot"] == similar.curation.ranks.key
+    assert len(description["history"]) == similar.config.head.epochs
+    lines = (head.path / "training.csv").read_text().splitlines()
+    assert lines[0] == "epoch,loss,validation_map" and len(lines) == 1 + similar.config.head.epochs
+    assert read_index_head(similar.workspace, index.key) == (index, head.key)
+    assert (latest_head(similar.workspace), latest_index(similar.workspace)) == (head.key, index.key)
+    assert not (head.path / "checkpoints").exists(), "they are for a training that was cut short"
+
+
+def test_a_version_that_is_not_there_is_named_with_where_to_look(similar: WholeRun, tmp_path) -> None:
+    with pytest.raises(UsageError, match=r"no rank head 'h': .*SELECT head FROM heads"):
+        read_head(similar.workspace, "h")
+    with pytest.raises(UsageError, match="no index 'i'"):
+        read_index_head(similar.workspace, "i")
+    with pytest.raises(UsageError, match="no rank head yet: `fastgda train CONFIG` makes one"):
+        latest_head(Workspace(tmp_path))
+    with pytest.raises(UsageError, match="no index yet: `fastgda index CONFIG` makes one"):
+        latest_index(Workspace(tmp_path))
+
+
+def test_what_is_there_is_not_made_again(similar: WholeRun) -> None:
+    context, labels = similar.context, read_labels(similar.context, None)
+    features = extract_features.fn(context, labels.samples)
+    assert features.reused
+    head = fit_rank_head.fn(context, labels.samples, labels.queries, features.artifact, labels.ranks)
+    index = build_search_index.fn(context, labels.samples, features.artifact, head.artifact)
+    assert (head.reused, head.artifact) == (True, similar.head.artifact)
+    assert (index.reused, index.artifact) == (True, similar.index.artifact)
+    assert head.seconds == pytest.approx(similar.head.seconds)
+    ranks = publish_scores.fn(similar.curation.plan.inputs, incomplete=False)
+    assert ranks.reused and ranks.artifact == similar.curation.ranks
+
+
+def test_the_index_holds_the_heads_vector_of_every_sample(similar: WholeRun) -> None:
+    context, samples = similar.context, similar.curation.plan.inputs.artifacts["samples"]
+    vectors = load_trained_head(similar.head.artifact.path)(load_features(context, samples, samples)).numpy()
+    index = read_index(similar.index.artifact.path / "index.faiss")
+    similarity, nearest = search(index, vectors, 1)
+    assert similar.index.artifact.rows == SAMPLES
+    np.testing.assert_allclose(similarity[:, 0], 1, atol=1e-5)
+    np.testing.assert_allclose(vectors[nearest[:, 0]], vectors, atol=1e-3)
+    mean = read_index_mean(similar.index.artifact.path)
+    expected = feature_mean(context, samples)
+    assert expected is not None and torch.equal(mean, expected)
+    with pytest.raises(UsageError, match=r"lacks mean\.safetensors"):
+        read_index_mean(similar.head.artifact.path)
+
+
+def test_the_space_of_a_head_is_its_own_whatever_is_configured_since(similar: WholeRun) -> None:
+    description = json.loads((similar.head.artifact.path / "head.json").read_text())
+    other = in_space(similar.context, space="minilm_text", centre=False)
+    assert space_of_head(other, description).config.features == similar.config.features
+
+
+def test_labels_are_those_of_the_snapshot(similar: WholeRun) -> None:
+    labels = read_labels(similar.context, None)
+    inputs = similar.curation.plan.inputs
+    assert labels == read_labels(similar.context, similar.curation.ranks.key)
+    assert labels.run == inputs.run == run_behind(similar.workspace, labels.ranks)
+    assert (labels.samples, labels.queries) == (inputs.artifacts["samples"], (inputs.artifacts["queries"],))
+    snapshot = read_snapshot(similar.workspace, read_published(similar.workspace).snapshot)
+    assert labels.ranks.rows == snapshot.rows == inputs.artifacts["candidates"].rows
+    with pytest.raises(NotPublished):
+        read_labels(similar.context, "never")
+
+
+def test_a_run_without_images_cannot_be_trained_on(similar: WholeRun, tmp_path) -> None:
+    publish_run(tmp_path)
+    record = tmp_path / "runs" / "run-1" / "run.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "queries": None}))
+    config = similar.config.model_copy(update={"workspace": str(tmp_path)})
+    context = type(similar.context)(config, "model")
+    with pytest.raises(UsageError, match="run run-1 was imported: it has no images to train on"):
+        read_labels(context, None)
+
+
+def test_the_ids_beside_an_index_are_those_of_the_samples(similar: WholeRun) -> None:
+    ids = tables.read(similar.index.artifact.path / "ids.parquet", tables.INDEX_IDS)
+    assert ids["train_id"].to_pylist() == list(range(SAMPLES))

@@ -1,0 +1,81 @@
+"""A study: every variant is trained once, measured on the test queries, and drawn."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from storage_schemas import tables
+from storage_schemas.snapshots.published import read_published
+from tasks.config.distilling import StudyConfig
+from tasks.distilling.labels import read_labels
+from tasks.judging.study import Variant, compare_heads, draw_study, variants
+from tasks.judging.study_results import Answer, answers, study_plot
+from tests.tasks.whole_runs import CUTOFFS, WholeRun
+from tests.tasks.without_prefect import without_prefect
+
+SMALL = StudyConfig(
+    losses=["mse"],
+    query_shares=[0.5],
+    candidate_shares=[0.5],
+    outside_probabilities=[0.5],
+    nearest=0.5,
+    seeds=1,
+)
+
+
+def test_a_study_asks_each_question_of_each_value_and_seed(similar: WholeRun) -> None:
+    config = similar.config.model_copy(update={"study": SMALL.model_copy(update={"seeds": 2})})
+    found = variants(config)
+    names = [(each.question, each.value, each.seed) for each in found]
+    assert len(set(names)) == len(names) == 2 * 6
+    fixed = [each for each in found if each.question == "queries at a fixed budget"]
+    assert {each.queries * each.candidates for each in fixed} == {0.5}, "as many pairs, whatever the queries"
+    assert Variant("loss", "mse", "pixel", "mse", seed=1).name == "loss = mse, seed 1"
+
+
+def test_every_variant_is_measured_and_made_once(similar: WholeRun) -> None:
+    context = replace(similar.context, config=similar.config.model_copy(update={"study": SMALL}))
+    labels = read_labels(context, None)
+    with without_prefect():
+        made, again = compare_heads(context, labels), compare_heads(context, labels)
+        picture = draw_study(context, labels, made.artifact)
+    assert (made.reused, again.reused, made.artifact) == (False, True, again.artifact)
+    found = answers(tables.read(made.artifact.path, tables.METRICS), CUTOFFS[-1])
+    assert {(each.question, each.value) for each in found} >= {
+        ("feature space", "pixel"), ("untuned", "pixel"), ("loss", "mse"), ("queries", "0.5"),
+        ("outside probability", "0.5"),
+    }  # fmt: skip
+    assert all(0 <= each.mean <= 1 and each.seeds == 1 for each in found)
+    (untuned,) = (each.mean for each in found if each.question == "untuned")
+    assert untuned == pytest.approx(1.0), "the teacher is the features"
+    assert read_published(context.workspace).study == context.workspace.relative(made.artifact.path)
+    assert Image.open(picture.artifact.path).format == "PNG" and picture.artifact.path.name == "study.png"
+
+
+def test_answers_are_the_mean_over_the_seeds() -> None:
+    values = {0: 0.2, 1: 0.4}
+    rows = [
+        {"metric": "mAP", "space": f"study: loss = mse, seed {seed}", "split": "test", "cutoff": cutoff}
+        | {"query_id": query, "value": value if cutoff == 2 else 0.9, "standard_error": 0.0, "queries": 1}
+        for seed, value in values.items()
+        for cutoff in (2, 4)
+        for query in ("", "q0")
+    ]
+    table = tables.METRICS.rows(**{name: [row[name] for row in rows] for name in rows[0]})
+    (found,) = answers(table, 2)
+    assert (found.question, found.value, found.seeds) == ("loss", "mse", 2)
+    assert found.mean == pytest.approx(0.3) and found.deviation == pytest.approx(np.std([0.2, 0.4], ddof=1))
+
+
+def test_a_picture_shows_a_panel_for_each_question() -> None:
+    found = [Answer("feature space", "pixel", 0.5, 0.1, 3), Answer("untuned", "pixel", 0.4, 0.0, 1)]
+    heights = []
+    for questions in (1, 4):
+        more = [Answer(f"queries {number}", "0.5", 0.5, 0.1, 3) for number in range(questions - 1)]
+        heights.append(Image.open(io.BytesIO(study_plot([*found, *more], 2, 0.1, 0.9))).height)
+    assert heights[1] == 2 * heights[0], "three in a line"
