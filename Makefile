@@ -4,10 +4,25 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint slow clean
+.PHONY: demo fast test coverage lint slow clean
+
+# The packages below `flows`; with flows come servers, commands and whole pipelines.
+UNIT := tests/fastgda_core tests/storage_schemas tests/tasks
+FAST := "not integration and not slow and not gpu"
 
 demo: $(INSTALLED)
 	$(BIN)/fastgda demo
+
+# What needs neither a server, nor a command, nor seconds: under a minute on 2 cores.
+fast: $(INSTALLED)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m $(FAST) $(UNIT)
+
+# Of the tests that `make fast` runs. Of all tests: `make coverage UNIT=tests FAST="'not slow and not gpu'"`.
+coverage: $(INSTALLED)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m $(FAST) --cov --cov-report= $(UNIT)
+	$(BIN)/python -m coverage report --skip-covered --skip-empty
+	$(BIN)/python -m coverage json --quiet -o .coverage.json
+	$(BIN)/python -m tests.coverage_floors .coverage.json
 
 # Tests that kill workers and watch clocks come last: they mostly wait, and would wait in vain beside others that count.
 test: $(INSTALLED)

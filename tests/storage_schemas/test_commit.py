@@ -145,6 +145,7 @@ for number in itertools.count():
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("lengths", ["different", "equal"])
 def test_a_writer_killed_at_any_instant_leaves_nothing_that_is_trusted_wrongly(tmp_path: Path, lengths: str) -> None:
     path = tmp_path / "part-00000.parquet"

@@ -23,6 +23,8 @@ from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
 from tests.storage_schemas.workspaces import plan_run, shard_key
 
+pytestmark = pytest.mark.integration
+
 QUERIES = tuple(f"q{number}" for number in range(40))
 SAMPLES = 4000
 RUN = "run-1"

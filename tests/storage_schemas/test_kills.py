@@ -32,6 +32,8 @@ from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
 from tests.storage_schemas.workspaces import plan_run, shard_key
 
+pytestmark = pytest.mark.integration
+
 SAMPLES = 40
 QUERIES = {"run-1": tuple(f"q{number:03d}" for number in range(30)), "run-2": tuple(f"q{n:03d}" for n in range(28, 34))}
 SHIFT = {"run-1": 0.0, "run-2": 1000.0}

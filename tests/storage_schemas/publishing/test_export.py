@@ -262,6 +262,7 @@ def test_any_caption_survives(captions: list[str], tmp_path_factory: pytest.Temp
     )
 
 
+@pytest.mark.integration
 def test_a_killed_export_leaves_no_destination(tmp_path: Path) -> None:
     workspace = scored_run(tmp_path / "w", [f"q{number}" for number in range(40)], candidates=5_000)
     compact(workspace, RUN, part_rows=5_000)

@@ -206,6 +206,7 @@ def test_second_import_finds_the_first(tmp_path: Path) -> None:
     assert len(run_names(workspace)) == 2
 
 
+@pytest.mark.integration
 def test_killed_import_goes_on(tmp_path: Path) -> None:
     arrays = some_arrays(600, 40)
     path = write_pickle(tmp_path / "i.pkl", {"random": arrays})
@@ -407,6 +408,7 @@ def test_cut_file_is_refused(tmp_path_factory: pytest.TempPathFactory, length: i
     assert outcome(tmp_path_factory.mktemp("cut"), GOOD[:length]) is None
 
 
+@pytest.mark.integration
 @settings(max_examples=250, deadline=None)
 @given(flips=st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(1, 255)), min_size=1, max_size=3))
 def test_flipped_bytes_are_refused_or_leave_a_whole_release(

@@ -37,6 +37,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("leases/k/*"))
 
 
+@pytest.mark.integration
 def test_of_several_processes_one_makes_it_and_when_it_is_killed_exactly_one_follows(tmp_path: Path) -> None:
     makers = [start(tmp_path, 600)]
     assert makers[0].stdout is not None and makers[0].stdout.readline() == "making\n"

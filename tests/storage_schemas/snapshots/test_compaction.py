@@ -101,6 +101,7 @@ SCORES = st.dictionaries(
 )
 
 
+@pytest.mark.integration
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(SCORES, st.integers(1, 4), st.integers(1, 30))
 @example({"q": {3: 0.0, 1: -0.0, 2: 0.0}, "p": {1: 1.0}}, 2, 2)
@@ -118,6 +119,7 @@ def test_ranks_are_those_of_plain_sorting(
     assert rows_of(workspace, compact(workspace, RUN, without=left_out, part_rows=part_rows)) == ranked(rest)
 
 
+@pytest.mark.integration
 @settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(SCORES, st.integers(1, 3), st.integers(1, 30))
 @example(

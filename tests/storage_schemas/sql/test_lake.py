@@ -24,6 +24,8 @@ from storage_schemas.workspace import Workspace
 from tests.storage_schemas.postgres import postgres_server
 from tests.storage_schemas.workspaces import commit_shard, finish_run, plan_run
 
+pytestmark = pytest.mark.integration
+
 pytest.importorskip("duckdb_extension_ducklake", reason="needs the extra `lake`")
 
 ROOT = Path(__file__).parents[3]

@@ -322,6 +322,7 @@ print(json.dumps({"counts": sorted(counts), "reads": reads}))
 """
 
 
+@pytest.mark.integration
 def test_readers_never_fail_while_runs_are_published(tmp_path: Path) -> None:
     root, stop = tmp_path / "workspace", tmp_path / "stop"
     for run, samples in (("run-1", 4), ("run-2", 10)):

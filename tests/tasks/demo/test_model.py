@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ def weights(assets: Path) -> torch.Tensor:
     return torch.cat([found[name].float().flatten() for name in sorted(found)])
 
 
+@pytest.mark.integration
 def test_a_denoiser_is_trained_goes_on_from_another_and_paints(tmp_path: Path) -> None:
     shards, first, second, other = (tmp_path / name for name in ("shards", "first", "second", "other"))
     tiny.write_tar(shards / "0.tar", tiny.sample_members(range(8)))

@@ -100,3 +100,18 @@ def test_a_part_that_hangs_is_named_with_what_to_do(tmp_path: Path) -> None:
 def test_status_reads_an_assignment_of_an_earlier_release(tmp_path: Path) -> None:
     workspace = begun(tmp_path, latents=PartsRecord(key="k", path="latents/k", rows=1024))
     assert run_status(workspace, RUN).stages == []
+
+
+def test_a_part_that_takes_much_longer_than_others_took_is_a_straggler(tmp_path: Path) -> None:
+    workspace = begun(tmp_path, latents=PartsRecord(key="k", path="latents/k", rows=6, parts=6))
+    for number in range(5):
+        made(part(workspace.latents("k"), number, "safetensors"), "k")
+    beat = Beat(worker="elsewhere:1", beat=9, at=datetime.now(UTC), kind="latents", number=5, part_seconds=8.0)
+    write_beat(workspace, RUN, beat)
+    assert run_status(workspace, RUN).stragglers == [], "four times as long is nothing yet where parts are short"
+    write_beat(workspace, RUN, beat.model_copy(update={"part_seconds": 40.0}))
+    (slow,) = run_status(workspace, RUN).stragglers
+    assert (slow.kind, slow.number, slow.worker, slow.hangs) == ("latents", 5, "elsewhere:1", False)
+    assert slow.median == pytest.approx(2, abs=0.5) and slow.seconds == pytest.approx(40, abs=5)
+    text = terminal(run_status(workspace, RUN))
+    assert "slow: latents 00005 on elsewhere:1: 4" in text and "others took 2 s" in text and "kill" not in text

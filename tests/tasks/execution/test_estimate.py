@@ -1,0 +1,76 @@
+"""What a run will take, from the configuration, from earlier runs, or from a trial."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from tasks.config.execution import ExecutionConfig
+from tasks.config.pipeline import PipelineConfig
+from tasks.execution import cost
+from tasks.execution.cost import known_rate, mean_captions, rate
+from tasks.execution.estimate import Estimate, estimate
+from tasks.teaching.cost import KindCost, Size
+from tasks.watching.run_status import run_status
+from tests.tasks.whole_runs import SAMPLES, TWINS, WholeRun
+
+QUERIES = 8 + 2 * TWINS
+
+
+def of(config: PipelineConfig, **execution: object) -> PipelineConfig:
+    return config.model_copy(update={"execution": ExecutionConfig.model_validate(execution)})
+
+
+def test_an_estimate_counts_what_the_run_then_made(unlearned: WholeRun) -> None:
+    found = estimate(of(unlearned.config, forwards_per_second=100.0, price_per_device_hour=3.0, currency="EUR"))
+    assert found.size == Size(SAMPLES, 1.0, QUERIES, SAMPLES)
+    parts = unlearned.curation.plan.inputs.parts
+    for kind in found.kinds:
+        assert kind.parts == parts[kind.kind].count
+        assert kind.rows == sum(parts[kind.kind].rows(number) for number in range(kind.parts))
+    scores = found.kinds[-1]
+    assert scores.forwards == pytest.approx(SAMPLES * 2 * 2.1), "each sample once, at two timesteps, with its gradient"
+    forwards = sum(kind.forwards for kind in found.kinds)
+    assert found.device_hours == pytest.approx(forwards / 100 / 3600)
+    told = found.as_json()
+    assert told["cost"] == pytest.approx(3 * found.device_hours) and told["currency"] == "EUR"
+    console = Console(width=200)
+    with console.capture() as captured:
+        for line in found.shown():
+            console.print(line)
+    assert "24 training samples (1.0 captions each), 12 queries, 24 candidates each" in captured.get()
+    assert "EUR, at 100.0 forward passes a second (execution.forwards_per_second)" in captured.get()
+
+
+def test_the_speed_is_that_of_earlier_runs_of_the_model_here(unlearned: WholeRun, similar: WholeRun) -> None:
+    found = known_rate(unlearned.context)
+    assert found is not None and found.source == "earlier runs of this model here"
+    hours = run_status(unlearned.workspace, unlearned.curation.run).device_hours
+    assert found.forwards_per_second == pytest.approx(SAMPLES * 2 * 2.1 / (3600 * hours))
+    assert rate(unlearned.context) == found
+    assert known_rate(replace(unlearned.context, model_hash="another")) is None
+    assert known_rate(similar.context) is None, "that run never ran the model"
+
+
+def test_where_nothing_is_known_the_model_is_tried(similar: WholeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "TRIAL_SECONDS", 0.01)
+    context = replace(similar.context, config=similar.config.model_copy(update={"model": similar.config.model}))
+    found = rate(context)
+    assert found.forwards_per_second > 0 and found.source.startswith("a trial of 0 s on cpu")
+
+
+def test_captions_are_counted_over_all_samples(similar: WholeRun) -> None:
+    assert mean_captions(similar.curation.plan.inputs.artifacts["samples"].path) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "parts", "advice"), [(1.0, 200, "larger"), (1.0, 50, ""), (4000.0, 2, "smaller"), (10.0, 200, "")]
+)
+def test_shards_that_are_short_or_long_are_told_of(seconds: float, parts: int, advice: str) -> None:
+    kinds = [KindCost("scores", parts, parts, seconds * parts)]
+    found = Estimate(Size(1, 1.0, 1, 1), kinds, cost.Rate(1.0, "x"), None, "USD")
+    said = " ".join(found.advice())
+    assert (f"a {advice} teacher.shard_samples" in said) if advice else said == ""
+    assert found.as_json()["cost"] is None
