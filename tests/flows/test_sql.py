@@ -216,7 +216,7 @@ def test_a_folder_as_output_is_refused(root: Path, tmp_path: Path) -> None:
 INTERRUPTED = """
 import os, signal, sys, threading
 import duckdb, pyarrow
-from flows import rows
+from flows.commands import rows
 from flows.commands.main import main
 
 first = rows._print_table
