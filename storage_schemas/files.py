@@ -19,13 +19,14 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
-
-from upath import UPath
+from typing import TYPE_CHECKING, TypeAlias
 
 from storage_schemas.errors import StoreError
 
-AnyPath: TypeAlias = Path | UPath
+if TYPE_CHECKING:
+    from upath import UPath
+
+AnyPath: TypeAlias = "Path | UPath"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 UNUSED_SECONDS = 7 * 86_400.0  # after which a copy of an object goes
 TEMPORARY = ".fastgda-tmp-"  # begins the name of all that is in the making and of nothing else: `vacuum` goes by it
@@ -34,9 +35,11 @@ TEMPORARY = ".fastgda-tmp-"  # begins the name of all that is in the making and 
 def any_path(location: str | AnyPath) -> AnyPath:
     """A folder by its path, or by its URL where it has a scheme."""
     if isinstance(location, str) and "://" in location:
+        from upath import UPath  # with fsspec a tenth of a second, which commands on a disk need not wait for
+
         found = UPath(location, use_listings_cache=False)  # others write there too
         return found if not isinstance(found, Path) else Path(found.path)
-    return location if isinstance(location, (Path, UPath)) else Path(location)
+    return Path(location) if isinstance(location, str) else location
 
 
 Stamps: TypeAlias = tuple[tuple[str, int, int], ...]
@@ -218,8 +221,8 @@ def leftovers(folder: Path, below: Collection[str] | None = None) -> Iterator[Pa
 def move(old: AnyPath, new: AnyPath) -> None:
     """Give a file another name in the same workspace, if it is there."""
     try:
-        if isinstance(old, UPath):
-            old.fs.mv(old.path, new.path if isinstance(new, UPath) else str(new))
+        if not isinstance(old, Path):
+            old.fs.mv(old.path, str(new) if isinstance(new, Path) else new.path)
         else:
             new.parent.mkdir(parents=True, exist_ok=True)
             old.replace(str(new))

@@ -27,7 +27,7 @@ class Heavy:
             raise AssertionError(f"{name} was imported")
 
 sys.meta_path.insert(0, Heavy())
-from flows import main
+from flows.commands import main
 
 for arguments in json.loads(sys.argv[1]):
     sys.argv = ["fastgda", *arguments]
@@ -111,3 +111,32 @@ def test_what_is_wrong_is_said_in_one_line_before_anything_is_loaded(
     assert code == 2
     assert message in said
     assert len(said.splitlines()) == 1
+
+
+HELP = """
+import sys
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("duckdb", "fsspec", "numpy", "prefect", "pyarrow", "pydantic", "torch", "upath"):
+            raise AssertionError(f"{name} was imported")
+
+sys.meta_path.insert(0, Slow())
+sys.argv = ["fastgda", "--help"]
+from flows.commands.main import main
+
+main()
+"""
+
+
+def test_help_waits_for_nothing_that_only_commands_need() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HELP],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "attribute" in done.stdout
