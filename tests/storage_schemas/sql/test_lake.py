@@ -149,7 +149,7 @@ def test_vacuum_leaves_what_a_lake_reads(tmp_path: Path, catalog: str) -> None:
 ADD = """
 import sys
 from pathlib import Path
-from storage_schemas import lake
+from storage_schemas.sql import lake
 from storage_schemas.workspace import Workspace
 
 lake.SHARDS_AT_ONCE = 3
