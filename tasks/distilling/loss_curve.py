@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import io
 
+from fastgda_core.extras import installed
+from storage_schemas.commit import commit
+from storage_schemas.files import AnyPath
 from storage_schemas.heads.records import HeadRecord
+from tasks.progress import console
 
 LOSS_CURVE = "training.png"  # beside a trained head
+NO_CURVE = "no picture of the training: matplotlib is not installed: pip install 'fastgda[report]'"
 
 
-def loss_curve(head: HeadRecord, cutoff: int, *, format: str = "png") -> bytes:
-    """Training loss and validation mAP per epoch, of a head that was trained here; PNG or SVG."""
+def loss_curve(head: HeadRecord, cutoff: int, *, format: str = "png") -> bytes | None:
+    """Training loss and validation mAP per epoch, of a head that was trained here; PNG or SVG.
+
+    None where matplotlib is missing.
+    """
+    if not installed("matplotlib"):
+        return None
     from matplotlib.figure import Figure
 
     history, best_epoch = head.history, head.best_epoch
@@ -31,3 +41,13 @@ def loss_curve(head: HeadRecord, cutoff: int, *, format: str = "png") -> bytes:
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type")) if format == "svg" else None
     figure.savefig(buffer, format=format, metadata=metadata, dpi=110)
     return buffer.getvalue()
+
+
+def commit_curve(folder: AnyPath, head: HeadRecord, cutoff: int, *, key: str, started: float) -> None:
+    """The picture of a head version; where matplotlib is missing a line says so, as the head is as good without."""
+    picture = loss_curve(head, cutoff)
+    if picture is None:
+        console.print(NO_CURVE, highlight=False, markup=False, soft_wrap=True)
+        return
+    rows = len(head.history)
+    commit(folder / LOSS_CURVE, lambda path: path.write_bytes(picture), key=key, rows=rows, started=started)

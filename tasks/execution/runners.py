@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
-from fastgda_core.errors import UsageError
 from fastgda_core.interruption import stop_on_interrupt
+from tasks.config.packages import require_runner
 from tasks.config.pipeline import PipelineConfig
 
 
@@ -20,6 +20,7 @@ def task_runner(config: PipelineConfig) -> TaskRunner[Any]:
         UsageError: the package of the runner is not installed.
     """
     execution = config.execution
+    require_runner(execution.runner)
     gpus = torch.cuda.device_count() if config.device != "cpu" else 0
     workers = execution.workers or max(1, gpus)
     if execution.runner == "ray":
@@ -43,10 +44,8 @@ def submission(config: PipelineConfig) -> AbstractContextManager[object]:
 
 
 def _ray(address: str | None, workers: int, gpus: int) -> TaskRunner[Any]:
-    try:
-        from prefect_ray import RayTaskRunner
-    except ImportError:
-        raise UsageError("execution.runner is ray, which is not installed: pip install 'fastgda[ray]'") from None
+    from prefect_ray import RayTaskRunner
+
     if address is not None:
         return RayTaskRunner(address=address)
     # A cluster of this machine's own; its tasks share no core with the coordinator's threads by accident.
@@ -55,10 +54,8 @@ def _ray(address: str | None, workers: int, gpus: int) -> TaskRunner[Any]:
 
 
 def _dask(address: str | None, workers: int) -> TaskRunner[Any]:
-    try:
-        from prefect_dask.task_runners import DaskTaskRunner
-    except ImportError:
-        raise UsageError("execution.runner is dask, which is not installed: pip install 'fastgda[dask]'") from None
+    from prefect_dask.task_runners import DaskTaskRunner
+
     if address is not None:
         return DaskTaskRunner(address=address)
     options = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}

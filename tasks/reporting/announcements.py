@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 
+from storage_schemas.files import read_if_there
 from storage_schemas.heads.metrics_history import metrics_history
 from storage_schemas.snapshots.snapshots import read_snapshot
 from storage_schemas.workspace import Workspace
@@ -50,8 +51,8 @@ def announce_trust(inputs: RunInputs) -> None:
 
 def announce_head(context: Context, head: Artifact, labels: Labels) -> None:
     """A head is trained; its loss curve."""
-    curve = (head.path / LOSS_CURVE).read_bytes()
-    publish_image(f"loss {head.key}", curve, f"Training of head {head.key}")
+    if curve := read_if_there(head.path / LOSS_CURVE):
+        publish_image(f"loss {head.key}", curve, f"Training of head {head.key}")
     publish_markdown(
         f"head {head.key}",
         f"head `{head.key}`, trained on snapshot `{labels.ranks.key}` of run `{labels.run}`\n\n"

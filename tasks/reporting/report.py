@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-import matplotlib
 from PIL import Image
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -16,12 +15,13 @@ from torch import Tensor
 
 from fastgda_core.diffusion.objective import Objective
 from fastgda_core.evaluation.ranking_metrics import descending_ranks, top_mask
+from fastgda_core.extras import installed
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit, input_key
 from storage_schemas.heads.records import read_head_record
 from tasks.artifact import Artifact, Made, once
 from tasks.context import Context
-from tasks.distilling.loss_curve import loss_curve
+from tasks.distilling.loss_curve import NO_CURVE, loss_curve
 from tasks.distilling.ranks import candidate_scores, rows_of_split, sample_features
 from tasks.distilling.versions import load_trained_head
 from tasks.inputs.features import load_features
@@ -31,7 +31,6 @@ from tasks.judging.head import CAPTIONS, tuned_cosines, untuned_cosines
 from tasks.reporting.attribution_sheet import spread
 from tasks.watching.trust import KINDS, OTHER_CURVATURE, OTHER_GRADIENT, OTHER_NOISE, OTHER_TEACHER, trust_of
 
-matplotlib.use("Agg")
 THUMBNAIL = 96
 
 
@@ -65,7 +64,7 @@ def write_report(context: Context, run: str, stages: list[Made]) -> Made:
     """`reports/<run>/report.html`, written anew when anything that it shows has changed."""
     path = context.workspace.report(run)
     artifacts = {made.artifact.name: made.artifact for made in stages}
-    shown = _measures(context.config.evaluation.cutoffs), _TEMPLATE.read_text()
+    shown = _measures(context.config.evaluation.cutoffs), _TEMPLATE.read_text(), installed("matplotlib")
     key = input_key("report", [each.key for each in artifacts.values()], context.config.evaluation, shown)
 
     def make(started: float) -> Manifest:
@@ -88,7 +87,7 @@ def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: 
         for row in metrics
         if row["metric"] == "AP" and row["cutoff"] == cutoff
     }
-    curve = loss_curve(head, cutoff, format="svg").decode()
+    curve = loss_curve(head, cutoff, format="svg")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_TEMPLATE.read_text())
     return template.render(
         run=run,
@@ -104,7 +103,7 @@ def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: 
         kinds=KINDS,
         objective="output's squared norm" if context.config.teacher.objective is Objective.output_norm else "loss",
         agreement=means.get(("spearman", "exact vs first order", 0)),
-        loss_curve=curve[curve.index("<svg") :],
+        loss_curve=curve[curve.index(b"<svg") :].decode() if curve else NO_CURVE,
         panels=_panels(context, artifacts, precision),
         stages=stages,
         samples=artifacts["samples"].rows,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-import apprise
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from fastgda_core.errors import TransientError, UsageError
+from fastgda_core.extras import require_extra
 
 VARIABLE = "FASTGDA_ALERT_URLS"
 
@@ -21,6 +21,9 @@ def addresses() -> list[str]:
 @task(task_run_name="send", cache_policy=NO_CACHE, retries=3, retry_delay_seconds=[5, 30, 120])
 def send_alert(title: str, text: str) -> None:
     """Raises TransientError when an address did not take it; it is then tried again."""
+    require_extra("alerts", "apprise", wanted_by=VARIABLE)
+    import apprise
+
     sender = apprise.Apprise()
     for place, url in enumerate(addresses(), start=1):
         if not sender.add(url):  # the URL itself may hold a password

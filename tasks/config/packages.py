@@ -1,0 +1,30 @@
+"""Packages that a configuration needs by what it chooses; an extra of this project brings each."""
+
+from __future__ import annotations
+
+from fastgda_core.extras import require_extra
+from fastgda_core.feature_spaces import require_encoders
+from tasks.config.pipeline import PipelineConfig
+
+RUNNERS = {"ray": ("prefect_ray", "ray"), "dask": ("prefect_dask", "distributed")}
+
+
+def require_packages(config: PipelineConfig) -> None:
+    """Check that they are installed, before hours are spent on the stages that come first.
+
+    Raises:
+        UsageError: one is not.
+    """
+    require_runner(config.execution.runner)
+    require_encoders(config.features.space, "features.space")
+    require_encoders(config.candidates.space or config.features.space, "candidates.space")
+
+
+def require_runner(runner: str) -> None:
+    """Check that the packages of a task runner are installed.
+
+    Raises:
+        UsageError: one is not.
+    """
+    if runner in RUNNERS:
+        require_extra(runner, *RUNNERS[runner], wanted_by=f"execution.runner is {runner}")
