@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+TORCH := torch==2.13.0
 INSTALLED := $(VENV)/.installed
+DEVELOPING := $(VENV)/.developing
 
-.PHONY: demo fast test coverage lint slow clean
+.PHONY: demo fast test coverage lint slow lock clean
 
 # The packages below `flows`; with flows come servers, commands and whole pipelines.
 UNIT := tests/fastgda_core tests/storage_schemas tests/tasks
@@ -14,39 +16,55 @@ demo: $(INSTALLED)
 	$(BIN)/fastgda demo
 
 # What needs neither a server, nor a command, nor seconds: under a minute on 2 cores.
-fast: $(INSTALLED)
+fast: $(DEVELOPING)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m $(FAST) $(UNIT)
 
 # Of the tests that `make fast` runs. Of all tests: `make coverage UNIT=tests FAST="'not slow and not gpu'"`.
-coverage: $(INSTALLED)
+coverage: $(DEVELOPING)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m $(FAST) --cov --cov-report= $(UNIT)
 	$(BIN)/python -m coverage report --skip-covered --skip-empty
 	$(BIN)/python -m coverage json --quiet -o .coverage.json
 	$(BIN)/python -m tests.coverage_floors .coverage.json
 
 # Tests that kill workers and watch clocks come last: they mostly wait, and would wait in vain beside others that count.
-test: $(INSTALLED)
+test: $(DEVELOPING)
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --ignore tests/orchestration
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile tests/orchestration
 
-slow: $(INSTALLED)
+slow: $(DEVELOPING)
 	$(BIN)/python -m pytest -m slow
 
-lint: $(INSTALLED)
+lint: $(DEVELOPING)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# torch first and by itself, then the complete lock without its dependencies: kronfluence asks for torchvision,
+# What runs: torch first and by itself, then the complete lock without its dependencies: kronfluence asks for torchvision,
 # which it never imports, and a torchvision that does not match torch breaks transformers.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 $(INSTALLED): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(INSTALL) $(TORCH)
+	$(INSTALL) --no-deps -r requirements.lock
+	$(INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
+
+# What develops: all extras and the tools, beside what runs.
+$(DEVELOPING): $(INSTALLED) requirements-dev.lock
+	$(INSTALL) --no-deps -r requirements-dev.lock
+	touch $@
+
+# Both locks from pyproject.toml, after a change there; `make lock UPGRADE=--upgrade` takes newer releases as well. The
+# lock of what runs has the pins of the other one. Nothing is installed that was not tested: run `make lint test` then.
+LOCK = echo $(TORCH) | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-package torch \
+	--no-annotate --custom-compile-command "make lock" $(UPGRADE) pyproject.toml -
+lock: $(INSTALLED)
+	$(INSTALL) "uv>=0.9"
+	$(LOCK) --extra dev --output-file requirements-dev.lock >/dev/null
+	$(LOCK) --extra demo --extra report --extra alerts --extra metrics --constraint requirements-dev.lock \
+		--output-file requirements.lock >/dev/null
 
 clean:
 	rm -rf $(VENV) demo

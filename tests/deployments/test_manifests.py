@@ -240,7 +240,8 @@ def test_the_image_runs_as_the_user_that_the_manifests_name() -> None:
 def test_the_image_takes_the_packages_and_nothing_else() -> None:
     sources = [word for name, argument in instructions() if name in ("COPY", "ADD") for word in argument.split()[:-1]]
     packages = {"fastgda_core", "storage_schemas", "tasks", "flows", "deployments"}
-    assert set(sources) == packages | {"requirements.lock", "pyproject.toml", "README.md", "LICENSE", "NOTICE"}
+    files = {"requirements.lock", "requirements-dev.lock", "pyproject.toml", "README.md", "LICENSE", "NOTICE"}
+    assert set(sources) == packages | files
     assert all((ROOT / source).exists() for source in sources)
     ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     assert {".git", ".venv"} <= set(ignored)
@@ -253,8 +254,9 @@ def test_the_image_is_installed_as_the_makefile_does() -> None:
     assert torch is not None
     assert installs[0].endswith(torch.group())
     assert "TORCH_INDEX_URL" in installs[0]
-    assert all("--no-deps" in argument for argument in installs[1:])
-    assert installs[1].endswith("-r requirements.lock")
+    locked, client = installs[1].split(" && ")
+    assert "--no-deps" in installs[2] and locked.endswith("--no-deps -r requirements.lock")
+    assert client.endswith("--constraint requirements-dev.lock s3fs")
     words = [word for word, _ in instructions()]
     assert ("ARG", "BASE=python:3.12-slim") in instructions()
     assert words.index("USER") < words.index("ENTRYPOINT")
