@@ -42,26 +42,26 @@ lint: $(DEVELOPING)
 
 # What runs: torch first and by itself, then the complete lock without its dependencies: kronfluence asks for torchvision,
 # which it never imports, and a torchvision that does not match torch breaks transformers.
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 $(INSTALLED): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) $(TORCH)
-	$(INSTALL) --no-deps -r requirements.lock
-	$(INSTALL) --no-deps --no-build-isolation --editable .
+	$(PIP_INSTALL) $(TORCH)
+	$(PIP_INSTALL) --no-deps -r requirements.lock
+	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
 
 # What develops: all extras and the tools, beside what runs.
 $(DEVELOPING): $(INSTALLED) requirements-dev.lock
-	$(INSTALL) --no-deps -r requirements-dev.lock
+	$(PIP_INSTALL) --no-deps -r requirements-dev.lock
 	touch $@
 
 # Both locks from pyproject.toml, after a change there; `make lock UPGRADE=--upgrade` takes newer releases as well. The
-# lock of what runs has the pins of the other one. Nothing is installed that was not tested: run `make lint test` then.
+# lock of what runs has the pins of the other one, so that what is tested is what runs: `make lint test` comes next.
 LOCK = echo $(TORCH) | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-package torch \
 	--no-annotate --custom-compile-command "make lock" $(UPGRADE) pyproject.toml -
 lock: $(INSTALLED)
-	$(INSTALL) "uv>=0.9"
+	$(PIP_INSTALL) "uv>=0.9"
 	$(LOCK) --extra dev --output-file requirements-dev.lock >/dev/null
 	$(LOCK) --extra demo --extra report --extra alerts --extra metrics --constraint requirements-dev.lock \
 		--output-file requirements.lock >/dev/null

@@ -116,7 +116,7 @@ def test_documented_python_runs(small_demo: Path, home: Path) -> None:
         assert done.returncode == 0, f"{document}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "slow", "lint"])
+@pytest.mark.parametrize("target", ["demo", "test", "slow", "lint", "lock"])
 def test_documented_make_targets_exist(target: str) -> None:
     done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
