@@ -1,0 +1,65 @@
+"""What the unlearning teachers keep on disk, against the same computed here and now."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fastgda_core.teachers.training_loss import training_losses
+from storage_schemas import tables
+from tasks.context import Context
+from tasks.inputs.queries import load_queries
+from tasks.inputs.samples import sample_images, samples_table
+from tasks.teaching.base_losses import BaseLossParts, base_losses_of, forget_base_losses, load_base_losses
+from tasks.teaching.families import family_of
+from tasks.teaching.latents import load_block, unreadable_samples
+from tasks.teaching.noise import noise_plan
+from tests.tasks.whole_runs import SAMPLES, WholeRun
+
+
+def exact(run: WholeRun) -> Context:
+    """The context of a run, taught by the exact teacher."""
+    teacher = run.config.teacher.model_copy(update={"name": "abu_plus"})
+    return replace(run.context, config=run.config.model_copy(update={"teacher": teacher}))
+
+
+def test_latents_are_those_of_the_pictures_and_blocks_their_rows(unlearned: WholeRun) -> None:
+    inputs = unlearned.curation.plan.inputs
+    context, latents = inputs.context, inputs.artifacts["latents"]
+    whole, some = (load_block(context, latents, chosen) for chosen in (list(range(SAMPLES)), [3, 7]))
+    assert some.train_ids.tolist() == [3, 7]
+    assert torch.equal(some.latents, whole.latents[[3, 7]])
+    images = sample_images(inputs.artifacts["samples"].path, [3, 7])
+    torch.testing.assert_close(some.latents[:, 0], context.model().encode_images(images))
+    captions = samples_table(inputs.artifacts["samples"].path)["captions"].take([3, 7]).to_pylist()
+    condition = context.model().encode_captions([several[0] for several in captions])
+    for name, tensor in condition.items():
+        torch.testing.assert_close(some.condition[name], tensor)
+    assert unreadable_samples(latents, range(SAMPLES)) == {}
+
+
+def test_base_losses_are_the_models_losses_and_exact_scores_their_rise(unlearned: WholeRun) -> None:
+    inputs, context = unlearned.curation.plan.inputs, exact(unlearned)
+    latents = inputs.artifacts["latents"]
+    family, artifact = family_of(context.config), base_losses_of(context, latents)
+    parts = BaseLossParts(context, latents, artifact)
+    assert parts.missing() == [0] and parts.make(0).rows == SAMPLES
+    block = load_block(context, latents, list(range(SAMPLES)))
+    model, plan = context.teacher_model(), noise_plan(context.config)
+    forget_base_losses()
+    torch.testing.assert_close(
+        load_base_losses(artifact), training_losses(model, plan, block, context.micro_batch("losses"))
+    )
+
+    (check,) = (each.artifact for each in unlearned.checks if each.artifact.name == "exact check")
+    checked = tables.read_parts(check.path, tables.SCORES).to_pylist()
+    numbers = {query.query_id: number for number, query in enumerate(load_queries(inputs.artifacts["queries"]))}
+    artifacts = {**inputs.artifacts, "base losses": artifact}
+    assert list(family.artifacts(context, inputs.artifacts["samples"], inputs.artifacts["queries"]))[-1] == artifact
+    for query_id in {row["query_id"] for row in checked}:
+        mine = {row["train_id"]: row["score"] for row in checked if row["query_id"] == query_id}
+        found = family.scores(context, artifacts, [numbers[query_id]], np.array(sorted(mine)))
+        assert found.left_out == {} and found.train_ids.tolist() == sorted(mine)
+        np.testing.assert_allclose(found.scores[0], [mine[train] for train in sorted(mine)], rtol=1e-4, atol=2e-7)
