@@ -351,6 +351,7 @@ def test_output_norm_gradients_equal_float64_autograd(load: Load, name: str, sel
     assert (scores - expected).norm() < 1e-8 * expected.norm()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("sd", "pixart-sized")), "sd3", "dit"]
 )

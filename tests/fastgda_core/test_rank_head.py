@@ -76,6 +76,7 @@ def held_out_map(trained: TrainedHead, query: Tensor, sample: Tensor, scores: Te
 OPTIONS = HeadTraining(epochs=5, batch_size=512, seed=3)
 
 
+@pytest.mark.integration
 def test_head_learns_the_metric_that_ranks_the_samples() -> None:
     query, sample, scores = features()
     untuned = average_precision(
@@ -94,6 +95,7 @@ def test_head_learns_the_metric_that_ranks_the_samples() -> None:
     assert trained.history[-1][0] < trained.history[0][0]
 
 
+@pytest.mark.integration
 def test_head_becomes_the_metric_where_there_are_queries_enough() -> None:
     generator = torch.Generator().manual_seed(7)
     query, sample = torch.randn(240, 16, generator=generator), torch.randn(500, 16, generator=generator)
@@ -113,6 +115,7 @@ def test_head_becomes_the_metric_where_there_are_queries_enough() -> None:
     assert tuned >= 0.95
 
 
+@pytest.mark.integration
 def test_head_stays_near_chance_on_shuffled_labels() -> None:
     query, sample, _ = features()
     noise = torch.rand(QUERIES, SAMPLES, generator=torch.Generator().manual_seed(1))
@@ -326,6 +329,7 @@ def test_pairs_that_there_are_not_send_no_gradient(name: str) -> None:
     assert torch.equal((outputs.grad != 0).any(-1), ~LABELS.isnan())
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_each_loss_learns_the_metric_that_ranks_the_samples(name: str) -> None:
     query, sample, scores = features()

@@ -139,6 +139,7 @@ def _claim(count: int, claimed: multiprocessing.Queue[object], leave: threading.
     leave.wait(30)
 
 
+@pytest.mark.integration
 def test_each_process_has_a_device_of_its_own_and_gives_it_back_when_it_dies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,6 +308,7 @@ def test_a_process_whose_disk_is_gone_ends_without_another_error(tmp_path: Path)
     worker.end()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("asked", ["0", "1"])
 def test_whether_the_hub_is_asked_is_the_users_choice(asked: str) -> None:
     code = "import os, flows; print(os.environ['HF_HUB_OFFLINE'])"
