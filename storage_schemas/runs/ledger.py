@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import PurePath
 from typing import Any
 
 import pyarrow as pa
@@ -159,17 +160,15 @@ def derive(workspace: Workspace, run: str) -> tuple[pa.Table, pa.Table]:
     return ledger, pa.Table.from_pylist(left_out, schema=tables.QUARANTINED_SAMPLES.schema)
 
 
-_LEAVING_OUT = ("features of samples", "latents", "base losses")
-
-
 def _folders(workspace: Workspace, run: str) -> dict[str, AnyPath]:
-    """Where the parts lie in which a sample can be left out, in the order in which they are made."""
+    """Where the run's parts lie, in the order in which they are made: a sample may be left out of any of them."""
     try:
         stages = read_assignment(workspace, run).stages
     except StoreError:  # imported
         stages = {}
-    made = {kind: workspace.file(record.path) for kind, record in stages.items() if kind.startswith(_LEAVING_OUT)}
-    return {**made, "scores": workspace.scores(run)}
+    # What is one file, and has a suffix, leaves nothing out.
+    folders = {kind: workspace.file(each.path) for kind, each in stages.items() if not PurePath(each.path).suffix}
+    return {**folders, "scores": workspace.scores(run)}
 
 
 @contextmanager
