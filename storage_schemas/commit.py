@@ -34,6 +34,7 @@ from storage_schemas.files import (
     AnyPath,
     create,
     file_sha256,
+    read_if_there,
     remove,
     replace,
     replace_through,
@@ -149,9 +150,10 @@ def manifest_path(path: AnyPath) -> AnyPath:
 
 def read_manifest(path: AnyPath) -> Manifest | None:
     """The manifest beside `path`, whether or not the file is there; None where it is absent or unreadable."""
+    content = read_if_there(manifest_path(path))
     try:
-        return Manifest.model_validate_json(manifest_path(path).read_bytes())
-    except (FileNotFoundError, ValidationError):
+        return None if content is None else Manifest.model_validate_json(content)
+    except ValidationError:
         return None
 
 

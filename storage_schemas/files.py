@@ -295,8 +295,8 @@ _HOST = os.uname().nodename[:32]
 
 
 def read_if_there(path: AnyPath) -> bytes | None:
-    """The content of a file, None where there is none."""
+    """The content of a file, None where there is none; one request of an object store, which opening it is not."""
     try:
-        return path.read_bytes()
+        return path.read_bytes() if isinstance(path, Path) else bytes(path.fs.cat_file(path.path))
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -59,7 +59,7 @@ class OtherRelease(NotPublished):
 
 def read_published(workspace: Workspace) -> Published:
     """Raises NotPublished when no run of this workspace is published."""
-    _, content = newest_version(workspace)
+    content = _followed(workspace)
     if content is None:
         raise NotPublished(
             f"{workspace.root} has no published run: run `fastgda demo` or `fastgda run CONFIG` first, "
@@ -79,6 +79,17 @@ def parsed(workspace: Workspace, content: bytes) -> Published:
             "which reuses the scores that are there and publishes them anew"
         )
     return published
+
+
+def _followed(workspace: Workspace) -> bytes | None:
+    """What is published, from the pointer and the versions after it, which no listing is needed for."""
+    newest = read_if_there(workspace.current)
+    number = _number(newest) if newest is not None else 0
+    if number == 0:  # nothing, or of an earlier release
+        return newest_version(workspace)[1]
+    while (later := read_if_there(workspace.published(number + 1))) is not None:
+        number, newest = number + 1, later
+    return None if newest == NOTHING else newest
 
 
 NOTHING = b"null\n"  # what a version holds when the last run was retracted
