@@ -373,6 +373,7 @@ def test_compiled_gradients_are_the_plain_ones(load: Load, monkeypatch: pytest.M
             assert (found[2][layer] - expected).norm() <= 1e-5 * expected.norm(), layer
 
 
+@pytest.mark.integration
 def test_code_compiled_for_one_precision_does_not_serve_another(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))

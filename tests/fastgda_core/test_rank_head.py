@@ -476,6 +476,7 @@ def test_a_pair_that_occurs_twice_is_refused() -> None:
 class Killed(Exception): ...
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("loss", ["bce", "listwise"])
 def test_a_training_that_was_killed_goes_on_to_the_same_head(tmp_path: Path, loss: str) -> None:
     query, sample, scores = features()
