@@ -498,6 +498,7 @@ def test_a_training_that_was_killed_goes_on_to_the_same_head(tmp_path: Path, los
     assert finished.history == whole.history, "one that was finished is not begun again"
 
 
+@pytest.mark.integration
 def test_two_processes_train_together() -> None:
     query, sample, scores = features()
     options = HeadTraining(epochs=3, batch_size=512, seed=3, devices=2)
@@ -518,6 +519,7 @@ def test_a_checkpoint_in_pieces_is_no_obstacle(tmp_path: Path) -> None:
     assert again.history == whole.history
 
 
+@pytest.mark.integration
 def test_features_that_stay_in_main_memory_give_the_same_head() -> None:
     query, sample, scores = features()
     data = rank_data(query, sample, scores)

@@ -70,6 +70,7 @@ def test_weighted_loss_is_the_weighted_mean_of_the_losses_at_each_timestep(
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("size", "antithetic"), [(1, False), (16, True), (1000, False)])
 def test_loss_and_score_are_the_same_alone_in_any_batch_and_in_any_order(
     tiny_model: DiffusionModel, updates: dict[str, Tensor], layers: dict[str, Layer], size: int, antithetic: bool
@@ -101,6 +102,7 @@ def test_changing_a_caption_changes_the_loss_of_its_own_sample_only(
     torch.testing.assert_close(changed_losses[1:], losses[1:], rtol=1e-6, atol=0)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("selection", ["cross-attn-kv", "cross-attn", "all"])
 def test_first_order_scores_equal_the_derivative_along_each_update(
     tiny_model: DiffusionModel, plan: NoisePlan, block: SampleBlock, selection: str
