@@ -74,6 +74,7 @@ def work(request: pytest.FixtureRequest, block: SampleBlock) -> Work:
     }[request.param]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("rows", "settled"), [(5, 3), (1, 1)])
 def test_a_small_device_gives_the_same_numbers_at_half_the_rows(
     tiny_model: DiffusionModel, work: Work, rows: int, settled: int

@@ -43,6 +43,7 @@ def test_first_order_scores_rank_as_in_float64(
     assert not torch.equal(coarse, fine)
 
 
+@pytest.mark.integration
 def test_float64_scores_are_those_of_a_plain_loop_to_many_digits(
     tiny_model: DiffusionModel, plan: NoisePlan, block: SampleBlock, updates: dict[str, Tensor]
 ) -> None:

@@ -314,6 +314,7 @@ def test_a_port_in_use_is_said_in_one_line_with_the_mend(tmp_path: Path) -> None
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.integration
 def test_the_server_serves_until_it_is_interrupted_and_then_ends_well(tmp_path: Path) -> None:
     code = "import sys; from storage_schemas.workspace import Workspace; "
     code += "from tasks.watching.metrics_exporter import serve; serve(Workspace.at(sys.argv[1]), '127.0.0.1', 0)"
