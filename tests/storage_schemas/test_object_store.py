@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from botocore.exceptions import ClientError
-from moto.server import ThreadedMotoServer
 from s3fs.errors import translate_boto_error
 
 from storage_schemas import tables
@@ -38,6 +37,8 @@ QUERIES = ("q0", "it's [x] *", "q\n😀")
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer  # takes seconds
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -47,7 +48,7 @@ def endpoint() -> Iterator[str]:
         server.stop()
 
 
-@pytest.fixture(params=["s3", "memory"])
+@pytest.fixture(params=[pytest.param("s3", marks=pytest.mark.integration), "memory"])
 def root(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AnyPath:
     """An empty workspace."""
     name = f"bucket-{uuid.uuid4().hex[:8]}"
