@@ -149,16 +149,16 @@ def score(path: Path) -> dict[str, float]:
     import torch
 
     from flows.curation import curate
-    from tasks.execution.coordinator import Makers
+    from tasks.execution.coordinator import Coordinator
     from tasks.teaching.scores import ScoreParts
 
     def no_scores(self: ScoreParts, shard: ScoreShard, train_ids: Any) -> torch.Tensor:
         return torch.zeros(len(shard.query_numbers), len(train_ids), dtype=torch.float64)
 
-    make = Makers.make
+    make = Coordinator.make
     found: dict[str, float] = {}
 
-    def measured(self: Makers, kind: str) -> Any:
+    def measured(self: Coordinator, kind: str) -> Any:
         if kind != "scores":
             return make(self, kind)
         found["before"], started = memory("VmRSS"), time.monotonic()
@@ -167,7 +167,7 @@ def score(path: Path) -> dict[str, float]:
         return made
 
     ScoreParts._scores = no_scores
-    Makers.make = measured
+    Coordinator.make = measured
     curate(load_config(path))
     return found
 

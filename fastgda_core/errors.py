@@ -94,7 +94,7 @@ def remedy(error: BaseException) -> Remedy:
         return Remedy.smaller
     if isinstance(error, BadSample):
         return Remedy.quarantine
-    if _passes(error):
+    if _is_transient(error):
         return Remedy.retry
     cause = error.__cause__  # a request may be refused because a network or a pipe failed under it
     return remedy(cause) if cause is not None and cause is not error else Remedy.stop
@@ -106,7 +106,7 @@ def out_of_memory(error: BaseException) -> bool:
     return _has_class(error, {"OutOfMemoryError"}) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-def _passes(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     if isinstance(error, (TransientError, ConnectionError, TimeoutError)) or _has_class(error, _PASSING_CLASSES):
         return True
     if isinstance(error, OSError) and error.errno in _PASSING:

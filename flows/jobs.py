@@ -9,7 +9,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from tasks import logs
 from tasks.config.execution import ExecutionConfig
-from tasks.execution.fan_out import Order, PartReference, end_of_job, run_parts
+from tasks.execution.fan_out import PartReference, WorkOrder, end_of_job, run_parts
 from tasks.execution.number_ranges import from_ranges
 
 log = logging.getLogger("fastgda.execution.jobs")
@@ -33,7 +33,7 @@ def make_parts(
         numbers: of the parts, as `0-2,5`.
         timeout: seconds that one part may take; no limit where that is not known.
     """
-    order = Order(location, run, assignment, kind, execution)
+    order = WorkOrder(location, run, assignment, kind, execution)
     seconds = timeout / execution.timeout_factor if timeout is not None else None
     with logs.about(run=run, kind=kind), ThreadPoolTaskRunner[PartReference](max_workers=1) as runner:
         log.info("a job is begun: %s %s", kind, numbers)

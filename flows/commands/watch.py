@@ -74,11 +74,11 @@ def cancel(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> 
 
 def _ask(run: str, workspace: str, wish: str) -> Workspace:
     from storage_schemas.runs.ledger import read_run
-    from storage_schemas.runs.liveness import Wish, ask
+    from storage_schemas.runs.liveness import RunRequest, ask
 
     place = Workspace.at(workspace)
     read_run(place, run)
-    ask(place, run, Wish(wish))
+    ask(place, run, RunRequest(wish))
     return place
 
 
@@ -88,11 +88,11 @@ def resume(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> 
     Example: `fastgda resume openmoji-1b2c3d4e5f`
     """
     from storage_schemas.runs.ledger import read_run
-    from storage_schemas.runs.liveness import Wish, asked, withdraw
+    from storage_schemas.runs.liveness import RunRequest, asked, withdraw
 
     place = Workspace.at(workspace)
     read_run(place, run)
-    if asked(place, run) != Wish.pause:
+    if asked(place, run) != RunRequest.pause:
         raise StoreError(f"run {run} is not paused; {command(place, f'status {run}')} says how it stands")
     withdraw(place, run)
     say(f"it goes on, if its coordinator still waits; otherwise {command(place, f'retry {run}')}")

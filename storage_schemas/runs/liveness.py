@@ -49,7 +49,7 @@ class Assignment(BaseModel):
         return input_key(self.run, self.config, self.model_hash, self.stages, self.generation)
 
 
-class Wish(StrEnum):
+class RunRequest(StrEnum):
     pause = "pause"
     cancel = "cancel"
 
@@ -59,7 +59,7 @@ class Control(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    wish: Wish
+    wish: RunRequest
     at: datetime
 
 
@@ -109,13 +109,13 @@ def read_assignment(workspace: Workspace, run: str) -> Assignment:
         ) from None
 
 
-def ask(workspace: Workspace, run: str, wish: Wish) -> None:
+def ask(workspace: Workspace, run: str, wish: RunRequest) -> None:
     """Tell the run's workers and its coordinator to pause or to stop."""
     control = Control(wish=wish, at=datetime.now(UTC))
     write_atomically(workspace.control(run), control.model_dump_json().encode() + b"\n")
 
 
-def asked(workspace: Workspace, run: str) -> Wish | None:
+def asked(workspace: Workspace, run: str) -> RunRequest | None:
     """What the run's processes are asked for at this moment."""
     try:
         return Control.model_validate_json(workspace.control(run).read_bytes()).wish

@@ -21,14 +21,14 @@ from storage_schemas.commit import read_manifest
 from storage_schemas.errors import StoreError
 from storage_schemas.runs.attempts import ShardState, deaths, read_attempts
 from storage_schemas.runs.ledger import kept_ledger
-from storage_schemas.runs.liveness import Beat, Wish, asked, read_assignment, withdraw, write_assignment
+from storage_schemas.runs.liveness import Beat, RunRequest, asked, read_assignment, withdraw, write_assignment
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 from tasks import logs
 from tasks.artifact import Made
 from tasks.execution import cancellation
 from tasks.execution.cost import known_rate, mean_captions, median_seconds
-from tasks.execution.fan_out import Order, quarantine_deadly, run_parts
+from tasks.execution.fan_out import WorkOrder, quarantine_deadly, run_parts
 from tasks.execution.jobs import JobPool
 from tasks.execution.outcomes import Failure, Outcome, PartHangs, RunCancelled, RunIncomplete
 from tasks.execution.runners import submission, task_runner
@@ -49,7 +49,7 @@ SAMPLE_PARTS = 9  # whose seconds tell what a part takes
 
 
 @dataclass(eq=False)
-class Makers:
+class Coordinator:
     """Makes the parts of one run, inside a `with` block, for the length of which worker processes are kept.
 
     assignment: key of the assignment that workers load.
@@ -163,7 +163,7 @@ class Makers:
     def _round(self, kind: str, todo: list[int], watch: Watch) -> Outcome:
         config, inputs = self.inputs.context.config, self.inputs
         execution = config.execution
-        order = Order(str(inputs.workspace.root), inputs.run, self.assignment, kind, execution)
+        order = WorkOrder(str(inputs.workspace.root), inputs.run, self.assignment, kind, execution)
         coordinate_here(inputs.run)
         if execution.runner == "pool":
             missing = inputs.parts[kind].missing
@@ -195,14 +195,14 @@ class Makers:
         """Raises RunCancelled unless it is a pause, which ends when somebody resumes the run."""
         inputs = self.inputs
         checkpoint()
-        if asked(inputs.workspace, inputs.run) == Wish.pause:
+        if asked(inputs.workspace, inputs.run) == RunRequest.pause:
             goes_on = escape(command(inputs.workspace, f"resume {inputs.run}"))
             log.info("the run is paused")
             console.print(f"paused: {goes_on} goes on", highlight=False, soft_wrap=True)
-        while (wish := asked(inputs.workspace, inputs.run)) == Wish.pause and not cancellation.requested():
+        while (wish := asked(inputs.workspace, inputs.run)) == RunRequest.pause and not cancellation.requested():
             watch.tick()
             time.sleep(PAUSE_LOOK_SECONDS)
-        if wish == Wish.cancel or cancellation.requested():
+        if wish == RunRequest.cancel or cancellation.requested():
             log.info("the run is cancelled")
             raise RunCancelled(
                 f"run {inputs.run} was cancelled; what is finished is kept, and "
@@ -268,7 +268,7 @@ class Watch:
 
 
 @task(task_run_name="plan", cache_policy=NO_CACHE)
-def begin_run(inputs: RunInputs) -> Makers:
+def begin_run(inputs: RunInputs) -> Coordinator:
     """Write down the plan, once, and what workers are to do now; a wish to stop that is left over is withdrawn."""
     workspace, run, context = inputs.workspace, inputs.run, inputs.context
     origin = flow_run.get_id() or ""
@@ -282,7 +282,7 @@ def begin_run(inputs: RunInputs) -> Makers:
     with logs.about(run=run):
         log.info("run %s is begun: %d pairs", run, inputs.artifacts["scores"].rows)
     _tell_of_others(workspace, run, others_at_work(workspace, run))
-    return Makers(inputs, assignment.key, _part_seconds(inputs))
+    return Coordinator(inputs, assignment.key, _part_seconds(inputs))
 
 
 def _tell_of_others(workspace: Workspace, run: str, others: list[Beat]) -> None:

@@ -51,7 +51,7 @@ class PartReference:
     seconds: float
 
 
-def _passes(_task: Task[..., object], _run: TaskRun, state: State[object]) -> bool:
+def _is_transient(_task: Task[..., object], _run: TaskRun, state: State[object]) -> bool:
     error = state.result(raise_on_failure=False)
     return isinstance(error, BaseException) and _may_pass(error)
 
@@ -65,7 +65,7 @@ def _may_pass(error: BaseException) -> bool:
     task_run_name="{kind} {number:05d}",
     cache_policy=NO_CACHE,
     retry_jitter_factor=0.5,
-    retry_condition_fn=_passes,
+    retry_condition_fn=_is_transient,
 )
 def make_part(
     location: str, run: str, assignment: str, kind: str, number: int, timeout: float | None
@@ -119,7 +119,7 @@ def _part(
 
 
 @dataclass(frozen=True)
-class Order:
+class WorkOrder:
     """Which parts of which run are to be made, and how patiently.
 
     location: folder or URL of the workspace.
@@ -140,7 +140,7 @@ class Order:
 
 
 def run_parts(
-    order: Order,
+    order: WorkOrder,
     numbers: Iterable[int],
     runner: TaskRunner[Any],
     part_seconds: Callable[[], float | None],
@@ -233,7 +233,7 @@ def _take(
         outcome.stopped = True
 
 
-def end_of_job(order: Order, outcome: Outcome) -> str:
+def end_of_job(order: WorkOrder, outcome: Outcome) -> str:
     """What a job's flow run says at its end.
 
     Raises:

@@ -32,7 +32,7 @@ from storage_schemas.runs.liveness import Beat, read_beats
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 from tasks.config.execution import PoolConfig
-from tasks.execution.fan_out import Order, quarantine_deadly
+from tasks.execution.fan_out import WorkOrder, quarantine_deadly
 from tasks.execution.number_ranges import as_ranges, from_ranges
 from tasks.execution.outcomes import Failure, Outcome
 from tasks.execution.worker import HUNG_FACTOR
@@ -85,7 +85,7 @@ class JobPool:
     """
 
     workspace: Workspace
-    order: Order
+    order: WorkOrder
     part_seconds: Callable[[], float | None]
     missing: Callable[[], list[int]]
     _jobs: list[_Job] = field(default_factory=list)

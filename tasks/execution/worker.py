@@ -23,7 +23,7 @@ from fastgda_core.errors import Remedy, Stopped, TransientError, device_lost, re
 from fastgda_core.interruption import checked_by, stopping
 from storage_schemas.commit import Manifest, made_in, worker_name
 from storage_schemas.runs.attempts import AttemptLog, ShardState
-from storage_schemas.runs.liveness import BEAT_SECONDS, Beat, Wish, asked, write_beat
+from storage_schemas.runs.liveness import BEAT_SECONDS, Beat, RunRequest, asked, write_beat
 from storage_schemas.workspace import Workspace
 from tasks import logs
 from tasks.context import Context
@@ -81,7 +81,7 @@ class Worker:
     _state: Beat = field(init=False)
     _since: float = 0.0
     _looked: float = 0.0
-    _wish: Wish | None = None
+    _wish: RunRequest | None = None
     _beats_failed: Exception | None = None
     _logs: dict[str, AttemptLog] = field(default_factory=dict)
     _leaving: threading.Event = field(default_factory=threading.Event)

@@ -13,7 +13,7 @@ from storage_schemas.commit import worker_name
 from storage_schemas.errors import StoreError
 from storage_schemas.runs.attempts import ShardState, read_attempts
 from storage_schemas.runs.ledger import derive, process_lives, read_run, run_names
-from storage_schemas.runs.liveness import BEAT_SECONDS, Beat, Wish, asked, read_assignment, read_beats
+from storage_schemas.runs.liveness import BEAT_SECONDS, Beat, RunRequest, asked, read_assignment, read_beats
 from storage_schemas.workspace import Workspace
 from tasks.config.execution import ExecutionConfig
 from tasks.config.stored import lifted
@@ -172,11 +172,11 @@ def _execution_of(workspace: Workspace, run: str) -> ExecutionConfig:
         return ExecutionConfig()
 
 
-def _state(states: Counter[str], shards: int, alive: bool, wish: Wish | None, stages: list[StageProgress]) -> str:
+def _state(states: Counter[str], shards: int, alive: bool, wish: RunRequest | None, stages: list[StageProgress]) -> str:
     if states[ShardState.done] == shards:
         return "done"
     if wish is not None:
-        return "paused" if wish == Wish.pause else "cancelled"
+        return "paused" if wish == RunRequest.pause else "cancelled"
     if alive:
         return "running"
     if states[ShardState.failed] or states[ShardState.quarantined] or any(stage.failed for stage in stages):

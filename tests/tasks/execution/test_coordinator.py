@@ -12,9 +12,9 @@ from storage_schemas import tables
 from storage_schemas.errors import StoreError
 from storage_schemas.runs.attempts import AttemptLog, ShardState, read_attempts
 from storage_schemas.runs.ledger import done_shards, ledger_as_written, read_ledger, read_run
-from storage_schemas.runs.liveness import Wish, ask, asked, read_assignment, withdraw
+from storage_schemas.runs.liveness import RunRequest, ask, asked, read_assignment, withdraw
 from tasks.execution import coordinator, fan_out, worker
-from tasks.execution.coordinator import Makers, begin_run
+from tasks.execution.coordinator import Coordinator, begin_run
 from tasks.execution.fan_out import DeviceLost
 from tasks.execution.outcomes import PartHangs, RunCancelled, RunIncomplete, RunRefused
 from tasks.execution.retry import release
@@ -127,7 +127,7 @@ def test_a_paused_run_waits_and_goes_on(
     resumed = threading.Timer(0.3, lambda: withdraw(inputs.workspace, RUN))
 
     def pause() -> None:
-        ask(inputs.workspace, RUN, Wish.pause)
+        ask(inputs.workspace, RUN, RunRequest.pause)
         resumed.start()
 
     letters.faults["letters", 1] = [pause]
@@ -143,7 +143,7 @@ def test_a_cancelled_run_keeps_what_is_finished_and_the_next_start_forgets_the_w
 ) -> None:
     made_here(monkeypatch)
     inputs = inputs_of(tmp_path)
-    letters.faults["letters", 1] = [lambda: ask(inputs.workspace, RUN, Wish.cancel)]
+    letters.faults["letters", 1] = [lambda: ask(inputs.workspace, RUN, RunRequest.cancel)]
     with begin_run.fn(inputs) as makers, pytest.raises(RunCancelled, match=rf"`fastgda retry {RUN} .*` goes on"):
         makers.make("letters")
     assert inputs.parts["letters"].missing() == [2, 3, 4], "the part under way was finished"
@@ -200,7 +200,7 @@ def test_only_the_shards_that_are_named_are_released(
     with begin_run.fn(inputs) as makers:
         assert makers.make_unless_incomplete("letters") is None
         assert makers.make_unless_incomplete("scores") is None
-    ask(inputs.workspace, RUN, Wish.pause)
+    ask(inputs.workspace, RUN, RunRequest.pause)
     assert release.fn(str(tmp_path), RUN, "1-2") == 2
     assert read_ledger(inputs.workspace, RUN)["state"].to_pylist() == ["failed", "pending", "pending"]
     assert read_attempts(inputs.workspace, RUN, "letters")[0], "other kinds are left as they are"
@@ -239,10 +239,10 @@ def test_a_process_whose_device_is_lost_does_not_go_on(
 
 def test_a_runner_with_a_thread_that_hangs_is_not_waited_for(tmp_path: Path, letters: Letters) -> None:
     inputs, runner = inputs_of(tmp_path), Here()
-    with pytest.raises(PartHangs), Makers(inputs, "key", {}, runner):  # type: ignore[arg-type]
+    with pytest.raises(PartHangs), Coordinator(inputs, "key", {}, runner):  # type: ignore[arg-type]
         raise PartHangs("letters 00001 hangs")
     assert not runner.ended
-    with pytest.raises(StoreError), Makers(inputs, "key", {}, runner):  # type: ignore[arg-type]
+    with pytest.raises(StoreError), Coordinator(inputs, "key", {}, runner):  # type: ignore[arg-type]
         raise StoreError("anything else")
     assert runner.ended
 

@@ -26,14 +26,14 @@ from fastgda_core.errors import BadSample, Remedy, Stopped, TransientError, Usag
 from fastgda_core.interruption import checked_by, checkpoint
 from fastgda_core.teachers.micro_batch import MicroBatch
 from storage_schemas.runs.attempts import AttemptLog, ShardState, deaths, read_attempts
-from storage_schemas.runs.liveness import Beat, Wish, ask, asked, read_beats, withdraw, write_beat
+from storage_schemas.runs.liveness import Beat, RunRequest, ask, asked, read_beats, withdraw, write_beat
 from storage_schemas.workspace import Workspace
 from tasks.config.execution import ExecutionConfig, PoolConfig
 from tasks.config.files import load_config
 from tasks.config.inputs import QueriesConfig
 from tasks.config.pipeline import PipelineConfig
 from tasks.devices import claim_slot
-from tasks.execution.fan_out import Order, quarantine_deadly
+from tasks.execution.fan_out import WorkOrder, quarantine_deadly
 from tasks.execution.jobs import JobPool
 from tasks.execution.number_ranges import as_ranges, from_ranges
 from tasks.execution.partitions import in_partition, partition_names
@@ -185,7 +185,7 @@ def test_a_shard_over_which_workers_die_is_quarantined_until_it_is_released(tmp_
 
 
 def job_pool(tmp_path: Path, seconds: float | None, **execution: object) -> JobPool:
-    order = Order("here", "run", "key", "scores", ExecutionConfig.model_validate({"runner": "pool", **execution}))
+    order = WorkOrder("here", "run", "key", "scores", ExecutionConfig.model_validate({"runner": "pool", **execution}))
     return JobPool(Workspace(tmp_path), order, lambda: seconds, list)
 
 
@@ -201,7 +201,7 @@ def test_jobs_are_as_long_as_others_can_wait_and_shorter_towards_the_end(tmp_pat
 
 
 def test_the_time_limit_follows_from_what_a_part_is_known_to_take() -> None:
-    order = Order("here", "run", "key", "scores", ExecutionConfig(timeout_factor=10, timeout_floor=300))
+    order = WorkOrder("here", "run", "key", "scores", ExecutionConfig(timeout_factor=10, timeout_floor=300))
     assert order.timeout(None) is None
     assert order.timeout(1.0) == 300
     assert order.timeout(100.0) == 1000
@@ -210,8 +210,8 @@ def test_the_time_limit_follows_from_what_a_part_is_known_to_take() -> None:
 def test_a_wish_and_signs_of_life_are_seen_by_whoever_looks(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     assert asked(workspace, "run") is None and read_beats(workspace, "run") == []
-    ask(workspace, "run", Wish.pause)
-    assert asked(workspace, "run") == Wish.pause
+    ask(workspace, "run", RunRequest.pause)
+    assert asked(workspace, "run") == RunRequest.pause
     withdraw(workspace, "run")
     assert asked(workspace, "run") is None
 

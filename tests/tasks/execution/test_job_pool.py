@@ -20,7 +20,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, Crashed, Running, Scheduled
 
 from fastgda_core.errors import UsageError
-from storage_schemas.runs.liveness import Beat, Wish, ask, asked, write_beat
+from storage_schemas.runs.liveness import Beat, RunRequest, ask, asked, write_beat
 from storage_schemas.workspace import Workspace
 from tasks.execution import coordinator, jobs
 from tasks.execution.coordinator import begin_run
@@ -230,14 +230,14 @@ def test_a_cancelled_run_calls_off_the_jobs_that_wait(
     inputs = pooled(tmp_path)
 
     def waits(_: dict[str, Any]) -> State[Any]:
-        ask(Workspace(tmp_path), RUN, Wish.cancel)
+        ask(Workspace(tmp_path), RUN, RunRequest.cancel)
         return Scheduled()
 
     pool.work = waits
     with begin_run.fn(inputs) as makers, pytest.raises(RunCancelled):
         makers.make("letters")
     assert [state for _, state in pool.forced] == ["CANCELLED"] and letters.begun == []
-    assert asked(inputs.workspace, RUN) == Wish.cancel
+    assert asked(inputs.workspace, RUN) == RunRequest.cancel
     assert f"no worker has taken a job of {H100}" in capsys.readouterr().err.replace("\n", " ")
 
 

@@ -28,7 +28,7 @@ from storage_schemas.workspace import Workspace
 from tasks import logs
 from tasks.config.execution import ExecutionConfig
 from tasks.execution import jobs
-from tasks.execution.fan_out import Order
+from tasks.execution.fan_out import WorkOrder
 from tasks.execution.jobs import JobPool
 from tasks.watching.artifacts import publish_markdown
 from tests.prefect_processes import free_port
@@ -90,7 +90,7 @@ def asking(url: str) -> Iterator[None]:
 
 
 def job_pool(folder: Path, run: str = "run", *, missing: list[int] | None = None, **execution: object) -> JobPool:
-    order = Order("here", run, "key", "scores", ExecutionConfig.model_validate({"runner": "pool", **execution}))
+    order = WorkOrder("here", run, "key", "scores", ExecutionConfig.model_validate({"runner": "pool", **execution}))
     return JobPool(Workspace(folder), order, lambda: 1.0, lambda: missing or [])
 
 

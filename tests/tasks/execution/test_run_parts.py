@@ -21,7 +21,7 @@ from storage_schemas.runs.liveness import read_beats
 from tasks.config.execution import ExecutionConfig
 from tasks.execution import fan_out
 from tasks.execution.coordinator import begin_run
-from tasks.execution.fan_out import Order, _passes, end_of_job, make_part, run_parts
+from tasks.execution.fan_out import WorkOrder, _is_transient, end_of_job, make_part, run_parts
 from tasks.execution.outcomes import Failure, Outcome
 from tests.tasks.letters import LETTERS, RUN, Letters, inputs_of, taught_by_letters
 
@@ -57,8 +57,8 @@ class Slow:
             wrapped.set_result(how)
 
 
-def order(folder: Path, **execution: object) -> Order:
-    return Order(str(folder), RUN, "key", "letters", ExecutionConfig.model_validate(execution))
+def order(folder: Path, **execution: object) -> WorkOrder:
+    return WorkOrder(str(folder), RUN, "key", "letters", ExecutionConfig.model_validate(execution))
 
 
 def test_no_more_parts_are_under_way_than_the_window_holds(tmp_path: Path) -> None:
@@ -109,12 +109,12 @@ def test_a_process_that_is_to_stop_begins_no_part(
 
 def test_only_what_may_pass_is_tried_again() -> None:
     def tried_again(error: BaseException) -> bool:
-        return _passes(make_part, None, Failed(data=error))  # type: ignore[arg-type]
+        return _is_transient(make_part, None, Failed(data=error))  # type: ignore[arg-type]
 
     assert tried_again(ConnectionResetError(104, "reset"))
     assert not tried_again(KeyError("a bug"))
     assert not tried_again(RuntimeError("CUDA error: device-side assert triggered")), "not by the same process"
-    assert not _passes(make_part, None, Completed(data="a part"))  # type: ignore[arg-type]
+    assert not _is_transient(make_part, None, Completed(data="a part"))  # type: ignore[arg-type]
 
 
 def test_a_job_says_how_it_ended(tmp_path: Path) -> None:

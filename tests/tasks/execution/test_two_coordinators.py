@@ -11,7 +11,7 @@ from storage_schemas.commit import worker_name
 from storage_schemas.runs.liveness import Beat, write_beat
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact
-from tasks.execution.coordinator import Makers, Watch, begin_run
+from tasks.execution.coordinator import Coordinator, Watch, begin_run
 from tasks.execution.outcomes import Outcome
 from tasks.teaching.run import RunInputs
 from tasks.watching.run_status import others_at_work
@@ -55,11 +55,11 @@ def test_the_second_of_two_runs_says_who_is_at_it_and_begins_at_the_other_end(
 ) -> None:
     batches: list[list[int]] = []
 
-    def made(self: Makers, kind: str, todo: list[int], watch: Watch) -> Outcome:
+    def made(self: Coordinator, kind: str, todo: list[int], watch: Watch) -> Outcome:
         batches.append(todo)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Makers, "_round", made)
+    monkeypatch.setattr(Coordinator, "_round", made)
     inputs = inputs_of(tmp_path)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):

@@ -21,7 +21,7 @@ from storage_schemas.commit import Manifest, manifest_path
 from storage_schemas.runs import liveness
 from storage_schemas.runs.attempts import AttemptLog, ShardState
 from storage_schemas.runs.ledger import write_ledger
-from storage_schemas.runs.liveness import Assignment, Beat, PartsRecord, Wish, write_assignment, write_beat
+from storage_schemas.runs.liveness import Assignment, Beat, PartsRecord, RunRequest, write_assignment, write_beat
 from storage_schemas.snapshots.compaction import compact
 from storage_schemas.workspace import Workspace
 from tasks.watching import metrics_exporter
@@ -289,7 +289,7 @@ def test_time_goes_on_for_a_silent_worker_of_a_run_that_is_kept(
 
 def test_a_wish_to_cancel_ends_no_scrape(tmp_path: Path) -> None:
     plan_run(tmp_path)
-    liveness.ask(Workspace(tmp_path), "run-1", Wish.cancel)
+    liveness.ask(Workspace(tmp_path), "run-1", RunRequest.cancel)
     assert read(exposition(Workspace(tmp_path)))["fastgda_shards"]["run-1", "pending"] == 3
 
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from storage_schemas.runs.attempts import AttemptLog, ShardState
-from storage_schemas.runs.liveness import Wish, ask
+from storage_schemas.runs.liveness import RunRequest, ask
 from storage_schemas.workspace import Workspace
 from tasks.watching.run_status import run_status
 from tasks.watching.status_text import duration, status_markdown, status_table
@@ -58,6 +58,6 @@ def test_of_many_failures_the_first_are_shown_and_the_others_counted(tmp_path: P
 
 def test_what_to_do_with_a_paused_run_is_said(tmp_path: Path) -> None:
     plan_run(tmp_path)
-    ask(Workspace(tmp_path), "run-1", Wish.pause)
+    ask(Workspace(tmp_path), "run-1", RunRequest.pause)
     status = run_status(Workspace(tmp_path), "run-1")
     assert status.state == "paused" and "fastgda resume run-1" in status_markdown(status)
