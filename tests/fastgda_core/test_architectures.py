@@ -320,6 +320,7 @@ def test_first_order_scores_equal_a_float64_finite_difference(
     assert (scores - slope).norm() / slope.norm() < 1e-6
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("name", "selection"), SELECTED)
 def test_output_norm_gradients_equal_float64_autograd(load: Load, name: str, selection: str) -> None:
     """Through the weights themselves, row by row, with nothing of ours but the noise."""

@@ -121,6 +121,7 @@ def query_rows(model: DiffusionModel, block: SampleBlock) -> tuple[Tensor, ...]:
     return block.latents[samples, 0], text[samples], torch.tensor(timesteps), torch.stack(noise)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("selection", ["cross-attn-kv", "all"])
 def test_first_order_scores_are_pairwise_influences(tiny_model: DiffusionModel, selection: str, tmp_path: Path) -> None:
     """The score is alpha / N times the influence: same sign, same order, same numbers."""

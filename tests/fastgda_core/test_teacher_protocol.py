@@ -117,6 +117,7 @@ def compiled(tiny_model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> Dif
     return tiny_model.compiled()
 
 
+@pytest.mark.integration
 def test_compiled_model_scores_as_the_plain_one(
     tiny_model: DiffusionModel, compiled: DiffusionModel, plan: NoisePlan, block: SampleBlock, layers: dict[str, Layer]
 ) -> None:
@@ -133,6 +134,7 @@ def test_compiled_model_scores_as_the_plain_one(
     assert compiled.compiled_denoisers.keys() == {"forward", ("taps", *layers)}
 
 
+@pytest.mark.integration
 def test_layers_are_as_steady_in_a_compiled_model(
     tiny_model: DiffusionModel, compiled: DiffusionModel, plan: NoisePlan, block: SampleBlock, layers: dict[str, Layer]
 ) -> None:
