@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 FLOORS = {  # per cent of the branches
-    "fastgda_core": 0,
-    "storage_schemas": 0,
-    "tasks": 0,
-    "tasks/execution": 0,
-    "flows": 0,
+    "fastgda_core": 90,
+    "storage_schemas": 90,
+    "tasks": 85,
+    "tasks/execution": 90,
+    "flows": 5,  # its tests start commands: see `make coverage` of all tests
 }
 
 

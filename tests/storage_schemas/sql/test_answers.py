@@ -14,7 +14,7 @@ import pytest
 from storage_schemas.sql.answers import Answer
 
 QUERY = """
-SELECT number AS id, caption, 'b' AS "a", 'c' AS "a", number / 3.0 AS share, 
+SELECT number AS id, caption, 'b' AS "a", 'c' AS "a", number / 3.0 AS share,
     [number, 2] AS several, '\\x01'::BLOB AS raw
 FROM (VALUES (1, 'a, "cat"'), (2, NULL), (3, E'two\\nlines'), (4, '')) AS t(number, caption) ORDER BY number DESC
 """
