@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 # All that pyproject.toml asks for, but these four and what they bring; and our other rooms.
 ABSENT = (
     *("storage_schemas", "tasks", "flows", "deployments"),
@@ -76,6 +78,7 @@ print("scored")
 """
 
 
+@pytest.mark.integration
 def test_scoring_needs_nothing_but_torch_numpy_safetensors_and_diffusers() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]

@@ -29,6 +29,7 @@ def precision_at_hits(hits: tuple[int, ...]) -> float:
     return sum(sum(hits[: place + 1]) / (place + 1) for place, hit in enumerate(hits) if hit) / sum(hits)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("levels", [None, 4], ids=["distinct scores", "many ties"])
 def test_average_precision_equals_scikit_learn(levels: int | None) -> None:
     rng = np.random.default_rng(0)

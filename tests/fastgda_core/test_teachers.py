@@ -118,6 +118,7 @@ def test_first_order_scores_equal_the_derivative_along_each_update(
         torch.testing.assert_close(scores, derivative, rtol=0, atol=1e-4 * derivative.norm().item())
 
 
+@pytest.mark.integration
 def test_first_order_scores_equal_a_central_difference_in_float64(
     tiny_model: DiffusionModel, any_plan: NoisePlan, block: SampleBlock, layers: dict[str, Layer]
 ) -> None:
@@ -160,6 +161,7 @@ def test_first_order_scores_do_not_depend_on_how_samples_and_queries_are_cut(
         torch.testing.assert_close(alone, found[:, samples], rtol=0, atol=rounding)
 
 
+@pytest.mark.integration
 class TestFlips:
     """Latents (n, 2, c, h, w): an image and its mirror image."""
 

@@ -121,6 +121,7 @@ def forgetting(
     return [unlearning_update(fishers["ekfac"], gradient, alpha=1e-4, training_size=10) for gradient in gradients]
 
 
+@pytest.mark.integration
 def test_a_training_sample_is_the_most_influential_on_itself(
     tiny_model: DiffusionModel, block: SampleBlock, layers: dict[str, Layer], forgetting: list[dict[str, Tensor]]
 ) -> None:
