@@ -354,7 +354,7 @@ def test_output_norm_gradients_equal_float64_autograd(load: Load, name: str, sel
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("sd", "pixart-sized")), "sd3", "dit"]
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("sd", "pixart-sized", "dit")), "sd3"]
 )
 def test_compiled_gradients_are_the_plain_ones(load: Load, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Of all layers, some called twice in a forward."""

@@ -16,6 +16,7 @@ from fastgda_core.features import load_encoder
 from flows.commands.main import app
 from flows.study import study
 from storage_schemas.errors import StoreError
+from storage_schemas.heads.records import Epoch, HeadRecord
 from storage_schemas.runs.liveness import Assignment, write_assignment
 from storage_schemas.workspace import Workspace
 from tasks.config.pipeline import PipelineConfig
@@ -107,7 +108,7 @@ def test_flows_that_no_command_started_name_it_too(monkeypatch: pytest.MonkeyPat
         task_runner(config)
 
 
-HEAD = {"loss": "bce", "best_epoch": 0, "history": [{"loss": 0.5, "validation_map": 0.25}]}
+HEAD = HeadRecord(feature_space="pixel", loss="bce", best_epoch=0, history=[Epoch(loss=0.5, validation_map=0.25)])
 
 
 def test_a_head_is_trained_without_matplotlib_and_that_it_has_no_picture_is_said(

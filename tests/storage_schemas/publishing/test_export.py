@@ -270,7 +270,7 @@ def test_a_killed_export_leaves_no_destination(tmp_path: Path) -> None:
     program = (
         "import sys, pathlib; from storage_schemas.publishing.export import export_parquet; "
         "from storage_schemas.workspace import Workspace; "
-        "import functools; from storage_schemas import export; "
+        "import functools; from storage_schemas.publishing import export; "
         "export.compact = functools.partial(export.compact, part_rows=5_000); "
         "export_parquet(Workspace.at(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3]))"
     )

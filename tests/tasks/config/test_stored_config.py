@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fastgda_core.errors import UsageError
+from storage_schemas.errors import StoreError
 from storage_schemas.runs.ledger import write_ledger
 from storage_schemas.runs.liveness import Assignment, PartsRecord, write_assignment
 from storage_schemas.workspace import Workspace
@@ -70,7 +71,7 @@ def test_serving_asks_the_configuration_for_the_device_alone(tmp_path: Path) -> 
     publish_run(tmp_path)
     stored: dict[str, Any] = {"head": "heads/h", "index": "indexes/i", "config": {"device": "cpu", "gone": 1}}
     show(Workspace.at(tmp_path), **stored)
-    with pytest.raises(FileNotFoundError, match=r"head\.json"):  # which comes next
+    with pytest.raises(StoreError, match=r"head\.json is gone"):  # which comes next
         AttributionService(Workspace.at(tmp_path))
 
 

@@ -24,8 +24,10 @@ from tasks.distilling.versions import (
     latest_index,
     load_trained_head,
     read_head,
-    read_index_head,
     space_of_head,
+)
+from tasks.distilling.versions import (
+    read_index as read_index_version,
 )
 from tasks.inputs.features import extract_features, feature_mean, in_space, load_features
 from tests.storage_schemas.workspaces import publish_run
@@ -34,13 +36,14 @@ from tests.tasks.whole_runs import SAMPLES, WholeRun
 
 def test_a_head_and_an_index_are_found_by_version_and_as_the_newest(similar: WholeRun) -> None:
     head, index = similar.head.artifact, similar.index.artifact
-    found, description = read_head(similar.workspace, head.key)
+    found, record = read_head(similar.workspace, head.key)
     assert (found.path, found.rows) == (head.path, head.rows)
-    assert description["run"] == similar.curation.run and description["snapshot"] == similar.curation.ranks.key
-    assert len(description["history"]) == similar.config.head.epochs
+    assert record.run == similar.curation.run and record.snapshot == similar.curation.ranks.key
+    assert len(record.history) == similar.config.head.epochs
     lines = (head.path / "training.csv").read_text().splitlines()
     assert lines[0] == "epoch,loss,validation_map" and len(lines) == 1 + similar.config.head.epochs
-    assert read_index_head(similar.workspace, index.key) == (index, head.key)
+    built, about = read_index_version(similar.workspace, index.key)
+    assert (built, about.head) == (index, head.key)
     assert (latest_head(similar.workspace), latest_index(similar.workspace)) == (head.key, index.key)
     assert not (head.path / "checkpoints").exists(), "they are for a training that was cut short"
 
@@ -49,7 +52,7 @@ def test_a_version_that_is_not_there_is_named_with_where_to_look(similar: WholeR
     with pytest.raises(UsageError, match=r"no rank head 'h': .*SELECT head FROM heads"):
         read_head(similar.workspace, "h")
     with pytest.raises(UsageError, match="no index 'i'"):
-        read_index_head(similar.workspace, "i")
+        read_index_version(similar.workspace, "i")
     with pytest.raises(UsageError, match="no rank head yet: `fastgda train CONFIG` makes one"):
         latest_head(Workspace(tmp_path))
     with pytest.raises(UsageError, match="no index yet: `fastgda index CONFIG` makes one"):
@@ -85,9 +88,9 @@ def test_the_index_holds_the_heads_vector_of_every_sample(similar: WholeRun) -> 
 
 
 def test_the_space_of_a_head_is_its_own_whatever_is_configured_since(similar: WholeRun) -> None:
-    description = json.loads((similar.head.artifact.path / "head.json").read_text())
+    _, record = read_head(similar.workspace, similar.head.artifact.key)
     other = in_space(similar.context, space="minilm_text", centre=False)
-    assert space_of_head(other, description).config.features == similar.config.features
+    assert space_of_head(other, record).config.features == similar.config.features
 
 
 def test_labels_are_those_of_the_snapshot(similar: WholeRun) -> None:

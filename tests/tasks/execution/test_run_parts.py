@@ -127,6 +127,6 @@ def test_a_job_says_how_it_ended(tmp_path: Path) -> None:
 
 def test_letters_are_what_these_tests_take_them_for(tmp_path: Path, letters: Letters) -> None:
     parts = inputs_of(tmp_path).parts["letters"]
-    assert parts.missing() == list(range(LETTERS)) and parts.seconds() == 0
+    assert parts.missing() == list(range(LETTERS)) and parts.standing().seconds == 0
     parts.make(3)
     assert list(parts.committed()) == [3] and parts.path(3).read_bytes() == b"d"
