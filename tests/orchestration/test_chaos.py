@@ -81,7 +81,7 @@ def scores(folder: Path) -> dict[tuple[str, int], float]:
 
 
 @pytest.mark.parametrize(
-    ("shards", "blows"), [(16, 3), pytest.param(500, 18, marks=pytest.mark.slow)], ids=["16 shards", "500 shards"]
+    ("shards", "blows"), [(8, 3), pytest.param(500, 18, marks=pytest.mark.slow)], ids=["8 shards", "500 shards"]
 )
 def test_every_planned_row_but_those_of_quarantined_samples_whatever_dies(
     tmp_path: Path, model_folder: Path, shards: int, blows: int
