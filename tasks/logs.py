@@ -135,6 +135,10 @@ def set_up(level: str, form: str) -> None:
         # As Prefect does itself, but that a job's process has imported it before `flows` could ask for it.
         for handler in logging.getLogger("prefect.extra").handlers:
             logger.addHandler(handler)
+    # What libraries tell their developers; of worker processes it would stand between the lines of a command.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message="Dynamo detected a call")  # diffusers under model.compile, harmless
     warnings.filterwarnings("ignore", message=f"Logger '{ROOT}")  # Prefect's, of records outside of a flow run
 
 

@@ -15,7 +15,6 @@ if Path(sys.argv[0]).name == "fastgda":  # the command, not a program that impor
 import atexit
 import contextlib
 import errno
-import warnings
 from typing import Annotated
 
 import typer
@@ -125,9 +124,6 @@ def _leave(code: int) -> None:
 
 
 def _run() -> int:
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", message="Dynamo detected a call")  # diffusers under model.compile, harmless
     try:
         app(standalone_mode=True)
     except (UsageError, StoreError) as error:
