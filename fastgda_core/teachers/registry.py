@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -43,15 +42,16 @@ class Teacher(Protocol):
 
 
 @dataclass(frozen=True)
-class UnlearningTeacher(ABC):
-    """Scores a training sample by what an unlearning step of the query does to its loss.
+class UnlearningTeacher:
+    """Scores a training sample by the rise of its loss after an unlearning step of the query.
 
     fisher: which curvature preconditions the query's gradient.
-    first_order: one pass over a sample serves every query, and no base losses are needed.
+    first_order: the rise to first order in the step: one pass over the samples serves every query, and no base losses
+        are needed. Else it is exact: one pass over the samples for each query.
     """
 
     fisher: FisherKind
-    first_order: ClassVar[bool]
+    first_order: bool
     family: ClassVar[str] = "unlearning"
     settings: ClassVar[frozenset[str]] = frozenset(
         {
@@ -62,31 +62,12 @@ class UnlearningTeacher(ABC):
     )
     redrawn: ClassVar[bool] = True
 
-    @abstractmethod
     def check_precision(self, precision: Precision) -> None:
-        """Raise `UsageError` where scores in this precision would not be this teacher's."""
+        """Raises UsageError where an exact score would drown in rounding.
 
-    @abstractmethod
-    def scores(
-        self,
-        model: DiffusionModel,
-        layers: Mapping[str, Layer],
-        plan: NoisePlan,
-        block: SampleBlock,
-        updates: Iterable[Update],
-        base_losses: Tensor | None,
-        micro_batch: MicroBatch,
-    ) -> Tensor:
-        """(queries, n) float64; `updates` hold some queries at a time, `base_losses` are (n, f) where needed."""
-
-
-class ExactTeacher(UnlearningTeacher):
-    """The rise of a sample's loss after the unlearning step: one pass over the samples for each query."""
-
-    first_order = False
-
-    def check_precision(self, precision: Precision) -> None:
-        if not precision.exact:
+        To first order any will do that agrees with float64 on the model at hand; whoever runs it has to look.
+        """
+        if not self.first_order and not precision.exact:
             raise UsageError(
                 f"teacher.precision is {precision}, but an exact score is the difference of two losses that agree in "
                 "their first digits, and those are all that it keeps: use float32, or teacher abu_plus_first_order"
@@ -102,11 +83,14 @@ class ExactTeacher(UnlearningTeacher):
         base_losses: Tensor | None,
         micro_batch: MicroBatch,
     ) -> Tensor:
+        """(queries, n) float64; `updates` hold some queries at a time, `base_losses` are (n, f) where needed."""
         import torch
 
-        from fastgda_core.teachers.scores import exact_scores
+        from fastgda_core.teachers.scores import exact_scores, first_order_scores
 
         self.check_precision(model.precision)
+        if self.first_order:
+            return first_order_scores(model, layers, plan, block, updates, micro_batch)
         assert base_losses is not None
         return torch.stack(
             [
@@ -117,33 +101,10 @@ class ExactTeacher(UnlearningTeacher):
         )
 
 
-class FirstOrderTeacher(UnlearningTeacher):
-    """The same to first order in the step: one pass over the samples for all queries."""
-
-    first_order = True
-
-    def check_precision(self, precision: Precision) -> None:
-        """Any will do that agrees with float64 on the model at hand; whoever runs it has to look."""
-
-    def scores(
-        self,
-        model: DiffusionModel,
-        layers: Mapping[str, Layer],
-        plan: NoisePlan,
-        block: SampleBlock,
-        updates: Iterable[Update],
-        base_losses: Tensor | None,
-        micro_batch: MicroBatch,
-    ) -> Tensor:
-        from fastgda_core.teachers.scores import first_order_scores
-
-        return first_order_scores(model, layers, plan, block, updates, micro_batch)
-
-
 UNLEARNING_TEACHERS: dict[str, UnlearningTeacher] = {
-    "abu": ExactTeacher("diagonal"),
-    "abu_plus": ExactTeacher("ekfac"),
-    "abu_plus_first_order": FirstOrderTeacher("ekfac"),
+    "abu": UnlearningTeacher("diagonal", first_order=False),
+    "abu_plus": UnlearningTeacher("ekfac", first_order=False),
+    "abu_plus_first_order": UnlearningTeacher("ekfac", first_order=True),
 }
 TEACHERS: dict[str, Teacher] = {**UNLEARNING_TEACHERS, "similarity": SimilarityTeacher()}
 
