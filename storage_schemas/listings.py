@@ -6,6 +6,7 @@ A folder may hold ten thousand parts, and in an object store each question about
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -79,6 +80,14 @@ def listed_manifest(path: AnyPath, listing: Listing) -> Manifest | None:
     if manifest is None and (manifest := read_manifest(path)) is not None:
         _known[str(path)] = listing[manifest_path(path).name], manifest
     return manifest
+
+
+def quarantined_in(parts: Iterable[AnyPath], wanted: Iterable[int]) -> dict[int, str]:
+    """Which of these training samples some parts left out, and why."""
+    chosen = set(wanted)
+    manifests = filter(None, map(read_manifest, parts))
+    left_out = {train_id: why for manifest in manifests for train_id, why in manifest.quarantined.items()}
+    return {train_id: why for train_id, why in left_out.items() if train_id in chosen}
 
 
 def _known_as(path: AnyPath, listing: Listing) -> Manifest | None:

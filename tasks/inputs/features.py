@@ -26,7 +26,7 @@ from fastgda_core.images import in_threads
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit, commit_table, committed, input_key, read_manifest
 from storage_schemas.files import AnyPath, Stamps, file_sha256, private_folder, stamps, temporary_name
-from storage_schemas.listings import committed_parts
+from storage_schemas.listings import committed_parts, quarantined_in
 from storage_schemas.workspace import part
 from tasks.artifact import Artifact, Made, remembered
 from tasks.config.inputs import FeaturesConfig
@@ -83,11 +83,9 @@ def _extracted(context: Context, items: Artifact) -> Made:
 
 def unreadable_items(context: Context, items: Artifact, numbers: list[int]) -> dict[int, str]:
     """Which of these samples have the features of a grey picture, and why."""
-    wanted, found = set(numbers), dict[int, str]()
-    for folder, key in feature_folders(context, items).values():
-        for manifest in committed_parts(folder, key).values():
-            found |= {number: why for number, why in manifest.quarantined.items() if number in wanted}
-    return found
+    folders = [folder for folder, _ in feature_folders(context, items).values()]
+    parts = sorted({number // PART_ITEMS for number in numbers})
+    return quarantined_in((part(folder, number) for folder in folders for number in parts), numbers)
 
 
 def _commit_mean(context: Context, samples: Artifact, left_out: dict[int, str]) -> tuple[Manifest, bool]:

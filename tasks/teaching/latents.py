@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from fastgda_core.diffusion.loss import concatenate
 from fastgda_core.interruption import checkpoint
 from fastgda_core.teachers.training_loss import SampleBlock
-from storage_schemas.commit import Manifest, commit, input_key, read_manifest
+from storage_schemas.commit import Manifest, commit, input_key
+from storage_schemas.listings import quarantined_in
 from storage_schemas.workspace import part
 from tasks.artifact import Artifact
 from tasks.context import Context, load_tensors
@@ -84,11 +85,9 @@ class LatentParts(Parts):
 
 def unreadable_samples(latents: Artifact, train_ids: Iterable[int]) -> dict[int, str]:
     """Which of these samples have no latents, and why."""
-    wanted = set(train_ids)
+    wanted = list(train_ids)
     numbers = sorted({train_id // LATENT_PART_SAMPLES for train_id in wanted})
-    manifests = [read_manifest(part(latents.path, number, "safetensors")) for number in numbers]
-    known = {train_id: why for manifest in manifests if manifest for train_id, why in manifest.quarantined.items()}
-    return {train_id: why for train_id, why in known.items() if train_id in wanted}
+    return quarantined_in((part(latents.path, number, "safetensors") for number in numbers), wanted)
 
 
 def load_block(context: Context, latents: Artifact, train_ids: list[int]) -> SampleBlock:
