@@ -31,11 +31,16 @@ class KindCost:
         return self.forwards / rate
 
 
+def block_shape(config: PipelineConfig, queries: int) -> tuple[int, int]:
+    """Queries and training samples of a score shard of a teacher that scores many queries in one pass."""
+    return config.teacher.shard_queries or queries, config.teacher.shard_samples
+
+
 def score_shards(config: PipelineConfig, size: Size) -> tuple[int, int]:
     """Shards of a block of queries and a block of samples each, and how often a sample is looked at in all of them."""
-    teacher = config.teacher
-    block = min(teacher.shard_queries or size.queries, size.queries)
+    queries, samples = block_shape(config, size.queries)
+    block = min(queries, size.queries)
     blocks = -(-size.queries // block)
     # The pool of a block is what any of its queries is scored against; its size lies between these two.
     pool = min(size.samples, block * size.candidates) if config.candidates.policy != "all" else size.samples
-    return blocks * -(-pool // teacher.shard_samples), blocks * pool
+    return blocks * -(-pool // samples), blocks * pool

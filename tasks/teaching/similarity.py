@@ -14,7 +14,7 @@ from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
 from tasks.inputs.candidates import candidate_space
 from tasks.inputs.features import features_key, load_features, map_features, unreadable_items
-from tasks.teaching.cost import KindCost, Size, score_shards
+from tasks.teaching.cost import KindCost, Size, block_shape, score_shards
 from tasks.teaching.families import Artifacts, BlockScores
 from tasks.teaching.parts import Parts
 
@@ -39,7 +39,7 @@ class Similarity:
         return input_key("similarity", *(features_key(space, artifacts[name]) for name in ("samples", "queries")))
 
     def shard_shape(self, config: PipelineConfig, queries: int) -> tuple[int, int | None]:
-        return config.teacher.shard_queries or queries, config.teacher.shard_samples
+        return block_shape(config, queries)
 
     def scores(
         self, context: Context, artifacts: Artifacts, query_numbers: list[int], train_ids: NDArray[np.int64]

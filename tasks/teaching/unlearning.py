@@ -21,7 +21,7 @@ from tasks.teaching.base_losses import (
     load_base_losses,
     without_base_loss,
 )
-from tasks.teaching.cost import KindCost, Size, score_shards
+from tasks.teaching.cost import KindCost, Size, block_shape, score_shards
 from tasks.teaching.curvature import CurvatureParts, curvature_of, pilot_rows
 from tasks.teaching.families import Artifacts, BlockScores
 from tasks.teaching.latents import LatentParts, latents_of, load_block, unreadable_samples
@@ -70,7 +70,7 @@ class Unlearning:
         """Exact: one query and all its candidates. First order: a block of queries and a block of samples."""
         if not unlearning_teacher(config).first_order:
             return 1, None
-        return config.teacher.shard_queries or queries, config.teacher.shard_samples
+        return block_shape(config, queries)
 
     def scores(
         self, context: Context, artifacts: Artifacts, query_numbers: list[int], train_ids: NDArray[np.int64]
