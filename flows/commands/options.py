@@ -13,6 +13,8 @@ from storage_schemas.which_workspace import ENVIRONMENT, default_location
 if TYPE_CHECKING:
     from tasks.config.pipeline import PipelineConfig
 
+DEMO_FOLDER = Path("demo")
+DEFAULT_WORKSPACE = ""  # that of the current folder
 ConfigArgument = Annotated[Path, typer.Argument(help="YAML config; see deployments/openmoji.yaml.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -35,10 +37,6 @@ def read_config(path: Path, runner: Runner | None = None) -> PipelineConfig:
 
     config = load_config(path)
     return with_runner(config, runner.value) if runner else config
-
-
-DEMO_FOLDER = Path("demo")
-DEFAULT_WORKSPACE = ""  # that of the current folder
 
 
 def _chosen_workspace(given: str) -> str:

@@ -14,11 +14,12 @@ import duckdb
 import pyarrow.compute as pc
 
 from storage_schemas import tables
-from storage_schemas.commit import read_manifest
+from storage_schemas.commit import MANIFEST, read_manifest
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, matching
+from storage_schemas.heads.records import HEAD_FILE, INDEX_FILE
 from storage_schemas.runs.attempts import ShardState
-from storage_schemas.runs.ledger import read_labelling, read_ledger, read_run
+from storage_schemas.runs.ledger import ledger_as_written, read_labelling, read_run
 from storage_schemas.runs.liveness import Assignment, read_assignment
 from storage_schemas.runs.records import RunRecord
 from storage_schemas.snapshots.published import NotPublished, Published, read_published
@@ -134,7 +135,7 @@ def sample_node(workspace: Workspace, samples: str, train_id: int) -> Node:
 def index_node(workspace: Workspace, version: str) -> Node:
     folder = workspace.index(version)
     facts = committed_facts(folder / "index.faiss", "vectors")
-    about = tried("index.json", lambda: _json(folder / "index.json"), facts) or {}
+    about = tried("index.json", lambda: _json(folder / INDEX_FILE), facts) or {}
     facts |= known({"code_version": about.get("code_version"), "flow_run": about.get("origin")})
     head = checked_name(about.get("head"))
     published = published_or_none(workspace)
@@ -147,7 +148,7 @@ def index_node(workspace: Workspace, version: str) -> Node:
 def head_node(workspace: Workspace, version: str) -> Node:
     folder = workspace.head(version)
     facts = committed_facts(folder / "head.safetensors", "training_pairs")
-    about = tried("head.json", lambda: _json(folder / "head.json"), facts) or {}
+    about = tried("head.json", lambda: _json(folder / HEAD_FILE), facts) or {}
     names = ("feature_space", "best_epoch", "snapshot", "run", "imported_from", "sha256", "code_version")
     facts |= known({name: about.get(name) for name in names} | {"flow_run": about.get("origin")})
     with suppress(KeyError, IndexError, TypeError):  # another release may have described it otherwise
@@ -215,12 +216,7 @@ def _settings(record: RunRecord) -> Facts:
 def _progress(workspace: Workspace, run: str) -> Facts:
     """How far the run is by its ledger as last written, as a snapshot may hold hundreds of runs."""
     facts: Facts = {}
-
-    def ledger() -> Any:
-        written = workspace.ledger(run)
-        return tables.read(written, tables.SHARDS) if written.exists() else read_ledger(workspace, run)
-
-    found = tried("shards", ledger, facts)
+    found = tried("shards", lambda: ledger_as_written(workspace, run), facts)
     if found is not None:
         states = found["state"].to_pylist()
         facts["shards"] = f"{states.count(ShardState.done)} of {len(states)} done"
@@ -248,4 +244,4 @@ def _stage_file(path: AnyPath) -> Facts:
     if path.suffix:
         return committed_facts(path)
     # Parts may be thousands, made by as many flow runs: `RUN/SHARD` and the manifests beside them tell of each.
-    return known({"files": len(matching(path, "part-*.manifest.json"))})
+    return known({"files": len(matching(path, f"part-*{MANIFEST}"))})

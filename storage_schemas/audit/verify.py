@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from storage_schemas.commit import manifest_path, read_manifest
+from storage_schemas.commit import MANIFEST, manifest_path, read_manifest
 from storage_schemas.database import file_list, open_database
 from storage_schemas.files import AnyPath, file_sha256, matching, move
 from storage_schemas.runs.attempts import AttemptLog, ShardState
@@ -33,8 +33,8 @@ class Damage:
 def committed_files(workspace: Workspace) -> list[AnyPath]:
     """Every file of the workspace that has a manifest, and whether it is still there."""
     folders = [workspace.root / name for name in workspace.FOLDERS if name != "quarantine"]
-    manifests = [path for folder in folders for path in matching(folder, "**/*.manifest.json")]
-    return [path.with_name(path.name.removesuffix(".manifest.json")) for path in manifests]
+    manifests = [path for folder in folders for path in matching(folder, f"**/*{MANIFEST}")]
+    return [path.with_name(path.name.removesuffix(MANIFEST)) for path in manifests]
 
 
 def verify(workspace: Workspace, *, advance: Callable[[int], None] = lambda files: None) -> list[Damage]:

@@ -272,14 +272,13 @@ def begin_run(inputs: RunInputs) -> Coordinator:
     """Write down the plan, once, and what workers are to do now; a wish to stop that is left over is withdrawn."""
     workspace, run, context = inputs.workspace, inputs.run, inputs.context
     origin = flow_run.get_id() or ""
-    if not workspace.run(run).exists():
-        store_plan(context, inputs.score_run, inputs.artifacts, origin)
-        with logs.about(run=run):
-            log.info("run %s is planned", run)
-    assignment = inputs.assignment(_generation(workspace, run), origin)
-    write_assignment(workspace, assignment)
-    withdraw(workspace, run)
     with logs.about(run=run):
+        if not workspace.run(run).exists():
+            store_plan(context, inputs.score_run, inputs.artifacts, origin)
+            log.info("run %s is planned", run)
+        assignment = inputs.assignment(_generation(workspace, run), origin)
+        write_assignment(workspace, assignment)
+        withdraw(workspace, run)
         log.info("run %s is begun: %d pairs", run, inputs.artifacts["scores"].rows)
     _tell_of_others(workspace, run, others_at_work(workspace, run))
     return Coordinator(inputs, assignment.key, _part_seconds(inputs))
