@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import subprocess
 import sys
@@ -80,3 +82,9 @@ def fastgda(
     if check and done.returncode:
         raise AssertionError(f"fastgda {arguments[0]} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def sql(folder: Path, statement: str, home: Path) -> list[dict[str, str]]:
+    """The rows of a statement on the workspace in this folder, by the real command."""
+    done = fastgda("sql", statement, "--workspace", folder / "workspace", "--format", "csv", home=home)
+    return list(csv.DictReader(io.StringIO(done.stdout)))

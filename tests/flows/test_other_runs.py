@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
 import pytest
 
 from storage_schemas.sql.views import query
 from tests import tiny
-from tests.flows.pipeline_case import QUERIES, SAMPLES, TWINS, fastgda, lay_out
-
-
-def sql(folder: Path, statement: str, home: Path) -> list[dict[str, str]]:
-    done = fastgda("sql", statement, "--workspace", folder / "workspace", "--format", "csv", home=home)
-    return list(csv.DictReader(io.StringIO(done.stdout)))
-
+from tests.flows.pipeline_case import QUERIES, SAMPLES, TWINS, fastgda, lay_out, sql
 
 NEIGHBORS = {"candidates": {"policy": "top_k", "k": 20}}
 

@@ -49,7 +49,7 @@ from tasks.inputs.features import (
 from tasks.serving.attribute import AttributionService
 from tasks.watching.trust import LEAST_AGREEMENT
 from tests import tiny
-from tests.flows.pipeline_case import SAMPLES, SCORED, TWINS, environment, fastgda, lay_out
+from tests.flows.pipeline_case import SAMPLES, SCORED, TWINS, environment, fastgda, lay_out, sql
 
 SCORES = "SELECT query_id, train_id, score FROM scores ORDER BY ALL"
 
@@ -60,11 +60,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, home:
     folder = tmp_path_factory.mktemp("shapes")
     fastgda("run", lay_out(folder, model_folder), home=home)
     return folder
-
-
-def sql(folder: Path, statement: str, home: Path) -> list[dict[str, str]]:
-    done = fastgda("sql", statement, "--workspace", folder / "workspace", "--format", "csv", home=home)
-    return list(csv.DictReader(io.StringIO(done.stdout)))
 
 
 def test_every_pair_is_scored_exactly_once(finished: Path, home: Path) -> None:
