@@ -29,7 +29,7 @@ from tasks.inputs.queries import Query, load_queries
 from tasks.inputs.samples import sample_images, samples_table
 from tasks.judging.head import CAPTIONS, tuned_cosines, untuned_cosines
 from tasks.reporting.attribution_sheet import spread
-from tasks.watching.trust import KINDS, OTHER_CURVATURE, OTHER_GRADIENT, OTHER_NOISE, OTHER_TEACHER, trust_of
+from tasks.watching.trust import KINDS, OTHER_CURVATURE, OTHER_GRADIENT, OTHER_NOISE, OTHER_TEACHER, compared, trust_of
 
 THUMBNAIL = 96
 
@@ -74,6 +74,7 @@ def write_report(context: Context, run: str, stages: list[Made]) -> Made:
     return once(Artifact("report", key, path, 1), path, make)
 
 
+_WHOSE = {Objective.output_norm: "output's squared norm", Objective.loss: "loss", None: ""}
 _TEMPLATE = Path(__file__).with_name("templates") / "report.html"
 
 
@@ -99,9 +100,9 @@ def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: 
         other_teacher=OTHER_TEACHER,
         captions=CAPTIONS,
         ceiling=means.get(("spearman", OTHER_TEACHER, 0)),
-        trust=trust_of(metrics, context.config.teacher.objective),
+        trust=trust_of(metrics, _objective(context)),
         kinds=KINDS,
-        objective="output's squared norm" if context.config.teacher.objective is Objective.output_norm else "loss",
+        objective=_WHOSE[_objective(context)],
         agreement=means.get(("spearman", "exact vs first order", 0)),
         loss_curve=curve[curve.index(b"<svg") :].decode() if curve else NO_CURVE,
         panels=_panels(context, artifacts, precision),
@@ -109,6 +110,10 @@ def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: 
         samples=artifacts["samples"].rows,
         queries=sum(query.split not in KINDS for query in load_queries(artifacts["queries"])),
     )
+
+
+def _objective(context: Context) -> Objective | None:
+    return compared(context.config.teacher.name, context.config.teacher.objective)
 
 
 def _measures(cutoffs: list[int]) -> list[tuple[str, str, int]]:
@@ -133,6 +138,7 @@ def _panels(
         context.workspace, artifacts["rank labels"], [several[number].query_id for number in test.tolist()]
     )
     phi = load_features(context, queries, samples)[test], sample_features(context, samples)
+    score = "AbU+ score" if _objective(context) else "cosine"
     rankings = [
         ("Untuned features", "nearest by the frozen encoders", untuned_cosines(scores, *phi)),
         (
@@ -140,7 +146,11 @@ def _panels(
             "nearest by the rank head: FastGDA's answer",
             tuned_cosines(scores, load_trained_head(artifacts["rank head"].path), *phi),
         ),
-        ("Teacher", "the truth it learned from, by AbU+ score", scores.scores),
+        (
+            "Teacher",
+            f"the truth it learned from, by {score}",
+            scores.scores,
+        ),
     ]
     cutoff = config.validation_cutoff
     teacher_rank, relevant = descending_ranks(scores.scores), top_mask(scores.scores, cutoff)

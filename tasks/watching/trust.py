@@ -8,6 +8,7 @@ from typing import Any
 
 from fastgda_core.diffusion.objective import Objective
 from fastgda_core.evaluation.twins import TwinTest
+from fastgda_core.teachers.registry import TEACHERS
 from storage_schemas import tables
 from storage_schemas.errors import StoreError
 from storage_schemas.heads.records import read_checks_record
@@ -33,6 +34,7 @@ _RAISED = {
 _LOST_SIGN = (
     "on pictures that the model made itself the loss's gradient can lose its sign: set teacher.objective: output_norm"
 )
+_OTHER_SPACE = "its features do not tell these images apart: choose another candidates.space"
 _NOISY = (
     "see whether captions belong to their images, then raise curvature.samples, teacher.timesteps and "
     "teacher.gradient_pairs"
@@ -45,14 +47,14 @@ class Trust:
 
     twins: the twin test of each kind of query, where it was made.
     agreement: Spearman's between two whole teachers; None where it was not measured.
-    objective: whose gradients the scores are made of.
+    objective: whose gradients the scores are made of; None where they are made of none.
     parts: Spearman's of the teacher with itself where one part alone is drawn again, by the name of that teacher.
     precision: mean of mAP(L) over L, of another whole teacher and of the head, where both were measured.
     """
 
     twins: dict[str, TwinTest]
     agreement: float | None
-    objective: Objective
+    objective: Objective | None
     parts: dict[str, float] = field(default_factory=dict)
     precision: tuple[float, float] | None = None
 
@@ -68,12 +70,17 @@ class Trust:
     def warnings(self) -> list[str]:
         """A line for each test that failed: what, and how to mend it."""
         wrong = [
-            f"the teacher names wrong images: it found {_summary(kind, test)}; "
-            + (_LOST_SIGN if (kind, self.objective) == (TWIN, Objective.loss) else _NOISY)
+            f"the teacher names wrong images: it found {_summary(kind, test)}; {self._advice(kind)}"
             for kind, test in self.twins.items()
             if not test.passed
         ]
         return [*wrong, *self._disagreement()]
+
+    def _advice(self, kind: str) -> str:
+        """How to mend a teacher that does not find the twins of one kind of query."""
+        if self.objective is None:
+            return _OTHER_SPACE
+        return _LOST_SIGN if (kind, self.objective) == (TWIN, Objective.loss) else _NOISY
 
     def _disagreement(self) -> list[str]:
         """What is wrong with a teacher that, drawn again, is another one."""
@@ -110,7 +117,7 @@ def trust_in(workspace: Workspace, run: str) -> Trust:
     return trust_of(rows, _objective(workspace, run))
 
 
-def trust_of(rows: list[dict[str, Any]], objective: Objective) -> Trust:
+def trust_of(rows: list[dict[str, Any]], objective: Objective | None) -> Trust:
     """The same from rows of `metrics`."""
     twins = {}
     for kind in KINDS:
@@ -145,9 +152,17 @@ def _of_the_head(workspace: Workspace, run: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["space"] == HEAD]
 
 
-def _objective(workspace: Workspace, run: str) -> Objective:
+def _objective(workspace: Workspace, run: str) -> Objective | None:
     try:
         teacher = read_run(workspace, run).config.get("teacher")
     except StoreError:
         teacher = None
-    return Objective(teacher.get("objective", Objective.loss)) if isinstance(teacher, dict) else Objective.loss
+    if not isinstance(teacher, dict):
+        return Objective.loss
+    return compared(teacher.get("name"), Objective(teacher.get("objective", Objective.loss)))
+
+
+def compared(teacher: object, objective: Objective) -> Objective | None:
+    """Whose gradients a teacher of this name compares; None where it compares none."""
+    known = TEACHERS.get(teacher) if isinstance(teacher, str) else None  # a run may be another release's
+    return None if known is not None and "objective" not in known.settings else objective

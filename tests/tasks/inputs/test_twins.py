@@ -93,9 +93,14 @@ def rank_row(kind: str, rank: int) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("objective", "mend"), [(Objective.loss, "objective: output_norm"), (Objective.output_norm, "curvature.samples")]
+    ("objective", "mend"),
+    [
+        (Objective.loss, "objective: output_norm"),
+        (Objective.output_norm, "curvature.samples"),
+        (None, "choose another candidates.space"),
+    ],
 )
-def test_a_failed_test_names_the_line_to_change(objective: Objective, mend: str) -> None:
+def test_a_failed_test_names_the_line_to_change(objective: Objective | None, mend: str) -> None:
     ranks = [1] * 11 + [3652, 3689, 3897, 3918, 3953]
     trust = trust_of([rank_row(TWIN, rank) for rank in ranks] + [rank_row(PSEUDO, 1)] * 8, objective)
     (warning,) = trust.warnings

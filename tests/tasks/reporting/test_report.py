@@ -51,6 +51,15 @@ def test_a_report_shows_the_figures_and_the_pictures_of_the_test_queries(unlearn
     assert write_report.fn(unlearned.context, unlearned.curation.run, stages(unlearned)).reused
 
 
+def test_a_report_says_what_the_teacher_compares(similar: WholeRun, unlearned: WholeRun) -> None:
+    pages = [
+        write_report.fn(run.context, run.curation.run, stages(run)).artifact.path.read_text()
+        for run in (similar, unlearned)
+    ]
+    assert ["compares gradients of the loss" in page for page in pages] == [False, True]
+    assert [f"features in {similar.config.features.space}, by their cosine" in page for page in pages] == [True, False]
+
+
 def test_a_sheet_has_a_row_for_each_query_with_its_first_samples(similar: WholeRun) -> None:
     inputs = similar.curation.plan.inputs
     samples, queries = inputs.artifacts["samples"], inputs.artifacts["queries"]
