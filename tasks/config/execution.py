@@ -57,6 +57,12 @@ class ExecutionConfig(Section):
     lost_after: float = Field(
         default=120.0, ge=2, description="seconds without a sign of life after which a job's worker counts as dead"
     )
+    start_within: float = Field(
+        default=900.0,
+        ge=2,
+        description="of runner pool: seconds from a worker's taking a job to the start of its process, in which an "
+        "image is pulled or a machine comes up; after them the job is given up, as its worker died in between",
+    )
     publish_incomplete: bool = Field(
         default=False, description="publish what there is of a run some of whose parts failed for good"
     )

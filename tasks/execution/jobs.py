@@ -64,6 +64,7 @@ class _Job:
     created: float = field(default_factory=time.monotonic)
     beat: int = -1
     beat_changed: float = field(default_factory=time.monotonic)
+    taken: float | None = None  # when it was first seen in the hands of a worker that had not started it
     ending: bool = False  # it was told to end
 
 
@@ -268,7 +269,7 @@ class JobPool:
         return min(longest, max(shortest, share))
 
     def _ended(self, client: SyncPrefectClient, *, stopping: bool) -> Iterator[_Job]:
-        """Jobs that are over, or whose worker is gone; these are taken off the list.
+        """Jobs that are over, or whose worker is gone, before it started them or after; these are taken off the list.
 
         Those that work stop by themselves when the run is to stop; those that wait for a worker are called off.
         """
@@ -284,15 +285,30 @@ class JobPool:
             flow_run = found.get(job.flow_run)
             state = flow_run.state if flow_run else None
             # Of one that the server does not show nothing is known: it may work, as long as it gives signs of life.
-            may_work = state is None or state.is_running() or state.is_cancelling()
-            if (state is not None and state.is_final()) or (may_work and self._is_lost(client, job, beats)):
+            if state is None or state.is_running() or state.is_cancelling():
+                over = self._is_lost(client, job, beats)
+            else:
+                over = state.is_final() or self._is_stuck(client, job, state)
+                if stopping and not over:
+                    self._force(client, job, Cancelled(message="the run is to stop"))
+            if over:
                 self._jobs.remove(job)
                 yield job
-            elif not may_work:
-                job.beat_changed = time.monotonic()  # it waits for a worker
-                self._tell_untaken(job)
-                if stopping:
-                    self._force(client, job, Cancelled(message="the run is to stop"))
+
+    def _is_stuck(self, client: SyncPrefectClient, job: _Job, state: State[None]) -> bool:
+        """Whether a worker took a job and never started it: it may have died, and Prefect leaves it so for ever."""
+        now = job.beat_changed = time.monotonic()  # no beat is to be expected yet
+        if not state.is_pending():
+            job.taken = None
+            self._tell_untaken(job)
+            return False
+        job.taken = now if job.taken is None else job.taken
+        stuck = now - job.taken > self.order.execution.start_within
+        if stuck:
+            message = f"a worker took it and did not start it within {self.order.execution.start_within:.0f} s"
+            log.warning("job %s is given up: %s; its parts are made by others", job.name, message)
+            self._force(client, job, Crashed(message=message))
+        return stuck
 
     def _is_lost(self, client: SyncPrefectClient, job: _Job, beats: dict[str, Beat]) -> bool:
         """Whether nothing has been heard of the job's process for too long, or it hangs over a part."""

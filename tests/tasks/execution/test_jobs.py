@@ -21,6 +21,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Pending
 
 from fastgda_core.errors import UsageError
 from storage_schemas.runs.liveness import Beat, write_beat
@@ -30,6 +31,7 @@ from tasks.config.execution import ExecutionConfig
 from tasks.execution import jobs
 from tasks.execution.fan_out import WorkOrder
 from tasks.execution.jobs import JobPool
+from tasks.execution.outcomes import Outcome
 from tasks.watching.artifacts import publish_markdown
 from tests.prefect_processes import free_port
 
@@ -207,16 +209,38 @@ def test_a_job_that_the_server_does_not_show_is_given_up_only_when_it_is_silent(
 ) -> None:
     h100, _ = pools(deployed)
     gone = deployed.start(h100, "gone", "0")
-    pool = job_pool(tmp_path, "gone", missing=[0], pools=[{"deployment": h100}], lost_after=2)
+    pool = job_pool(tmp_path, "gone", missing=[0], pools=[{"deployment": h100}], lost_after=1000)
     assert pool._adopt(deployed.client)
     deployed.client.delete_flow_run(gone.id)
     assert list(pool._ended(deployed.client, stopping=False)) == []
     (job,) = pool._jobs
-    job.beat_changed -= 3
+    job.beat_changed -= 1001
     write_beat(pool.workspace, "gone", Beat(worker="host:1", beat=1, at=datetime.now(UTC), job=str(gone.id)))
     assert list(pool._ended(deployed.client, stopping=False)) == [], "its worker tells that it lives"
-    job.beat_changed -= 3
+    job.beat_changed -= 1001
     assert list(pool._ended(deployed.client, stopping=False)) == [job] and pool._jobs == []
+
+
+def test_a_job_whose_worker_died_before_it_started_it_is_given_up(
+    tmp_path: Path, deployed: Deployed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    h100, _ = pools(deployed)
+    started = deployed.start(h100, "stuck", "0-3")
+    pool = job_pool(tmp_path, "stuck", missing=[0, 1, 2, 3], pools=[{"deployment": h100}], start_within=1000)
+    assert pool._adopt(deployed.client)
+    (job,) = pool._jobs
+    job.created -= 2000
+    assert list(pool._ended(deployed.client, stopping=False)) == [], "no worker has taken it, which is no failure"
+    deployed.client.set_flow_run_state(started.id, Pending())
+    assert list(pool._ended(deployed.client, stopping=False)) == [], "an image is pulled"
+    assert job.taken is not None
+    job.taken -= 1001
+    assert list(pool._ended(deployed.client, stopping=False)) == [job] and pool._jobs == []
+    assert pool._settle(job, Outcome()) == [0, 1, 2, 3]
+    told = capsys.readouterr().err
+    assert told.count("no worker has taken") == 1 and "did not start it within 1000 s" in told
+    (flow_run,) = deployed.of_run("stuck")
+    assert flow_run.state is not None and flow_run.state.is_crashed()
 
 
 def test_jobs_that_are_taken_over_count_against_the_pool_that_they_are_of(tmp_path: Path, deployed: Deployed) -> None:
