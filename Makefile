@@ -10,18 +10,19 @@ DEVELOPING := $(VENV)/.developing
 
 # The packages below `flows`; with flows come servers, commands and whole pipelines.
 UNIT := tests/fastgda_core tests/storage_schemas tests/tasks
-FAST := "not integration and not slow and not gpu"
+ALONE := "not integration and not slow and not gpu"
+FAST := "not heavy and not integration and not slow and not gpu"
 
 demo: $(INSTALLED)
 	$(BIN)/fastgda demo
 
-# What needs neither a server, nor a command, nor seconds: under a minute on 2 cores.
+# What needs neither a server, nor a command, nor half a second: about a minute on 2 cores.
 fast: $(DEVELOPING)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m $(FAST) $(UNIT)
 
-# Of the tests that `make fast` runs. Of all tests: `make coverage UNIT=tests FAST="'not slow and not gpu'"`.
+# Of the tests that need no server and no command. Of all: `make coverage UNIT=tests ALONE="'not slow and not gpu'"`.
 coverage: $(DEVELOPING)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m $(FAST) --cov --cov-report= $(UNIT)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m $(ALONE) --cov --cov-report= $(UNIT)
 	$(BIN)/python -m coverage report --skip-covered --skip-empty
 	$(BIN)/python -m coverage json --quiet -o .coverage.json
 	$(BIN)/python -m tests.coverage_floors .coverage.json

@@ -140,7 +140,9 @@ def write_catalog(workspace: Workspace) -> None:
     temporary.unlink(missing_ok=True)
     try:
         with damage_explained(workspace), new_connection(workspace, database=str(temporary)) as connection:
+            connection.begin()  # else each of some 200 statements waits for the disk
             _create_views(connection, workspace, _State.of(workspace))
+            connection.commit()
         temporary.replace(workspace.catalog)
     finally:
         temporary.unlink(missing_ok=True)

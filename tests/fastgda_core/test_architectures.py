@@ -299,6 +299,7 @@ def random_update(layers: dict[str, Layer]) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("objective", Objective)
 @pytest.mark.parametrize(("name", "selection"), SELECTED)
 def test_first_order_scores_equal_a_float64_finite_difference(

@@ -150,6 +150,7 @@ def test_weights_that_cannot_be_loaded_are_named_in_one_line(tmp_path: Path, nam
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("name", "folder"),
     [("clip", "dino"), ("clip_text", "dinov2"), ("dino", "clip"), ("dino", "dinov2"), ("dinov2", "dino")],

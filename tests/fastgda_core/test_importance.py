@@ -17,6 +17,7 @@ STEPS = 1000
 DENSITY = st.lists(st.floats(0.1, 30), min_size=BINS, max_size=BINS)
 
 
+@pytest.mark.heavy
 @given(DENSITY)
 def test_weights_bring_any_density_back_to_the_mean_over_the_schedule(sizes: list[float]) -> None:
     size = torch.tensor(sizes, dtype=torch.float64)
@@ -68,6 +69,7 @@ def weighted_error(model: nn.Module, batch: list[Tensor]) -> Tensor:
     return ((model(inputs) - targets).square().flatten(1).sum(1) * weights.sqrt()).sum()
 
 
+@pytest.mark.heavy
 def test_a_row_of_weight_three_counts_as_three_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     layer = nn.Sequential(nn.Linear(4, 3, bias=False))

@@ -72,6 +72,7 @@ def test_missing_part_is_named(folder: Path, part: str) -> None:
         load_model(folder, CPU)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
 def test_part_without_its_config_is_a_usage_error(folder: Path, part: str) -> None:
     (folder / part / "config.json").unlink()
@@ -202,6 +203,7 @@ def test_model_hash_changes_with_one_weight(folder: Path, weights: str) -> None:
     assert model_hash(folder) == original
 
 
+@pytest.mark.heavy
 def test_image_does_not_depend_on_which_others_are_generated_with_it(tiny_model: DiffusionModel) -> None:
     captions, numbers = ["a red circle", "blue square", "", "green cross"], [7, 2, 9, 2**33]
     options = {"seed": 3, "steps": 4, "guidance_scale": 5.0}

@@ -76,6 +76,7 @@ def test_plan_with_more_than_can_be_told_apart_is_refused() -> None:
         NoisePlan(seed=0, timesteps=1, draws=1).timestep_values(MAX_TIMESTEPS + 1)
 
 
+@pytest.mark.heavy
 @settings(max_examples=60, deadline=None)
 @given(st.lists(row, min_size=1, max_size=9), st.randoms(use_true_random=False))
 def test_noise_is_the_same_alone_in_any_batch_and_in_any_order(rows: list[tuple[int, ...]], random: Random) -> None:
@@ -164,6 +165,7 @@ def test_plan_that_the_schedule_cannot_hold_is_refused(timesteps: int, first: in
         NoisePlan(seed=0, timesteps=timesteps, draws=1, first_timestep=first).timestep_values(1000)
 
 
+@pytest.mark.heavy
 @settings(max_examples=60, deadline=None)
 @given(st.lists(row, min_size=1, max_size=9), st.booleans())
 def test_noise_of_a_plan_is_the_same_alone_and_in_any_batch(rows: list[tuple[int, ...]], antithetic: bool) -> None:

@@ -137,6 +137,7 @@ def test_training_leaves_the_log_levels_of_the_process_alone() -> None:
         log.setLevel(before)
 
 
+@pytest.mark.heavy
 def test_same_seed_gives_the_same_head() -> None:
     query, sample, scores = features()
     first, second, other = (
@@ -437,6 +438,7 @@ def test_a_batch_has_far_fewer_items_than_pairs(density: float) -> None:
     assert items < 1.2 * 2 * (size / density) ** 0.5
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("candidates", [5, 1000, 1900])
 def test_a_tenth_of_the_pairs_become_non_candidates_of_label_one(candidates: int) -> None:
     samples, queries, probability = 2000, 12_000 // candidates + 1, 0.1
@@ -509,6 +511,7 @@ def test_two_processes_train_together() -> None:
     assert trained.history != alone.history, "each draws batches of its own"
 
 
+@pytest.mark.heavy
 def test_a_checkpoint_in_pieces_is_no_obstacle(tmp_path: Path) -> None:
     query, sample, scores = features()
     data, options = rank_data(query, sample, scores), HeadTraining(epochs=1, batch_size=2048)
@@ -528,6 +531,7 @@ def test_features_that_stay_in_main_memory_give_the_same_head() -> None:
         assert torch.equal(tensor, second.state_dict()[name])
 
 
+@pytest.mark.heavy
 def test_training_ends_when_validation_no_longer_improves() -> None:
     query, sample, _ = features()
     noise = torch.rand(QUERIES, SAMPLES, generator=torch.Generator().manual_seed(1))

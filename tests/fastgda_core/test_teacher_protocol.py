@@ -58,6 +58,7 @@ def dense_update(fisher: Fisher, gradient: dict[str, Tensor]) -> dict[str, Tenso
     return update
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("name", "kind"), [("abu", "diagonal"), ("abu_plus", "ekfac"), ("abu_plus_first_order", "ekfac")]
 )
@@ -91,6 +92,7 @@ def test_each_teacher_gives_its_fishers_scores_one_row_per_query(
         torch.testing.assert_close(found[query], alone, rtol=0, atol=1e-5 * alone.norm().item())
 
 
+@pytest.mark.heavy
 def test_teachers_of_different_fishers_score_differently(
     tiny_model: DiffusionModel,
     plan: NoisePlan,
@@ -145,6 +147,7 @@ def test_layers_are_as_steady_in_a_compiled_model(
     assert steady[0].keys() == layers.keys()
 
 
+@pytest.mark.heavy
 def test_keys_and_values_that_differ_in_having_a_bias_each_count_their_own(
     tiny_model: DiffusionModel, plan: NoisePlan, block: SampleBlock, layers: dict[str, Layer]
 ) -> None:

@@ -44,6 +44,7 @@ def query(updates: dict[str, Tensor], number: int) -> dict[str, Tensor]:
     return {name: change[number] for name, change in updates.items()}
 
 
+@pytest.mark.heavy
 @torch.no_grad()
 def test_losses_equal_a_plain_loop_in_float64(
     tiny_model: DiffusionModel, any_plan: NoisePlan, block: SampleBlock
@@ -55,6 +56,7 @@ def test_losses_equal_a_plain_loop_in_float64(
     torch.testing.assert_close(found[:, 0], expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.heavy
 def test_weighted_loss_is_the_weighted_mean_of_the_losses_at_each_timestep(
     tiny_model: DiffusionModel, block: SampleBlock, updates: dict[str, Tensor], layers: dict[str, Layer]
 ) -> None:
@@ -133,6 +135,7 @@ def test_first_order_scores_equal_a_central_difference_in_float64(
     torch.testing.assert_close(found, central, rtol=0, atol=1e-4 * central.norm().item())
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("selection", ["cross-attn-kv", "all"])
 def test_exact_scores_are_the_rise_of_the_loss_in_float64(
     tiny_model: DiffusionModel, plan: NoisePlan, block: SampleBlock, selection: str
@@ -146,6 +149,7 @@ def test_exact_scores_are_the_rise_of_the_loss_in_float64(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * expected.norm().item())
 
 
+@pytest.mark.heavy
 def test_first_order_scores_do_not_depend_on_how_samples_and_queries_are_cut(
     tiny_model: DiffusionModel, layers: dict[str, Layer]
 ) -> None:
@@ -238,6 +242,7 @@ def test_moved_weights_and_biases_come_back_exactly_after_a_failure(tiny_model: 
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.denoiser.state_dict().items())
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("size", [8, 1000])
 def test_a_loss_that_is_not_finite_names_sample_and_timestep(
     tiny_model: DiffusionModel,
@@ -276,6 +281,7 @@ def test_a_layer_that_takes_no_part_is_named(
         first_order_scores(tiny_model, strange, plan, block, [random_updates(strange)], MicroBatch(24))
 
 
+@pytest.mark.heavy
 def test_scoring_leaves_weights_and_hooks_as_they_were(
     tiny_model: DiffusionModel,
     plan: NoisePlan,

@@ -28,6 +28,7 @@ from tests.fastgda_core.blocks import (
 )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("selection", ["cross-attn-kv", "all"])
 def test_query_gradient_is_the_mean_weight_gradient_over_its_stratified_pairs(
     tiny_model: DiffusionModel, block: SampleBlock, selection: str
@@ -93,6 +94,7 @@ def test_query_gradient_does_not_depend_on_the_micro_batch(
         assert (parts[name] - gradient).norm() < 1e-5 * gradient.norm()
 
 
+@pytest.mark.heavy
 def test_update_solves_the_damped_fisher_and_scales_with_alpha_over_n(fishers: dict[str, Fisher]) -> None:
     fisher = fishers["ekfac"]
     assert isinstance(fisher, EkfacFisher)
@@ -138,6 +140,7 @@ def test_a_training_sample_is_the_most_influential_on_itself(
         assert spearmanr(ours, theirs).statistic > 0.95
 
 
+@pytest.mark.heavy
 def test_copies_of_a_training_sample_rank_above_all_others_when_it_is_the_query(
     tiny_model: DiffusionModel, block: SampleBlock, layers: dict[str, Layer], forgetting: list[dict[str, Tensor]]
 ) -> None:
@@ -204,6 +207,7 @@ def test_stacked_queries_expand_as_each_alone() -> None:
             torch.testing.assert_close(together[name][number], change)
 
 
+@pytest.mark.heavy
 def test_scores_of_a_low_rank_update_are_off_by_no_more_than_its_error(
     tiny_model: DiffusionModel, block: SampleBlock, layers: dict[str, Layer], forgetting: list[dict[str, Tensor]]
 ) -> None:

@@ -88,8 +88,8 @@ def test_every_planned_row_but_those_of_quarantined_samples_whatever_dies(
 ) -> None:
     chance, faults, user = random.Random(shards), tmp_path / "faults", tmp_path / "user"
     faults.mkdir()
-    patience = {"retry_delay": 0.1, "retries": 8, "max_deaths": 20, "timeout_floor": 6}
-    patience |= {"lost_after": 12, "start_within": 60}
+    patience = {"retry_delay": 0.1, "retries": 8, "max_deaths": 20, "timeout_floor": 20}
+    patience |= {"lost_after": 20, "start_within": 60}
     rate = 24 if shards < 100 else 40
     config = lay_out(user, model_folder, shards=shards, job_minutes=0.1, forwards_per_second=rate, **patience)
     with prefect_server(tmp_path / "server") as server:

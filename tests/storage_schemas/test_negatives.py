@@ -48,6 +48,7 @@ def stamps(workspace: Workspace, pattern: str) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in workspace.root.glob(pattern)}
 
 
+@pytest.mark.heavy
 def test_labels_change_and_come_back_and_no_score_is_made_again(workspace: Workspace) -> None:
     ranks = "SELECT train_id, score, rank, rank_label FROM ranks WHERE query_id = 'q1' ORDER BY score DESC, train_id"
     shards = stamps(workspace, "scores/*/*")
@@ -65,6 +66,7 @@ def test_labels_change_and_come_back_and_no_score_is_made_again(workspace: Works
     assert stamps(workspace, "ranks/*/*") == parts and stamps(workspace, "scores/*/*") == shards
 
 
+@pytest.mark.heavy
 def test_labels_change_when_the_shards_are_gone(workspace: Workspace) -> None:
     publish(workspace, TIE)
     assert len(vacuum(workspace, older_than=timedelta(0))) == 3
@@ -85,6 +87,7 @@ def test_positive_scores_alone_are_another_snapshot_all_the_same(tmp_path: Path)
     assert read_ranks(workspace, kept.snapshot).equals(read_ranks(workspace, tied.snapshot))
 
 
+@pytest.mark.heavy
 def test_sums_of_influence_leave_tied_negatives_out_and_scores_stay(workspace: Workspace) -> None:
     sums = "SELECT query_id, sum(influence), sum(score) FROM ranks GROUP BY ALL ORDER BY query_id"
     publish(workspace, KEEP)

@@ -75,6 +75,7 @@ def counts(root: AnyPath, table: str = "scores") -> dict[str, tuple[int, float]]
     return {row["query_id"]: (row["n"], row["s"]) for row in rows}
 
 
+@pytest.mark.heavy
 def test_a_run_is_scored_published_compacted_and_retracted(root: AnyPath) -> None:
     workspace = Workspace.at(root)
     plan_run(root, RUN, queries=QUERIES)
@@ -180,6 +181,7 @@ def test_a_shard_whose_manifest_was_never_put_is_adopted(root: AnyPath) -> None:
     assert before is not None and after is not None and after.sha256 == before.sha256 == file_sha256(path)
 
 
+@pytest.mark.heavy
 def test_a_damaged_object_is_quarantined_and_made_again(root: AnyPath) -> None:
     workspace = Workspace.at(root)
     finish_run(root, RUN, queries=QUERIES)
@@ -214,6 +216,7 @@ def test_sql_reads_the_workspace_and_nothing_else(root: AnyPath, tmp_path: Path)
     assert tables.read(tmp_path / "out.parquet", tables.RANKS).num_rows == len(QUERIES) * SAMPLES
 
 
+@pytest.mark.heavy
 def test_a_lake_registers_objects(root: AnyPath, tmp_path: Path) -> None:
     pytest.importorskip("duckdb_extension_ducklake", reason="needs the extra `lake`")
     finish_run(root, RUN, queries=QUERIES)

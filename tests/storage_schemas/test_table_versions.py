@@ -181,6 +181,7 @@ def sql(workspace: Workspace, statement: str) -> list[tuple[object, ...]]:
 NOISE_BY_QUERY = [("q0", 0.25, 4), ("q1", 0.25, 4), ("q2", 2.0, 4)]
 
 
+@pytest.mark.heavy
 def test_a_run_that_the_release_before_began_is_counted_compacted_and_published(
     tmp_path: Path, later_release: None
 ) -> None:
@@ -195,6 +196,7 @@ def test_a_run_that_the_release_before_began_is_counted_compacted_and_published(
     assert sql(workspace, "SELECT max(train_id) FROM ranks WHERE noise = 2 AND rank = 1") == [(3,)]
 
 
+@pytest.mark.heavy
 def test_parts_of_the_release_before_are_read_beside_those_of_this_one(
     tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -228,6 +230,7 @@ def export_columns(workspace: Workspace) -> dict[str, list[float]]:
     return found
 
 
+@pytest.mark.heavy
 def test_metrics_and_checked_pairs_of_both_releases_are_one_view(tmp_path: Path, later_release: None) -> None:
     workspace = mixed_workspace(tmp_path)
     publish_runs(workspace, ["old", "new"])
@@ -251,6 +254,7 @@ def test_metrics_and_checked_pairs_of_both_releases_are_one_view(tmp_path: Path,
     assert sql(workspace, "SELECT seed FROM metrics") == [(-1,)], "no file has the column"
 
 
+@pytest.mark.heavy
 def test_a_pair_is_explained_out_of_files_of_both_releases(tmp_path: Path, later_release: None) -> None:
     workspace = mixed_workspace(tmp_path)
     publish_runs(workspace, ["old", "new"])

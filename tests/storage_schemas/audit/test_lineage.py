@@ -233,6 +233,7 @@ def test_an_answer_leads_to_its_sample_and_to_what_is_served(untouched: Workspac
         lineage(untouched, "train:4")
 
 
+@pytest.mark.heavy
 def test_a_pair_is_found_before_and_after_its_shards_are_vacuumed(tmp_path: Path) -> None:
     workspace = plan_blocks(tmp_path)
     shards = {("q0", 0): 0, ("q1", 1): 0, ("q0", 2): 1, ("q1", 2): 1, ("q0", 4): 1, ("q0", 5): 2, ("q1", 5): 2}
@@ -286,6 +287,7 @@ def test_without_the_planned_candidates_no_shard_is_guessed(tmp_path: Path) -> N
     assert "score shard" not in kinds(lineage(workspace, "q1:2"))
 
 
+@pytest.mark.heavy
 def test_a_bare_pair_is_that_of_the_run_whose_rows_are_published(served: Workspace) -> None:
     root = Path(served.root)
     finish_run(root, "later", queries=("q1", "q9"), shift=100.0)
@@ -297,6 +299,7 @@ def test_a_bare_pair_is_that_of_the_run_whose_rows_are_published(served: Workspa
     assert lineage(served, "q0:2").name == "run-1/q0:2"
 
 
+@pytest.mark.heavy
 def test_a_newer_snapshot_stands_beside_the_index_that_never_saw_it(served: Workspace) -> None:
     finish_run(Path(served.root), "later", queries=("q9",))
     published = publish_runs(served, ["run-1", "later"])
@@ -308,6 +311,7 @@ def test_a_newer_snapshot_stands_beside_the_index_that_never_saw_it(served: Work
     assert [run.name for run in found.made_from[1].made_from] == ["run-1", "later"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("query_id", ["a:b", "a/b", "run-1/q:7", 'it\'s "so"', "train", "../../x", "ä 猫", "{files}"])
 def test_a_query_id_may_hold_anything(tmp_path: Path, query_id: str) -> None:
     workspace = Workspace(tmp_path)

@@ -169,6 +169,7 @@ def test_layout_is_that_of_the_release(tmp_path: Path, with_candidates: bool, ne
         assert list(arrays["rank"][row]) == sorted(mine, key=lambda train: (-mine[train], train))
 
 
+@pytest.mark.heavy
 def test_file_of_the_release_is_read_with_any_dtype_and_protocol(tmp_path: Path) -> None:
     arrays = some_arrays(4, 9)
     expected = sorted(

@@ -93,6 +93,7 @@ def test_records_of_many_workers_and_threads_are_all_kept(tmp_path: Path) -> Non
     assert state_of(workspace)[1] == 200
 
 
+@pytest.mark.heavy
 def test_a_rebuilt_ledger_is_the_one_that_was_lost(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     publish_run(tmp_path, RUN)
@@ -172,6 +173,7 @@ def test_a_damaged_shard_is_quarantined_and_scored_again(tmp_path: Path, compact
     assert verify(workspace) == []
 
 
+@pytest.mark.heavy
 def test_a_damaged_part_is_made_again_from_its_shards(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     publish_run(tmp_path, RUN)

@@ -195,6 +195,7 @@ def test_shards_that_hold_other_rows_than_planned_are_not_compacted(tmp_path: Pa
     assert not list(tmp_path.rglob("ranks/*/*.parquet"))
 
 
+@pytest.mark.heavy
 def test_a_shard_with_a_flipped_bit_is_never_ranked(tmp_path: Path) -> None:
     """Most places are in no checksum that DuckDB looks at: its scores were other ones, and nobody was told."""
     finish_run(tmp_path, samples=400)
@@ -240,6 +241,7 @@ def test_vacuum_deletes_no_shard_while_a_part_is_damaged(tmp_path: Path) -> None
     assert all(workspace.score_shard(published.run, shard).exists() for shard in range(3))
 
 
+@pytest.mark.heavy
 def test_a_connection_goes_on_reading_the_snapshot_that_it_was_opened_on(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     publish_run(tmp_path)

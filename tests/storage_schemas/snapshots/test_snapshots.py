@@ -30,6 +30,7 @@ def scores(root: Path, source: str = "scores") -> dict[str, list[float]]:
 OLD, NEW = [0.0, 1.0, 2.0, 0.0], [100.0, 101.0, 102.0, 100.0]
 
 
+@pytest.mark.heavy
 def test_a_later_run_adds_queries_and_replaces_those_that_it_scored_again(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     publish_run(tmp_path, "first", queries=("q0", "q1", "q2"))
@@ -52,6 +53,7 @@ def test_a_later_run_adds_queries_and_replaces_those_that_it_scored_again(tmp_pa
     }
 
 
+@pytest.mark.heavy
 def test_a_retracted_runs_rows_go_and_those_that_it_replaced_come_back(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     before = publish_run(tmp_path, "first", queries=("q0", "q1"))
@@ -69,6 +71,7 @@ def test_a_retracted_runs_rows_go_and_those_that_it_replaced_come_back(tmp_path:
     assert scores(tmp_path, "run_scores WHERE run = 'second'") == {"q1": NEW, "q9": NEW}
 
 
+@pytest.mark.heavy
 def test_a_part_without_replaced_queries_can_be_made_when_the_shards_are_gone(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     publish_run(tmp_path, "first", queries=("q0", "q1", "q2"))
@@ -88,6 +91,7 @@ def test_publishing_the_same_rows_again_changes_nothing_and_keeps_what_stands_on
     assert parts == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("ranks/*/*")}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("samples", "served"), [(4, "heads/h"), (5, None)])
 def test_a_head_is_served_over_new_rows_until_a_train_id_may_mean_another_image(
     tmp_path: Path, samples: int, served: str | None
@@ -101,6 +105,7 @@ def test_a_head_is_served_over_new_rows_until_a_train_id_may_mean_another_image(
     assert published.head == served and (published.index is None) == (served is None)
 
 
+@pytest.mark.heavy
 def test_a_snapshots_name_and_rows_never_change(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     first = publish_run(tmp_path, "first")
@@ -164,6 +169,7 @@ def test_what_another_release_published_is_refused_with_the_mend(tmp_path: Path,
     assert (tmp_path / "current.json").read_bytes() == content
 
 
+@pytest.mark.heavy
 def test_a_workspace_that_an_earlier_release_published_goes_on(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     published = publish_run(tmp_path, "first")
@@ -181,6 +187,7 @@ def test_a_workspace_that_an_earlier_release_published_goes_on(tmp_path: Path) -
     assert (now.version, now.index) == (4, "indexes/i")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kept", ["first", "nothing"])
 def test_what_a_writer_that_died_had_published_is_what_readers_see_and_the_next_writer_completes_it(
     tmp_path: Path, kept: str
@@ -200,6 +207,7 @@ def test_what_a_writer_that_died_had_published_is_what_readers_see_and_the_next_
     assert workspace.current.read_bytes() == workspace.published(now.version).read_bytes()
 
 
+@pytest.mark.heavy
 def test_a_retraction_of_the_last_run_whose_writer_died_is_not_undone(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     publish_run(tmp_path, "first")
@@ -212,6 +220,7 @@ def test_a_retraction_of_the_last_run_whose_writer_died_is_not_undone(tmp_path: 
     assert publish_runs(workspace, ["first"]).version == 3
 
 
+@pytest.mark.heavy
 def test_a_promotion_that_began_before_a_publication_keeps_it(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     publish_run(tmp_path, "first")
@@ -230,6 +239,7 @@ def test_a_promotion_that_began_before_a_publication_keeps_it(tmp_path: Path) ->
     assert (asked, now.run, now.index) == (["first", "second"], "second", "indexes/i")
 
 
+@pytest.mark.heavy
 def test_a_writer_that_slept_while_its_number_was_vacuumed_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

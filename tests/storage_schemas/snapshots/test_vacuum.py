@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
+
 from storage_schemas.audit.verify import verify
 from storage_schemas.database import open_database
 from storage_schemas.files import any_path, temporary_name
@@ -63,6 +65,7 @@ def other_things(root: Path, elsewhere: Path) -> None:
         (root / name).symlink_to(elsewhere)
 
 
+@pytest.mark.heavy
 def test_vacuum_in_somebodys_project_deletes_what_is_ours_and_old(tmp_path: Path) -> None:
     root, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
     root.mkdir()

@@ -52,6 +52,7 @@ def files_of(root: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("view", "count"),
     [
@@ -85,12 +86,14 @@ def test_tables_are_joined_by_sql(published_root: Path) -> None:
     assert rows(published_root, statement) == best
 
 
+@pytest.mark.heavy
 def test_a_run_without_metrics_has_empty_tables_in_their_place(tmp_path: Path) -> None:
     publish_run(tmp_path)
     for view in ("metrics", "exact_check", "base_losses", "heads", "indexes"):
         assert rows(tmp_path, f"SELECT * FROM {view}") == []
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("extras", [True, False])
 def test_every_column_of_every_view_is_explained(tmp_path: Path, extras: bool) -> None:
     publish_run(tmp_path, extras=extras)
@@ -127,6 +130,7 @@ def test_the_ledger_stands_in_sql(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.heavy
 def test_a_first_run_is_seen_while_it_grows(tmp_path: Path) -> None:
     plan_run(tmp_path)
     write_ledger(Workspace(tmp_path), "run-1")
@@ -142,6 +146,7 @@ def test_a_first_run_is_seen_while_it_grows(tmp_path: Path) -> None:
     assert rows(tmp_path, "SELECT count(*) FROM scores") == [(12,)]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "statement",
     [
@@ -206,6 +211,7 @@ def test_a_wrong_query_is_an_error_of_the_database(published_root: Path) -> None
         query(published_root, "SELECT no_such_column FROM scores")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "statement",
     [
@@ -224,17 +230,15 @@ def test_a_wrong_query_is_an_error_of_the_database(published_root: Path) -> None
         "SELECT * FROM sniff_csv('{outside}/secret.txt')",
     ],
 )
-def test_files_outside_the_workspace_are_not_read(tmp_path: Path, statement: str) -> None:
-    root = tmp_path / "workspace"
-    publish_run(root)
-    twin = tmp_path / "workspace-twin"
-    twin.mkdir()
-    for folder in (tmp_path, twin):
+def test_files_outside_the_workspace_are_not_read(published_root: Path, statement: str) -> None:
+    outside, twin = published_root.parent, published_root.with_name("workspace-twin")
+    twin.mkdir(exist_ok=True)
+    for folder in (outside, twin):
         (folder / "secret.txt").write_text("secret")
         (folder / "secret.json").write_text("{}")
-    write_table(tmp_path / "secret.parquet", tables.INDEX_IDS, [{"train_id": 1}])
+    write_table(outside / "secret.parquet", tables.INDEX_IDS, [{"train_id": 1}])
     with pytest.raises((duckdb.PermissionException, duckdb.CatalogException)):
-        rows(root, statement.format(root=root, outside=tmp_path))
+        rows(published_root, statement.format(root=published_root, outside=outside))
 
 
 def test_files_inside_the_workspace_may_be_read(published_root: Path) -> None:
@@ -259,6 +263,7 @@ def test_a_folder_without_a_published_run_says_how_to_make_one(tmp_path: Path, e
     assert str(root) in str(refusal.value)
 
 
+@pytest.mark.heavy
 def test_the_published_run_is_the_latest_and_runs_are_kept(tmp_path: Path) -> None:
     first = publish_run(tmp_path, "run-1")
     second = publish_run(tmp_path, "run-2", samples=7)
@@ -270,6 +275,7 @@ def test_the_published_run_is_the_latest_and_runs_are_kept(tmp_path: Path) -> No
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["run-1", "run-2"]
 
 
+@pytest.mark.heavy
 def test_the_catalog_file_answers_like_a_connection(published_root: Path) -> None:
     with duckdb.connect(str(published_root / "catalog.duckdb"), read_only=True) as catalog:
         for view in (*VIEWS, *LOADED):
@@ -278,6 +284,7 @@ def test_the_catalog_file_answers_like_a_connection(published_root: Path) -> Non
     assert not list(published_root.glob(".*"))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ['it\'s a "work" space', "a; b -- c", "émoji 🎈", "brackets [ab] {x}"])
 def test_a_workspace_with_an_awkward_path_works(tmp_path: Path, name: str) -> None:
     root = tmp_path / name
@@ -350,6 +357,7 @@ def test_readers_never_fail_while_runs_are_published(tmp_path: Path) -> None:
     assert set(seen["counts"]) <= {12, 30}
 
 
+@pytest.mark.heavy
 def test_a_reader_with_an_open_catalog_does_not_stop_a_publisher(tmp_path: Path) -> None:
     first = publish_run(tmp_path, "run-1")
     with duckdb.connect(str(tmp_path / "catalog.duckdb"), read_only=True) as catalog:

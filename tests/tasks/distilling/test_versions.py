@@ -34,6 +34,7 @@ from tests.storage_schemas.workspaces import publish_run
 from tests.tasks.whole_runs import SAMPLES, WholeRun
 
 
+@pytest.mark.heavy
 def test_a_head_and_an_index_are_found_by_version_and_as_the_newest(similar: WholeRun) -> None:
     head, index = similar.head.artifact, similar.index.artifact
     found, record = read_head(similar.workspace, head.key)

@@ -23,6 +23,7 @@ def of(config: PipelineConfig, **execution: object) -> PipelineConfig:
     return config.model_copy(update={"execution": ExecutionConfig.model_validate(execution)})
 
 
+@pytest.mark.heavy
 def test_an_estimate_counts_what_the_run_then_made(unlearned: WholeRun) -> None:
     found = estimate(of(unlearned.config, forwards_per_second=100.0, price_per_device_hour=3.0, currency="EUR"))
     assert found.size == Size(SAMPLES, 1.0, QUERIES, SAMPLES)

@@ -35,6 +35,7 @@ def count(workspace: Path, view: str) -> int:
     return int(query(workspace, f"SELECT count(*) AS n FROM {view}")["n"][0].as_py())
 
 
+@pytest.mark.heavy
 def test_samples_and_rejections_are_in_sql_before_there_is_a_run(tmp_path: Path) -> None:
     root = tmp_path / "workspace"
     good, bad = (lay_out(tmp_path / str(faulty), root, 0, faulty=faulty) for faulty in (False, True))
@@ -50,6 +51,7 @@ def test_samples_and_rejections_are_in_sql_before_there_is_a_run(tmp_path: Path)
     assert rejected(root) == FAULTS
 
 
+@pytest.mark.heavy
 def test_rejections_of_the_newest_samples_stand_beside_the_published_ones(tmp_path: Path) -> None:
     root = tmp_path / "workspace"
     publish_run(root)

@@ -38,6 +38,7 @@ def test_a_study_asks_each_question_of_each_value_and_seed(similar: WholeRun) ->
     assert Variant("loss", "mse", "pixel", "mse", seed=1).name == "loss = mse, seed 1"
 
 
+@pytest.mark.heavy
 def test_every_variant_is_measured_and_made_once(similar: WholeRun) -> None:
     context = replace(similar.context, config=similar.config.model_copy(update={"study": SMALL}))
     labels = read_labels(context, None)
@@ -72,6 +73,7 @@ def test_answers_are_the_mean_over_the_seeds() -> None:
     assert found.mean == pytest.approx(0.3) and found.deviation == pytest.approx(np.std([0.2, 0.4], ddof=1))
 
 
+@pytest.mark.heavy
 def test_a_picture_shows_a_panel_for_each_question() -> None:
     found = [Answer("feature space", "pixel", 0.5, 0.1, 3), Answer("untuned", "pixel", 0.4, 0.0, 1)]
     heights = []

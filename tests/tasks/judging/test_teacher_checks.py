@@ -24,6 +24,7 @@ def rows_of(run: WholeRun, name: str) -> list[dict]:
     return tables.read(check.path, tables.METRICS).to_pylist()
 
 
+@pytest.mark.heavy
 def test_the_exact_teacher_is_asked_over_the_whole_ranking(unlearned: WholeRun) -> None:
     inputs = unlearned.curation.plan.inputs
     (made,) = (each for each in unlearned.checks if each.artifact.name == "exact check")

@@ -36,6 +36,7 @@ def test_a_duration_has_two_units_at_most(seconds: float | None, said: str) -> N
     assert duration(seconds) == said
 
 
+@pytest.mark.heavy
 def test_a_finished_run_is_told_in_full_as_markdown(similar: WholeRun) -> None:
     status = run_status(similar.workspace, similar.curation.run)
     text = status_markdown(status)
