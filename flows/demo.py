@@ -1,11 +1,10 @@
-"""The demo: OpenMoji's data and model laid out, then the ordinary pipeline on a ready config."""
+"""The demo's data and model, laid out for the ordinary pipeline, with a ready config."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from fastgda_core.diffusion.training import DenoiserTraining
-from flows.pipeline import RunSummary, attribution_pipeline
 from storage_schemas.commit import write_atomically
 from tasks.config.files import load_config
 from tasks.demo.openmoji import CONFIG, PUBLISHED_CONFIG, write_model_folder, write_shards
@@ -19,11 +18,6 @@ def prepare(folder: Path, source: Path = CONFIG) -> Path:
     if not config.is_file():
         write_atomically(config, source.read_bytes())
     return config
-
-
-def demo(folder: Path, source: Path = CONFIG) -> RunSummary:
-    """The whole pipeline on OpenMoji by a ready config, everything under `folder`."""
-    return attribution_pipeline(load_config(prepare(folder, source)))
 
 
 def train_model(folder: Path, out: Path, training: DenoiserTraining, initial: Path | None) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from prefect import flow
 
 from flows.curation import curate
@@ -11,28 +9,12 @@ from flows.evaluation import evaluate, judge_run
 from flows.indexing import rebuild_index
 from flows.names import named
 from flows.training import train_rank_head
-from tasks.artifact import Artifact, Made, looked_at_once
+from tasks.artifact import looked_at_once
 from tasks.config.pipeline import PipelineConfig
+from tasks.reporting.finished import RunSummary
 from tasks.reporting.report import write_report
 from tasks.watching import events
-from tasks.watching.trust import Trust, trust_in
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """What a pipeline made.
-
-    made: in order; trust: what is known of the teacher; refused: why the index is not served, empty where it is.
-    """
-
-    run: str
-    made: list[Made]
-    trust: Trust
-    refused: str
-
-    @property
-    def report(self) -> Artifact:
-        return self.made[-1].artifact
+from tasks.watching.trust import trust_in
 
 
 @flow(name="attribution pipeline", flow_run_name=named("pipeline"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from pydantic import ValidationError
 
@@ -33,20 +33,31 @@ def list_folder(folder: AnyPath) -> Listing:
     if isinstance(folder, Path):
         try:
             with os.scandir(folder) as entries:
-                stats = {entry.name: entry.stat() for entry in entries}
+                return {entry.name: _local(entry.stat()) for entry in entries}
         except FileNotFoundError:
             return {}
-        return {name: Entry(stat.st_size, f"{stat.st_ino}-{stat.st_mtime_ns}") for name, stat in stats.items()}
     try:
         listed = folder.fs.ls(folder.path, detail=True, refresh=True)
     except FileNotFoundError:
         return {}
-    return {
-        entry["name"].rsplit("/", 1)[-1]: Entry(
-            entry["size"], str(entry.get("ETag") or entry.get("LastModified") or entry.get("created"))
-        )
-        for entry in listed
-    }
+    return {entry["name"].rsplit("/", 1)[-1]: _remote(entry) for entry in listed}
+
+
+def list_tree(folder: AnyPath) -> Listing:
+    """Every file below a folder by its path from there; nothing where there is no folder."""
+    if isinstance(folder, Path):
+        paths = (path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): _local(path.stat()) for path in paths}
+    found = folder.fs.find(folder.path, detail=True, refresh=True)
+    return {name.removeprefix(f"{folder.path}/"): _remote(entry) for name, entry in found.items()}
+
+
+def _local(stat: os.stat_result) -> Entry:
+    return Entry(stat.st_size, f"{stat.st_ino}-{stat.st_mtime_ns}")
+
+
+def _remote(entry: dict[str, Any]) -> Entry:
+    return Entry(entry["size"], str(entry.get("ETag") or entry.get("LastModified") or entry.get("created")))
 
 
 def committed_parts(folder: AnyPath, key: str) -> dict[str, Manifest]:

@@ -21,7 +21,7 @@ class Workspace:
     FOLDERS: ClassVar[tuple[str, ...]] = (
         *("samples", "latents", "features", "queries", "curvature", "updates", "base_losses", "candidates"),
         *("scores", "exact_checks", "teacher_checks", "ranks", "runs", "snapshots", "published", "leases"),
-        *("heads", "indexes", "metrics", "studies", "reports", "quarantine"),
+        *("heads", "indexes", "metrics", "studies", "reports", "finished", "quarantine"),
     )
 
     @classmethod
@@ -164,6 +164,10 @@ class Workspace:
 
     def report(self, run: str) -> AnyPath:
         return self.root / "reports" / run / "report.html"
+
+    def finished(self, name: str) -> AnyPath:
+        """The newest summary of the pipeline of a configuration of this name."""
+        return self.root / "finished" / f"{name}.json"
 
     def lease(self, key: str) -> AnyPath:
         """Folder of those who make, or made, the thing with this key: `Lease`."""

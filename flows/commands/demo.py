@@ -10,9 +10,8 @@ import typer
 
 from fastgda_core.extras import require_extra
 from fastgda_core.feature_spaces import PACKAGES
-from flows.commands.options import DEMO_FOLDER
-from flows.commands.own_server import start_server, wait_for_server
-from flows.commands.stages import print_summary
+from flows.commands.options import DEMO_FOLDER, read_config
+from flows.commands.stages import run_pipeline
 from flows.commands.terminal import out, say
 from storage_schemas.which_workspace import option
 from storage_schemas.workspace import Workspace
@@ -31,12 +30,10 @@ def demo(
     Example: `fastgda demo`
     """
     require_extra("demo", *MODULES)
-    start_server()
-    from flows.demo import demo as run_demo
+    from flows.demo import prepare
     from tasks.demo.openmoji import CONFIG, PUBLISHED_CONFIG
 
-    wait_for_server()
-    print_summary(run_demo(folder.resolve(), PUBLISHED_CONFIG if published else CONFIG))
+    run_pipeline(read_config(prepare(folder.resolve(), PUBLISHED_CONFIG if published else CONFIG)))
     workspace = folder / "workspace"
     say(
         f"\nAsk it something:  fastgda attribute {shlex.quote(str(workspace))}/queries/*/images/q0003.png "

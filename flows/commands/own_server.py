@@ -91,9 +91,8 @@ def start_server() -> None:
     global _server  # noqa: PLW0603  # one a process
     interruption.starting(stop_server)
     from prefect.context import refresh_global_settings_context
-    from prefect.settings import PREFECT_API_URL
 
-    if _server is not None or PREFECT_API_URL.value():
+    if _server is not None or server_is_configured():
         return
     folder = Path(tempfile.mkdtemp(prefix="fastgda-prefect-"))
     errors = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the server
@@ -119,6 +118,13 @@ def start_server() -> None:
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
     os.environ["PREFECT_LOGGING_TO_API_ENABLED"] = "false"  # it shows no page
     refresh_global_settings_context()
+
+
+def server_is_configured() -> bool:
+    """Return whether flows go to a server that is there already."""
+    from prefect.settings import PREFECT_API_URL
+
+    return bool(PREFECT_API_URL.value())
 
 
 def stop_server() -> None:

@@ -22,24 +22,30 @@ from flows.commands.options import (
     WorkspaceOption,
     read_config,
 )
-from flows.commands.own_server import start_server, wait_for_server
+from flows.commands.own_server import server_is_configured, start_server, wait_for_server
 from flows.commands.terminal import out, say, warn
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 
 if TYPE_CHECKING:
-    from flows.pipeline import RunSummary
     from tasks.artifact import Made
     from tasks.config.pipeline import PipelineConfig
+    from tasks.reporting.finished import RunSummary
     from tasks.watching.trust import Trust
 
 
-def _begin(path: Path, runner: Runner | None = None) -> PipelineConfig:
+def _checked(path: Path, runner: Runner | None = None) -> PipelineConfig:
     """The configuration, checked before a server starts and before the flows and what they need are loaded."""
     from tasks.config.packages import require_packages
 
     config = read_config(path, runner)
     require_packages(config)
+    return config
+
+
+def _begin(path: Path, runner: Runner | None = None) -> PipelineConfig:
+    """The configuration, checked, while a server starts."""
+    config = _checked(path, runner)
     start_server()
     return config
 
@@ -47,13 +53,11 @@ def _begin(path: Path, runner: Runner | None = None) -> PipelineConfig:
 def run(config: ConfigArgument, runner: RunnerOption = None) -> None:
     """The whole pipeline on your model (a diffusers folder) and your data (WebDataset shards).
 
+    Where it is finished and no input has changed, it says so within a second or two.
+
     Example: `fastgda run my_config.yaml`
     """
-    checked = _begin(config, runner)
-    from flows.pipeline import attribution_pipeline
-
-    wait_for_server()
-    print_summary(attribution_pipeline(checked))
+    run_pipeline(_checked(config, runner))
 
 
 def plan(config: ConfigArgument, as_json: JsonOption = False) -> None:
@@ -255,6 +259,25 @@ def retry(
 def _say_head(head: Made, config: Path) -> None:
     again = f"`fastgda index {shlex.quote(str(config))}`"
     say(f"head {head.artifact.key}{' (was there)' if head.reused else ''}: {again} builds its index")
+
+
+def run_pipeline(config: PipelineConfig) -> None:
+    """Run the pipeline of a checked configuration, unless it is finished, and print what it made."""
+    from tasks.reporting.finished import inputs_stamp, keep_summary, kept_summary
+
+    # A server that is configured is to show each run, also one with nothing to do.
+    if not server_is_configured() and (kept := kept_summary(config)) is not None:
+        print_summary(kept)
+        say("nothing to do: it was finished before, and no input has changed since")
+        return
+    inputs = inputs_stamp(config)
+    start_server()
+    from flows.pipeline import attribution_pipeline
+
+    wait_for_server()
+    summary = attribution_pipeline(config)
+    keep_summary(config, inputs, summary)
+    print_summary(summary)
 
 
 def print_summary(summary: RunSummary) -> None:

@@ -62,13 +62,18 @@ class Rejection:
     reason: str
 
 
+def matching_files(pattern: str) -> list[Path]:
+    """The files that a glob names, sorted."""
+    return [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]  # noqa: PTH207
+
+
 def find_shards(pattern: str, field: str) -> list[Path]:
     """The tars that a glob of the config names, sorted.
 
     Raises:
         UsageError: none.
     """
-    shards = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]  # noqa: PTH207
+    shards = matching_files(pattern)
     if not shards:
         raise UsageError(f"{field} matches no file: {pattern}; give a glob of WebDataset tars such as data/*.tar")
     return shards

@@ -143,11 +143,14 @@ def test_attribute_answers_from_the_index(finished: Path, home: Path) -> None:
     assert all({"train_id": answer["train_id"], "key": answer["key"]} in known for answer in answers)
 
 
-def test_a_second_run_reuses_everything(finished: Path, home: Path) -> None:
+def test_a_second_run_reuses_everything(finished: Path, home: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (finished / "workspace").rglob("*.manifest.json")}
     done = fastgda("run", finished / "config.yaml", home=home)
     assert " new " not in done.stdout and "reused" in done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (finished / "workspace").rglob("*.manifest.json")}
+    # Without a server to show it to, it is not begun.
+    again = fastgda("run", finished / "config.yaml", home=tmp_path)
+    assert again.stdout == f"{done.stdout}nothing to do: it was finished before, and no input has changed since\n"
 
 
 def test_a_head_comes_with_the_log_of_its_training(finished: Path) -> None:

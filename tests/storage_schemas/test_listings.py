@@ -10,9 +10,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from storage_schemas import listings
-from storage_schemas.commit import commit, manifest_path
+from storage_schemas.commit import MANIFEST, commit, manifest_path
 from storage_schemas.files import AnyPath, any_path
-from storage_schemas.listings import committed_parts, folder_manifests, list_folder
+from storage_schemas.listings import committed_parts, folder_manifests, list_folder, list_tree
 from storage_schemas.workspace import part
 
 KEY = "k" * 16
@@ -30,7 +30,19 @@ def write(folder: AnyPath, number: int, content: bytes = b"x", key: str = KEY) -
 
 
 def test_a_folder_that_is_not_there_holds_nothing(folder: AnyPath) -> None:
-    assert list_folder(folder) == {} == committed_parts(folder, KEY) == folder_manifests(folder)
+    assert list_folder(folder) == {} == list_tree(folder) == committed_parts(folder, KEY) == folder_manifests(folder)
+
+
+def test_a_tree_is_listed_by_the_paths_of_its_files(folder: AnyPath) -> None:
+    for name in ("a", "b"):
+        write(folder / name, 0)
+    before = list_tree(folder)
+    assert before.keys() == {f"{name}/part-00000.parquet{end}" for name in ("a", "b") for end in ("", MANIFEST)}
+    part(folder / "a", 0).unlink()
+    write(folder / "b", 0, b"another")
+    after = list_tree(folder)
+    assert before.keys() - after.keys() == {"a/part-00000.parquet"}
+    assert after["b/part-00000.parquet"] != before["b/part-00000.parquet"]
 
 
 def test_a_part_counts_when_file_and_manifest_fit_the_key(folder: AnyPath) -> None:
