@@ -28,19 +28,19 @@ from fastgda_core.evaluation.ranking_metrics import (
     top_mask,
 )
 from fastgda_core.features import cosines
-from flows.curation import Curation, curate
+from flows.curation import curate
 from flows.demo import prepare
 from flows.evaluation import judge
 from storage_schemas.heads.metrics_history import mean_value
 from tasks.config.files import load_config
 from tasks.config.pipeline import PipelineConfig
-from tasks.context import Context
 from tasks.demo.openmoji import PUBLISHED_CONFIG
 from tasks.distilling.ranks import candidate_scores, rows_of_split
 from tasks.inputs.features import extract_features, in_space, load_features
 from tasks.inputs.queries import load_queries
 from tasks.inputs.samples import sample_images
-from tasks.watching.trust import KINDS, OTHER_TEACHER, Trust, trust_in
+from tasks.teaching.run import Run
+from tasks.watching.trust import KINDS, OTHER_TEACHER, Trust
 
 CUTOFF, SHOWN, TILE, GAP, LABEL = 100, 8, 84, 8, 18
 PICTURED = (3, 9, 12, 20, 28, 33, 39)  # queries, of several kinds
@@ -56,8 +56,7 @@ SPACES = {
 class Teacher:
     """One objective's run: scores (queries, samples), trust, and how two such teachers agree."""
 
-    context: Context
-    curation: Curation
+    run: Run
     scores: Tensor
     trust: Trust
     agreement: float
@@ -69,12 +68,12 @@ def teach(config: PipelineConfig, objective: Objective) -> Teacher:
     changed = config.model_copy(update={"teacher": teacher})
     curation = curate(changed)
     (consistency,) = [made.artifact for made in judge(changed) if made.artifact.name == "self-consistency"]
-    inputs = curation.plan.inputs
-    names = [query.query_id for query in load_queries(inputs.artifacts["queries"])]
-    scores = candidate_scores(inputs.workspace, curation.ranks, names).scores  # the demo's candidates are all samples
+    run = curation.run
+    names = [query.query_id for query in load_queries(run.artifacts["queries"])]
+    scores = candidate_scores(run.workspace, curation.ranks, names).scores  # the demo's candidates are all samples
     agreement = mean_value(consistency.path, "spearman", OTHER_TEACHER, 0)
     assert agreement is not None
-    return Teacher(inputs.context, curation, scores, trust_in(inputs.workspace, curation.run), agreement)
+    return Teacher(run, scores, curation.trust, agreement)
 
 
 def print_tables(teachers: dict[Objective, Teacher]) -> None:
@@ -101,13 +100,13 @@ def print_tables(teachers: dict[Objective, Teacher]) -> None:
 
 def _own(teacher: Teacher) -> Tensor:
     """Rows of the queries that are of no test."""
-    queries = [teacher.curation.plan.inputs.artifacts["queries"]]
+    queries = [teacher.run.artifacts["queries"]]
     return torch.cat([rows_of_split(queries, split) for split in ("train", "validation", "test")])
 
 
 def _agreement(teacher: Teacher, space: dict[str, object]) -> tuple[float, float]:
-    context = in_space(teacher.context, **space)
-    samples, queries = (teacher.curation.plan.inputs.artifacts[name] for name in ("samples", "queries"))
+    context = in_space(teacher.run.context, **space)
+    samples, queries = (teacher.run.artifacts[name] for name in ("samples", "queries"))
     for items in (samples, queries):
         extract_features.fn(context, items)
     own = _own(teacher)
@@ -118,7 +117,7 @@ def _agreement(teacher: Teacher, space: dict[str, object]) -> tuple[float, float
 
 def draw(teachers: dict[Objective, Teacher], path: Path) -> None:
     """A row for each pictured query: the image, then the first images of each objective."""
-    stages = next(iter(teachers.values())).curation.plan.inputs.artifacts
+    stages = next(iter(teachers.values())).run.artifacts
     queries, samples = load_queries(stages["queries"]), stages["samples"]
     step = TILE + GAP
     block = SHOWN * step + 3 * GAP

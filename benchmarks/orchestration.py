@@ -138,7 +138,7 @@ def prepare(path: Path) -> dict[str, float]:
 
     @flow
     def before_scores() -> None:
-        begin_run(plan_run(load_config(path)).inputs).make_all_before("scores")
+        begin_run(plan_run(load_config(path))).make_all_before("scores")
 
     before_scores()
     return {}

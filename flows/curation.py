@@ -15,7 +15,7 @@ from tasks.context import open_context
 from tasks.distilling.publish import publish_scores
 from tasks.execution.coordinator import begin_run
 from tasks.execution.partitions import PartitionOutcome, in_partition, partition_names, scheduled_partition
-from tasks.execution.plan import RunPlan, run_artifacts, run_inputs, run_name
+from tasks.execution.plan import planned_run, run_artifacts, run_name
 from tasks.execution.retry import release
 from tasks.inputs.candidates import candidate_features, choose_candidates
 from tasks.inputs.features import extract_features
@@ -25,28 +25,25 @@ from tasks.judging.kept_checks import publish_checks
 from tasks.judging.teacher import check_precision, check_twins
 from tasks.reporting.announcements import announce_scores, announce_trust
 from tasks.teaching.families import family_of
+from tasks.teaching.run import Run
 from tasks.watching.trust import Trust, trust_in
 
 
 @dataclass(frozen=True)
 class Curation:
-    """What a curation made: its plan, everything in order, and the rank labels as they were published."""
+    """What a curation made: its run, everything in order, and the rank labels as they were published."""
 
-    plan: RunPlan
+    run: Run
     made: list[Made]
     ranks: Artifact
 
     @property
-    def run(self) -> str:
-        return self.plan.inputs.run
-
-    @property
     def trust(self) -> Trust:
         """What is known of the run's teacher."""
-        return trust_in(self.plan.inputs.workspace, self.run)
+        return trust_in(self.run.workspace, self.run.name)
 
 
-def plan_run(config: PipelineConfig) -> RunPlan:
+def plan_run(config: PipelineConfig) -> Run:
     """Samples, queries, features and candidates, and from them what the run is to do."""
     context = open_context(config)
     family_of(config).check(context)
@@ -60,7 +57,7 @@ def plan_run(config: PipelineConfig) -> RunPlan:
     artifacts = run_artifacts(context, samples, queries)
     chosen = choose_candidates(context, run_name(context, artifacts), samples, queries)
     check_sizes(config, samples.rows, chosen.artifact.rows // queries.rows)
-    return RunPlan(run_inputs(context, artifacts, chosen.artifact), [ingested, asked, *features, chosen])
+    return planned_run(context, artifacts, chosen.artifact, [ingested, asked, *features, chosen])
 
 
 @flow(name="curate", flow_run_name=named("curate"))
@@ -71,19 +68,19 @@ def curate(config: PipelineConfig) -> Curation:
         RunIncomplete: parts failed for good; nothing is published unless `execution.publish_incomplete` says so.
         RunCancelled: somebody asked for it.
     """
-    plan = plan_run(config)
-    with begin_run(plan.inputs) as coordinator:
-        made = [*plan.made, *coordinator.make_all_before("scores")]
+    run = plan_run(config)
+    with begin_run(run) as coordinator:
+        made = [*run.planned, *coordinator.make_all_before("scores")]
         if not config.teacher.precision.exact:
-            made.append(check_precision(plan.inputs))
+            made.append(check_precision(run))
         make = coordinator.make_unless_incomplete if config.execution.publish_incomplete else coordinator.make
         scores = make("scores")
-    ranks = publish_scores(plan.inputs, incomplete=scores is None)
-    announce_scores(plan.inputs, ranks.artifact.key)
-    checks = [check_twins(plan.inputs, ranks.artifact)] if config.queries.twins else []
-    publish_checks(plan.inputs, [check.artifact for check in checks])
-    announce_trust(plan.inputs)
-    return Curation(plan, [*made, *([scores] if scores else []), ranks, *checks], ranks.artifact)
+    ranks = publish_scores(run, incomplete=scores is None)
+    announce_scores(run, ranks.artifact.key)
+    checks = [check_twins(run, ranks.artifact)] if config.queries.twins else []
+    publish_checks(run, [check.artifact for check in checks])
+    announce_trust(run)
+    return Curation(run, [*made, *([scores] if scores else []), ranks, *checks], ranks.artifact)
 
 
 @flow(name="curate partition", flow_run_name=named("curate", "partition"))
@@ -98,7 +95,7 @@ def backfill(
 ) -> list[PartitionOutcome]:
     """Curate several partitions: a range of dates, or those named. One that fails does not stop the others."""
     names = partition_names(first, last, partitions)
-    return PartitionOutcome.of_all(names, lambda name: curate(in_partition(config, name)).run)
+    return PartitionOutcome.of_all(names, lambda name: curate(in_partition(config, name)).run.name)
 
 
 @flow(name="retry", flow_run_name="retry {run}")

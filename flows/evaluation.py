@@ -19,27 +19,27 @@ from tasks.judging.kept_checks import publish_checks, read_checks
 from tasks.judging.teacher import check_against_exact, check_self_consistency, measure_low_rank
 from tasks.reporting.announcements import announce_metrics, announce_trust
 from tasks.serving.promotion import Evaluation, promote
-from tasks.teaching.run import RunInputs
+from tasks.teaching.run import Run
 
 
 @flow(name="judge", flow_run_name=named("judge"))
 def judge(config: PipelineConfig) -> list[Made]:
     """Whether the teacher of a finished run can be trusted: against the exact one, and against itself."""
-    return judge_run(plan_run(config).inputs)
+    return judge_run(plan_run(config))
 
 
-def judge_run(inputs: RunInputs) -> list[Made]:
+def judge_run(run: Run) -> list[Made]:
     """As `judge`, of a run that is planned already."""
-    config, ranks = inputs.context.config, rank_scores(inputs).artifact
+    config, ranks = run.config, rank_scores(run).artifact
     checks = []
     if config.teacher.update_rank is not None:
-        checks.append(measure_low_rank(inputs))
+        checks.append(measure_low_rank(run))
     if config.exact_check is not None:
-        checks.append(check_against_exact(inputs, ranks))
+        checks.append(check_against_exact(run, ranks))
     if config.self_consistency is not None and TEACHERS[config.teacher.name].redrawn:
-        checks.append(check_self_consistency(inputs, ranks))
-    publish_checks(inputs, [check.artifact for check in checks])
-    announce_trust(inputs)
+        checks.append(check_self_consistency(run, ranks))
+    publish_checks(run, [check.artifact for check in checks])
+    announce_trust(run)
     return checks
 
 

@@ -14,7 +14,6 @@ from tasks.config.pipeline import PipelineConfig
 from tasks.reporting.finished import RunSummary
 from tasks.reporting.report import write_report
 from tasks.watching import events
-from tasks.watching.trust import trust_in
 
 
 @flow(name="attribution pipeline", flow_run_name=named("pipeline"))
@@ -22,12 +21,11 @@ def attribution_pipeline(config: PipelineConfig) -> RunSummary:
     """Teach, distil, serve: see the design's first section."""
     with events.followed(), looked_at_once():
         curation = curate(config)
-        checks = judge_run(curation.plan.inputs)
+        checks = judge_run(curation.run)
         head = train_rank_head(config, curation.ranks.key)
         index = rebuild_index(config, head.artifact.key)
         evaluation = evaluate(config, index.artifact.key)
     made = [*curation.made, *checks, head, index, evaluation.metrics]
-    context = curation.plan.inputs.context
-    report = write_report(context, curation.run, made)
-    trust = trust_in(context.workspace, curation.run)
-    return RunSummary(curation.run, [*made, report], trust, evaluation.refused)
+    run = curation.run
+    report = write_report(run.context, run.name, made)
+    return RunSummary(run.name, [*made, report], curation.trust, evaluation.refused)

@@ -89,7 +89,7 @@ def curate(config: ConfigArgument, runner: RunnerOption = None) -> None:
 
     wait_for_server()
     done = curation(checked)
-    print_made(done.run, done.made, done.trust)
+    print_made(done.run.name, done.made, done.trust)
     say(f"published: {done.ranks.key}")
 
 

@@ -15,44 +15,44 @@ from storage_schemas.snapshots.snapshots import Snapshot, make_snapshot, read_sn
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made
 from tasks.progress import stage
-from tasks.teaching.run import RunInputs
+from tasks.teaching.run import Run
 
 
 @task(task_run_name="rank labels", cache_policy=NO_CACHE)
-def rank_scores(inputs: RunInputs) -> Made:
+def rank_scores(run: Run) -> Made:
     """Rank labels of every query of one finished run, whether or not readers see it."""
     started = time.time()
-    _label(inputs)
-    return _made(inputs.workspace, make_snapshot(inputs.workspace, [inputs.run]), started)
+    _label(run)
+    return _made(run.workspace, make_snapshot(run.workspace, [run.name]), started)
 
 
 @task(task_run_name="publish", cache_policy=NO_CACHE)
-def publish_scores(inputs: RunInputs, *, incomplete: bool) -> Made:
+def publish_scores(run: Run, *, incomplete: bool) -> Made:
     """Rank labels of the run, alone or beside those that are published already, made what readers see in one step.
 
     Args:
         incomplete: publish what there is.
     """
-    workspace, started = inputs.workspace, time.time()
-    add = inputs.context.config.publish == "add"
-    _label(inputs)
-    rows = sum(map(inputs.scores.rows, range(inputs.scores.count)))
-    with stage("rank labels", 0 if _is_ranked(inputs) else rows) as advance:
-        published = publish_runs(workspace, [inputs.run], add=add, incomplete=incomplete, advance=advance)
+    workspace, started = run.workspace, time.time()
+    add = run.config.publish == "add"
+    _label(run)
+    rows = sum(map(run.scores.rows, range(run.scores.count)))
+    with stage("rank labels", 0 if _is_ranked(run) else rows) as advance:
+        published = publish_runs(workspace, [run.name], add=add, incomplete=incomplete, advance=advance)
     snapshot = read_snapshot(workspace, published.snapshot)
     return _made(workspace, snapshot, started)
 
 
-def _label(inputs: RunInputs) -> None:
+def _label(run: Run) -> None:
     """Make the labelling of the configuration the run's own, for all who compact the run from now on."""
-    negatives = inputs.context.config.teacher.negatives
-    write_labelling(inputs.workspace, inputs.run, Labelling(negatives=negatives))
+    negatives = run.config.teacher.negatives
+    write_labelling(run.workspace, run.name, Labelling(negatives=negatives))
 
 
-def _is_ranked(inputs: RunInputs) -> bool:
+def _is_ranked(run: Run) -> bool:
     """Whether the run has large files, and of the configuration's labelling."""
-    compaction = read_compaction(inputs.workspace, inputs.run)
-    negatives = inputs.context.config.teacher.negatives
+    compaction = read_compaction(run.workspace, run.name)
+    negatives = run.config.teacher.negatives
     return compaction is not None and all(part.negatives == negatives for part in compaction.parts)
 
 

@@ -37,7 +37,7 @@ from tasks.progress import console, stage
 from tasks.teaching.cost import Size
 from tasks.teaching.families import family_of
 from tasks.teaching.parts import Parts, Standing
-from tasks.teaching.run import RunInputs
+from tasks.teaching.run import Run
 from tasks.teaching.score_plan import store_plan
 from tasks.watching import events
 from tasks.watching.artifacts import Board
@@ -56,13 +56,13 @@ class Coordinator:
     part_seconds: estimate of what one part takes, by kind.
     """
 
-    inputs: RunInputs
+    run: Run
     assignment: str
     part_seconds: dict[str, float]
     _runner: TaskRunner[Any] | None = None
 
     def __post_init__(self) -> None:
-        self._board = Board(self.inputs.workspace, self.inputs.run)
+        self._board = Board(self.run.workspace, self.run.name)
         self._begun = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -72,14 +72,14 @@ class Coordinator:
         if isinstance(error, PartHangs):
             self._runner = None  # to end it is to wait for the thread that hangs
         self._end_workers()
-        with logs.about(run=self.inputs.run):
+        with logs.about(run=self.run.name):
             end = "finished" if error is None else f"left by {type(error).__name__}"
-            log.info("run %s is %s after %.0f s", self.inputs.run, end, time.monotonic() - self._begun)
+            log.info("run %s is %s after %.0f s", self.run.name, end, time.monotonic() - self._begun)
 
     def _workers(self) -> TaskRunner[Any]:
         """The task runner, started when it is first needed: its processes keep the model from one stage to the next."""
         if self._runner is None:
-            runner = task_runner(self.inputs.context.config)
+            runner = task_runner(self.run.config)
             self._runner = runner.__enter__()
         return self._runner
 
@@ -90,7 +90,7 @@ class Coordinator:
 
     def make_all_before(self, kind: str) -> list[Made]:
         """What leads to this kind of parts, in order."""
-        kinds = list(self.inputs.parts)
+        kinds = list(self.run.parts)
         return [self.make(each) for each in kinds[: kinds.index(kind)]]
 
     def make(self, kind: str) -> Made:
@@ -102,13 +102,13 @@ class Coordinator:
             RunRefused: they are complete and cannot be right.
             PartHangs: one does not come back, in this process.
         """
-        inputs, parts = self.inputs, self.inputs.parts[kind]
+        run, execution, parts = self.run, self.run.config.execution, self.run.parts[kind]
         standing = parts.standing()
         if not standing.missing:
             return _made(parts, standing, reused=True)
         failures = self._given_up(kind)
         todo = [number for number in standing.missing if number not in failures]
-        if inputs.context.config.execution.runner != "pool" and others_at_work(inputs.workspace, inputs.run):
+        if execution.runner != "pool" and others_at_work(run.workspace, run.name):
             todo.reverse()  # another coordinator began at the start: few parts are made twice, where the two meet
         with self._watched(kind, todo) as watch:
             suspects: list[int] = []
@@ -121,28 +121,26 @@ class Coordinator:
                 if outcome.stopped:
                     self._wait_until_resumed(watch)
                 if outcome.worker_lost and len(batch) == 1:
-                    failures |= quarantine_deadly(
-                        inputs.workspace, inputs.run, kind, batch, inputs.context.config.execution.max_deaths
-                    )
+                    failures |= quarantine_deadly(run.workspace, run.name, kind, batch, execution.max_deaths)
                 left = [number for number in parts.missing() if number not in failures]
                 if outcome.worker_lost:
-                    attempts = read_attempts(inputs.workspace, inputs.run, kind)
+                    attempts = read_attempts(run.workspace, run.name, kind)
                     suspects = [number for number in left if deaths(attempts.get(number, []))]
                     log.warning(
                         "a worker process died; the %d parts that it may have died over are made one by one",
                         len(suspects),
                     )
                 elif not outcome.stopped and left == todo:
-                    raise RuntimeError(f"run {inputs.run}: {kind} {left[0]:05d} was made and is not there")
+                    raise RuntimeError(f"run {run.name}: {kind} {left[0]:05d} was made and is not there")
                 else:
                     suspects = [number for number in suspects if number in left]
                 todo = left
         if failures:
             several = [failures[number] for number in sorted(failures)]
-            with logs.about(run=inputs.run, kind=kind):
+            with logs.about(run=run.name, kind=kind):
                 log.error("%d of %d parts failed for good", len(several), parts.count)
-            events.announce(events.RUN_INCOMPLETE, inputs.context, "run", inputs.run, parts=kind, failed=len(several))
-            raise RunIncomplete(inputs.workspace, inputs.run, kind, parts.count, several)
+            events.announce(events.RUN_INCOMPLETE, run.context, "run", run.name, parts=kind, failed=len(several))
+            raise RunIncomplete(run.workspace, run.name, kind, parts.count, several)
         return _made(parts, parts.standing(), reused=False)
 
     def make_unless_incomplete(self, kind: str) -> Made | None:
@@ -155,21 +153,20 @@ class Coordinator:
     def _given_up(self, kind: str) -> dict[int, Failure]:
         """Parts that were quarantined before, which only `fastgda retry` takes up again."""
         found = {}
-        for number, attempts in read_attempts(self.inputs.workspace, self.inputs.run, kind).items():
+        for number, attempts in read_attempts(self.run.workspace, self.run.name, kind).items():
             if attempts and attempts[-1].state == ShardState.quarantined:
                 found[number] = Failure(kind, number, attempts[-1].error_class, attempts[-1].error)
         return found
 
     def _round(self, kind: str, todo: list[int], watch: Watch) -> Outcome:
-        config, inputs = self.inputs.context.config, self.inputs
-        execution = config.execution
-        order = WorkOrder(str(inputs.workspace.root), inputs.run, self.assignment, kind, execution)
-        coordinate_here(inputs.run)
+        run, execution = self.run, self.run.config.execution
+        order = WorkOrder(str(run.workspace.root), run.name, self.assignment, kind, execution)
+        coordinate_here(run.name)
         if execution.runner == "pool":
-            missing = inputs.parts[kind].missing
-            return JobPool(inputs.workspace, order, watch.part_seconds, missing).make(todo, watch.tick)
+            missing = run.parts[kind].missing
+            return JobPool(run.workspace, order, watch.part_seconds, missing).make(todo, watch.tick)
         workers = self._workers()
-        with submission(config):
+        with submission(run.config):
             outcome = run_parts(order, todo, workers, watch.part_seconds, finished=watch.finished, tick=watch.tick)
         if outcome.worker_lost:
             self._end_workers()
@@ -178,35 +175,35 @@ class Coordinator:
     @contextmanager
     def _watched(self, kind: str, todo: list[int]) -> Iterator[Watch]:
         """Progress bar, ledger and board, kept up to date while the block runs."""
-        inputs, parts = self.inputs, self.inputs.parts[kind]
+        run, parts = self.run, self.run.parts[kind]
         rows = sum(map(parts.rows, todo))
         # The ledger is one of score shards.
-        ledger = kept_ledger(inputs.workspace, inputs.run) if parts is inputs.scores else nullcontext(lambda: None)
+        ledger = kept_ledger(run.workspace, run.name) if parts is run.scores else nullcontext(lambda: None)
         with (
-            logs.about(run=inputs.run, kind=kind),
+            logs.about(run=run.name, kind=kind),
             _logged(parts.title, len(todo)),
             self._board,
             ledger as refresh,
             stage(parts.title, rows) as advance,
         ):
-            yield Watch(inputs, parts, set(todo), self.part_seconds.get(kind), advance, refresh, self._board)
+            yield Watch(run, parts, set(todo), self.part_seconds.get(kind), advance, refresh, self._board)
 
     def _wait_until_resumed(self, watch: Watch) -> None:
         """Raises RunCancelled unless it is a pause, which ends when somebody resumes the run."""
-        inputs = self.inputs
+        run = self.run
         checkpoint()
-        if asked(inputs.workspace, inputs.run) == RunRequest.pause:
-            goes_on = escape(command(inputs.workspace, f"resume {inputs.run}"))
+        if asked(run.workspace, run.name) == RunRequest.pause:
+            goes_on = escape(command(run.workspace, f"resume {run.name}"))
             log.info("the run is paused")
             console.print(f"paused: {goes_on} goes on", highlight=False, soft_wrap=True)
-        while (wish := asked(inputs.workspace, inputs.run)) == RunRequest.pause and not cancellation.requested():
+        while (wish := asked(run.workspace, run.name)) == RunRequest.pause and not cancellation.requested():
             watch.tick()
             time.sleep(PAUSE_LOOK_SECONDS)
         if wish == RunRequest.cancel or cancellation.requested():
             log.info("the run is cancelled")
             raise RunCancelled(
-                f"run {inputs.run} was cancelled; what is finished is kept, and "
-                f"{command(inputs.workspace, f'retry {inputs.run}')} goes on"
+                f"run {run.name} was cancelled; what is finished is kept, and "
+                f"{command(run.workspace, f'retry {run.name}')} goes on"
             )
         log.info("the run goes on")
 
@@ -228,7 +225,7 @@ def _logged(title: str, parts: int) -> Iterator[None]:
 class Watch:
     """Follows a stage while it is made."""
 
-    inputs: RunInputs
+    run: Run
     parts: Parts
     left: set[int]
     estimate: float | None
@@ -260,28 +257,27 @@ class Watch:
         """Look around; False when somebody wants the run to stop."""
         self.refresh()
         self.board.update()
-        if self.inputs.context.config.execution.runner == "pool" and time.monotonic() - self.looked > 5:
+        if self.run.config.execution.runner == "pool" and time.monotonic() - self.looked > 5:
             for number in self.left - set(self.parts.missing()):
                 self.finished(number)
             self.looked = time.monotonic()
-        return asked(self.inputs.workspace, self.inputs.run) is None and not cancellation.requested()
+        return asked(self.run.workspace, self.run.name) is None and not cancellation.requested()
 
 
 @task(task_run_name="plan", cache_policy=NO_CACHE)
-def begin_run(inputs: RunInputs) -> Coordinator:
+def begin_run(run: Run) -> Coordinator:
     """Write down the plan, once, and what workers are to do now; a wish to stop that is left over is withdrawn."""
-    workspace, run, context = inputs.workspace, inputs.run, inputs.context
-    origin = flow_run.get_id() or ""
-    with logs.about(run=run):
-        if not workspace.run(run).exists():
-            store_plan(context, inputs.score_run, inputs.artifacts, origin)
-            log.info("run %s is planned", run)
-        assignment = inputs.assignment(_generation(workspace, run), origin)
+    workspace, name, origin = run.workspace, run.name, flow_run.get_id() or ""
+    with logs.about(run=name):
+        if not workspace.run(name).exists():
+            store_plan(run.context, run.score_run, run.artifacts, origin)
+            log.info("run %s is planned", name)
+        assignment = run.assignment(_generation(workspace, name), origin)
         write_assignment(workspace, assignment)
-        withdraw(workspace, run)
-        log.info("run %s is begun: %d pairs", run, inputs.artifacts["scores"].rows)
-    _tell_of_others(workspace, run, others_at_work(workspace, run))
-    return Coordinator(inputs, assignment.key, _part_seconds(inputs))
+        withdraw(workspace, name)
+        log.info("run %s is begun: %d pairs", name, run.artifacts["scores"].rows)
+    _tell_of_others(workspace, name, others_at_work(workspace, name))
+    return Coordinator(run, assignment.key, _part_seconds(run))
 
 
 def _tell_of_others(workspace: Workspace, run: str, others: list[Beat]) -> None:
@@ -305,13 +301,13 @@ def _generation(workspace: Workspace, run: str) -> int:
         return 0
 
 
-def _part_seconds(inputs: RunInputs) -> dict[str, float]:
+def _part_seconds(run: Run) -> dict[str, float]:
     """Estimate of what one part of each kind takes; empty where nothing is known, which the first parts mend."""
-    speed = known_rate(inputs.context)
+    speed = known_rate(run.context)
     if speed is None:
         return {}
-    samples, queries = inputs.artifacts["samples"], inputs.artifacts["queries"]
-    candidates = inputs.artifacts["candidates"].rows // max(1, queries.rows)
+    samples, queries = run.artifacts["samples"], run.artifacts["queries"]
+    candidates = run.artifacts["candidates"].rows // max(1, queries.rows)
     size = Size(samples.rows, mean_captions(samples.path), queries.rows, candidates)
-    per_second, config = speed.forwards_per_second, inputs.context.config
+    per_second, config = speed.forwards_per_second, run.config
     return {cost.kind: cost.seconds(per_second) / cost.parts for cost in family_of(config).costs(config, size)}

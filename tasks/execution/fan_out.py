@@ -33,7 +33,7 @@ from tasks.config.execution import ExecutionConfig
 from tasks.devices import hold_device
 from tasks.execution.outcomes import Failure, Outcome
 from tasks.execution.worker import coordinator_here, raise_if_hung, worker_on
-from tasks.teaching.run import load_inputs
+from tasks.teaching.run import load_run
 
 TICK_SECONDS = 1.0
 log = logging.getLogger("fastgda.execution.parts")
@@ -97,15 +97,15 @@ def _part(
         return Cancelled(message="stopped as somebody asked")
     if not coordinator_here(run):
         hold_device()
-    inputs = load_inputs(location, run, assignment)
-    parts = inputs.parts[kind]
+    loaded = load_run(location, run, assignment)
+    parts = loaded.parts[kind]
     path, key = parts.path(number), parts.key(number)
     manifest = committed(path, key)
     if manifest is None:
         worker = worker_on(location, run)
         try:
-            with worker.at_work(inputs.context, kind, number, timeout):
-                log.debug("%s %05d is begun on %s", kind, number, inputs.context.device)
+            with worker.at_work(loaded.context, kind, number, timeout):
+                log.debug("%s %05d is begun on %s", kind, number, loaded.context.device)
                 manifest = parts.make(number)
         except Stopped:
             log.info("%s %05d is left, as the run is to stop", kind, number)
@@ -114,7 +114,7 @@ def _part(
         left_out = len(manifest.quarantined)
         made = "%s %05d is made: %d rows in %.1f s, %d samples left out"
         log.debug(made, kind, number, manifest.rows, manifest.seconds, left_out)
-    relative = inputs.workspace.relative(path)
+    relative = loaded.workspace.relative(path)
     return PartReference(kind, number, relative, manifest.sha256, manifest.rows, manifest.seconds)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from storage_schemas import tables
 from storage_schemas.commit import input_key
@@ -11,15 +11,7 @@ from tasks.context import Context
 from tasks.inputs.candidates import candidate_space
 from tasks.inputs.features import feature_folders, features_key
 from tasks.teaching.families import family_of
-from tasks.teaching.run import RunInputs
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """A run that is planned, and what was made to plan it."""
-
-    inputs: RunInputs
-    made: list[Made]
+from tasks.teaching.run import Run
 
 
 def run_artifacts(context: Context, samples: Artifact, queries: Artifact) -> dict[str, Artifact]:
@@ -39,13 +31,13 @@ def run_name(context: Context, artifacts: dict[str, Artifact]) -> str:
     return f"{config.name}-{input_key(taught_by, *chosen_by, *science, table=tables.SCORES)[:10]}"
 
 
-def run_inputs(context: Context, artifacts: dict[str, Artifact], candidates: Artifact) -> RunInputs:
+def planned_run(context: Context, artifacts: dict[str, Artifact], candidates: Artifact, planned: Sequence[Made]) -> Run:
     """The run of these candidates."""
-    run = candidates.key
+    name = candidates.key
     features = {
-        f"features of samples {name}": Artifact(name, key, folder, artifacts["samples"].rows)
+        f"features of samples {encoder}": Artifact(encoder, key, folder, artifacts["samples"].rows)
         for space in (candidate_space(context), context)
-        for name, (folder, key) in feature_folders(space, artifacts["samples"]).items()
+        for encoder, (folder, key) in feature_folders(space, artifacts["samples"]).items()
     }
-    scores = Artifact("scores", run, context.workspace.scores(run), candidates.rows)
-    return RunInputs(context, {**artifacts, **features, "candidates": candidates, "scores": scores})
+    scores = Artifact("scores", name, context.workspace.scores(name), candidates.rows)
+    return Run(context, {**artifacts, **features, "candidates": candidates, "scores": scores}, planned)

@@ -7,19 +7,19 @@ from storage_schemas.publishing.publish import update_published
 from storage_schemas.snapshots.published import Published
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact
-from tasks.teaching.run import RunInputs
+from tasks.teaching.run import Run
 
 
-def publish_checks(inputs: RunInputs, checks: list[Artifact]) -> None:
+def publish_checks(run: Run, checks: list[Artifact]) -> None:
     """Keep what checks of a run's teacher found beside what earlier ones did, and show checked pairs in SQL."""
-    workspace = inputs.workspace
+    workspace = run.workspace
     made = {check.name: CheckRecord(check.key, workspace.relative(check.path), check.rows) for check in checks}
-    known = read_checks_record(workspace, inputs.run) | made
-    write_checks_record(workspace, inputs.run, known)
+    known = read_checks_record(workspace, run.name) | made
+    write_checks_record(workspace, run.name, known)
     exact = known["exact check"].path if "exact check" in known else None
 
     def with_check(before: Published | None) -> Published | None:
-        return before.model_copy(update={"exact_check": exact}) if before and before.run == inputs.run else before
+        return before.model_copy(update={"exact_check": exact}) if before and before.run == run.name else before
 
     update_published(workspace, with_check)
 

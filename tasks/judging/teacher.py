@@ -36,7 +36,7 @@ from tasks.teaching.bad_samples import without_bad_samples
 from tasks.teaching.curvature import curvature_of, make_curvature
 from tasks.teaching.latents import load_block, unreadable_samples
 from tasks.teaching.noise import noise_plan
-from tasks.teaching.run import RunInputs
+from tasks.teaching.run import Run
 from tasks.teaching.unlearning import unlearning_teacher
 from tasks.teaching.updates import QueryUpdates, device_fisher, gradient_of, relative_errors, update_of
 from tasks.watching.trust import (
@@ -57,13 +57,13 @@ PRECISION_AGREEMENT = 0.999  # design section 4, "First order"
 
 
 @task(task_run_name="precision check", cache_policy=NO_CACHE)
-def check_precision(inputs: RunInputs) -> Made:
+def check_precision(run: Run) -> Made:
     """First-order scores of a few pairs in the teacher's precision and in float64: refused where they rank apart.
 
     Raises:
         UsageError: their rank correlation is below 0.999.
     """
-    context, stages = inputs.context, inputs.artifacts
+    context, stages = run.context, run.artifacts
     latents, updates, queries = stages["latents"], stages["unlearning steps"], stages["queries"]
     precision = context.config.teacher.precision
     numbers = list(range(min(queries.rows, PRECISION_CHECK_QUERIES)))
@@ -108,13 +108,13 @@ def _scores(
 
 
 @task(task_run_name="self-consistency", cache_policy=NO_CACHE)
-def check_self_consistency(inputs: RunInputs, ranks: Artifact) -> Made:
+def check_self_consistency(run: Run, ranks: Artifact) -> Made:
     """Some pairs again: with other noise, another gradient of the query, another curvature, and all three together.
 
     Rank correlation and mAP(L) of the teacher with itself; L is scaled by the share of the candidates that is scored
     again. The last is that of two whole teachers: no student can be expected to agree with one of them better.
     """
-    context, score_run, stages = inputs.context, inputs.score_run, inputs.artifacts
+    context, score_run, stages = run.context, run.score_run, run.artifacts
     latents, queries, updates = stages["latents"], stages["queries"], stages["unlearning steps"]
     config = context.config.self_consistency
     assert config is not None
@@ -224,9 +224,9 @@ def _consistency_rows(comparisons: list[_Comparison], cutoffs: list[int]) -> lis
 
 
 @task(task_run_name="twin test", cache_policy=NO_CACHE)
-def check_twins(inputs: RunInputs, ranks: Artifact) -> Made:
+def check_twins(run: Run, ranks: Artifact) -> Made:
     """Where the teacher ranks the training samples that it has to rank first; see `fastgda_core.evaluation.twins`."""
-    context, queries = inputs.context, inputs.artifacts["queries"]
+    context, queries = run.context, run.artifacts["queries"]
     twins = load_twins(queries.path)
 
     def rows() -> list[dict[str, object]]:
@@ -267,9 +267,9 @@ def _twin_rows(kind: str, places: dict[str, tuple[int, int]]) -> list[dict[str, 
 
 
 @task(task_run_name="low-rank error", cache_policy=NO_CACHE)
-def measure_low_rank(inputs: RunInputs) -> Made:
+def measure_low_rank(run: Run) -> Made:
     """What `teacher.update_rank` loses of Delta theta, on average over all queries."""
-    context, queries, updates = inputs.context, inputs.artifacts["queries"], inputs.artifacts["unlearning steps"]
+    context, queries, updates = run.context, run.artifacts["queries"], run.artifacts["unlearning steps"]
 
     def rows() -> list[dict[str, object]]:
         errors = torch.tensor(relative_errors(updates, list(range(queries.rows))))
@@ -279,14 +279,13 @@ def measure_low_rank(inputs: RunInputs) -> Made:
 
 
 @task(task_run_name="exact check", cache_policy=NO_CACHE)
-def check_against_exact(inputs: RunInputs, ranks: Artifact) -> Made:
+def check_against_exact(run: Run, ranks: Artifact) -> Made:
     """Score a few test queries with the exact teacher too, on candidates spread evenly over the first-order ranking."""
-    context, score_run, stages = inputs.context, inputs.score_run, inputs.artifacts
+    context, score_run, stages = run.context, run.score_run, run.artifacts
     latents, queries, updates = stages["latents"], stages["queries"], stages["unlearning steps"]
     config = context.config.exact_check
     assert config is not None
-    run = score_run.run
-    key = input_key("exact check", run, config, table=tables.SCORES)
+    key = input_key("exact check", run.name, config, table=tables.SCORES)
     folder = context.workspace.exact_check(key)
     chosen = _test_queries(queries, config.queries)
     paths = {number: part(folder, number) for number in chosen}

@@ -16,7 +16,7 @@ from tasks.distilling.labels import Labels
 from tasks.distilling.loss_curve import LOSS_CURVE
 from tasks.reporting.attribution_sheet import attribution_sheet
 from tasks.serving.promotion import Evaluation
-from tasks.teaching.run import RunInputs
+from tasks.teaching.run import Run
 from tasks.watching import events
 from tasks.watching.artifacts import publish_image, publish_markdown
 from tasks.watching.trust import trust_in
@@ -25,28 +25,25 @@ log = logging.getLogger("fastgda.publishing")
 SHOWN_QUERIES, SHOWN_SAMPLES = 5, 8
 
 
-def announce_scores(inputs: RunInputs, snapshot: str) -> None:
+def announce_scores(run: Run, snapshot: str) -> None:
     """Scores are published; what the teacher says of five queries, as a picture."""
-    context = inputs.context
-    samples, queries = inputs.artifacts["samples"], inputs.artifacts["queries"]
-    picture = attribution_sheet(inputs.workspace, snapshot, samples, queries, SHOWN_QUERIES, SHOWN_SAMPLES)
-    publish_image(f"top attributions {inputs.run}", picture, "The most influential training images of five queries")
-    rows = read_snapshot(inputs.workspace, snapshot)
+    samples, queries = run.artifacts["samples"], run.artifacts["queries"]
+    picture = attribution_sheet(run.workspace, snapshot, samples, queries, SHOWN_QUERIES, SHOWN_SAMPLES)
+    publish_image(f"top attributions {run.name}", picture, "The most influential training images of five queries")
+    rows = read_snapshot(run.workspace, snapshot)
     links = f"snapshot `{snapshot}`: runs {', '.join(f'`{run}`' for run in rows.runs)}, {rows.rows:,} rows"
-    publish_markdown(
-        f"published {snapshot}", f"{links}\n\n{_lineage(inputs.workspace, snapshot)}\n", "What was published"
-    )
-    with logs.about(run=inputs.run):
+    publish_markdown(f"published {snapshot}", f"{links}\n\n{_lineage(run.workspace, snapshot)}\n", "What was published")
+    with logs.about(run=run.name):
         log.info("snapshot %s is published: %d rows of %d runs", snapshot, rows.rows, len(rows.runs))
-    events.announce(events.SCORES_PUBLISHED, context, "snapshot", snapshot, run=inputs.run)
+    events.announce(events.SCORES_PUBLISHED, run.context, "snapshot", snapshot, run=run.name)
 
 
-def announce_trust(inputs: RunInputs) -> None:
+def announce_trust(run: Run) -> None:
     """What is known of the run's teacher, and what to do where it cannot be believed."""
-    trust = trust_in(inputs.workspace, inputs.run)
-    lines = [f"run `{inputs.run}`", "", *(f"- {name}: {value}" for name, value in trust.facts)]
+    trust = trust_in(run.workspace, run.name)
+    lines = [f"run `{run.name}`", "", *(f"- {name}: {value}" for name, value in trust.facts)]
     lines += [line for warning in trust.warnings for line in ("", f"**Warning** {warning}")]
-    publish_markdown(f"teacher {inputs.run}", "\n".join(lines) + "\n", "Whether the teacher can be believed")
+    publish_markdown(f"teacher {run.name}", "\n".join(lines) + "\n", "Whether the teacher can be believed")
 
 
 def announce_head(context: Context, head: Artifact, labels: Labels) -> None:

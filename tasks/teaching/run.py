@@ -1,13 +1,14 @@
-"""What a worker process needs of a run, rebuilt from the workspace and kept for as long as it stays the same."""
+"""A run: as its coordinator plans it, and as a worker process reads it from the workspace."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from storage_schemas.runs.liveness import Assignment, PartsRecord, read_assignment
 from storage_schemas.workspace import Workspace
-from tasks.artifact import Artifact
+from tasks.artifact import Artifact, Made
 from tasks.config.pipeline import PipelineConfig
 from tasks.config.stored import lifted
 from tasks.context import Context
@@ -18,16 +19,23 @@ from tasks.teaching.scores import ScoreParts
 
 
 @dataclass(frozen=True, eq=False)
-class RunInputs:
-    """A run's context, and where each of its artifacts lies or will, by name."""
+class Run:
+    """A run with its configuration.
+
+    artifacts: where each lies, or will, by name; planned: what was made to plan the run, in the process that did.
+    """
 
     context: Context
     artifacts: dict[str, Artifact]
+    planned: Sequence[Made] = ()
 
     @property
-    def run(self) -> str:
-        """The run's name."""
+    def name(self) -> str:
         return self.artifacts["scores"].key
+
+    @property
+    def config(self) -> PipelineConfig:
+        return self.context.config
 
     @property
     def workspace(self) -> Workspace:
@@ -36,13 +44,13 @@ class RunInputs:
     @functools.cached_property
     def parts(self) -> dict[str, Parts]:
         """What the run is made of, by kind, in the order in which it is made; scores last."""
-        family = family_of(self.context.config)
+        family = family_of(self.config)
         made = [*family.parts(self.context, self.artifacts), self.scores]
         return {parts.kind: parts for parts in made}
 
     @functools.cached_property
     def scores(self) -> ScoreParts:
-        return ScoreParts(self.context, family_of(self.context.config), self.artifacts)
+        return ScoreParts(self.context, family_of(self.config), self.artifacts)
 
     @property
     def score_run(self) -> ScoreRun:
@@ -61,32 +69,31 @@ class RunInputs:
             )
             for name, artifact in self.artifacts.items()
         }
-        config = self.context.config.model_dump(mode="json", exclude={"execution"})
         return Assignment(
-            run=self.run,
-            config=config,
+            run=self.name,
+            config=self.config.model_dump(mode="json", exclude={"execution"}),
             model_hash=self.context.model_hash,
             stages=stages,
-            execution=self.context.config.execution.model_dump(mode="json"),
+            execution=self.config.execution.model_dump(mode="json"),
             generation=generation,
             origin=origin,
         )
 
 
 @functools.lru_cache(maxsize=1)
-def load_inputs(location: str, run: str, _assignment: str) -> RunInputs:
-    """The run's inputs as of the assignment with this key, loaded once per process.
+def load_run(location: str, name: str, _assignment: str) -> Run:
+    """The run as of the assignment with this key, loaded once per process.
 
     Raises:
         StoreError: the run has no assignment.
     """
     workspace = Workspace.at(location)
-    found = read_assignment(workspace, run)
+    assignment = read_assignment(workspace, name)
     # The workspace as this process sees it: it may be mounted elsewhere here.
-    config, _ = lifted(PipelineConfig, {**found.config, "workspace": location}, f"run {run}")
+    config, _ = lifted(PipelineConfig, {**assignment.config, "workspace": location}, f"run {name}")
     family_of(config).forget()  # what an earlier assignment left in memory may have been made again since
     artifacts = {
-        name: Artifact(name, record.key, workspace.file(record.path), record.rows)
-        for name, record in found.stages.items()
+        each: Artifact(each, record.key, workspace.file(record.path), record.rows)
+        for each, record in assignment.stages.items()
     }
-    return RunInputs(Context(config, found.model_hash), artifacts)
+    return Run(Context(config, assignment.model_hash), artifacts)

@@ -61,7 +61,7 @@ def study(root: str, name: str) -> None:
 def check(root: str, run: str) -> None:
     context = _context(root)
     exact = Artifact("exact check", run, context.workspace.exact_check(run), 1)
-    publish_checks(SimpleNamespace(workspace=context.workspace, context=context, run=run), [exact])  # type: ignore[arg-type]
+    publish_checks(SimpleNamespace(workspace=context.workspace, name=run), [exact])  # type: ignore[arg-type]
 
 
 def _context(root: str) -> Context:

@@ -24,7 +24,7 @@ from tasks.context import Context
 from tasks.teaching.cost import KindCost, Size
 from tasks.teaching.families import Artifacts, BlockScores
 from tasks.teaching.parts import Parts
-from tasks.teaching.run import RunInputs
+from tasks.teaching.run import Run
 from tests.storage_schemas.workspaces import plan_run
 from tests.tasks.configs import document
 
@@ -125,7 +125,7 @@ def taught_by_letters(monkeypatch: pytest.MonkeyPatch) -> Letters:
     return family
 
 
-def inputs_of(root: Path, **changes: object) -> RunInputs:
+def run_of(root: Path, **changes: object) -> Run:
     """Three queries against four samples: five letters, then three score shards."""
     config = PipelineConfig.model_validate(document(workspace=str(root), teacher={"name": "letters"}, **changes))
     context = Context(config, "model")
@@ -139,4 +139,4 @@ def inputs_of(root: Path, **changes: object) -> RunInputs:
         "scores": (workspace.scores(RUN), 12),
     }
     keys = {"candidates": RUN, "scores": RUN}
-    return RunInputs(context, {name: Artifact(name, keys.get(name, "letters"), *at) for name, at in places.items()})
+    return Run(context, {name: Artifact(name, keys.get(name, "letters"), *at) for name, at in places.items()})

@@ -199,7 +199,7 @@ def test_a_part_that_is_tried_again_is_told_here_and_in_the_log_of_its_flow_run(
         assert patient("here", "run-1", "key", "scores", 7, None, return_state=True).is_failed()
         return UUID(flow_run.get_id())
 
-    monkeypatch.setattr(fan_out, "load_inputs", load)
+    monkeypatch.setattr(fan_out, "load_run", load)
     logs.set_up("warning", "json")
     url = (home / "server_url").read_text()
     with temporary_settings({PREFECT_API_URL: url, PREFECT_LOGGING_TO_API_ENABLED: True}):

@@ -14,6 +14,7 @@ from tasks.artifact import Made
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
 from tasks.serving.promotion import Evaluation
+from tasks.teaching.run import Run
 from tests import tiny
 from tests.tasks.configs import document
 from tests.tasks.without_prefect import without_prefect
@@ -33,8 +34,12 @@ class WholeRun:
     evaluation: Evaluation
 
     @property
+    def run(self) -> Run:
+        return self.curation.run
+
+    @property
     def context(self) -> Context:
-        return self.curation.plan.inputs.context
+        return self.run.context
 
     @property
     def workspace(self) -> Workspace:
@@ -66,7 +71,7 @@ def configuration(folder: Path, model: Path, **changes: object) -> PipelineConfi
 def whole_run(config: PipelineConfig) -> WholeRun:
     with without_prefect():
         curation = curate(config)
-        checks = judge_run(curation.plan.inputs)
+        checks = judge_run(curation.run)
         head = train_rank_head(config, curation.ranks.key)
         index = rebuild_index(config, head.artifact.key)
         return WholeRun(config, curation, checks, head, index, evaluate(config, index.artifact.key))

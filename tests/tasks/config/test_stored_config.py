@@ -17,7 +17,7 @@ from tasks.config.stored import config_of, lifted
 from tasks.context import Context
 from tasks.execution.cost import known_rate
 from tasks.serving.attribute import AttributionService
-from tasks.teaching.run import load_inputs
+from tasks.teaching.run import load_run
 from tasks.watching.run_status import run_status
 from tests.storage_schemas.workspaces import QUERIES, commit_shard, plan_run, publish_run, show
 from tests.tasks.configs import document
@@ -79,7 +79,7 @@ def test_workers_and_status_read_it_too(tmp_path: Path) -> None:
     store(tmp_path)
     status = run_status(Workspace.at(tmp_path), "run-1")
     assert status.cost == 0.0, "the price is known"
-    assert load_inputs(str(tmp_path), "run-1", "key").context.config.name == "tiny"
+    assert load_run(str(tmp_path), "run-1", "key").context.config.name == "tiny"
 
 
 def test_what_is_stored_today_is_lifted_as_it_is() -> None:

@@ -39,7 +39,7 @@ def test_a_head_and_an_index_are_found_by_version_and_as_the_newest(similar: Who
     head, index = similar.head.artifact, similar.index.artifact
     found, record = read_head(similar.workspace, head.key)
     assert (found.path, found.rows) == (head.path, head.rows)
-    assert record.run == similar.curation.run and record.snapshot == similar.curation.ranks.key
+    assert record.run == similar.run.name and record.snapshot == similar.curation.ranks.key
     assert len(record.history) == similar.config.head.epochs
     lines = (head.path / "training.csv").read_text().splitlines()
     assert lines[0] == "epoch,loss,validation_map" and len(lines) == 1 + similar.config.head.epochs
@@ -69,12 +69,12 @@ def test_what_is_there_is_not_made_again(similar: WholeRun) -> None:
     assert (head.reused, head.artifact) == (True, similar.head.artifact)
     assert (index.reused, index.artifact) == (True, similar.index.artifact)
     assert head.seconds == pytest.approx(similar.head.seconds)
-    ranks = publish_scores.fn(similar.curation.plan.inputs, incomplete=False)
+    ranks = publish_scores.fn(similar.run, incomplete=False)
     assert ranks.reused and ranks.artifact == similar.curation.ranks
 
 
 def test_the_index_holds_the_heads_vector_of_every_sample(similar: WholeRun) -> None:
-    context, samples = similar.context, similar.curation.plan.inputs.artifacts["samples"]
+    context, samples = similar.context, similar.run.artifacts["samples"]
     vectors = load_trained_head(similar.head.artifact.path)(load_features(context, samples, samples)).numpy()
     index = read_index(similar.index.artifact.path / "index.faiss")
     similarity, nearest = search(index, vectors, 1)
@@ -96,12 +96,12 @@ def test_the_space_of_a_head_is_its_own_whatever_is_configured_since(similar: Wh
 
 def test_labels_are_those_of_the_snapshot(similar: WholeRun) -> None:
     labels = read_labels(similar.context, None)
-    inputs = similar.curation.plan.inputs
+    run = similar.run
     assert labels == read_labels(similar.context, similar.curation.ranks.key)
-    assert labels.run == inputs.run == run_behind(similar.workspace, labels.ranks)
-    assert (labels.samples, labels.queries) == (inputs.artifacts["samples"], (inputs.artifacts["queries"],))
+    assert labels.run == run.name == run_behind(similar.workspace, labels.ranks)
+    assert (labels.samples, labels.queries) == (run.artifacts["samples"], (run.artifacts["queries"],))
     snapshot = read_snapshot(similar.workspace, read_published(similar.workspace).snapshot)
-    assert labels.ranks.rows == snapshot.rows == inputs.artifacts["candidates"].rows
+    assert labels.ranks.rows == snapshot.rows == run.artifacts["candidates"].rows
     with pytest.raises(NotPublished):
         read_labels(similar.context, "never")
 

@@ -27,7 +27,7 @@ def of(config: PipelineConfig, **execution: object) -> PipelineConfig:
 def test_an_estimate_counts_what_the_run_then_made(unlearned: WholeRun) -> None:
     found = estimate(of(unlearned.config, forwards_per_second=100.0, price_per_device_hour=3.0, currency="EUR"))
     assert found.size == Size(SAMPLES, 1.0, QUERIES, SAMPLES)
-    parts = unlearned.curation.plan.inputs.parts
+    parts = unlearned.run.parts
     for kind in found.kinds:
         assert kind.parts == parts[kind.kind].count
         assert kind.rows == sum(parts[kind.kind].rows(number) for number in range(kind.parts))
@@ -48,7 +48,7 @@ def test_an_estimate_counts_what_the_run_then_made(unlearned: WholeRun) -> None:
 def test_the_speed_is_that_of_earlier_runs_of_the_model_here(unlearned: WholeRun, similar: WholeRun) -> None:
     found = known_rate(unlearned.context)
     assert found is not None and found.source == "earlier runs of this model here"
-    hours = run_status(unlearned.workspace, unlearned.curation.run).device_hours
+    hours = run_status(unlearned.workspace, unlearned.run.name).device_hours
     assert found.forwards_per_second == pytest.approx(SAMPLES * 2 * 2.1 / (3600 * hours))
     assert rate(unlearned.context) == found
     assert known_rate(replace(unlearned.context, model_hash="another")) is None
@@ -63,7 +63,7 @@ def test_where_nothing_is_known_the_model_is_tried(similar: WholeRun, monkeypatc
 
 
 def test_captions_are_counted_over_all_samples(similar: WholeRun) -> None:
-    assert mean_captions(similar.curation.plan.inputs.artifacts["samples"].path) == 1.0
+    assert mean_captions(similar.run.artifacts["samples"].path) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from tasks.execution.coordinator import begin_run
 from tasks.execution.fan_out import make_part
 from tasks.execution.number_ranges import from_ranges
 from tasks.execution.outcomes import RunCancelled, RunIncomplete
-from tasks.teaching.run import RunInputs
-from tests.tasks.letters import LETTERS, RUN, Letters, inputs_of, taught_by_letters
+from tasks.teaching.run import Run
+from tests.tasks.letters import LETTERS, RUN, Letters, run_of, taught_by_letters
 
 H100, A10 = "make parts/h100", "make parts/a10"
 
@@ -118,8 +118,8 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
     return found
 
 
-def pooled(root: Path, **execution: object) -> RunInputs:
-    return inputs_of(root, execution={"runner": "pool", "pools": [{"deployment": H100}], **execution})
+def pooled(root: Path, **execution: object) -> Run:
+    return run_of(root, execution={"runner": "pool", "pools": [{"deployment": H100}], **execution})
 
 
 def numbers(pool: Pool) -> list[str]:
@@ -127,8 +127,8 @@ def numbers(pool: Pool) -> list[str]:
 
 
 def test_every_part_is_made_by_some_job_and_by_one_alone(tmp_path: Path, letters: Letters, pool: Pool) -> None:
-    inputs = pooled(tmp_path)
-    with begin_run.fn(inputs) as makers:
+    run = pooled(tmp_path)
+    with begin_run.fn(run) as makers:
         made = makers.make("letters")
         scores = makers.make("scores")
     assert made.artifact.rows == LETTERS and scores.artifact.rows == 12
@@ -141,11 +141,11 @@ def test_every_part_is_made_by_some_job_and_by_one_alone(tmp_path: Path, letters
 
 
 def test_parts_are_shared_among_the_pools(tmp_path: Path, letters: Letters, pool: Pool) -> None:
-    inputs = pooled(tmp_path, pools=[{"deployment": H100}, {"deployment": A10}])
-    with begin_run.fn(inputs) as makers:
+    run = pooled(tmp_path, pools=[{"deployment": H100}, {"deployment": A10}])
+    with begin_run.fn(run) as makers:
         makers.make("letters")
     assert pool.asked[:2] == [(H100, "0-1"), (A10, "2")]
-    assert inputs.parts["letters"].missing() == []
+    assert run.parts["letters"].missing() == []
 
 
 def test_what_fails_in_a_job_is_that_parts_failure(tmp_path: Path, letters: Letters, pool: Pool) -> None:
@@ -169,16 +169,16 @@ def test_the_parts_of_a_job_that_gives_no_sign_of_life_are_given_to_others(
 ) -> None:
     answers = iter([Running()])
     pool.work = lambda parameters: next(answers, None) or done(parameters)
-    inputs = pooled(tmp_path, lost_after=2)
-    with begin_run.fn(inputs) as makers:
+    run = pooled(tmp_path, lost_after=2)
+    with begin_run.fn(run) as makers:
         makers.make("letters")
     ((lost, state),) = pool.forced
     assert state == "CRASHED" and pool.runs[lost].parameters["numbers"] == "0-2"
-    assert numbers(pool)[1] == "0-2" and inputs.parts["letters"].missing() == []
+    assert numbers(pool)[1] == "0-2" and run.parts["letters"].missing() == []
 
 
 def test_a_job_that_hangs_over_a_part_is_told_to_end(tmp_path: Path, letters: Letters, pool: Pool) -> None:
-    inputs = pooled(tmp_path, lost_after=5, timeout_floor=1.0, forwards_per_second=1000.0)
+    run = pooled(tmp_path, lost_after=5, timeout_floor=1.0, forwards_per_second=1000.0)
 
     def work(parameters: dict[str, Any]) -> State[Any]:
         return Running() if len(pool.asked) == 1 else done(parameters)
@@ -188,22 +188,22 @@ def test_a_job_that_hangs_over_a_part_is_told_to_end(tmp_path: Path, letters: Le
 
     def hanging(flow_run_filter: Any, limit: int) -> list[FlowRun]:
         found = original(flow_run_filter, limit)
-        for run in found:
-            if run.state.is_running():
-                beat = Beat(worker="gpu-7:1", beat=1, at=datetime.now(UTC), job=str(run.id), kind="letters")
-                write_beat(inputs.workspace, RUN, beat.model_copy(update={"part_seconds": 1e4}))
+        for job in found:
+            if job.state.is_running():
+                beat = Beat(worker="gpu-7:1", beat=1, at=datetime.now(UTC), job=str(job.id), kind="letters")
+                write_beat(run.workspace, RUN, beat.model_copy(update={"part_seconds": 1e4}))
         return found
 
     pool.read_flow_runs = hanging  # type: ignore[method-assign]
-    with begin_run.fn(inputs) as makers:
+    with begin_run.fn(run) as makers:
         makers.make("letters")
     assert [state for _, state in pool.forced] == ["CANCELLING", "CRASHED"], "told once, and given up when it is silent"
-    assert inputs.parts["letters"].missing() == []
+    assert run.parts["letters"].missing() == []
 
 
 def test_jobs_of_a_coordinator_that_died_are_taken_over(tmp_path: Path, letters: Letters, pool: Pool) -> None:
-    inputs = pooled(tmp_path, lost_after=3600)
-    makers = begin_run.fn(inputs)
+    run = pooled(tmp_path, lost_after=3600)
+    makers = begin_run.fn(run)
     tags = ["fastgda", f"run:{RUN}", "kind:letters"]
     under_way = pool.add(H100, {"numbers": "1-3"}, tags, Running())
     pool.add(H100, {"numbers": "0-4"}, ["fastgda", "run:another", "kind:letters"], Running())
@@ -227,21 +227,21 @@ def test_a_cancelled_run_calls_off_the_jobs_that_wait(
     tmp_path: Path, letters: Letters, pool: Pool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(jobs, "UNTAKEN_SECONDS", 0.0)
-    inputs = pooled(tmp_path)
+    run = pooled(tmp_path)
 
     def waits(_: dict[str, Any]) -> State[Any]:
         ask(Workspace(tmp_path), RUN, RunRequest.cancel)
         return Scheduled()
 
     pool.work = waits
-    with begin_run.fn(inputs) as makers, pytest.raises(RunCancelled):
+    with begin_run.fn(run) as makers, pytest.raises(RunCancelled):
         makers.make("letters")
     assert [state for _, state in pool.forced] == ["CANCELLED"] and letters.begun == []
-    assert asked(inputs.workspace, RUN) == RunRequest.cancel
+    assert asked(run.workspace, RUN) == RunRequest.cancel
     assert f"no worker has taken a job of {H100}" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_a_deployment_that_is_not_there_is_named(tmp_path: Path, letters: Letters, pool: Pool) -> None:
-    inputs = pooled(tmp_path, pools=[{"deployment": "make parts/h200"}])
-    with begin_run.fn(inputs) as makers, pytest.raises(UsageError, match="names the deployment 'make parts/h200'"):
+    run = pooled(tmp_path, pools=[{"deployment": "make parts/h200"}])
+    with begin_run.fn(run) as makers, pytest.raises(UsageError, match="names the deployment 'make parts/h200'"):
         makers.make("letters")

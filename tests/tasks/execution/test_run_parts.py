@@ -23,7 +23,7 @@ from tasks.execution import fan_out
 from tasks.execution.coordinator import begin_run
 from tasks.execution.fan_out import WorkOrder, _is_transient, end_of_job, make_part, run_parts
 from tasks.execution.outcomes import Failure, Outcome
-from tests.tasks.letters import LETTERS, RUN, Letters, inputs_of, taught_by_letters
+from tests.tasks.letters import LETTERS, RUN, Letters, run_of, taught_by_letters
 
 
 @pytest.fixture
@@ -84,23 +84,23 @@ def test_nothing_new_is_begun_once_somebody_stops_it(tmp_path: Path, monkeypatch
 
 
 def test_a_part_that_is_there_costs_nothing_and_a_new_one_is_recorded(tmp_path: Path, letters: Letters) -> None:
-    inputs = inputs_of(tmp_path)
-    key = begin_run.fn(inputs).assignment
+    run = run_of(tmp_path)
+    key = begin_run.fn(run).assignment
     first, again = (make_part.fn(str(tmp_path), RUN, key, "letters", 2, None) for _ in range(2))
     assert first == again and letters.begun == [("letters", 2)]
-    parts = inputs.parts["letters"]
+    parts = run.parts["letters"]
     manifest = committed(parts.path(2), parts.key(2))
     assert manifest is not None and first.sha256 == manifest.sha256 and first.rows == 1
-    assert inputs.workspace.file(first.path).read_bytes() == b"c"
-    assert [each.state for each in read_attempts(inputs.workspace, RUN, "letters")[2]] == ["running"]
+    assert run.workspace.file(first.path).read_bytes() == b"c"
+    assert [each.state for each in read_attempts(run.workspace, RUN, "letters")[2]] == ["running"]
     end_of_job(order(tmp_path), Outcome())
-    assert all(beat.ended for beat in read_beats(inputs.workspace, RUN))
+    assert all(beat.ended for beat in read_beats(run.workspace, RUN))
 
 
 def test_a_process_that_is_to_stop_begins_no_part(
     tmp_path: Path, letters: Letters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = begin_run.fn(inputs_of(tmp_path)).assignment
+    key = begin_run.fn(run_of(tmp_path)).assignment
     monkeypatch.setattr(fan_out, "stopping", lambda: True)
     state = make_part.fn(str(tmp_path), RUN, key, "letters", 0, None)
     assert isinstance(state, State) and state.is_cancelled() and letters.begun == []
@@ -126,7 +126,7 @@ def test_a_job_says_how_it_ended(tmp_path: Path) -> None:
 
 
 def test_letters_are_what_these_tests_take_them_for(tmp_path: Path, letters: Letters) -> None:
-    parts = inputs_of(tmp_path).parts["letters"]
+    parts = run_of(tmp_path).parts["letters"]
     assert parts.missing() == list(range(LETTERS)) and parts.standing().seconds == 0
     parts.make(3)
     assert list(parts.committed()) == [3] and parts.path(3).read_bytes() == b"d"

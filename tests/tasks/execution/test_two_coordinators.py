@@ -13,7 +13,7 @@ from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact
 from tasks.execution.coordinator import Coordinator, Watch, begin_run
 from tasks.execution.outcomes import Outcome
-from tasks.teaching.run import RunInputs
+from tasks.teaching.run import Run
 from tasks.watching.run_status import others_at_work
 from tests.tasks.teaching.test_score_plan import plan
 
@@ -33,7 +33,7 @@ def test_who_else_is_at_work_is_known_by_signs_of_life(tmp_path: Path) -> None:
     assert [each.worker for each in others_at_work(workspace, "run")] == ["elsewhere:3"]
 
 
-def inputs_of(root: Path) -> RunInputs:
+def run_of(root: Path) -> Run:
     """A planned run of 1,200 samples: three parts of latents, none of which is made."""
     context, run, queries = plan(root, "abu_plus_first_order", [{1}])
     workspace = context.workspace
@@ -47,7 +47,7 @@ def inputs_of(root: Path) -> RunInputs:
         "scores": (workspace.scores(run.run), 1),
     }
     keys = {"scores": run.run}
-    return RunInputs(context, {name: Artifact(name, keys.get(name, "k"), *place) for name, place in places.items()})
+    return Run(context, {name: Artifact(name, keys.get(name, "k"), *place) for name, place in places.items()})
 
 
 def test_the_second_of_two_runs_says_who_is_at_it_and_begins_at_the_other_end(
@@ -60,11 +60,11 @@ def test_the_second_of_two_runs_says_who_is_at_it_and_begins_at_the_other_end(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Coordinator, "_round", made)
-    inputs = inputs_of(tmp_path)
+    run = run_of(tmp_path)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            begin_run.fn(inputs).make("latents")
-        write_beat(inputs.workspace, inputs.run, beat("elsewhere:3"))
+            begin_run.fn(run).make("latents")
+        write_beat(run.workspace, run.name, beat("elsewhere:3"))
     told = capsys.readouterr().err
     assert told.count("is under way elsewhere, too: elsewhere:3 at latents 00007, of 1 at work") == 1
     assert batches == [[0, 1, 2], [2, 1, 0]]

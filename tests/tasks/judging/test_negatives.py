@@ -15,7 +15,7 @@ from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
 from tasks.distilling.publish import rank_scores
 from tasks.distilling.ranks import rank_pairs
-from tasks.teaching.run import RunInputs
+from tasks.teaching.run import Run
 from tests.storage_schemas.workspaces import QUERIES, finish_run
 from tests.tasks.configs import document
 
@@ -23,7 +23,7 @@ from tests.tasks.configs import document
 def rank_labels(root: Path, negatives: str) -> Made:
     config = PipelineConfig.model_validate(document(workspace=str(root), teacher__negatives=negatives))
     scores = Artifact("scores", "run-1", Workspace(root).scores("run-1"), 12)
-    return rank_scores.fn(RunInputs(Context(config, "model"), {"scores": scores}))
+    return rank_scores.fn(Run(Context(config, "model"), {"scores": scores}))
 
 
 def test_the_configuration_labels_the_run_without_scoring_it_again(tmp_path: Path) -> None:

@@ -20,17 +20,17 @@ from tests.tasks.whole_runs import CUTOFFS, TWINS, WholeRun
 
 
 def rows_of(run: WholeRun, name: str) -> list[dict]:
-    (check,) = (each for each in read_checks(run.workspace, run.curation.run) if each.name == name)
+    (check,) = (each for each in read_checks(run.workspace, run.run.name) if each.name == name)
     return tables.read(check.path, tables.METRICS).to_pylist()
 
 
 @pytest.mark.heavy
 def test_the_exact_teacher_is_asked_over_the_whole_ranking(unlearned: WholeRun) -> None:
-    inputs = unlearned.curation.plan.inputs
+    run = unlearned.run
     (made,) = (each for each in unlearned.checks if each.artifact.name == "exact check")
     pairs = tables.read_parts(made.artifact.path, tables.SCORES).to_pylist()
     assert made.artifact.rows == len(pairs) == 2 * 6
-    tested = [query.query_id for query in load_queries(inputs.artifacts["queries"]) if query.split == "test"]
+    tested = [query.query_id for query in load_queries(run.artifacts["queries"]) if query.split == "test"]
     assert {pair["query_id"] for pair in pairs} == set(tested)
     ranked = read_ranks(unlearned.workspace, unlearned.curation.ranks.key, tested).to_pylist()
     first_order = {(row["query_id"], row["train_id"]): row for row in ranked}
@@ -41,7 +41,7 @@ def test_the_exact_teacher_is_asked_over_the_whole_ranking(unlearned: WholeRun) 
         both = [(pair["score"], first_order[query_id, pair["train_id"]]["score"]) for pair in mine]
         assert spearmanr(*zip(*both, strict=True)).statistic > 0.8, "of a small step the linear part is most"
     assert read_published(unlearned.workspace).exact_check == unlearned.workspace.relative(made.artifact.path)
-    again = check_against_exact.fn(inputs, unlearned.curation.ranks)
+    again = check_against_exact.fn(run, unlearned.curation.ranks)
     assert again.reused and again.artifact == made.artifact
 
 
@@ -52,15 +52,15 @@ def test_a_teacher_is_compared_with_itself_part_by_part(unlearned: WholeRun) -> 
         assert -1 <= means["spearman", space, 0]["value"] < 1, "it is another draw"
         assert means["spearman", space, 0]["queries"] == 2
         assert {cutoff for metric, each, cutoff in means if (metric, each) == ("mAP", space)} == set(CUTOFFS)
-    trust = trust_in(unlearned.workspace, unlearned.curation.run)
+    trust = trust_in(unlearned.workspace, unlearned.run.name)
     assert trust.agreement == pytest.approx(means["spearman", OTHER_TEACHER, 0]["value"])
     assert trust.parts[OTHER_NOISE] == pytest.approx(means["spearman", OTHER_NOISE, 0]["value"])
-    assert check_self_consistency.fn(unlearned.curation.plan.inputs, unlearned.curation.ranks).reused
+    assert check_self_consistency.fn(unlearned.run, unlearned.curation.ranks).reused
 
 
 def test_what_a_low_rank_loses_is_measured_for_every_query(unlearned: WholeRun) -> None:
     (row,) = rows_of(unlearned, "low-rank error")
-    updates = unlearned.curation.plan.inputs.parts["unlearning steps"]
+    updates = unlearned.run.parts["unlearning steps"]
     errors = [load_tensors(updates.path(number))["/relative_error"].item() for number in range(updates.count)]
     assert row["queries"] == updates.count == 8 + 2 * TWINS
     assert row["value"] == pytest.approx(np.mean(errors)) and all(0 < error < 1 for error in errors)
@@ -68,7 +68,7 @@ def test_what_a_low_rank_loses_is_measured_for_every_query(unlearned: WholeRun) 
 
 def test_the_twin_test_says_where_each_twin_stands(unlearned: WholeRun, similar: WholeRun) -> None:
     for run in (unlearned, similar):
-        queries = run.curation.plan.inputs.artifacts["queries"]
+        queries = run.run.artifacts["queries"]
         ranked = read_ranks(run.workspace, run.curation.ranks.key, None).to_pylist()
         place = {(row["query_id"], row["train_id"]): row["rank"] for row in ranked}
         twins = load_twins(queries.path)
@@ -78,18 +78,18 @@ def test_the_twin_test_says_where_each_twin_stands(unlearned: WholeRun, similar:
             assert rows[query_id]["value"] == place[query_id, twin]
     pseudo = [row["value"] for row in rows.values() if row["split"] == "pseudo"]
     assert pseudo == [1.0] * TWINS, "a picture is nearest to itself"
-    assert check_twins.fn(similar.curation.plan.inputs, similar.curation.ranks).reused
+    assert check_twins.fn(similar.run, similar.curation.ranks).reused
 
 
 def test_a_precision_is_compared_with_float64(unlearned: WholeRun) -> None:
-    made = check_precision.fn(unlearned.curation.plan.inputs).artifact
+    made = check_precision.fn(unlearned.run).artifact
     rows = tables.read(made.path, tables.METRICS).to_pylist()
     assert {row["space"] for row in rows} == {"float32 vs float64"}
     assert all(row["value"] >= 0.999 for row in rows) and rows[0]["queries"] == 8 + 2 * TWINS
 
 
 def test_the_steps_of_the_run_are_those_of_its_queries(unlearned: WholeRun) -> None:
-    parts = unlearned.curation.plan.inputs.parts
+    parts = unlearned.run.parts
     assert list(parts) == ["latents", "curvature", "unlearning steps", "scores"]
     assert all(each.missing() == [] and each.standing().seconds > 0 for each in parts.values())
     one, other = (load_tensors(parts["unlearning steps"].path(number)) for number in (0, 1))

@@ -34,9 +34,9 @@ def stages(run: WholeRun) -> list[Made]:
 
 
 def test_a_report_shows_the_figures_and_the_pictures_of_the_test_queries(unlearned: WholeRun) -> None:
-    made = write_report.fn(unlearned.context, unlearned.curation.run, stages(unlearned))
+    made = write_report.fn(unlearned.context, unlearned.run.name, stages(unlearned))
     page = made.artifact.path.read_text()
-    assert made.artifact.path == unlearned.workspace.report(unlearned.curation.run)
+    assert made.artifact.path == unlearned.workspace.report(unlearned.run.name)
     assert 'src="http' not in page and "<link" not in page, "self-contained"
     rows = tables.read(unlearned.evaluation.metrics.artifact.path, tables.METRICS).to_pylist()
     means = {(row["metric"], row["space"], row["cutoff"]): row["value"] for row in rows if not row["query_id"]}
@@ -45,15 +45,15 @@ def test_a_report_shows_the_figures_and_the_pictures_of_the_test_queries(unlearn
     pictures = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
     assert len(pictures) == 2 * (1 + 3 * 3), "each test query, and three samples by each of three rankings"
     assert Image.open(io.BytesIO(base64.b64decode(pictures[0]))).format == "PNG"
-    queries = load_queries(unlearned.curation.plan.inputs.artifacts["queries"])
+    queries = load_queries(unlearned.run.artifacts["queries"])
     panels = [query.query_id for query in queries if f">{query.query_id}<br>AP(" in page]
     assert panels == [query.query_id for query in queries if query.split == "test"]
-    assert write_report.fn(unlearned.context, unlearned.curation.run, stages(unlearned)).reused
+    assert write_report.fn(unlearned.context, unlearned.run.name, stages(unlearned)).reused
 
 
 def test_a_report_says_what_the_teacher_compares(similar: WholeRun, unlearned: WholeRun) -> None:
     pages = [
-        write_report.fn(run.context, run.curation.run, stages(run)).artifact.path.read_text()
+        write_report.fn(run.context, run.run.name, stages(run)).artifact.path.read_text()
         for run in (similar, unlearned)
     ]
     assert ["compares gradients of the loss" in page for page in pages] == [False, True]
@@ -61,8 +61,8 @@ def test_a_report_says_what_the_teacher_compares(similar: WholeRun, unlearned: W
 
 
 def test_a_sheet_has_a_row_for_each_query_with_its_first_samples(similar: WholeRun) -> None:
-    inputs = similar.curation.plan.inputs
-    samples, queries = inputs.artifacts["samples"], inputs.artifacts["queries"]
+    run = similar.run
+    samples, queries = run.artifacts["samples"], run.artifacts["queries"]
     sheet = Image.open(
         io.BytesIO(attribution_sheet(similar.workspace, similar.curation.ranks.key, samples, queries, 3, 2))
     )
@@ -93,10 +93,10 @@ def test_everybody_who_waits_hears_what_is_there(similar: WholeRun, monkeypatch:
     for name in ("get_id", "get_name"):
         monkeypatch.setattr(events.flow_run, name, lambda: "here")
     monkeypatch.setattr(events, "emit_event", lambda **event: emitted.append(event))
-    context, run, labels = similar.context, similar.curation.run, read_labels(similar.context, None)
+    context, run, labels = similar.context, similar.run.name, read_labels(similar.context, None)
     head, index, ranks = similar.head.artifact, similar.index.artifact, similar.curation.ranks
-    announce_scores(similar.curation.plan.inputs, ranks.key)
-    announce_trust(similar.curation.plan.inputs)
+    announce_scores(similar.run, ranks.key)
+    announce_trust(similar.run)
     announce_head(context, head, labels)
     announce_index(context, index, head)
     announce_metrics(context, similar.evaluation, head, labels)

@@ -21,7 +21,7 @@ from tests.tasks.whole_runs import WholeRun
 
 def test_an_image_is_answered_with_the_samples_that_its_vector_is_nearest_to(similar: WholeRun) -> None:
     service = AttributionService(similar.workspace)
-    samples = similar.curation.plan.inputs.artifacts["samples"]
+    samples = similar.run.artifacts["samples"]
     (image,) = sample_images(samples.path, [5])
     vectors = load_trained_head(similar.head.artifact.path)(load_features(similar.context, samples, samples)).numpy()
     asked = service.embed(image, "anything").numpy()[0]

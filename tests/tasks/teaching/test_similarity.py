@@ -15,8 +15,8 @@ from tests.tasks.whole_runs import SAMPLES, WholeRun
 
 
 def test_scores_are_the_cosines_of_the_features(similar: WholeRun) -> None:
-    inputs = similar.curation.plan.inputs
-    samples, queries = inputs.artifacts["samples"], inputs.artifacts["queries"]
+    run = similar.run
+    samples, queries = run.artifacts["samples"], run.artifacts["queries"]
     phi = [load_features(similar.context, items, samples).numpy() for items in (queries, samples)]
     expected = cosine_similarity(*(vectors.astype(np.float64) for vectors in phi))
     names = [query.query_id for query in load_queries(queries)]
@@ -28,8 +28,8 @@ def test_scores_are_the_cosines_of_the_features(similar: WholeRun) -> None:
 
 
 def test_the_candidates_are_the_nearest_and_their_ranks_are_by_score(similar: WholeRun) -> None:
-    inputs = similar.curation.plan.inputs
-    chosen = tables.read(inputs.artifacts["candidates"].path, tables.CANDIDATES).to_pylist()
+    run = similar.run
+    chosen = tables.read(run.artifacts["candidates"].path, tables.CANDIDATES).to_pylist()
     ranked = read_ranks(similar.workspace, similar.curation.ranks.key, None).to_pylist()
     place = {(row["query_id"], row["train_id"]): row["rank"] for row in ranked}
     assert place.keys() == {(row["query_id"], row["train_id"]) for row in chosen}

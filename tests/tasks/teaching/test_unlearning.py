@@ -26,14 +26,14 @@ def exact(run: WholeRun) -> Context:
 
 
 def test_latents_are_those_of_the_pictures_and_blocks_their_rows(unlearned: WholeRun) -> None:
-    inputs = unlearned.curation.plan.inputs
-    context, latents = inputs.context, inputs.artifacts["latents"]
+    run = unlearned.run
+    context, latents = run.context, run.artifacts["latents"]
     whole, some = (load_block(context, latents, chosen) for chosen in (list(range(SAMPLES)), [3, 7]))
     assert some.train_ids.tolist() == [3, 7]
     assert torch.equal(some.latents, whole.latents[[3, 7]])
-    images = sample_images(inputs.artifacts["samples"].path, [3, 7])
+    images = sample_images(run.artifacts["samples"].path, [3, 7])
     torch.testing.assert_close(some.latents[:, 0], context.model().encode_images(images))
-    captions = samples_table(inputs.artifacts["samples"].path)["captions"].take([3, 7]).to_pylist()
+    captions = samples_table(run.artifacts["samples"].path)["captions"].take([3, 7]).to_pylist()
     condition = context.model().encode_captions([several[0] for several in captions])
     for name, tensor in condition.items():
         torch.testing.assert_close(some.condition[name], tensor)
@@ -41,8 +41,8 @@ def test_latents_are_those_of_the_pictures_and_blocks_their_rows(unlearned: Whol
 
 
 def test_base_losses_are_the_models_losses_and_exact_scores_their_rise(unlearned: WholeRun) -> None:
-    inputs, context = unlearned.curation.plan.inputs, exact(unlearned)
-    latents = inputs.artifacts["latents"]
+    run, context = unlearned.run, exact(unlearned)
+    latents = run.artifacts["latents"]
     family, artifact = family_of(context.config), base_losses_of(context, latents)
     parts = BaseLossParts(context, latents, artifact)
     assert parts.missing() == [0] and parts.make(0).rows == SAMPLES
@@ -55,9 +55,9 @@ def test_base_losses_are_the_models_losses_and_exact_scores_their_rise(unlearned
 
     (check,) = (each.artifact for each in unlearned.checks if each.artifact.name == "exact check")
     checked = tables.read_parts(check.path, tables.SCORES).to_pylist()
-    numbers = {query.query_id: number for number, query in enumerate(load_queries(inputs.artifacts["queries"]))}
-    artifacts = {**inputs.artifacts, "base losses": artifact}
-    assert list(family.artifacts(context, inputs.artifacts["samples"], inputs.artifacts["queries"]))[-1] == artifact
+    numbers = {query.query_id: number for number, query in enumerate(load_queries(run.artifacts["queries"]))}
+    artifacts = {**run.artifacts, "base losses": artifact}
+    assert list(family.artifacts(context, run.artifacts["samples"], run.artifacts["queries"]))[-1] == artifact
     for query_id in {row["query_id"] for row in checked}:
         mine = {row["train_id"]: row["score"] for row in checked if row["query_id"] == query_id}
         found = family.scores(context, artifacts, [numbers[query_id]], np.array(sorted(mine)))

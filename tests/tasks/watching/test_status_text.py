@@ -38,7 +38,7 @@ def test_a_duration_has_two_units_at_most(seconds: float | None, said: str) -> N
 
 @pytest.mark.heavy
 def test_a_finished_run_is_told_in_full_as_markdown(similar: WholeRun) -> None:
-    status = run_status(similar.workspace, similar.curation.run)
+    status = run_status(similar.workspace, similar.run.name)
     text = status_markdown(status)
     assert status.state == "done" and "| state | done |" in text
     assert f"100.0%  {status.pairs} of {status.pairs} |" in text
