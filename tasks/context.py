@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load as load_bytes
@@ -20,11 +23,39 @@ from storage_schemas.workspace import Workspace
 from tasks.config.pipeline import PipelineConfig
 from tasks.devices import pick_device
 
+T = TypeVar("T")
+
+
+class Loaded:
+    """What a process has in memory of one run, the last few of each kind; it goes when the run goes."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, dict[Hashable, Any]] = {}
+        self._lock = threading.RLock()
+
+    def once(self, kind: str, key: Hashable, load: Callable[[], T], most: int = 1) -> T:
+        """What `load` gives, called once for each key as long as no `most` other ones of this kind were asked for."""
+        with self._lock:
+            kept = self._kept.setdefault(kind, {})
+            if key not in kept:
+                if len(kept) >= most:  # goes first: the device may not hold one more
+                    del kept[next(iter(kept))]
+                kept[key] = load()
+            found: T = kept[key]
+            return found
+
 
 @dataclass(frozen=True)
 class Context:
+    """What tasks of one run share.
+
+    loaded: without the model, which the next run in this process shares, as a rule. Contexts that are made of this one
+    by `dataclasses.replace` share it.
+    """
+
     config: PipelineConfig
     model_hash: str
+    loaded: Loaded = field(default_factory=Loaded, compare=False, repr=False)
 
     @property
     def workspace(self) -> Workspace:

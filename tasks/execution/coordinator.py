@@ -37,7 +37,7 @@ from tasks.progress import console, stage
 from tasks.teaching.cost import Size
 from tasks.teaching.families import family_of
 from tasks.teaching.parts import Parts, Standing
-from tasks.teaching.run import Run
+from tasks.teaching.run import Run, hold
 from tasks.teaching.score_plan import store_plan
 from tasks.watching import events
 from tasks.watching.artifacts import Board
@@ -277,6 +277,7 @@ def begin_run(run: Run) -> Coordinator:
         withdraw(workspace, name)
         log.info("run %s is begun: %d pairs", name, run.artifacts["scores"].rows)
     _tell_of_others(workspace, name, others_at_work(workspace, name))
+    hold(str(workspace.root), run, assignment.key)
     return Coordinator(run, assignment.key, _part_seconds(run))
 
 

@@ -74,7 +74,7 @@ def check_precision(run: Run) -> Made:
 
         def both(chosen: NDArray[np.int64]) -> Tensor:
             block = load_block(context, latents, chosen.tolist())
-            several = QueryUpdates(updates, numbers, len(numbers), context.device)
+            several = QueryUpdates(context, updates, numbers, len(numbers))
             return torch.stack([_scores(context, block, several, each) for each in (precision, Precision.float64)])
 
         known, nothing = unreadable_samples(latents, train_ids.tolist()), torch.empty(2, len(numbers), 0)
@@ -137,7 +137,7 @@ def check_self_consistency(run: Run, ranks: Artifact) -> Made:
                 mine = stored.filter(pc.is_in(stored["query_id"], pa.array([score_run.query_ids[n] for n in numbers])))
                 pool = np.unique(mine["train_id"].to_numpy())
                 train_ids = np.sort(draw.choice(pool, min(config.samples, len(pool)), replace=False))
-                same = QueryUpdates(updates, numbers, len(numbers), context.device)
+                same = QueryUpdates(context, updates, numbers, len(numbers))
                 others = _other_updates(context, [load_queries(queries)[n] for n in numbers], curvatures, latents.rows)
                 block = load_block(context, latents, train_ids.tolist())
                 again = _scores(context, block, [*same, *others], seed=seed + 1)
@@ -307,7 +307,7 @@ def check_against_exact(run: Run, ranks: Artifact) -> Made:
             take = np.unique(np.linspace(0, mine.num_rows - 1, config.candidates).round().astype(int))
             block = load_block(context, latents, sorted(mine["train_id"].take(take).to_pylist()))
             base = training_losses(model, plan, block, micro_batch)
-            (update,) = QueryUpdates(updates, [number], 1, context.device)
+            (update,) = QueryUpdates(context, updates, [number], 1)
             one = {name: change[0] for name, change in update.items()}
             exact = exact_scores(model, context.layers(model), plan, block, base, one, micro_batch)
             names = [score_run.query_ids[number]] * len(exact)

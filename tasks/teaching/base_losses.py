@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 
 import numpy as np
@@ -69,18 +68,16 @@ class BaseLossParts(Parts):
         return commit_table(path, table, tables.BASE_LOSSES, key=key, started=started, device=device, quarantined=bad)
 
 
-def forget_base_losses() -> None:
-    """Load base losses anew when they are next needed."""
-    load_base_losses.cache_clear()
+def load_base_losses(context: Context, base_losses: Artifact) -> Tensor:
+    """L(z_i, theta_0), (samples, f), row number = train_id; NaN of samples that have none. Loaded once a run."""
+
+    def load() -> Tensor:
+        flat = tables.read_parts(base_losses.path, tables.BASE_LOSSES)["base_loss"].to_numpy().copy()
+        return torch.from_numpy(flat).view(base_losses.rows, -1)
+
+    return context.loaded.once("base losses", base_losses, load)
 
 
-@functools.lru_cache(maxsize=1)
-def load_base_losses(base_losses: Artifact) -> Tensor:
-    """L(z_i, theta_0), (samples, f), row number = train_id; NaN of samples that have none."""
-    flat = tables.read_parts(base_losses.path, tables.BASE_LOSSES)["base_loss"].to_numpy().copy()
-    return torch.from_numpy(flat).view(base_losses.rows, -1)
-
-
-def without_base_loss(base_losses: Artifact, train_ids: NDArray[np.int64]) -> dict[int, str]:
-    missing = load_base_losses(base_losses)[torch.from_numpy(train_ids)].isnan().any(1).numpy()
+def without_base_loss(context: Context, base_losses: Artifact, train_ids: NDArray[np.int64]) -> dict[int, str]:
+    missing = load_base_losses(context, base_losses)[torch.from_numpy(train_ids)].isnan().any(1).numpy()
     return dict.fromkeys(train_ids[missing].tolist(), "it has no base loss")

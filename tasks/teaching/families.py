@@ -60,9 +60,6 @@ class Family(Protocol):
     def costs(self, config: PipelineConfig, size: Size) -> list[KindCost]:
         """Forward passes of each kind of part, scores last, from the configuration and the numbers alone."""
 
-    def forget(self) -> None:
-        """Load anew what is needed next: what is in memory may have been made again since."""
-
 
 def family_of(config: PipelineConfig) -> Family:
     """The family of the configured teacher."""

@@ -80,18 +80,30 @@ class Run:
         )
 
 
-@functools.lru_cache(maxsize=1)
-def load_run(location: str, name: str, _assignment: str) -> Run:
-    """The run as of the assignment with this key, loaded once per process.
+_held: dict[tuple[str, str], Run] = {}  # at most one, by location of the workspace and key of the assignment
+
+
+def hold(location: str, run: Run, assignment: str) -> Run:
+    """Let parts that this process makes be those of this object; the one before goes, with what it has loaded."""
+    _held.clear()
+    _held[location, assignment] = run
+    return run
+
+
+def load_run(location: str, name: str, assignment: str) -> Run:
+    """The run as of the assignment with this key: that of the coordinator where it is this process, else read once.
 
     Raises:
         StoreError: the run has no assignment.
     """
+    return _held.get((location, assignment)) or hold(location, _read_run(location, name), assignment)
+
+
+def _read_run(location: str, name: str) -> Run:
     workspace = Workspace.at(location)
     assignment = read_assignment(workspace, name)
     # The workspace as this process sees it: it may be mounted elsewhere here.
     config, _ = lifted(PipelineConfig, {**assignment.config, "workspace": location}, f"run {name}")
-    family_of(config).forget()  # what an earlier assignment left in memory may have been made again since
     artifacts = {
         each: Artifact(each, record.key, workspace.file(record.path), record.rows)
         for each, record in assignment.stages.items()

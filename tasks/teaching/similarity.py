@@ -22,9 +22,6 @@ from tasks.teaching.parts import Parts
 class Similarity:
     """See `tasks.teaching.families.Family`; the space is that of the candidates."""
 
-    def __init__(self) -> None:
-        self._loaded: dict[str, tuple[Tensor, Tensor]] = {}  # by key, at most one
-
     def check(self, context: Context) -> None:
         """Whatever is wrong with a feature space is said when its features are extracted."""
 
@@ -55,19 +52,17 @@ class Similarity:
         shards, _ = score_shards(config, size)
         return [KindCost("scores", shards, size.queries * size.candidates, 0.0)]
 
-    def forget(self) -> None:
-        self._loaded.clear()
-
     def _features(self, context: Context, artifacts: Artifacts) -> tuple[Tensor, Tensor]:
         """phi of the queries, (queries, d), in memory, and of the training samples, (samples, d), mapped from a file.
 
         They are kept from one shard to the next.
         """
-        key = self.key(context, artifacts)
-        if key not in self._loaded:
+
+        def load() -> tuple[Tensor, Tensor]:
             space, samples = candidate_space(context), artifacts["samples"]
-            self._loaded = {key: (load_features(space, artifacts["queries"], samples), map_features(space, samples))}
-        return self._loaded[key]
+            return load_features(space, artifacts["queries"], samples), map_features(space, samples)
+
+        return context.loaded.once("features", self.key(context, artifacts), load)
 
 
 FAMILY = Similarity()

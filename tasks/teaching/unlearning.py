@@ -17,7 +17,6 @@ from tasks.teaching.base_losses import (
     BASE_LOSS_PART,
     BaseLossParts,
     base_losses_of,
-    forget_base_losses,
     load_base_losses,
     without_base_loss,
 )
@@ -79,17 +78,19 @@ class Unlearning:
         assert latents is not None and updates is not None
         known = unreadable_samples(latents, train_ids.tolist())
         if base_losses is not None:
-            known |= without_base_loss(base_losses, train_ids)
+            known |= without_base_loss(context, base_losses, train_ids)
 
         def of_samples(chosen: NDArray[np.int64]) -> Tensor:
             model, block = context.teacher_model(), load_block(context, latents, chosen.tolist())
-            base = load_base_losses(base_losses)[block.train_ids.cpu()].to(context.device) if base_losses else None
+            base = None
+            if base_losses is not None:
+                base = load_base_losses(context, base_losses)[block.train_ids.cpu()].to(context.device)
             scores = unlearning_teacher(context.config).scores(
                 model,
                 context.layers(model),
                 noise_plan(context.config),
                 block,
-                QueryUpdates(updates, query_numbers, context.config.teacher.loaded_queries, context.device),
+                QueryUpdates(context, updates, query_numbers, context.config.teacher.loaded_queries),
                 base,
                 context.micro_batch("gradients" if base is None else "losses"),
             )
@@ -114,9 +115,6 @@ class Unlearning:
             return [*costs, KindCost("scores", queries, pairs, pairs * noises)]
         shards, seen = score_shards(config, size)
         return [*costs, KindCost("scores", shards, pairs, seen * noises * GRADIENT_FORWARDS)]
-
-    def forget(self) -> None:
-        forget_base_losses()
 
 
 FAMILY = Unlearning()

@@ -87,13 +87,13 @@ class UpdateParts(Parts):
 
 
 def device_fisher(context: Context, curvature: Artifact) -> Fisher:
-    """The Fisher on the context's device, loaded once per process."""
-    return _load_fisher(curvature, context.config.teacher.damping, context.device)
+    """The Fisher on the context's device, loaded once a run; two are kept for its self-consistency."""
+    damping, device = context.config.teacher.damping, context.device
 
+    def load() -> Fisher:
+        return load_fisher(local_copy(curvature.path), damping).to(device)
 
-@functools.lru_cache(maxsize=2)  # a run's, and the other one of its self-consistency
-def _load_fisher(curvature: Artifact, damping: float, device: torch.device) -> Fisher:
-    return load_fisher(local_copy(curvature.path), damping).to(device)
+    return context.loaded.once("Fisher", (curvature, damping), load, most=2)
 
 
 def gradient_of(context: Context, query: Query, seed: int) -> dict[str, Tensor]:
@@ -128,18 +128,21 @@ def _stored(update: dict[str, Tensor], rank: int | None) -> dict[str, Tensor]:
 
 
 class QueryUpdates:
-    """Delta theta of some queries by layer, (queries, d_out, d_in), a device's fill at a time."""
+    """Delta theta of some queries by layer, (queries, d_out, d_in), a device's fill at a time.
 
-    def __init__(self, updates: Artifact, numbers: list[int], at_a_time: int, device: torch.device) -> None:
+    The last one stays loaded, for whoever asks for the same queries next.
+    """
+
+    def __init__(self, context: Context, updates: Artifact, numbers: list[int], at_a_time: int) -> None:
         self.blocks = [tuple(numbers[start : start + at_a_time]) for start in range(0, len(numbers), at_a_time)]
-        self.updates, self.device = updates, device
+        self.context, self.updates = context, updates
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for block in self.blocks:
-            yield _load(self.updates, block, self.device)
+            load = functools.partial(_load, self.updates, block, self.context.device)
+            yield self.context.loaded.once("unlearning steps", (self.updates, block), load)
 
 
-@functools.lru_cache(maxsize=1)
 def _load(updates: Artifact, numbers: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
     loaded = [load_tensors(part(updates.path, number, "safetensors")) for number in numbers]
     return expand(

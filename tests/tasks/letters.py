@@ -111,9 +111,6 @@ class Letters:
     def costs(self, config: PipelineConfig, size: Size) -> list[KindCost]:
         return [KindCost("letters", LETTERS, LETTERS, 10.0 * LETTERS), KindCost("scores", 3, 12, 60.0)]
 
-    def forget(self) -> None:
-        """Nothing is kept."""
-
 
 def taught_by_letters(monkeypatch: pytest.MonkeyPatch) -> Letters:
     """The family, which a configuration with the teacher `letters` finds."""

@@ -12,7 +12,7 @@ from storage_schemas import tables
 from tasks.context import Context
 from tasks.inputs.queries import load_queries
 from tasks.inputs.samples import sample_images, samples_table
-from tasks.teaching.base_losses import BaseLossParts, base_losses_of, forget_base_losses, load_base_losses
+from tasks.teaching.base_losses import BaseLossParts, base_losses_of, load_base_losses
 from tasks.teaching.families import family_of
 from tasks.teaching.latents import load_block, unreadable_samples
 from tasks.teaching.noise import noise_plan
@@ -48,9 +48,8 @@ def test_base_losses_are_the_models_losses_and_exact_scores_their_rise(unlearned
     assert parts.missing() == [0] and parts.make(0).rows == SAMPLES
     block = load_block(context, latents, list(range(SAMPLES)))
     model, plan = context.teacher_model(), noise_plan(context.config)
-    forget_base_losses()
     torch.testing.assert_close(
-        load_base_losses(artifact), training_losses(model, plan, block, context.micro_batch("losses"))
+        load_base_losses(context, artifact), training_losses(model, plan, block, context.micro_batch("losses"))
     )
 
     (check,) = (each.artifact for each in unlearned.checks if each.artifact.name == "exact check")
