@@ -36,16 +36,18 @@ def any_path(location: str | AnyPath) -> AnyPath:
     """A folder by its path, or by its URL where it has a scheme.
 
     Raises:
-        StoreError: the package that reaches such a store is not installed.
+        StoreError: there is no such kind of store, or the package that reaches it is not installed.
     """
     if isinstance(location, str) and "://" in location:
         # With fsspec a tenth of a second, which commands on a disk need not wait for.
         from fsspec import get_filesystem_class  # type: ignore[import-untyped]
         from upath import UPath
 
-        found = UPath(location, use_listings_cache=False)  # others write there too
         try:
+            found = UPath(location, use_listings_cache=False)  # others write there too
             get_filesystem_class(found.protocol)
+        except ValueError as error:
+            raise StoreError(f"{location}: {error}: name a folder, or a store as s3://bucket/workspace") from None
         except ImportError as error:
             line = ": pip install 'fastgda[s3]'" if location.startswith("s3") else ""
             raise StoreError(f"{location}: {error}{line}") from None

@@ -31,6 +31,11 @@ def test_a_folder_that_somebody_prepared_is_not_trusted(temporary: Path, prepare
         private_folder("copies")
 
 
+def test_a_url_of_no_known_kind_of_store_is_refused_in_a_line() -> None:
+    with pytest.raises(StoreError, match=r"^nonsense://x: .*'nonsense': name a folder, or a store as s3://[\w/]+$"):
+        any_path("nonsense://x")
+
+
 def test_copies_of_objects_that_nobody_asks_for_any_more_go() -> None:
     root = any_path(f"memory://{uuid.uuid4().hex}")
     copies = []
