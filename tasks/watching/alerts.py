@@ -6,6 +6,8 @@ import os
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.tasks import Task
 
 from fastgda_core.errors import TransientError, UsageError
 from fastgda_core.extras import require_extra
@@ -18,9 +20,24 @@ def addresses() -> list[str]:
     return os.environ.get(VARIABLE, "").split()
 
 
-@task(task_run_name="send", cache_policy=NO_CACHE, retries=3, retry_delay_seconds=[5, 30, 120])
+def _was_not_taken(_task: Task[..., object], _run: TaskRun, state: State[object]) -> bool:
+    return isinstance(state.result(raise_on_failure=False), TransientError)
+
+
+@task(
+    task_run_name="send",
+    cache_policy=NO_CACHE,
+    retries=3,
+    retry_delay_seconds=[5, 30, 120],
+    retry_condition_fn=_was_not_taken,
+)
 def send_alert(title: str, text: str) -> None:
-    """Raises TransientError when an address did not take it; it is then tried again."""
+    """Send a message to every address.
+
+    Raises:
+        TransientError: an address did not take it; it is then tried again.
+        UsageError: an address is none, or the package that sends is not installed.
+    """
     require_extra("alerts", "apprise", wanted_by=VARIABLE)
     import apprise
 

@@ -8,6 +8,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
 import pytest
+from prefect.client.schemas.objects import TaskRun
+from prefect.states import Failed
 
 from fastgda_core.errors import TransientError, UsageError
 from tasks.watching.alerts import VARIABLE, addresses, send_alert
@@ -56,3 +58,11 @@ def test_an_address_that_is_none_is_named_by_its_place_alone(monkeypatch: pytest
     with pytest.raises(UsageError, match="URL number 1 is none") as caught:
         send_alert.fn("a", "b")
     assert "password" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("error", "again"), [(TransientError("away"), True), (UsageError("no such URL"), False)])
+def test_a_message_that_was_not_taken_is_sent_again_and_a_wrong_address_is_told_at_once(
+    error: Exception, again: bool
+) -> None:
+    run = TaskRun.model_construct()
+    assert send_alert.retry_condition_fn(send_alert, run, Failed(data=error)) is again
