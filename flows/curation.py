@@ -14,7 +14,15 @@ from tasks.config.stored import config_of
 from tasks.context import open_context
 from tasks.distilling.publish import publish_scores
 from tasks.execution.coordinator import begin_run
-from tasks.execution.partitions import PartitionOutcome, in_partition, partition_names, scheduled_partition
+from tasks.execution.outcomes import RunCancelled
+from tasks.execution.partitions import (
+    PartitionOutcome,
+    all_curated,
+    failed_partition,
+    in_partition,
+    partition_names,
+    scheduled_partition,
+)
 from tasks.execution.plan import planned_run, run_artifacts, run_name
 from tasks.execution.retry import release
 from tasks.inputs.candidates import candidate_features, choose_candidates
@@ -94,8 +102,16 @@ def backfill(
     config: PipelineConfig, first: date | None = None, last: date | None = None, partitions: list[str] | None = None
 ) -> list[PartitionOutcome]:
     """Curate several partitions: a range of dates, or those named. One that fails does not stop the others."""
-    names = partition_names(first, last, partitions)
-    return PartitionOutcome.of_all(names, lambda name: curate(in_partition(config, name)).run.name)
+    outcomes: list[PartitionOutcome] = []
+    for partition in partition_names(first, last, partitions):
+        try:
+            curation = curate(in_partition(config, partition))
+            outcomes.append(PartitionOutcome(partition, curation.run.name))
+        except RunCancelled:
+            raise
+        except Exception as error:  # its flow run has the traceback; the next partition has its own data
+            outcomes.append(failed_partition(partition, error))
+    return all_curated(outcomes)
 
 
 @flow(name="retry", flow_run_name="retry {run}")

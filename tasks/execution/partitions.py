@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 
@@ -10,7 +10,6 @@ from prefect.runtime import flow_run
 
 from fastgda_core.errors import UsageError
 from tasks.config.pipeline import PipelineConfig
-from tasks.execution.outcomes import RunCancelled
 from tasks.printable import printable
 from tasks.progress import console
 
@@ -51,27 +50,24 @@ class PartitionOutcome:
     """How the curation of one partition ended: its run, or why there is none."""
 
     partition: str
-    run: str
-    error: str
+    run: str = ""
+    error: str = ""
 
-    @classmethod
-    def of_all(cls, names: Sequence[str], curate: Callable[[str], str]) -> list[PartitionOutcome]:
-        """Curate partition by partition.
 
-        Raises:
-            RuntimeError: at least one failed; the others are done.
-        """
-        found = []
-        for name in names:
-            try:
-                found.append(cls(name, curate(name), ""))
-            except RunCancelled:
-                raise
-            except Exception as error:  # its flow run has the traceback; the next partition has its own data
-                console.print(printable(f"partition {name}: {error}", lines=True), markup=False, highlight=False)
-                found.append(cls(name, "", f"{type(error).__name__}: {error}"))
-        failed = [outcome for outcome in found if outcome.error]
-        if failed:
-            lines = [f"{outcome.partition}: {outcome.error}" for outcome in failed]
-            raise RuntimeError(f"{len(failed)} of {len(found)} partitions failed\n" + "\n".join(lines))
-        return found
+def failed_partition(partition: str, error: Exception) -> PartitionOutcome:
+    """The outcome of a partition that failed, which is told at once."""
+    console.print(printable(f"partition {partition}: {error}", lines=True), markup=False, highlight=False)
+    return PartitionOutcome(partition, error=f"{type(error).__name__}: {error}")
+
+
+def all_curated(outcomes: list[PartitionOutcome]) -> list[PartitionOutcome]:
+    """These outcomes.
+
+    Raises:
+        RuntimeError: at least one partition failed; the others are done.
+    """
+    failed = [outcome for outcome in outcomes if outcome.error]
+    if failed:
+        lines = [f"{outcome.partition}: {outcome.error}" for outcome in failed]
+        raise RuntimeError(f"{len(failed)} of {len(outcomes)} partitions failed\n" + "\n".join(lines))
+    return outcomes
