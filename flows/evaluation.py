@@ -50,11 +50,11 @@ def evaluate(config: PipelineConfig, index: str | None = None) -> Evaluation:
     built, index_record = read_index(context.workspace, index or latest_index(context.workspace))
     trained, record = read_head(context.workspace, index_record.head)
     context = space_of_head(context, record)
-    labels = read_labels(context, record.snapshot)
+    labels = read_labels(context.workspace, record.snapshot)
     extract_features(context, labels.samples)
     extract_query_features(context, labels)
     checks = read_checks(context.workspace, labels.run)
     metrics = measure_head(context, labels.samples, labels.queries, labels.ranks, trained, checks)
-    evaluation = promote(context, trained, built, metrics)
+    evaluation = promote(context.workspace, config.evaluation, trained, built, metrics)
     announce_metrics(context, evaluation, trained, labels)
     return evaluation

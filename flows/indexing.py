@@ -21,7 +21,7 @@ def rebuild_index(config: PipelineConfig, head: str | None = None) -> Made:
     context = open_context(config)
     trained, record = read_head(context.workspace, head or latest_head(context.workspace))
     context = space_of_head(context, record)
-    labels = read_labels(context, record.snapshot)
+    labels = read_labels(context.workspace, record.snapshot)
     features = extract_features(context, labels.samples).artifact
     index = build_search_index(context, labels.samples, features, trained)
     announce_index(context, index.artifact, trained)

@@ -31,6 +31,6 @@ def study(config: PipelineConfig, snapshot: str | None = None) -> Study:
     for space in config.study.spaces:
         require_encoders(space, "study.spaces")
     context = open_context(config)
-    labels = read_labels(context, snapshot)
+    labels = read_labels(context.workspace, snapshot)
     metrics = compare_heads(context, labels)
     return Study(metrics, draw_study(context, labels, metrics.artifact))

@@ -18,7 +18,7 @@ from tasks.reporting.announcements import announce_head
 def train_rank_head(config: PipelineConfig, snapshot: str | None = None) -> Made:
     """A head version from the rank labels of a snapshot, by default the published one."""
     context = open_context(config)
-    labels = read_labels(context, snapshot)
+    labels = read_labels(context.workspace, snapshot)
     features = extract_features(context, labels.samples).artifact
     extract_query_features(context, labels)
     head = fit_rank_head(context, labels.samples, labels.queries, features, labels.ranks)

@@ -8,6 +8,7 @@ from fastgda_core.errors import UsageError
 from storage_schemas.runs.ledger import read_run
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.snapshots.snapshots import read_snapshot
+from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact
 from tasks.context import Context
 from tasks.inputs.features import extract_features
@@ -29,14 +30,13 @@ class Labels:
     ranks: Artifact
 
 
-def read_labels(context: Context, snapshot: str | None) -> Labels:
+def read_labels(workspace: Workspace, snapshot: str | None) -> Labels:
     """The labels of a snapshot, by default of the published one.
 
     Raises:
         NotPublished: there is no such snapshot.
         UsageError: it holds runs that were imported, whose queries have no images.
     """
-    workspace = context.workspace
     found = read_snapshot(workspace, snapshot or read_published(workspace).snapshot)
     records = [read_run(workspace, run) for run in found.runs]
     for record in records:

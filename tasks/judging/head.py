@@ -23,6 +23,7 @@ from fastgda_core.ranking.head import RankHead
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table, input_key
 from storage_schemas.snapshots.snapshots import read_ranks
+from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made, once
 from tasks.context import Context
 from tasks.distilling.ranks import candidate_scores, rows_of_split, sample_features
@@ -54,7 +55,7 @@ def measure_head(
     def make(started: float) -> Manifest:
         rows = list(_head_rows(context, samples, queries, ranks, head))
         if exact is not None:
-            rows += _teacher_rows(context, ranks, exact)
+            rows += _teacher_rows(context.workspace, ranks, exact)
         measured = pa.Table.from_pylist(rows, schema=tables.METRICS.schema)
         table = pa.concat_tables([measured, *(tables.read(check.path, tables.METRICS) for check in others)])
         return commit_table(path, table, tables.METRICS, key=key, started=started)
@@ -118,10 +119,10 @@ def _ranking_rows(
         yield metric_row(metric, "chance", values, cutoff=cutoff)
 
 
-def _teacher_rows(context: Context, ranks: Artifact, exact: Artifact) -> list[dict[str, object]]:
+def _teacher_rows(workspace: Workspace, ranks: Artifact, exact: Artifact) -> list[dict[str, object]]:
     """Spearman between exact and first-order scores of each checked query, and their mean."""
     checked = tables.read_parts(exact.path, tables.SCORES).rename_columns({"score": "exact"})
-    first_order = read_ranks(context.workspace, ranks.key, pc.unique(checked["query_id"]).to_pylist()).drop_columns(
+    first_order = read_ranks(workspace, ranks.key, pc.unique(checked["query_id"]).to_pylist()).drop_columns(
         ["rank", "rank_label"]
     )
     joined = checked.join(first_order, keys=["query_id", "train_id"])

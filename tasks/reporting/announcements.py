@@ -80,7 +80,7 @@ def announce_metrics(context: Context, evaluation: Evaluation, head: Artifact, l
         "",
         f"| metrics | mAP({cutoff}) tuned | untuned | queries | measured |",
         "| --- | ---: | ---: | ---: | --- |",
-        *_history(context, cutoff),
+        *_history(context.workspace, cutoff),
     ]
     publish_markdown(f"map history {context.config.name}", "\n".join(lines) + "\n", f"mAP({cutoff}) over time")
     events.announce(
@@ -88,11 +88,11 @@ def announce_metrics(context: Context, evaluation: Evaluation, head: Artifact, l
     )
 
 
-def _history(context: Context, cutoff: int) -> list[str]:
+def _history(workspace: Workspace, cutoff: int) -> list[str]:
     """A row for every evaluation in the workspace, newest first."""
     return [
         f"| `{made.key}` | {made.tuned:.3f} | {made.untuned:.3f} | {made.queries} | {made.at:%Y-%m-%d %H:%M} |"
-        for made in metrics_history(context.workspace, cutoff)
+        for made in metrics_history(workspace, cutoff)
     ]
 
 

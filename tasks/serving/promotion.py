@@ -14,7 +14,7 @@ from storage_schemas.publishing.publish import update_published
 from storage_schemas.snapshots.published import Published
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made
-from tasks.context import Context
+from tasks.config.distilling import EvaluationConfig
 
 log = logging.getLogger("fastgda.serving")
 
@@ -31,11 +31,12 @@ class Evaluation:
 
 
 @task(task_run_name="promotion", cache_policy=NO_CACHE)
-def promote(context: Context, head: Artifact, index: Artifact, metrics: Made) -> Evaluation:
+def promote(
+    workspace: Workspace, config: EvaluationConfig, head: Artifact, index: Artifact, metrics: Made
+) -> Evaluation:
     """Serve a head, its index and its metrics, together, unless it is below the floors of the configuration or of
     other training data than what is published.
     """
-    config, workspace = context.config.evaluation, context.workspace
     tuned, untuned = (
         mean_value(metrics.artifact.path, "mAP", space, config.validation_cutoff) for space in ("tuned", "untuned")
     )

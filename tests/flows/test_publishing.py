@@ -47,7 +47,8 @@ def serve(root: str, name: str) -> None:
     folders = {kind: context.workspace.root / kind / name for kind in ("heads", "indexes")}
     stages = {kind: Artifact(kind, name, path, 1) for kind, path in folders.items()}
     metrics = Artifact("evaluation", name, context.workspace.metrics(name), 1)
-    promote.fn(context, stages["heads"], stages["indexes"], Made(metrics, 0.0, True))
+    floors = context.config.evaluation
+    promote.fn(context.workspace, floors, stages["heads"], stages["indexes"], Made(metrics, 0.0, True))
 
 
 def study(root: str, name: str) -> None:

@@ -167,7 +167,7 @@ def test_a_head_comes_with_the_log_of_its_training(finished: Path) -> None:
 
 def test_mapped_features_are_those_in_memory(finished: Path) -> None:
     context = open_context(load_config(finished / "config.yaml"))
-    samples = read_labels(context, None).samples
+    samples = read_labels(context.workspace, None).samples
     several = [in_space(context, centre=False, unit_length=unit) for unit in (True, False)]
     for _ in range(2):  # the second time the file is there
         found = [map_features(each, samples) for each in (context, *several)]
@@ -183,7 +183,7 @@ def test_mapped_features_are_those_in_memory(finished: Path) -> None:
 def phi(finished: Path) -> dict[str, NDArray[np.float64]]:
     """Features of samples and of queries from the Parquet files, laid end to end at length one, not centred."""
     context = open_context(load_config(finished / "config.yaml"))
-    labels = read_labels(context, None)
+    labels = read_labels(context.workspace, None)
     found = {}
     for name, items in {"samples": labels.samples, "queries": labels.queries[0]}.items():
         parts = []
@@ -202,7 +202,7 @@ def test_features_of_samples_and_queries_are_less_the_samples_mean(
     finished: Path, phi: dict[str, NDArray[np.float64]]
 ) -> None:
     context = open_context(load_config(finished / "config.yaml"))
-    labels = read_labels(context, None)
+    labels = read_labels(context.workspace, None)
     mean = phi["samples"].mean(0)
     places = [*finished.glob("workspace/features/means/*.safetensors"), *finished.glob("workspace/indexes/*/mean.*")]
     vectors = [load_file(path)["mean"] for path in places if path.suffix == ".safetensors"]
@@ -286,7 +286,7 @@ def test_an_index_that_lost_its_mean_gets_it_back(finished: Path, tmp_path: Path
     shutil.copytree(finished / "workspace", tmp_path / "workspace")
     config = context.config.model_copy(update={"workspace": str(tmp_path / "workspace")})
     context = dataclasses.replace(context, config=config)
-    samples = read_labels(context, None).samples
+    samples = read_labels(context.workspace, None).samples
     head, _ = read_head(context.workspace, latest_head(context.workspace))
     (path,) = (tmp_path / "workspace" / "indexes").glob("*/mean.safetensors")
     before = path.read_bytes()

@@ -61,7 +61,7 @@ def test_a_version_that_is_not_there_is_named_with_where_to_look(similar: WholeR
 
 
 def test_what_is_there_is_not_made_again(similar: WholeRun) -> None:
-    context, labels = similar.context, read_labels(similar.context, None)
+    context, labels = similar.context, read_labels(similar.workspace, None)
     features = extract_features.fn(context, labels.samples)
     assert features.reused
     head = fit_rank_head.fn(context, labels.samples, labels.queries, features.artifact, labels.ranks)
@@ -95,15 +95,15 @@ def test_the_space_of_a_head_is_its_own_whatever_is_configured_since(similar: Wh
 
 
 def test_labels_are_those_of_the_snapshot(similar: WholeRun) -> None:
-    labels = read_labels(similar.context, None)
+    labels = read_labels(similar.workspace, None)
     run = similar.run
-    assert labels == read_labels(similar.context, similar.curation.ranks.key)
+    assert labels == read_labels(similar.workspace, similar.curation.ranks.key)
     assert labels.run == run.name == run_behind(similar.workspace, labels.ranks)
     assert (labels.samples, labels.queries) == (run.artifacts["samples"], (run.artifacts["queries"],))
     snapshot = read_snapshot(similar.workspace, read_published(similar.workspace).snapshot)
     assert labels.ranks.rows == snapshot.rows == run.artifacts["candidates"].rows
     with pytest.raises(NotPublished):
-        read_labels(similar.context, "never")
+        read_labels(similar.workspace, "never")
 
 
 def test_a_run_without_images_cannot_be_trained_on(similar: WholeRun, tmp_path) -> None:
@@ -113,7 +113,7 @@ def test_a_run_without_images_cannot_be_trained_on(similar: WholeRun, tmp_path) 
     config = similar.config.model_copy(update={"workspace": str(tmp_path)})
     context = type(similar.context)(config, "model")
     with pytest.raises(UsageError, match="run run-1 was imported: it has no images to train on"):
-        read_labels(context, None)
+        read_labels(context.workspace, None)
 
 
 def test_the_ids_beside_an_index_are_those_of_the_samples(similar: WholeRun) -> None:

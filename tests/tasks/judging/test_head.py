@@ -38,7 +38,7 @@ def test_the_features_agree_fully_with_the_teacher_that_scores_by_them(similar: 
 
 
 def test_a_head_is_measured_on_the_test_queries_as_scikit_learn_would(similar: WholeRun) -> None:
-    labels, context = read_labels(similar.context, None), similar.context
+    labels, context = read_labels(similar.workspace, None), similar.context
     head = load_trained_head(similar.head.artifact.path)
     queries = joined_queries(labels.queries)
     vectors = head.queries(load_query_features(context, labels.queries, labels.samples)).detach().numpy()
@@ -60,7 +60,7 @@ def test_a_head_is_measured_on_the_test_queries_as_scikit_learn_would(similar: W
 def test_what_the_checks_found_stands_beside_it_and_is_measured_once(unlearned: WholeRun) -> None:
     found = means(unlearned)
     assert ("spearman", "exact vs first order", 0) in found and ("relative error", "low-rank Delta theta", 0) in found
-    labels, context = read_labels(unlearned.context, None), unlearned.context
+    labels, context = read_labels(unlearned.workspace, None), unlearned.context
     checks = read_checks(unlearned.workspace, unlearned.run.name)
     assert [check.name for check in checks] == ["twin test", "low-rank error", "exact check", "self-consistency"]
     again = measure_head.fn(context, labels.samples, labels.queries, labels.ranks, unlearned.head.artifact, checks)

@@ -41,7 +41,7 @@ def test_a_study_asks_each_question_of_each_value_and_seed(similar: WholeRun) ->
 @pytest.mark.heavy
 def test_every_variant_is_measured_and_made_once(similar: WholeRun) -> None:
     context = replace(similar.context, config=similar.config.model_copy(update={"study": SMALL}))
-    labels = read_labels(context, None)
+    labels = read_labels(context.workspace, None)
     with without_prefect():
         made, again = compare_heads(context, labels), compare_heads(context, labels)
         picture = draw_study(context, labels, made.artifact)

@@ -93,7 +93,7 @@ def test_everybody_who_waits_hears_what_is_there(similar: WholeRun, monkeypatch:
     for name in ("get_id", "get_name"):
         monkeypatch.setattr(events.flow_run, name, lambda: "here")
     monkeypatch.setattr(events, "emit_event", lambda **event: emitted.append(event))
-    context, run, labels = similar.context, similar.run.name, read_labels(similar.context, None)
+    context, run, labels = similar.context, similar.run.name, read_labels(similar.workspace, None)
     head, index, ranks = similar.head.artifact, similar.index.artifact, similar.curation.ranks
     announce_scores(similar.run, ranks.key)
     announce_trust(similar.run)

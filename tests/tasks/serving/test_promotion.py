@@ -47,7 +47,8 @@ def promoted(root: Path, head: Path, index: Path) -> Evaluation:
     ]
     metrics = write_table(root / "metrics" / "m.parquet", tables.METRICS, rows)
     trained, built, measured = (Artifact(path.name, path.name, path, 1) for path in (head, index, metrics))
-    return promote.fn(tiny_context(root), trained, built, Made(measured, 0.0, True))
+    context = tiny_context(root)
+    return promote.fn(context.workspace, context.config.evaluation, trained, built, Made(measured, 0.0, True))
 
 
 def test_an_index_of_other_training_data_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from storage_schemas.snapshots.published import read_published
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made
 from tasks.config.pipeline import PipelineConfig
-from tasks.context import Context
 from tasks.judging.metric_rows import metric_row
 from tasks.serving.promotion import promote
 from tests.storage_schemas.workspaces import finish_run
@@ -44,8 +43,8 @@ def test_a_head_below_the_untuned_features_is_not_served_unless_that_is_asked_fo
 ) -> None:
     finish_run(tmp_path)
     samples = publish_runs(Workspace(tmp_path), ["run-1"]).samples
-    context = Context(PipelineConfig.model_validate(document(workspace=str(tmp_path), **changes)), "model")
-    workspace = context.workspace
+    floors = PipelineConfig.model_validate(document(**changes)).evaluation
+    workspace = Workspace(tmp_path)
     outcomes = {}
     for name, tuned in (("good", 0.210), ("random", 0.081)):
         head, index = (
@@ -53,7 +52,7 @@ def test_a_head_below_the_untuned_features_is_not_served_unless_that_is_asked_fo
             for what, folder in (("rank head", workspace.head(name)), ("index", workspace.index(name)))
         )
         write_atomically(index.path / "index.json", json.dumps({"head": name, "samples": samples}).encode())
-        outcomes[name] = promote.fn(context, head, index, measured(workspace, name, tuned, 0.144))
+        outcomes[name] = promote.fn(workspace, floors, head, index, measured(workspace, name, tuned, 0.144))
     published = read_published(workspace)
     assert published.index == workspace.relative(workspace.index(served))
     assert published.head == workspace.relative(workspace.head(served))
