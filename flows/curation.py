@@ -55,17 +55,18 @@ def plan_run(config: PipelineConfig) -> Run:
     """Samples, queries, features and candidates, and from them what the run is to do."""
     context = open_context(config)
     family_of(config).check(context)
-    ingested = ingest_samples(context)
-    samples = ingested.artifact
+    made_samples = ingest_samples(context)
+    samples = made_samples.artifact
     check_sizes(config, samples.rows)
-    asked = make_queries(context, samples)
-    queries = asked.artifact
+    made_queries = make_queries(context, samples)
+    queries = made_queries.artifact
     features = [extract_features(context, items) for items in (samples, queries)]
     features += candidate_features(context, samples, queries)
     artifacts = run_artifacts(context, samples, queries)
-    chosen = choose_candidates(context, run_name(context, artifacts), samples, queries)
-    check_sizes(config, samples.rows, chosen.artifact.rows // queries.rows)
-    return planned_run(context, artifacts, chosen.artifact, [ingested, asked, *features, chosen])
+    made_candidates = choose_candidates(context, run_name(context, artifacts), samples, queries)
+    check_sizes(config, samples.rows, made_candidates.artifact.rows // queries.rows)
+    planned = [made_samples, made_queries, *features, made_candidates]
+    return planned_run(context, artifacts, made_candidates.artifact, planned)
 
 
 @flow(name="curate", flow_run_name=named("curate"))

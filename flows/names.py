@@ -13,12 +13,12 @@ def named(verb: str, *parameters: str) -> Callable[[], str]:
     """A namer of runs of a flow whose parameter `config` is a `PipelineConfig`; `parameters` too, where given."""
 
     def name() -> str:
-        given: dict[str, Any] = flow_run.get_parameters()
-        config = given["config"]
+        arguments: dict[str, Any] = flow_run.get_parameters()
+        config = arguments["config"]
         section = config if isinstance(config, dict) else config.model_dump(mode="json")
         started = flow_run.get_scheduled_start_time() or datetime.now(UTC)
         words = [verb, section["name"], section["teacher"]["name"], section["queries"].get("partition") or ""]
-        words += [str(given[each]) for each in parameters if given.get(each)]
+        words += [str(arguments[each]) for each in parameters if arguments.get(each)]
         return " ".join([*filter(None, words), f"{started:%Y-%m-%d}"])
 
     return name

@@ -40,11 +40,11 @@ def lineage(
     from storage_schemas.audit.lineage import lineage as lineage_of
     from storage_schemas.workspace import Workspace
 
-    found = lineage_of(Workspace.at(workspace), identifier)
+    node = lineage_of(Workspace.at(workspace), identifier)
     if as_json:
-        print(json.dumps(found.as_json(), indent=2))
+        print(json.dumps(node.as_json(), indent=2))
         return
-    out.print(_tree(found))
+    out.print(_tree(node))
 
 
 def _tree(node: Node, above: Tree | None = None) -> Tree:

@@ -39,17 +39,17 @@ def read_config(path: Path, runner: Runner | None = None) -> PipelineConfig:
     return with_runner(config, runner.value) if runner else config
 
 
-def _chosen_workspace(given: str) -> str:
+def _chosen_workspace(named: str) -> str:
     """The workspace that is meant: the one named, that of the config named, or that of the current folder."""
-    if not given:
-        found = default_location()
-        typer.echo(f"workspace {found} (-c CONFIG or --workspace PATH name another one)", err=True)
-        return found
-    if "://" not in given and (Path(given).is_file() or given.endswith((".yaml", ".yml"))):
+    if not named:
+        location = default_location()
+        typer.echo(f"workspace {location} (-c CONFIG or --workspace PATH name another one)", err=True)
+        return location
+    if "://" not in named and (Path(named).is_file() or named.endswith((".yaml", ".yml"))):
         from tasks.config.document import workspace_of
 
-        return workspace_of(Path(given))
-    return given
+        return workspace_of(Path(named))
+    return named
 
 
 WorkspaceOption = Annotated[

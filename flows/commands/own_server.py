@@ -181,10 +181,10 @@ def _keep_empty(database: Path) -> None:
     temporary = kept.with_name(f".{os.getpid()}-{kept.name}")
     with contextlib.suppress(OSError, sqlite3.Error):
         with (
-            contextlib.closing(sqlite3.connect(database)) as found,
+            contextlib.closing(sqlite3.connect(database)) as original,
             contextlib.closing(sqlite3.connect(temporary)) as copy,
         ):
-            found.backup(copy)
+            original.backup(copy)
         temporary.replace(kept)
 
 

@@ -77,15 +77,15 @@ def print_query(
         raise
 
 
-def _statement(given: str) -> str:
-    if given == "-":
+def _statement(argument: str) -> str:
+    if argument == "-":
         return sys.stdin.read()
-    if not given.startswith("@"):
-        return given
+    if not argument.startswith("@"):
+        return argument
     try:
-        return Path(given[1:]).read_text(encoding="utf-8")
+        return Path(argument[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{given[1:]}: {error}") from error
+        raise UsageError(f"{argument[1:]}: {error}") from error
 
 
 def _print(answer: Answer, format: TableFormat, limit: int | None) -> None:

@@ -70,11 +70,11 @@ def plan(config: ConfigArgument, as_json: JsonOption = False) -> None:
     checked = read_config(config)
     from tasks.execution.estimate import estimate
 
-    found = estimate(checked)
+    estimated = estimate(checked)
     if as_json:
-        print(json.dumps(found.as_json(), indent=2))
+        print(json.dumps(estimated.as_json(), indent=2))
         return
-    for renderable in found.shown():
+    for renderable in estimated.shown():
         out.print(renderable, highlight=False, soft_wrap=True)
     say(f"written: the index of the tars, in {checked.workspace}")
 
@@ -151,11 +151,11 @@ def evaluate(
     from flows.evaluation import evaluate as evaluation
 
     wait_for_server()
-    found = evaluation(checked, index)
-    say(f"index {found.index.key}: mAP {found.tuned:.3f} tuned, {found.untuned:.3f} untuned")
+    evaluated = evaluation(checked, index)
+    say(f"index {evaluated.index.key}: mAP {evaluated.tuned:.3f} tuned, {evaluated.untuned:.3f} untuned")
     asking = command(Workspace.at(checked.workspace), "attribute IMAGE --caption CAPTION")
-    say(found.refused or f"promoted: {asking} answers from it")
-    if found.refused:
+    say(evaluated.refused or f"promoted: {asking} answers from it")
+    if evaluated.refused:
         raise typer.Exit(1)
 
 
@@ -170,9 +170,9 @@ def study(config: ConfigArgument, as_json: JsonOption = False) -> None:
     from tasks.judging.study_results import answers
 
     wait_for_server()
-    found = compare(checked)
+    compared = compare(checked)
     cutoff = checked.evaluation.validation_cutoff
-    rows = answers(tables.read(found.metrics.artifact.path, tables.METRICS), cutoff)
+    rows = answers(tables.read(compared.metrics.artifact.path, tables.METRICS), cutoff)
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
         return
@@ -182,7 +182,7 @@ def study(config: ConfigArgument, as_json: JsonOption = False) -> None:
         question, before = row.question if row.question != before else "", row.question
         table.add_row(question, row.value, f"{row.mean:.3f}", f"{row.deviation:.3f}" if row.seeds > 1 else "")
     out.print(table)
-    say(f"Picture: {found.picture.artifact.path}")
+    say(f"Picture: {compared.picture.artifact.path}")
 
 
 def judge(config: ConfigArgument) -> None:

@@ -35,10 +35,10 @@ def status(
     from tasks.watching.status_text import status_table
 
     place = Workspace.at(workspace)
-    chosen = run or latest_run(place)
+    name = run or latest_run(place)
 
     def now() -> RunStatus:
-        return run_status(place, chosen)
+        return run_status(place, name)
 
     if as_json:
         print(json.dumps(now().as_json(), indent=2))
@@ -47,9 +47,9 @@ def status(
     else:
         with Live(console=out, auto_refresh=False) as live:
             while True:
-                found = now()
-                live.update(status_table(found), refresh=True)
-                if found.state not in ("running", "paused", "planned"):
+                status_now = now()
+                live.update(status_table(status_now), refresh=True)
+                if status_now.state not in ("running", "paused", "planned"):
                     break
                 time.sleep(WATCH_SECONDS)
 

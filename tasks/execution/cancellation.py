@@ -21,11 +21,11 @@ def requested() -> bool:
     own = flow_run.get_id()
     if own is None or not PREFECT_API_URL.value():
         return False
-    at, found = _looked.get(own, (0.0, False))
-    if not found and time.monotonic() - at > LOOK_SECONDS:
+    at, cancelled = _looked.get(own, (0.0, False))
+    if not cancelled and time.monotonic() - at > LOOK_SECONDS:
         # While the server is away nobody can have asked; what it says later counts.
         with tolerated("say whether the run was cancelled"), get_client(sync_client=True) as client:
             state = client.read_flow_run(UUID(own)).state
-            found = state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED)
-        _looked[own] = (time.monotonic(), found)
-    return found
+            cancelled = state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED)
+        _looked[own] = (time.monotonic(), cancelled)
+    return cancelled

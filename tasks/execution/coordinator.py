@@ -136,11 +136,11 @@ class Coordinator:
                     suspects = [number for number in suspects if number in left]
                 todo = left
         if failures:
-            several = [failures[number] for number in sorted(failures)]
+            failed = [failures[number] for number in sorted(failures)]
             with logs.about(run=run.name, kind=kind):
-                log.error("%d of %d parts failed for good", len(several), parts.count)
-            events.announce(events.RUN_INCOMPLETE, run.context, "run", run.name, parts=kind, failed=len(several))
-            raise RunIncomplete(run.workspace, run.name, kind, parts.count, several)
+                log.error("%d of %d parts failed for good", len(failed), parts.count)
+            events.announce(events.RUN_INCOMPLETE, run.context, "run", run.name, parts=kind, failed=len(failed))
+            raise RunIncomplete(run.workspace, run.name, kind, parts.count, failed)
         return _made(parts, parts.standing(), reused=False)
 
     def make_unless_incomplete(self, kind: str) -> Made | None:
@@ -152,11 +152,11 @@ class Coordinator:
 
     def _given_up(self, kind: str) -> dict[int, Failure]:
         """Parts that were quarantined before, which only `fastgda retry` takes up again."""
-        found = {}
+        quarantined = {}
         for number, attempts in read_attempts(self.run.workspace, self.run.name, kind).items():
             if attempts and attempts[-1].state == ShardState.quarantined:
-                found[number] = Failure(kind, number, attempts[-1].error_class, attempts[-1].error)
-        return found
+                quarantined[number] = Failure(kind, number, attempts[-1].error_class, attempts[-1].error)
+        return quarantined
 
     def _round(self, kind: str, todo: list[int], watch: Watch) -> Outcome:
         run, execution = self.run, self.run.config.execution

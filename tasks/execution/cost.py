@@ -38,9 +38,9 @@ class Rate:
 
 def known_rate(context: Context) -> Rate | None:
     """From the configuration, else from earlier runs of this model in the workspace; None where neither tells."""
-    given = context.config.execution.forwards_per_second
-    if given is not None:
-        return Rate(given, "execution.forwards_per_second")
+    configured = context.config.execution.forwards_per_second
+    if configured is not None:
+        return Rate(configured, "execution.forwards_per_second")
     return _measured(context.workspace, context.model_hash)
 
 
@@ -53,22 +53,22 @@ def _measured(workspace: Workspace, model_hash: str) -> Rate | None:
     forwards = seconds = 0.0
     for run in run_names(workspace):
         try:
-            found = read_assignment(workspace, run)
+            assignment = read_assignment(workspace, run)
         except StoreError:
             continue
-        if found.model_hash != model_hash or not workspace.ledger(run).exists():
+        if assignment.model_hash != model_hash or not workspace.ledger(run).exists():
             continue
         ledger = tables.read(workspace.ledger(run), tables.SHARDS).to_pydict()
         done = [s for s, state in zip(ledger["seconds"], ledger["state"], strict=True) if state == "done"]
         if not done:
             continue
         try:
-            config, _ = lifted(PipelineConfig, found.config, f"run {run}")
+            config, _ = lifted(PipelineConfig, assignment.config, f"run {run}")
         except UsageError:
             continue  # another release's, which is no reason why this one should not run
         record = read_run(workspace, run)
-        queries = found.stages["queries"].rows
-        samples = found.stages["samples"]
+        queries = assignment.stages["queries"].rows
+        samples = assignment.stages["samples"]
         captions = mean_captions(workspace.file(samples.path))
         size = Size(samples.rows, captions, queries, record.pairs // queries)
         run_forwards = family_of(config).costs(config, size)[-1].forwards * len(done) / record.shards

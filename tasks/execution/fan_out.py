@@ -258,7 +258,7 @@ def quarantine_deadly(
 ) -> dict[int, Failure]:
     """Take those of some unfinished parts out of the run over which too many worker processes died."""
     attempts, attempt_log = read_attempts(workspace, run, kind), AttemptLog(workspace, run, kind=kind)
-    found = {}
+    quarantined = {}
     for number in numbers:
         count = deaths(attempts.get(number, []))
         if count >= max_deaths:
@@ -266,5 +266,5 @@ def quarantine_deadly(
             attempt_log.record(number, ShardState.quarantined, error=error)
             with logs.about(run=run, kind=kind, part=number):
                 log.warning("%s %05d is quarantined: %s", kind, number, error)
-            found[number] = Failure.of(kind, number, error)
-    return found
+            quarantined[number] = Failure.of(kind, number, error)
+    return quarantined

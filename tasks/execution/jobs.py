@@ -99,7 +99,7 @@ class JobPool:
     def make(self, numbers: list[int], tick: Callable[[], bool]) -> Outcome:
         """Keep jobs under way until every part is there, failed, or somebody stops it."""
         outcome = Outcome()
-        self._known = {number: len(several) for number, several in self._attempts().items()}
+        self._known = {number: len(attempts) for number, attempts in self._attempts().items()}
         # Prefect's client would try for minutes by itself, in which nobody could stop the run.
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 1}), get_client(sync_client=True) as client:
             while not self._adopt(client):
@@ -141,12 +141,12 @@ class JobPool:
         """Take over the jobs that a coordinator of this run left under way when it died; False where nobody answers."""
         under_way: list[FlowRun] = []
         while True:
-            chosen = FlowRunFilter(
+            unlisted = FlowRunFilter(
                 tags=Tags(all_=self._tags()),
                 state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED)),
-                id=FlowRunFilterId(not_any_=[found.id for found in under_way]),
+                id=FlowRunFilterId(not_any_=[flow_run.id for flow_run in under_way]),
             )
-            page = self._page(client, chosen)
+            page = self._page(client, unlisted)
             if page is None:
                 return False
             under_way += page
@@ -155,25 +155,25 @@ class JobPool:
         deployments = self._deployments(client) if under_way else {}
         if deployments is None:
             return False
-        for found in under_way:
-            numbers = from_ranges(str(found.parameters.get("numbers", "")))
-            self._jobs.append(_Job(found.id, found.name, self._pool_of(found, deployments), numbers))
-            log.info("job %s of an earlier coordinator goes on, with %d parts", found.name, len(numbers))
+        for flow_run in under_way:
+            numbers = from_ranges(str(flow_run.parameters.get("numbers", "")))
+            self._jobs.append(_Job(flow_run.id, flow_run.name, self._pool_of(flow_run, deployments), numbers))
+            log.info("job %s of an earlier coordinator goes on, with %d parts", flow_run.name, len(numbers))
         return True
 
-    def _page(self, client: SyncPrefectClient, chosen: FlowRunFilter) -> list[FlowRun] | None:
-        return self._answer("list the run's jobs", lambda: client.read_flow_runs(flow_run_filter=chosen, limit=PAGE))
+    def _page(self, client: SyncPrefectClient, asked_for: FlowRunFilter) -> list[FlowRun] | None:
+        return self._answer("list the run's jobs", lambda: client.read_flow_runs(flow_run_filter=asked_for, limit=PAGE))
 
     def _deployments(self, client: SyncPrefectClient) -> dict[str, UUID] | None:
         """What the server calls the deployments of the pools; None while it is away."""
-        found = {}
+        ids = {}
         for pool in self.order.execution.pools:
             ask = functools.partial(client.read_deployment_by_name, pool.deployment)
             deployment = self._answer(f"show {pool.deployment}", ask, pool)
             if deployment is None:
                 return None
-            found[pool.deployment] = deployment.id
-        return found
+            ids[pool.deployment] = deployment.id
+        return ids
 
     def _pool_of(self, flow_run: FlowRun, deployments: dict[str, UUID]) -> PoolConfig:
         pools = self.order.execution.pools
@@ -273,16 +273,16 @@ class JobPool:
 
         Those that work stop by themselves when the run is to stop; those that wait for a worker are called off.
         """
-        found: dict[UUID, FlowRun] = {}
+        flow_runs: dict[UUID, FlowRun] = {}
         for start in range(0, len(self._jobs), PAGE):
-            chosen = FlowRunFilter(id=FlowRunFilterId(any_=[job.flow_run for job in self._jobs[start : start + PAGE]]))
-            page = self._page(client, chosen)
+            ids = [job.flow_run for job in self._jobs[start : start + PAGE]]
+            page = self._page(client, FlowRunFilter(id=FlowRunFilterId(any_=ids)))
             if page is None:
                 return  # workers go on without the server
-            found |= {run.id: run for run in page}
+            flow_runs |= {run.id: run for run in page}
         beats = {beat.job: beat for beat in read_beats(self.workspace, self.order.run)}
         for job in list(self._jobs):
-            flow_run = found.get(job.flow_run)
+            flow_run = flow_runs.get(job.flow_run)
             state = flow_run.state if flow_run else None
             # Of one that the server does not show nothing is known: it may work, as long as it gives signs of life.
             if state is None or state.is_running() or state.is_cancelling():
@@ -342,11 +342,11 @@ class JobPool:
         attempts = self._attempts()
         back, tried = [], len(undone) < len(job.numbers)
         for number in undone:
-            several = attempts.get(number, [])
-            fresh = several[self._known.get(number, 0) :]
-            self._known[number] = len(several)
-            tried |= bool(fresh)
-            last = fresh[-1] if fresh else None
+            all_attempts = attempts.get(number, [])
+            new_attempts = all_attempts[self._known.get(number, 0) :]
+            self._known[number] = len(all_attempts)
+            tried |= bool(new_attempts)
+            last = new_attempts[-1] if new_attempts else None
             if last is not None and last.state == ShardState.failed:
                 outcome.failures[number] = Failure(self.order.kind, number, last.error_class, last.error)
             else:

@@ -12,13 +12,13 @@ from storage_schemas.workspace import Workspace
 
 def as_ranges(numbers: Iterable[int]) -> str:
     """Ascending numbers as ranges."""
-    found: list[list[int]] = []
+    ranges: list[list[int]] = []
     for number in sorted(set(numbers)):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
         else:
-            found.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
+            ranges.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
 def from_ranges(text: str) -> list[int]:
@@ -45,13 +45,13 @@ def chosen_shards(workspace: Workspace, run: str, text: str | None) -> set[int] 
     """
     if text is None:
         return None
-    chosen = set(from_ranges(text))
+    shards = set(from_ranges(text))
     known = set(read_ledger(workspace, run)["shard"].to_pylist())
-    if not chosen:
+    if not shards:
         raise UsageError(f"{text!r} names no shard of run {run}: write them as 0-2,5")
-    if chosen - known:
+    if shards - known:
         raise UsageError(
-            f"run {run} has no shard {min(chosen - known)}: it has {len(known)}; "
+            f"run {run} has no shard {min(shards - known)}: it has {len(known)}; "
             f"{command(workspace, f'status {run}')} names those that failed"
         )
-    return chosen
+    return shards

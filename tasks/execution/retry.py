@@ -35,14 +35,14 @@ def release(location: str, run: str, shards: str | None = None) -> int:
         UsageError: a shard named is not one of those.
     """
     workspace = Workspace.at(location)
-    chosen = chosen_shards(workspace, run, shards)
+    named = chosen_shards(workspace, run, shards)
     short = quarantined_parts(workspace, run)
     given_up = _given_up(workspace, run)
-    if chosen is not None:
-        given_up = {"scores": given_up.get("scores", set()) & chosen}
+    if named is not None:
+        given_up = {"scores": given_up.get("scores", set()) & named}
         short = {
             "scores": [
-                path for number in chosen if (path := workspace.score_shard(run, number)) in short.get("scores", [])
+                path for number in named if (path := workspace.score_shard(run, number)) in short.get("scores", [])
             ]
         }
     folder = workspace.quarantine(f"{datetime.now(UTC):%Y%m%dT%H%M%S}")
@@ -57,8 +57,8 @@ def release(location: str, run: str, shards: str | None = None) -> int:
             attempts.record(number, ShardState.pending)
     withdraw(workspace, run)
     if any(short.values()):
-        found = read_assignment(workspace, run)
-        write_assignment(workspace, found.model_copy(update={"generation": found.generation + 1}))
+        assignment = read_assignment(workspace, run)
+        write_assignment(workspace, assignment.model_copy(update={"generation": assignment.generation + 1}))
     count = sum(map(len, short.values())) + sum(map(len, given_up.values()))
     with logs.about(run=run):
         log.info("%d parts that failed or left samples out are to be made again", count)
@@ -67,7 +67,7 @@ def release(location: str, run: str, shards: str | None = None) -> int:
 
 def _given_up(workspace: Workspace, run: str) -> dict[str, set[int]]:
     """Parts whose last attempt record says failed or quarantined, by kind."""
-    found: dict[str, set[int]] = {}
+    given_up: dict[str, set[int]] = {}
     try:
         kinds = list(read_assignment(workspace, run).stages)
     except StoreError:  # imported
@@ -75,5 +75,5 @@ def _given_up(workspace: Workspace, run: str) -> dict[str, set[int]]:
     for kind in kinds:
         for number, attempts in read_attempts(workspace, run, kind).items():
             if attempts and attempts[-1].state in (ShardState.failed, ShardState.quarantined):
-                found.setdefault(kind, set()).add(number)
-    return found
+                given_up.setdefault(kind, set()).add(number)
+    return given_up

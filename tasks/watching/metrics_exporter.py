@@ -129,8 +129,8 @@ def serve(workspace: Workspace, host: str, port: int) -> None:
     Raises:
         UsageError: nobody can listen there, for instance as the port is in use.
     """
-    with listening(workspace, host, port) as chosen, suppress(KeyboardInterrupt):
-        console.print(f"metrics: http://{host}:{chosen}/metrics; Ctrl-C ends it", highlight=False, soft_wrap=True)
+    with listening(workspace, host, port) as bound_port, suppress(KeyboardInterrupt):
+        console.print(f"metrics: http://{host}:{bound_port}/metrics; Ctrl-C ends it", highlight=False, soft_wrap=True)
         Event().wait()
 
 
@@ -178,15 +178,15 @@ def _changed(path: AnyPath) -> tuple[int, int]:
 
 def _retries(attempts: dict[int, list[Attempt]]) -> dict[str, int]:
     """Failed attempts after which the same shard was started again, by class of the error."""
-    found: Counter[str] = Counter()
-    for several in attempts.values():
+    retries: Counter[str] = Counter()
+    for of_shard in attempts.values():
         started = False
-        for attempt in reversed(several):
+        for attempt in reversed(of_shard):
             if attempt.state == ShardState.running:
                 started = True
             elif attempt.state == ShardState.failed and started:
-                found[attempt.error_class] += 1
-    return dict(found)
+                retries[attempt.error_class] += 1
+    return dict(retries)
 
 
 def _progress_metrics(runs: list[RunFigures]) -> Iterator[Metric]:

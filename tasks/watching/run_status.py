@@ -230,7 +230,7 @@ def _stragglers(
     medians = {stage.kind: (stage.done, stage.median) for stage in stages if stage.median is not None}
     if done:
         medians["scores"] = len(done), statistics.median(row["seconds"] for row in done)
-    found = []
+    stragglers = []
     for beat in beats:
         count, median = medians.get(beat.kind, (0, None))
         if median is None:
@@ -239,5 +239,5 @@ def _stragglers(
         hangs = seconds > max(execution.timeout_floor, execution.timeout_factor * median)
         slow = count >= 5 and seconds > max(execution.straggler_factor * median, 2 * BEAT_SECONDS)
         if slow or hangs:
-            found.append(Straggler(beat.kind, beat.number, beat.worker, seconds, median, hangs))
-    return found
+            stragglers.append(Straggler(beat.kind, beat.number, beat.worker, seconds, median, hangs))
+    return stragglers

@@ -62,7 +62,7 @@ def stages_before_scores(
         stages = read_assignment(workspace, run).stages
     except StoreError:  # imported
         return [], []
-    found, failures = [], []
+    progress, failures = [], []
     for kind, record in stages.items():
         if kind == "scores" or not record.parts:
             continue
@@ -71,7 +71,7 @@ def stages_before_scores(
         seconds = [manifest.seconds for manifest in done.values()]
         speed = recent_speed([(m.committed_at, 1, m.seconds) for m in done.values() if m.committed_at], now)
         left = record.parts - len(done)
-        found.append(
+        progress.append(
             StageProgress(
                 kind,
                 record.parts,
@@ -83,7 +83,7 @@ def stages_before_scores(
             )
         )
         failures += failed
-    return found, failures
+    return progress, failures
 
 
 def recent_speed(ends: list[tuple[datetime, int, float]], now: datetime) -> float:
@@ -108,9 +108,9 @@ def _done(path: AnyPath, record: PartsRecord) -> Iterator[tuple[int, Manifest]]:
 
 
 def _failed(kind: str, attempts: dict[int, list[Attempt]], done: dict[int, Manifest]) -> Iterator[FailedShard]:
-    for number, several in sorted(attempts.items()):
-        last = several[-1] if several else None
+    for number, of_part in sorted(attempts.items()):
+        last = of_part[-1] if of_part else None
         if last is None or number in done or last.state not in (ShardState.failed, ShardState.quarantined):
             continue
-        tries = sum(attempt.state == ShardState.running for attempt in several)
+        tries = sum(attempt.state == ShardState.running for attempt in of_part)
         yield FailedShard(number, last.state, tries, last.worker, last.error_class, last.error, kind)

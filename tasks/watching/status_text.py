@@ -34,22 +34,20 @@ def facts(status: RunStatus) -> list[tuple[str, str]]:
     share = status.rows / status.pairs if status.pairs else 1.0
     filled = round(BAR * share)
     shards = ", ".join(f"{count:,} {state}" for state, count in status.shards.items() if count)
-    found = [
-        ("state", status.state),
-        ("rows", f"{'█' * filled}{'░' * (BAR - filled)} {share:.1%}  {status.rows:,} of {status.pairs:,}"),
-        ("shards", shards),
-        ("device-hours", f"{status.device_hours:.3f}"),
-    ]
+    said = [("state", status.state)]
     if status.state != "done":
-        found[1:1] = [(stage.kind, _stage(stage)) for stage in status.stages]
+        said += [(stage.kind, _stage(stage)) for stage in status.stages]
+    said.append(("rows", f"{'█' * filled}{'░' * (BAR - filled)} {share:.1%}  {status.rows:,} of {status.pairs:,}"))
+    said.append(("shards", shards))
     if status.state == "running" and (status.rows or not any(stage.done < stage.parts for stage in status.stages)):
-        left = ("speed", f"{status.rows_per_second:,.1f} rows/s"), ("time left", duration(status.seconds_left))
-        found[-1:-1] = left
+        said.append(("speed", f"{status.rows_per_second:,.1f} rows/s"))
+        said.append(("time left", duration(status.seconds_left)))
+    said.append(("device-hours", f"{status.device_hours:.3f}"))
     if status.cost is not None:
-        found.append(("cost", f"{status.cost:,.2f} {status.currency}"))
+        said.append(("cost", f"{status.cost:,.2f} {status.currency}"))
     if status.failed_attempts:
-        found.append(("failed attempts", ", ".join(f"{n} {name}" for name, n in status.failed_attempts.items())))
-    return [*found, *status.trust.facts]
+        said.append(("failed attempts", ", ".join(f"{n} {name}" for name, n in status.failed_attempts.items())))
+    return [*said, *status.trust.facts]
 
 
 def _stage(stage: StageProgress) -> str:
@@ -61,23 +59,23 @@ def _stage(stage: StageProgress) -> str:
 
 def slow_parts(status: RunStatus) -> list[str]:
     """What is said of the parts that take too long, and what to do about those that hang."""
-    found, again = [], command(Workspace.at(status.workspace), f"retry {status.run}")
+    lines, again = [], command(Workspace.at(status.workspace), f"retry {status.run}")
     for s in status.stragglers:
         host, _, process = s.worker.rpartition(":")
         told = f"{s.kind} {s.number:05d} on {s.worker}: {duration(s.seconds)}, others took {duration(s.median)}"
         mend = f"; it hangs: `kill -9 {process}` on {host} ends it, and then {again}"
-        found.append(told + (mend if s.hangs else ""))
-    return found
+        lines.append(told + (mend if s.hangs else ""))
+    return lines
 
 
 def remedies(status: RunStatus) -> list[str]:
     """What to do about what is wrong."""
-    found, workspace = [], option(Workspace.at(status.workspace))
+    commands, workspace = [], option(Workspace.at(status.workspace))
     if status.failures or (status.left_out and status.state == "done") or status.state in ("stopped", "cancelled"):
-        found.append(f"fastgda retry {status.run}{workspace}")
+        commands.append(f"fastgda retry {status.run}{workspace}")
     if status.state == "paused":
-        found.append(f"fastgda resume {status.run}{workspace}")
-    return found
+        commands.append(f"fastgda resume {status.run}{workspace}")
+    return commands
 
 
 def status_markdown(status: RunStatus) -> str:

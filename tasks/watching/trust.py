@@ -61,10 +61,10 @@ class Trust:
     @property
     def facts(self) -> list[tuple[str, str]]:
         """As (name, value)."""
-        found = [("twins found", "; ".join(_summary(kind, test) for kind, test in self.twins.items()))]
+        facts = [("twins found", "; ".join(_summary(kind, test) for kind, test in self.twins.items()))]
         if self.agreement is not None:
-            found.append(("two teachers agree", f"Spearman {self.agreement:.3f}"))
-        return [(name, value) for name, value in found if value]
+            facts.append(("two teachers agree", f"Spearman {self.agreement:.3f}"))
+        return [(name, value) for name, value in facts if value]
 
     @property
     def warnings(self) -> list[str]:
