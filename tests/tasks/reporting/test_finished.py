@@ -40,7 +40,7 @@ def kept(run: WholeRun, folder: Path) -> tuple[PipelineConfig, RunSummary]:
 
     made = [moved(each) for each in (*run.curation.made, run.head, run.index, run.evaluation.metrics)]
     workspace = Workspace.at(config.workspace)
-    summary = RunSummary(run.curation.run, made, trust_in(workspace, run.curation.run), "it is worse")
+    summary = RunSummary(run.curation.run.name, made, trust_in(workspace, run.curation.run.name), "it is worse")
     keep_summary(config, inputs_stamp(config), summary)
     return config, summary
 
