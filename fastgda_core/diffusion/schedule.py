@@ -105,8 +105,8 @@ def load_schedule(folder: Path) -> Schedule:
         return FlowMatchingSchedule(scheduler, scheduler.timesteps.flip(0) / scheduler.config.num_train_timesteps)
     if prediction not in PREDICTION_TYPES:
         raise UsageError(
-            f"{folder}: prediction_type {prediction!r} is not known: use {', '.join(PREDICTION_TYPES)} or "
-            "flow_prediction"
+            f"{folder}: prediction_type {prediction!r} of scheduler_config.json is not known: use "
+            f"{', '.join(PREDICTION_TYPES)} or flow_prediction"
         )
     # Any other diffusers scheduler config reads as DDIM's: the noise schedule and the target are what counts.
     # DDIM's own default is to clip the clean image: solvers that never do have no such entry, and latents need none.

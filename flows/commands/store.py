@@ -56,7 +56,10 @@ def publish(
     snapshot = read_snapshot(place, published.snapshot)
     say(f"published {snapshot.snapshot}: {snapshot.rows:,} rows of {snapshot.queries:,} queries")
     if published.head is None:
-        say("its rank head is not trained yet: `attribute` answers again after the next training run")
+        say(
+            "no rank head is trained on this data yet: `attribute` answers again after `fastgda train`, `index` "
+            "and `evaluate`"
+        )
 
 
 def retract(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:

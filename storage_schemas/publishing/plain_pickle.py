@@ -39,7 +39,9 @@ def _check_memo(file: BinaryIO) -> None:
     """Refuse numbers of remembered objects that no pickler gives: they are allocated before they are looked at."""
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if "PUT" in opcode.name and (argument or 0) > count:
-            raise BadRelease(f"numbers an object {argument} that is at most its {count}th, which is refused")
+            raise BadRelease(
+                f"gives the number {argument} to one of its first {count} objects, as no pickler does: it is refused"
+            )
 
 
 class _Dtype:

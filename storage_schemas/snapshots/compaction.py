@@ -212,7 +212,10 @@ def _build(
             written = pq.read_table(temporary, columns=["score", "rank"], partitioning=None)
             rows = written.num_rows
             if rows != group.rows:
-                raise RunUnfinished(f"run {run}: {path.name} would hold {rows} rows, its plan says {group.rows}")
+                raise RunUnfinished(
+                    f"run {run}: {path.name} would hold {rows} rows, its plan says {group.rows}: "
+                    f"{_remedy(workspace, run)}"
+                )
             # No database promises the order of what it writes; everything that reads parts relies on it.
             if not _in_order(written["score"].to_numpy(), written["rank"].to_numpy(), group, negatives):
                 raise RunUnfinished(

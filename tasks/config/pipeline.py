@@ -88,4 +88,4 @@ def check_sizes(config: PipelineConfig, samples: int, pool: int | None = None) -
     }
     for field, value in asked.items():
         if value >= k:
-            raise UsageError(f"{field} is {value} but a query has {k} candidates: lower it")
+            raise UsageError(f"{field} is {value} and has to be below a query's {k} candidates: lower it")

@@ -125,9 +125,12 @@ class TeacherConfig(Section):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} is of an even grid and timestep_list is not: remove one")
             if len(set(self.timestep_list)) != len(self.timestep_list):
-                raise ValueError("timestep_list names one twice: remove it")
+                raise ValueError("timestep_list names a timestep twice: remove one of the two")
         if self.timestep_weights is not None and len(self.timestep_weights) != len(self.timestep_list or ()):
-            raise ValueError("timestep_weights needs as many as timestep_list has")
+            raise ValueError(
+                f"timestep_weights has {len(self.timestep_weights)} weights for the {len(self.timestep_list or ())} "
+                "timesteps of timestep_list: give one for each"
+            )
         if self.antithetic and self.draws % 2:
             raise ValueError("antithetic draws come in pairs: make draws even")
         TEACHERS[self.name].check_precision(self.precision)

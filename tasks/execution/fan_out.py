@@ -262,7 +262,9 @@ def quarantine_deadly(
     for number in numbers:
         count = deaths(attempts.get(number, []))
         if count >= max_deaths:
-            error = WorkerLost(f"{count} worker processes died over it: it is not tried again before `fastgda retry`")
+            error = WorkerLost(
+                f"{count} worker processes died while they made it: it is not tried again before `fastgda retry`"
+            )
             attempt_log.record(number, ShardState.quarantined, error=error)
             with logs.about(run=run, kind=kind, part=number):
                 log.warning("%s %05d is quarantined: %s", kind, number, error)

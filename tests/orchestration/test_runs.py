@@ -215,7 +215,7 @@ def test_a_shard_that_kills_its_workers_is_quarantined_and_its_neighbours_are_do
     assert done.returncode == 1, done.stderr
     run = the_run(tmp_path)
     assert f"run {run}: 1 of {SHARDS} parts of 'scores' failed" in done.stderr
-    assert "scores 00000: WorkerLost: 2 worker processes died over it" in done.stderr
+    assert "scores 00000: WorkerLost: 2 worker processes died while they made it" in done.stderr
     found = status(tmp_path, home)
     assert found["state"] == "incomplete"
     assert found["shards"]["quarantined"] == 1 and found["shards"]["done"] == SHARDS - 1

@@ -143,10 +143,10 @@ def test_shards_are_found_whatever_the_folder_of_the_config_is_called(tmp_path: 
         ({"teacher__precision": "int4"}, "teacher.precision", "bf16"),
         ({"teacher__antithetic": True}, "teacher", "make draws even"),
         ({"teacher__timestep_list": []}, "teacher.timestep_list", "at least 1"),
-        ({"teacher__timestep_list": [100, 100]}, "teacher", "names one twice"),
+        ({"teacher__timestep_list": [100, 100]}, "teacher", "names a timestep twice"),
         ({"teacher__timestep_list": [100], "teacher__timesteps": 1}, "teacher", "remove one"),
-        ({"teacher__timestep_weights": [1.0]}, "teacher", "as many as timestep_list"),
-        ({"teacher__timestep_list": [1, 2], "teacher__timestep_weights": [1]}, "teacher", "as many as timestep_list"),
+        ({"teacher__timestep_weights": [1.0]}, "teacher", "give one for each"),
+        ({"teacher__timestep_list": [1, 2], "teacher__timestep_weights": [1]}, "teacher", "give one for each"),
         ({"teacher__timestep_list": [1], "teacher__timestep_weights": [0]}, "teacher.timestep_weights.0", "greater"),
         ({"self_consistency": {"queries": 2}}, "config", "self_consistency.queries is 2"),
         ({"evaluation__validation_cutoff": 2}, "evaluation", "2 is not among evaluation.cutoffs: add it"),
@@ -175,9 +175,9 @@ def test_a_pooled_query_has_the_whole_pool_as_candidates() -> None:
     config = PipelineConfig.model_validate(asked)
     check_sizes(config, samples=12)
     check_sizes(config, samples=12, pool=9)
-    with pytest.raises(UsageError, match=r"evaluation\.cutoffs is 8 but a query has 8 candidates"):
+    with pytest.raises(UsageError, match=r"evaluation\.cutoffs is 8 and has to be below a query's 8 candidates"):
         check_sizes(config, samples=12, pool=8)
-    with pytest.raises(UsageError, match=r"evaluation\.cutoffs is 8 but a query has 2 candidates"):
+    with pytest.raises(UsageError, match=r"evaluation\.cutoffs is 8 and has to be below a query's 2 candidates"):
         check_sizes(PipelineConfig.model_validate(document(**{**asked, "candidates": {"policy": "top_k", "k": 2}})), 12)
 
 

@@ -101,7 +101,7 @@ def test_a_part_that_kills_its_process_is_found_alone_given_up_and_taken_up_agai
     tmp_path: Path, letters: Letters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runners, run = made_here(monkeypatch, deadly=(2,)), run_of(tmp_path, execution={"max_deaths": 3})
-    with begin_run.fn(run) as makers, pytest.raises(RunIncomplete, match="3 worker processes died over it"):
+    with begin_run.fn(run) as makers, pytest.raises(RunIncomplete, match="3 worker processes died while they made it"):
         makers.make("letters")
     assert [runner.given for runner in runners] == [[0, 1, 2, 3, 4], [2], [2], [3, 4]]
     assert all(runner.ended for runner in runners)
