@@ -159,7 +159,7 @@ class Workspace:
         return self.root / "metrics" / f"{key}.parquet"
 
     def study(self, key: str) -> AnyPath:
-        """Folder of a study's parts, one for each head that it trained, and of the metrics of all."""
+        """Folder of a study's parts, one for each head that it trained, and of the table of all."""
         return self.root / "studies" / key
 
     def report(self, run: str) -> AnyPath:

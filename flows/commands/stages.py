@@ -172,7 +172,7 @@ def study(config: ConfigArgument, as_json: JsonOption = False) -> None:
     wait_for_server()
     compared = compare(checked)
     cutoff = checked.evaluation.validation_cutoff
-    rows = answers(tables.read(compared.metrics.artifact.path, tables.METRICS), cutoff)
+    rows = answers(tables.read(compared.metrics.artifact.path, tables.STUDY), cutoff)
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
         return

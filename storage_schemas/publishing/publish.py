@@ -78,6 +78,7 @@ def _showing(
         exact_check=exact_check if exact_check or kept is None else kept.exact_check,
         metrics=kept.metrics if kept else None,
         study=kept.study if kept else None,
+        compared_heads=kept.compared_heads if kept else None,
         head=served.head if served else None,
         index=served.index if served else None,
         index_samples=served.index_samples if served else None,

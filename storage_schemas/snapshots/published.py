@@ -38,7 +38,8 @@ class Published(BaseModel):
     base_losses: str | None = Field(default=None, description="folder")
     exact_check: str | None = Field(default=None, description="folder of pairs that the exact teacher scored too")
     metrics: str | None = None
-    study: str | None = Field(default=None, description="metrics of a study of its rank labels")
+    study: str | None = Field(default=None, description="metrics of a study, as earlier releases wrote them")
+    compared_heads: str | None = Field(default=None, description="table of a study of its rank labels")
     head: str | None = None
     index: str | None = None
     index_samples: str | None = Field(default=None, description="table that the index's train_ids number")

@@ -203,6 +203,7 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, s
         tables.BASE_LOSSES: folder(published.base_losses) if published else None,
         tables.SCORES: ranks,
         tables.METRICS: files(published.metrics, published.study) if published else None,
+        tables.STUDY: files(published.compared_heads) if published else None,
     }
     for table, source in sources.items():
         # Two tables of what was rejected may have a tar in common.

@@ -38,7 +38,7 @@ from tasks.inputs.queries import joined_queries
 from tasks.judging.head import tuned_cosines, untuned_cosines
 from tasks.judging.kept_checks import read_checks
 from tasks.judging.metric_rows import metric_rows
-from tasks.judging.study_results import answers, study_plot
+from tasks.judging.study_results import UNTUNED, answers, study_plot
 from tasks.progress import stage
 from tasks.watching.trust import OTHER_TEACHER
 
@@ -62,10 +62,6 @@ class Variant:
     nearest: float | None = None
     outside: float | None = None
     seed: int = 0
-
-    @property
-    def name(self) -> str:
-        return f"{self.question} = {self.value}, seed {self.seed}"
 
 
 def variants(config: PipelineConfig) -> list[Variant]:
@@ -98,7 +94,7 @@ def compare_heads(context: Context, labels: Labels) -> Made:
     folder = context.workspace.study(key)
     features = {space: features_key(in_space(context, space=space), labels.samples) for space in _spaces(several)}
     keys = {
-        each: input_key("variant 2", key, dataclasses.astuple(each), features[each.space], table=tables.METRICS)
+        each: input_key("variant 3", key, dataclasses.astuple(each), features[each.space], table=tables.STUDY)
         for each in several
     }
     paths = {variant: folder / f"{each}.parquet" for variant, each in keys.items()}
@@ -112,8 +108,8 @@ def compare_heads(context: Context, labels: Labels) -> Made:
             for variant in missing:
                 if variant.space == space:
                     started = time.monotonic()
-                    rows = pa.Table.from_pylist(list(laboratory.measure(variant)), schema=tables.METRICS.schema)
-                    commit_table(paths[variant], rows, tables.METRICS, key=keys[variant], started=started)
+                    rows = pa.Table.from_pylist(list(laboratory.measure(variant)), schema=tables.STUDY.schema)
+                    commit_table(paths[variant], rows, tables.STUDY, key=keys[variant], started=started)
                     advance(1)
     whole = _publish(context, labels, key, list(paths.values()))
     manifests = [committed(paths[variant], keys[variant]) for variant in several]
@@ -146,11 +142,14 @@ class _Laboratory:
         return [self.query_ids[row] for row in self.rows[split].tolist()]
 
     def measure(self, variant: Variant) -> Iterator[dict[str, object]]:
-        """Metrics of the variant's head; of the untuned features too, where the question is the feature space."""
+        """Rows of the variant's head; of the untuned features too, where the question is the feature space."""
         scores, queries = self.scores["test"], self.queries[self.rows["test"]]
-        yield from self._precision(variant.name, tuned_cosines(scores, self._head(variant), queries, self.samples))
+        cosines = {"tuned": tuned_cosines(scores, self._head(variant), queries, self.samples)}
         if variant.question == "feature space" and variant.seed == 0:
-            yield from self._precision(f"untuned = {variant.value}", untuned_cosines(scores, queries, self.samples))
+            cosines[UNTUNED] = untuned_cosines(scores, queries, self.samples)
+        answered = {"question": variant.question, "choice": variant.value, "seed": variant.seed}
+        for space, similarity in cosines.items():
+            yield from (answered | row for row in self._precision(space, similarity))
 
     def _head(self, variant: Variant) -> RankHead:
         """The variant's head; several questions have the configured one among their answers, which is trained once."""
@@ -177,10 +176,10 @@ class _Laboratory:
             training = dataclasses.replace(training, outside_probability=variant.outside)
         return train_head(data, training).head
 
-    def _precision(self, name: str, similarity: Tensor) -> Iterator[dict[str, object]]:
+    def _precision(self, space: str, similarity: Tensor) -> Iterator[dict[str, object]]:
         for cutoff in self.context.config.evaluation.cutoffs:
             precision = average_precision(similarity, top_mask(self.scores["test"].scores, cutoff))
-            yield from metric_rows("mAP", f"study: {name}", precision, self._names("test"), cutoff=cutoff)
+            yield from metric_rows("mAP", space, precision, self._names("test"), cutoff=cutoff)
 
     def _pairs(self, variant: Variant) -> RankPairs:
         standardised = LOSSES[variant.loss].standardised_scores
@@ -214,18 +213,18 @@ class _Laboratory:
 
 
 def _publish(context: Context, labels: Labels, key: str, paths: Sequence[AnyPath]) -> Artifact:
-    """All rows in one file, which SQL shows beside the metrics of the published head."""
+    """All rows in one file, which SQL shows as `study`."""
     workspace = context.workspace
-    rows = pa.concat_tables([tables.read(path, tables.METRICS) for path in paths])
-    whole = input_key("study", key, [path.name for path in paths], table=tables.METRICS)
+    rows = pa.concat_tables([tables.read(path, tables.STUDY) for path in paths])
+    whole = input_key("study", key, [path.name for path in paths], table=tables.STUDY)
     path = workspace.study(key) / f"study-{whole}.parquet"
     if committed(path, whole) is None:
-        commit_table(path, rows, tables.METRICS, key=whole, started=time.monotonic())
+        commit_table(path, rows, tables.STUDY, key=whole, started=time.monotonic())
 
     def with_study(before: Published | None) -> Published | None:
         if before is None or before.snapshot != labels.ranks.key:
             return before
-        return before.model_copy(update={"study": workspace.relative(path)})
+        return before.model_copy(update={"study": None, "compared_heads": workspace.relative(path)})
 
     update_published(workspace, with_study)
     return Artifact("study", whole, path, rows.num_rows)
@@ -245,7 +244,7 @@ def draw_study(context: Context, labels: Labels, study: Artifact) -> Made:
         relevant = top_mask(scores.scores, cutoff).sum(1)
         counts = zip(scores.known.sum(1).tolist(), relevant.tolist(), strict=True)
         floor = statistics.fmean(expected_random_average_precision(known, relevant) for known, relevant in counts)
-        found = answers(tables.read(study.path, tables.METRICS), cutoff)
+        found = answers(tables.read(study.path, tables.STUDY), cutoff)
         picture = study_plot(found, cutoff, floor, _ceiling(context, labels.run, cutoff))
         return commit(path, lambda temporary: temporary.write_bytes(picture), key=key, rows=1, started=started)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pyarrow as pa
 
-_NAME = re.compile(r"study: (?P<question>.+) = (?P<value>.+?)(?:, seed \d+)?$")
 UNTUNED = "untuned"
 
 
@@ -25,13 +24,13 @@ class Answer:
     seeds: int
 
 
-def answers(metrics: pa.Table, cutoff: int) -> list[Answer]:
-    """In the order of the rows."""
+def answers(study: pa.Table, cutoff: int) -> list[Answer]:
+    """In the order of the rows; what untuned features have is a question of its own."""
     found: dict[tuple[str, str], list[float]] = {}
-    for row in metrics.to_pylist():
-        name = _NAME.match(row["space"])
-        if name and row["metric"] == "mAP" and row["cutoff"] == cutoff and not row["query_id"]:
-            found.setdefault((name["question"], name["value"]), []).append(row["value"])
+    for row in study.to_pylist():
+        if row["metric"] == "mAP" and row["cutoff"] == cutoff and not row["query_id"]:
+            question = UNTUNED if row["space"] == UNTUNED else row["question"]
+            found.setdefault((question, row["choice"]), []).append(row["value"])
     return [
         Answer(*place, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
         for place, values in found.items()

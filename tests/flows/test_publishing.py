@@ -32,6 +32,7 @@ from tests.tasks.configs import document
 # What they import is there already, so that forty begin in a second.
 PROCESSES = multiprocessing.get_context("fork")
 Change = tuple[Callable[..., None], str]
+LOSS = {"question": "loss", "choice": "mse", "seed": 0}
 
 
 def add(root: str, run: str) -> None:
@@ -55,8 +56,7 @@ def study(root: str, name: str) -> None:
     context = _context(root)
     snapshot = read_published(context.workspace).snapshot
     ranks = Artifact("rank labels", snapshot, context.workspace.snapshot(snapshot), 1)
-    path = context.workspace.metrics("any")
-    _publish(context, Labels("first", ranks, (), ranks), input_key("study", name), [path])
+    _publish(context, Labels("first", ranks, (), ranks), input_key("study", name), [context.workspace.study("any")])
 
 
 def check(root: str, run: str) -> None:
@@ -100,8 +100,9 @@ def workspace_with(root: Path, *, published: Sequence[str], others: Sequence[str
         folder = root / "indexes" / name
         folder.mkdir(parents=True)
         (folder / "index.json").write_text(json.dumps({"head": name, "samples": samples}))
-    for name in ("any", *promoted):
+    for name in promoted:
         write_table(root / "metrics" / f"{name}.parquet", tables.METRICS, rows)
+    write_table(root / "studies" / "any", tables.STUDY, [row | LOSS for row in rows])
 
 
 def assert_nothing_is_lost(root: Path, changes: Sequence[Change], published: Sequence[str]) -> Published:
@@ -146,4 +147,5 @@ def test_what_many_processes_change_at_once_is_all_there(
     at_once(tmp_path, [(study, "last"), (check, now.run), (serve, "h0"), (study, "last")])
     now = read_published(Workspace(tmp_path))
     assert (now.exact_check, now.head) == (f"exact_checks/{now.run}", "heads/h0")
-    assert now.study == f"studies/{input_key('study', 'last')}/" + Path(now.study or "").name
+    folder, _, _ = (now.compared_heads or "").rpartition("/")
+    assert folder == f"studies/{input_key('study', 'last')}"

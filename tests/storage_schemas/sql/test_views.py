@@ -13,11 +13,11 @@ from storage_schemas import tables
 from storage_schemas.commit import manifest_path
 from storage_schemas.publishing.publish import publish_runs
 from storage_schemas.runs.attempts import AttemptLog
-from storage_schemas.runs.ledger import write_ledger
+from storage_schemas.runs.ledger import run_names, write_ledger
 from storage_schemas.snapshots.published import NotPublished, read_published
 from storage_schemas.sql.views import RefusedStatement, connect, query
 from storage_schemas.workspace import Workspace
-from tests.storage_schemas.workspaces import commit_shard, plan_run, publish_run, write_table
+from tests.storage_schemas.workspaces import commit_shard, plan_run, publish_run, show, write_table
 
 ROOT = Path(__file__).parents[3]
 VIEWS = (
@@ -32,6 +32,7 @@ VIEWS = (
     "run_scores",
     "exact_check",
     "metrics",
+    "study",
 )
 LOADED = ("shards", "quarantined_samples", "runs", "heads", "indexes")
 
@@ -64,6 +65,7 @@ def files_of(root: Path) -> dict[Path, bytes]:
         ("ranks", 12),
         ("exact_check", 2),
         ("metrics", 1),
+        ("study", 0),
         ("base_losses", 1),
         ("run_scores", 12),
         ("shards", 3),
@@ -91,6 +93,25 @@ def test_a_run_without_metrics_has_empty_tables_in_their_place(tmp_path: Path) -
     publish_run(tmp_path)
     for view in ("metrics", "exact_check", "base_losses", "heads", "indexes"):
         assert rows(tmp_path, f"SELECT * FROM {view}") == []
+
+
+def test_a_study_of_an_earlier_release_stays_among_the_metrics(tmp_path: Path) -> None:
+    publish_run(tmp_path, extras=True)
+    workspace = Workspace(tmp_path)
+    figure = {"metric": "mAP", "split": "test", "cutoff": 2, "query_id": "", "value": 0.5, "standard_error": 0.1}
+    named = figure | {"space": "study: loss = mse, seed 0", "queries": 3}
+    old = write_table(workspace.study("k") / "study-1.parquet", tables.METRICS, [named])
+    show(workspace, study=workspace.relative(old))
+    (run,) = run_names(workspace)
+    assert publish_runs(workspace, [run]).study == workspace.relative(old)
+    spaces = [("study: loss = mse, seed 0",), ("tuned",)]
+    assert rows(tmp_path, "SELECT space FROM metrics ORDER BY space") == spaces
+    assert rows(tmp_path, "SELECT * FROM study") == []
+    asked = figure | {"space": "tuned", "queries": 3, "question": "loss", "choice": "mse", "seed": 0}
+    new = write_table(workspace.study("k") / "study-2.parquet", tables.STUDY, [asked])
+    show(workspace, compared_heads=workspace.relative(new))
+    assert publish_runs(workspace, [run]).compared_heads == workspace.relative(new)
+    assert rows(tmp_path, "SELECT question, choice, seed, value FROM study") == [("loss", "mse", 0, 0.5)]
 
 
 @pytest.mark.heavy

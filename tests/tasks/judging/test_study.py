@@ -6,11 +6,13 @@ import io
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from storage_schemas import tables
 from storage_schemas.snapshots.published import read_published
+from storage_schemas.sql.views import query
 from tasks.config.distilling import StudyConfig
 from tasks.distilling.labels import read_labels
 from tasks.judging.study import Variant, compare_heads, draw_study, variants
@@ -35,7 +37,7 @@ def test_a_study_asks_each_question_of_each_value_and_seed(similar: WholeRun) ->
     assert len(set(names)) == len(names) == 2 * 6
     fixed = [each for each in found if each.question == "queries at a fixed budget"]
     assert {each.queries * each.candidates for each in fixed} == {0.5}, "as many pairs, whatever the queries"
-    assert Variant("loss", "mse", "pixel", "mse", seed=1).name == "loss = mse, seed 1"
+    assert Variant("loss", "mse", "pixel", "mse", seed=1) in found
 
 
 @pytest.mark.heavy
@@ -46,7 +48,7 @@ def test_every_variant_is_measured_and_made_once(similar: WholeRun) -> None:
         made, again = compare_heads(context, labels), compare_heads(context, labels)
         picture = draw_study(context, labels, made.artifact)
     assert (made.reused, again.reused, made.artifact) == (False, True, again.artifact)
-    found = answers(tables.read(made.artifact.path, tables.METRICS), CUTOFFS[-1])
+    found = answers(tables.read(made.artifact.path, tables.STUDY), CUTOFFS[-1])
     assert {(each.question, each.value) for each in found} >= {
         ("feature space", "pixel"), ("untuned", "pixel"), ("loss", "mse"), ("queries", "0.5"),
         ("outside probability", "0.5"),
@@ -54,21 +56,25 @@ def test_every_variant_is_measured_and_made_once(similar: WholeRun) -> None:
     assert all(0 <= each.mean <= 1 and each.seeds == 1 for each in found)
     (untuned,) = (each.mean for each in found if each.question == "untuned")
     assert untuned == pytest.approx(1.0), "the teacher is the features"
-    assert read_published(context.workspace).study == context.workspace.relative(made.artifact.path)
+    assert read_published(context.workspace).compared_heads == context.workspace.relative(made.artifact.path)
+    shown = "SELECT question, choice, space, value FROM study WHERE query_id = '' AND cutoff = 4"
+    in_sql = {tuple(row.values()) for row in query(context.workspace.root, shown).to_pylist()}
+    assert {("loss", "mse", "tuned"), ("feature space", "pixel", "untuned")} <= {row[:3] for row in in_sql}
+    assert sorted(row[3] for row in in_sql) == sorted(each.mean for each in found)
     assert Image.open(picture.artifact.path).format == "PNG" and picture.artifact.path.name == "study.png"
 
 
 def test_answers_are_the_mean_over_the_seeds() -> None:
     values = {0: 0.2, 1: 0.4}
     rows = [
-        {"metric": "mAP", "space": f"study: loss = mse, seed {seed}", "split": "test", "cutoff": cutoff}
-        | {"query_id": query, "value": value if cutoff == 2 else 0.9, "standard_error": 0.0, "queries": 1}
+        {"question": "loss", "choice": "mse", "seed": seed, "metric": "mAP", "space": "tuned", "split": "test"}
+        | {"cutoff": cutoff, "query_id": query, "value": value if cutoff == 2 else 0.9}
+        | {"standard_error": 0.0, "queries": 1}
         for seed, value in values.items()
         for cutoff in (2, 4)
         for query in ("", "q0")
     ]
-    table = tables.METRICS.rows(**{name: [row[name] for row in rows] for name in rows[0]})
-    (found,) = answers(table, 2)
+    (found,) = answers(pa.Table.from_pylist(rows, schema=tables.STUDY.schema), 2)
     assert (found.question, found.value, found.seeds) == ("loss", "mse", 2)
     assert found.mean == pytest.approx(0.3) and found.deviation == pytest.approx(np.std([0.2, 0.4], ddof=1))
 
