@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,6 @@ import pyarrow.parquet as pq
 
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath
-
-NULLABLE = {"finished_at", "best_epoch", "validation_map"}
 
 
 class DamagedTable(StoreError, ValueError):
@@ -61,15 +59,27 @@ class Table:
         return {"schema_version": str(self.version)}
 
     def rows(self, **columns: Any) -> pa.Table:
-        """A table of these columns, which are exactly those of the schema, in any order.
+        """A table of these columns, in any order; one of `added` that is not given has its default.
 
         Raises:
             TypeError: a column is missing or unknown.
         """
-        if columns.keys() != set(self.schema.names):
+        names = set(self.schema.names)
+        if not names - self.added.keys() <= columns.keys() <= names:
             raise TypeError(f"{self.name} has the columns {self.schema.names}, given were {sorted(columns)}")
-        arrays = [pa.array(columns[field.name], type=field.type) for field in self.schema]
-        return pa.Table.from_arrays(arrays, schema=self.schema)
+        given = {name: pa.array(values, self.schema.field(name).type) for name, values in columns.items()}
+        return self.filled(pa.table(given), self.schema.names)
+
+    def filled(self, rows: pa.Table, names: Sequence[str]) -> pa.Table:
+        """These columns of the table, with defaults for those that the rows lack."""
+        schema = pa.schema([self.schema.field(name) for name in names])
+        columns = [
+            rows[field.name]
+            if field.name in rows.schema.names
+            else pa.repeat(pa.scalar(self.added[field.name].default, field.type), rows.num_rows)
+            for field in schema
+        ]
+        return pa.Table.from_arrays(columns, names=schema.names).cast(schema)
 
     def encode(self, rows: pa.Table, metadata: Mapping[str, str]) -> pa.Buffer:
         """The bytes of a Parquet file, with `metadata` beside the schema version."""
@@ -91,11 +101,11 @@ class Table:
         return sink.getvalue()
 
 
-def schema(*fields: tuple[str, pa.DataType, str]) -> pa.Schema:
-    """Columns as (name, type, meaning)."""
+def schema(*fields: tuple[str, pa.DataType, str], nullable: Collection[str] = ()) -> pa.Schema:
+    """Columns as (name, type, meaning), and the names of those that may be without a value."""
     return pa.schema(
         [
-            pa.field(name, kind, nullable=name in NULLABLE, metadata={"comment": comment})
+            pa.field(name, kind, nullable=name in nullable, metadata={"comment": comment})
             for name, kind, comment in fields
         ]
     )

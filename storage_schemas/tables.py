@@ -129,16 +129,22 @@ SCORES = Table(
 RANKS = Table(
     "ranks",
     "a scored pair with its rank and rank label",
-    schema(
-        ("query_id", pa.string(), "the query"),
-        ("train_id", pa.int64(), "the training sample"),
-        ("score", pa.float64(), "the teacher's score; higher = more influential"),
-        ("rank", pa.int32(), "1 = the most influential of the query's candidates; ties only at the last rank"),
-        ("rank_label", pa.float32(), "rank / candidates of the query, in (0, 1]"),
+    # Its files take the place of those of `scores`, so they hold all that these hold, in the same versions.
+    pa.schema(
+        [
+            *SCORES.schema,
+            *schema(
+                ("rank", pa.int32(), "1 = the most influential of the query's candidates; ties only at the last rank"),
+                ("rank_label", pa.float32(), "rank / candidates of the query, in (0, 1]"),
+            ),
+        ]
     ),
     sorted_by=("query_id", "rank"),
     dictionary=("query_id",),
     delta=("train_id", "rank"),
+    version=SCORES.version,
+    oldest=SCORES.oldest,
+    added=SCORES.added,
 )
 
 INDEX_IDS = Table(
@@ -231,6 +237,7 @@ SHARDS = Table(
         ("rows", pa.int64(), "rows committed"),
         ("finished_at", INSTANT, "when the last attempt ended, UTC; null before"),
         ("path", pa.string(), "its file, relative to the workspace"),
+        nullable={"finished_at"},
     ),
     sorted_by=("run", "shard"),
     dictionary=("run", "state", "worker", "device", "error_class"),
@@ -280,6 +287,7 @@ HEADS = Table(
         ("best_epoch", pa.int32(), "the epoch that was kept; null where it was imported"),
         ("validation_map", pa.float64(), "mAP of that epoch on the validation queries; null where it was imported"),
         ("served", pa.bool_(), "whether `attribute` answers through it"),
+        nullable={"best_epoch", "validation_map"},
     ),
 )
 
@@ -348,7 +356,7 @@ def read(
             )
         except (OSError, pa.ArrowException) as error:
             raise damaged(path, error) from None
-    rows = _filled(rows, table, wanted)
+    rows = table.filled(rows, wanted)
     if absent and chosen is not None:
         rows = rows.filter(chosen)
     return rows if columns is None else rows.select(columns)
@@ -372,18 +380,6 @@ def _absent(path: AnyPath, table: Table, stored: pa.Schema) -> set[str]:
             f"{version} has: run the stage that wrote it again"
         )
     return absent
-
-
-def _filled(rows: pa.Table, table: Table, names: Sequence[str]) -> pa.Table:
-    """These columns of the table, with defaults for those that the rows lack."""
-    schema = pa.schema([table.schema.field(name) for name in names])
-    columns = [
-        rows[field.name]
-        if field.name in rows.schema.names
-        else pa.repeat(pa.scalar(table.added[field.name].default, field.type), rows.num_rows)
-        for field in schema
-    ]
-    return pa.Table.from_arrays(columns, names=schema.names).cast(schema)
 
 
 def read_parts(folder: AnyPath, table: Table) -> pa.Table:

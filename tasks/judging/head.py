@@ -121,11 +121,10 @@ def _ranking_rows(
 
 def _teacher_rows(workspace: Workspace, ranks: Artifact, exact: Artifact) -> list[dict[str, object]]:
     """Spearman between exact and first-order scores of each checked query, and their mean."""
-    checked = tables.read_parts(exact.path, tables.SCORES).rename_columns({"score": "exact"})
-    first_order = read_ranks(workspace, ranks.key, pc.unique(checked["query_id"]).to_pylist()).drop_columns(
-        ["rank", "rank_label"]
-    )
-    joined = checked.join(first_order, keys=["query_id", "train_id"])
+    pair = ["query_id", "train_id"]
+    checked = tables.read_parts(exact.path, tables.SCORES).select([*pair, "score"]).rename_columns({"score": "exact"})
+    first_order = read_ranks(workspace, ranks.key, pc.unique(checked["query_id"]).to_pylist())
+    joined = checked.join(first_order.select([*pair, "score"]), keys=pair)
     query_ids = pc.unique(joined["query_id"]).to_pylist()
     values = []
     for query_id in query_ids:

@@ -30,6 +30,7 @@ from storage_schemas.workspace import Workspace, part
 from tests.storage_schemas.workspaces import (
     KEY,
     finish_run,
+    first_version,
     plan_run,
     shard_key,
     show,
@@ -38,7 +39,7 @@ from tests.storage_schemas.workspaces import (
     write_table,
 )
 
-OLD = tables.SCORES
+OLD = first_version(tables.SCORES)
 NEW = with_column(OLD, "noise", pa.float64(), 0.25, position=1)
 ROWS: list[dict[str, object]] = [{"query_id": "q", "train_id": train, "score": float(train)} for train in range(3)]
 NEW_ROWS = [row | {"noise": 2.0} for row in ROWS]
@@ -60,6 +61,15 @@ def test_a_default_may_be_of_any_kind(tmp_path: Path, kind: pa.DataType, default
     found = tables.read(write_table(part(tmp_path, 0), OLD, ROWS), table)
     assert found.schema.equals(table.schema)
     assert found["new"].to_pylist() == [default] * 3
+
+
+def test_rows_are_given_without_a_column_that_came_later(tmp_path: Path) -> None:
+    """Who knows nothing of it need not name it."""
+    rows = NEW.rows(query_id=["q"] * 2, train_id=[1, 2], score=[0.5, 0.25])
+    assert rows.schema.equals(NEW.schema) and rows["noise"].to_pylist() == [0.25] * 2
+    assert NEW.rows(query_id=["q"], train_id=[1], score=[0.5], noise=[2.0])["noise"].to_pylist() == [2.0]
+    with pytest.raises(TypeError, match="scores has the columns"):
+        NEW.rows(query_id=["q"], train_id=[1], noise=[2.0])
 
 
 def test_parts_of_both_releases_are_one_table(tmp_path: Path) -> None:
@@ -142,22 +152,32 @@ def test_a_file_of_the_release_before_answers_to_the_same_key(tmp_path: Path) ->
     assert tables.read(path, NEW)["noise"].to_pylist() == [0.25] * 3
 
 
-@pytest.fixture
-def later_release(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This code as a later release, in which scores, their ranks and metrics have one column more."""
-    ranks = with_column(tables.RANKS, "noise", pa.float64(), 0.25, position=1)
+def becomes(monkeypatch: pytest.MonkeyPatch, scores: Table, ranks: Table) -> None:
+    """This code as a release that has these scores and ranks."""
     views = {
         "RANKS_VIEW": [*ranks.schema, tables.RANKS_VIEW.schema.field("influence")],
-        "RUN_SCORES": [tables.RUN_SCORES.schema.field("run"), *NEW.schema],
-        "EXACT_CHECK": NEW.schema,
+        "RUN_SCORES": [tables.RUN_SCORES.schema.field("run"), *scores.schema],
+        "EXACT_CHECK": scores.schema,
     }
     changed = {
         name: dataclasses.replace(getattr(tables, name), schema=pa.schema(fields)) for name, fields in views.items()
     }
-    metrics = with_column(tables.METRICS, "seed", pa.int32(), -1)
-    for name, table in {**changed, "SCORES": NEW, "RANKS": ranks, "METRICS": metrics}.items():
+    for name, table in {**changed, "SCORES": scores, "RANKS": ranks}.items():
         monkeypatch.setattr(tables, name, table)
     monkeypatch.setattr(export, "RANKS", ranks)
+
+
+@pytest.fixture(autouse=True)
+def first_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever columns came since, tests begin without them."""
+    becomes(monkeypatch, OLD, first_version(tables.RANKS))
+
+
+@pytest.fixture
+def later_release(monkeypatch: pytest.MonkeyPatch, first_release: None) -> None:
+    """A release in which scores, their ranks and metrics have one column more."""
+    becomes(monkeypatch, NEW, with_column(tables.RANKS, "noise", pa.float64(), 0.25, position=1))
+    monkeypatch.setattr(tables, "METRICS", with_column(tables.METRICS, "seed", pa.int32(), -1))
 
 
 def mixed_workspace(root: Path) -> Workspace:

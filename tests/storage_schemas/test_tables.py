@@ -59,9 +59,9 @@ def test_a_committed_table_reads_back_with_its_row_count(tmp_path: Path) -> None
 
 def test_a_narrower_table_is_cast_to_its_schema(tmp_path: Path) -> None:
     path = tmp_path / "part-00000.parquet"
-    table = pa.table({"query_id": ["q"], "train_id": pa.array([3], pa.int32()), "score": pa.array([0.5], pa.float32())})
-    commit_table(path, table, tables.SCORES, key=KEY, started=time.monotonic())
-    assert tables.read(path, tables.SCORES).to_pylist() == [{"query_id": "q", "train_id": 3, "score": 0.5}]
+    table = pa.table({"query_id": ["q"], "train_id": pa.array([3], pa.int32())})
+    commit_table(path, table, tables.TWINS, key=KEY, started=time.monotonic())
+    assert tables.read(path, tables.TWINS).to_pylist() == [{"query_id": "q", "train_id": 3}]
 
 
 def test_a_table_with_a_column_too_few_is_not_committed(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_file_of_another_schema_version_is_refused(
         tables.read(path, tables.SCORES)
     assert str(path) in str(refusal.value)
     assert f"schema version {named}" in str(refusal.value)
-    assert "this release reads 2 of scores" in str(refusal.value)
+    assert "this release reads 2" in str(refusal.value) and "of scores" in str(refusal.value)
 
 
 def test_parts_are_concatenated_in_name_order_and_nothing_else_is_read(tmp_path: Path) -> None:
@@ -168,14 +168,15 @@ def test_a_files_settings_are_those_of_its_table(tmp_path: Path) -> None:
 def test_rows_within_a_file_are_sorted(tmp_path: Path) -> None:
     path = tmp_path / "part-00000.parquet"
     commit_table(path, scores([("b", 1, 0.1), ("a", 2, 0.2), ("a", 1, 0.3)]), tables.SCORES, key=KEY, started=0.0)
-    assert [tuple(row.values()) for row in tables.read(path, tables.SCORES).to_pylist()] == [
+    columns = ["query_id", "train_id", "score"]
+    assert [tuple(row.values()) for row in tables.read(path, tables.SCORES, columns=columns).to_pylist()] == [
         ("a", 1, 0.3),
         ("a", 2, 0.2),
         ("b", 1, 0.1),
     ]
 
 
-def test_rows_need_exactly_the_columns_of_their_table() -> None:
+def test_rows_need_the_columns_of_their_table_and_no_others() -> None:
     with pytest.raises(TypeError, match=r"scores has the columns .*score.*given were \['query_id', 'train_id'\]"):
         tables.SCORES.rows(query_id=["q"], train_id=[1])
     with pytest.raises(TypeError, match="other"):

@@ -173,7 +173,14 @@ def with_column(
     new = pa.field(name, kind, nullable=default is None, metadata={"comment": "new"})
     version = table.version + 1
     schema = table.schema.insert(position, new)
-    return dataclasses.replace(table, schema=schema, version=version, added={name: Added(version, default)})
+    added = {**table.added, name: Added(version, default)}
+    return dataclasses.replace(table, schema=schema, version=version, added=added)
+
+
+def first_version(table: Table) -> Table:
+    """The table before any column was added to it."""
+    schema = pa.schema([field for field in table.schema if field.name not in table.added])
+    return dataclasses.replace(table, schema=schema, version=table.oldest, added={})
 
 
 def spoil_column(path: Path, name: str) -> None:
