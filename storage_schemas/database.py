@@ -126,11 +126,17 @@ def rows_of(table: Table, files: str) -> str:
         return f"read_parquet({files})"
     columns = []
     for field in table.schema:
-        default = table.added[field.name].default if field.name in table.added else None
-        value = "NULL" if default is None else literal(str(default))
-        column = f"name: {literal(field.name)}, type: {literal(duckdb_type(field.type))}, default_value: {value}"
-        columns.append(f"{literal(field.name)}: {{{column}}}")
+        kind, default = literal(duckdb_type(field.type)), default_value(table, field.name)
+        columns.append(
+            f"{literal(field.name)}: {{name: {literal(field.name)}, type: {kind}, default_value: {default}}}"
+        )
     return f"read_parquet({files}, schema = MAP {{{', '.join(columns)}}})"
+
+
+def default_value(table: Table, column: str) -> str:
+    """SQL for what rows of a file that lacks the column have in it."""
+    default = table.added[column].default if column in table.added else None
+    return "NULL" if default is None else literal(str(default))
 
 
 def allowed_folders(root: AnyPath) -> str:

@@ -29,7 +29,15 @@ import pyarrow as pa
 
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, read_manifest, worker_name
-from storage_schemas.database import allowed_folders, duckdb_type, half_the_memory, literal, location, new_connection
+from storage_schemas.database import (
+    allowed_folders,
+    default_value,
+    duckdb_type,
+    half_the_memory,
+    literal,
+    location,
+    new_connection,
+)
 from storage_schemas.errors import StoreError
 from storage_schemas.files import remove, write_atomically
 from storage_schemas.runs.attempts import ShardState
@@ -227,7 +235,8 @@ class Lake:
         paths = [workspace.score_shard(run, shard) for shard in chosen]
         for path in paths:
             connection.execute(
-                f"CALL ducklake_add_data_files('lake', {literal(run)}, {literal(location(path))}, schema => 'runs')"
+                f"CALL ducklake_add_data_files('lake', {literal(run)}, {literal(location(path))}, schema => 'runs', "
+                f"allow_missing => {bool(tables.SCORES.added)})"
             )
         registered = pa.table(
             {
@@ -280,40 +289,54 @@ def _load_extension(connection: duckdb.DuckDBPyConnection, name: str) -> None:
 
 
 def _create_tables(connection: duckdb.DuckDBPyConnection, run: str) -> int:
-    """What a lake needs before the run's first shard; 1 if anything was made."""
-    there = _runs(connection)
-    if there is not None and run in there:
-        return 0
-    columns = ", ".join(f"{field.name} {duckdb_type(field.type)}" for field in tables.SCORES.schema)
-    if there is None:
+    """What a lake needs before the run's next shards: a table of all columns of scores; 1 if anything was made."""
+    runs, name = _runs(connection), f"lake.runs.{_quoted(run)}"
+    if runs is None:
         connection.execute("CREATE SCHEMA lake.runs")
         connection.execute("CREATE TABLE lake.turns (turn BIGINT)")
         connection.execute("INSERT INTO lake.turns VALUES (0)")
         connection.execute(
             "CREATE TABLE lake.registered (run VARCHAR, shard INTEGER, rows BIGINT, sha256 VARCHAR, path VARCHAR)"
         )
-    connection.execute(f"CREATE TABLE lake.runs.{_quoted(run)} ({columns})")
-    for field in tables.SCORES.schema:
+    there = (runs or {}).get(run, set())
+    missing = [field for field in tables.SCORES.schema if field.name not in there]
+    if not missing:
+        return 0
+    if not there:
+        connection.execute(f"CREATE TABLE {name} ({', '.join(map(_column, missing))})")
+    for field in missing:
+        if there:
+            connection.execute(f"ALTER TABLE {name} ADD COLUMN {_column(field)}")
         comment = literal(field.metadata[b"comment"].decode())
-        connection.execute(f"COMMENT ON COLUMN lake.runs.{_quoted(run)}.{field.name} IS {comment}")
-    _describe(connection, f"run {run} created")
+        connection.execute(f"COMMENT ON COLUMN {name}.{field.name} IS {comment}")
+    _describe(connection, f"run {run} has more columns" if there else f"run {run} created")
     return 1
 
 
-def _runs(connection: duckdb.DuckDBPyConnection) -> list[str] | None:
-    """Names of the runs in the lake; None where nothing was ever added to it."""
+def _column(field: pa.Field) -> str:
+    return f"{field.name} {duckdb_type(field.type)} DEFAULT {default_value(tables.SCORES, field.name)}"
+
+
+def _runs(connection: duckdb.DuckDBPyConnection) -> dict[str, set[str]] | None:
+    """The columns of each run in the lake, by its name; None where nothing was ever added to it."""
     rows = connection.execute(
-        "SELECT schema_name, table_name FROM duckdb_tables() WHERE database_name = 'lake'"
+        "SELECT schema_name, table_name, column_name FROM duckdb_columns() WHERE database_name = 'lake'"
     ).fetchall()
-    return sorted(name for schema, name in rows if schema == "runs") if ("main", "registered") in rows else None
+    if ("main", "registered", "run") not in rows:
+        return None
+    found: dict[str, set[str]] = {}
+    for _, run, column in sorted(row for row in rows if row[0] == "runs"):
+        found.setdefault(run, set()).add(column)
+    return found
 
 
 def _create_views(connection: duckdb.DuckDBPyConnection) -> None:
     runs = _runs(connection)
     if not runs:
         raise LakeUnavailable("the lake holds no run at this snapshot: `fastgda lake add RUN` first")
-    columns = ", ".join(tables.SCORES.schema.names)
-    selects = [f"SELECT {literal(run)} AS run, {columns} FROM lake.runs.{_quoted(run)}" for run in runs]
+    selects = [
+        f"SELECT {literal(run)} AS run, {_scores(there)} FROM lake.runs.{_quoted(run)}" for run, there in runs.items()
+    ]
     connection.execute(f"CREATE OR REPLACE VIEW run_scores AS {' UNION ALL '.join(selects)}")
     connection.execute("CREATE OR REPLACE VIEW registered AS FROM lake.registered")
     connection.execute("""
@@ -321,6 +344,16 @@ def _create_views(connection: duckdb.DuckDBPyConnection) -> None:
         SELECT snapshot_id AS snapshot, snapshot_time AS created_at, author, commit_message AS change
         FROM ducklake_snapshots('lake')
     """)
+
+
+def _scores(there: set[str]) -> str:
+    """SQL for the columns of scores, out of a table that may be older than some of them."""
+    return ", ".join(
+        field.name
+        if field.name in there
+        else f"CAST({default_value(tables.SCORES, field.name)} AS {duckdb_type(field.type)}) AS {field.name}"
+        for field in tables.SCORES.schema
+    )
 
 
 def _describe(connection: duckdb.DuckDBPyConnection, message: str) -> None:

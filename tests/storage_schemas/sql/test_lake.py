@@ -13,8 +13,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 import pytest
 
+from storage_schemas import tables
 from storage_schemas.runs.records import UnknownRun
 from storage_schemas.snapshots.compaction import compact
 from storage_schemas.snapshots.vacuum import vacuum
@@ -22,7 +24,15 @@ from storage_schemas.sql.lake import Lake, LakeConflict, LakeUnavailable
 from storage_schemas.sql.views import RefusedStatement
 from storage_schemas.workspace import Workspace
 from tests.storage_schemas.postgres import postgres_server
-from tests.storage_schemas.workspaces import commit_shard, finish_run, plan_run
+from tests.storage_schemas.workspaces import (
+    commit_shard,
+    finish_run,
+    first_version,
+    plan_run,
+    shard_key,
+    with_column,
+    write_table,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -144,6 +154,33 @@ def test_vacuum_leaves_what_a_lake_reads(tmp_path: Path, catalog: str) -> None:
         lake.add("run-2")
     lake.remove(RUN)
     assert len(vacuum(workspace, older_than=timedelta(0))) == 3
+
+
+def test_a_run_that_is_older_than_a_column_opens_and_grows(
+    tmp_path: Path, catalog: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Registered and committed by the release before, whose scores had fewer columns."""
+    monkeypatch.setattr(tables, "SCORES", first_version(tables.SCORES))
+    workspace = Workspace(tmp_path)
+    lake = Lake(workspace, catalog)
+    plan_run(tmp_path, RUN, queries=("q0", "q1", "q2"))
+    commit_shard(tmp_path, RUN, 0, "q0")
+    lake.add(RUN)
+    commit_shard(tmp_path, RUN, 1, "q1")
+
+    later = with_column(tables.SCORES, "noise", pa.float64(), 0.25, position=1)
+    later = with_column(with_column(later, "note", pa.string(), "it's"), "deviation", pa.float32(), None)
+    monkeypatch.setattr(tables, "SCORES", later)
+    seen = "SELECT DISTINCT query_id, noise, note, deviation FROM run_scores ORDER BY ALL"
+    old = (0.25, "it's", None)
+    assert [tuple(row.values()) for row in lake.query(seen).to_pylist()] == [("q0", *old)]
+    plan_run(tmp_path, "run-2", queries=("q9",))
+    new: dict[str, object] = {"train_id": 0, "score": 1.0, "noise": 2.0, "note": "new", "deviation": 0.5}
+    for run, shard, query in ((RUN, 2, "q2"), ("run-2", 0, "q9")):
+        write_table(workspace.score_shard(run, shard), later, [{"query_id": query, **new}], shard_key(run, shard))
+    assert (lake.add(RUN), lake.add("run-2")) == (2, 1)
+    whole = [("q0", *old), ("q1", *old), ("q2", 2.0, "new", 0.5), ("q9", 2.0, "new", 0.5)]
+    assert [tuple(row.values()) for row in lake.query(seen).to_pylist()] == whole
 
 
 ADD = """
