@@ -6,6 +6,7 @@ overwrite the results of others, and a repeated run finds what it made before.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -21,8 +22,15 @@ class Workspace:
     FOLDERS: ClassVar[tuple[str, ...]] = (
         *("samples", "latents", "features", "queries", "curvature", "updates", "base_losses", "candidates"),
         *("scores", "exact_checks", "teacher_checks", "ranks", "runs", "snapshots", "published", "leases"),
-        *("heads", "indexes", "metrics", "studies", "reports", "finished", "quarantine"),
+        *("heads", "indexes", "metrics", "studies", "reports", "finished", "quarantine", "parts"),
     )
+    # Of kinds of parts that are older than `parts`.
+    OWN_FOLDERS: ClassVar[Mapping[str, str]] = {
+        "latents": "latents",
+        "curvature": "curvature",
+        "unlearning steps": "updates",
+        "base losses": "base_losses",
+    }
 
     @classmethod
     def at(cls, location: str | AnyPath) -> Workspace:
@@ -52,8 +60,9 @@ class Workspace:
         """JSON that names the samples indexed last, published or not: `Indexed`."""
         return self.root / "samples" / "newest.json"
 
-    def latents(self, key: str) -> AnyPath:
-        return self.root / "latents" / key
+    def parts(self, kind: str, key: str) -> AnyPath:
+        """Folder of what leads to scores; the kind is "latents", "unlearning steps" or any other."""
+        return self.root / self.OWN_FOLDERS.get(kind, f"parts/{kind.replace(' ', '_')}") / key
 
     def features(self, encoder: str, key: str) -> AnyPath:
         return self.root / "features" / encoder / key
@@ -64,15 +73,6 @@ class Workspace:
 
     def queries(self, key: str) -> AnyPath:
         return self.root / "queries" / key / "queries.parquet"
-
-    def curvature(self, key: str) -> AnyPath:
-        return self.root / "curvature" / key / "fisher.safetensors"
-
-    def updates(self, key: str) -> AnyPath:
-        return self.root / "updates" / key
-
-    def base_losses(self, key: str) -> AnyPath:
-        return self.root / "base_losses" / key
 
     def candidates(self, run: str) -> AnyPath:
         return self.root / "candidates" / run / "part-00000.parquet"

@@ -27,7 +27,7 @@ def base_losses_of(context: Context, latents: Artifact) -> Artifact:
     teacher = context.config.teacher
     noise = noise_plan(context.config)
     key = input_key("base losses", latents.key, noise, teacher.precision, teacher.objective, table=tables.BASE_LOSSES)
-    return Artifact("base losses", key, context.workspace.base_losses(key), latents.rows)
+    return BaseLossParts.together(context.workspace, key, latents.rows)
 
 
 class BaseLossParts(Parts):

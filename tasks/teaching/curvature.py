@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ def curvature_of(context: Context, latents: Artifact) -> Artifact:
     """Where the teacher's Fisher lies, or will."""
     config, teacher = context.config.curvature, context.config.teacher
     key = input_key("curvature", latents.key, config, UNLEARNING_TEACHERS[teacher.name].fisher, teacher.layers)
-    return Artifact("curvature", key, context.workspace.curvature(key), config.samples)
+    folder = CurvatureParts.together(context.workspace, key, config.samples)
+    return replace(folder, path=folder.path / "fisher.safetensors")
 
 
 def make_curvature(context: Context, latents: Artifact) -> Artifact:

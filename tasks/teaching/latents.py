@@ -28,7 +28,7 @@ _CONDITION = "condition/"
 def latents_of(context: Context, samples: Artifact) -> Artifact:
     """Where the latents and caption embeddings of the samples lie, or will."""
     key = input_key("latents", samples.key, context.model_hash, context.config.model.flips)
-    return Artifact("latents", key, context.workspace.latents(key), samples.rows)
+    return LatentParts.together(context.workspace, key, samples.rows)
 
 
 class LatentParts(Parts):

@@ -9,7 +9,7 @@ from typing import ClassVar
 from storage_schemas.commit import Manifest
 from storage_schemas.files import AnyPath
 from storage_schemas.listings import committed_parts
-from storage_schemas.workspace import part
+from storage_schemas.workspace import Workspace, part
 from tasks.artifact import Artifact
 
 
@@ -37,6 +37,11 @@ class Parts(ABC):
     title: ClassVar[str]
     suffix: ClassVar[str] = "parquet"
     artifact: Artifact
+
+    @classmethod
+    def together(cls, workspace: Workspace, key: str, rows: int) -> Artifact:
+        """The artifact that the parts are, whether or not they are there yet; it lies where the kind says."""
+        return Artifact(cls.kind, key, workspace.parts(cls.kind, key), rows)
 
     @property
     @abstractmethod

@@ -41,7 +41,7 @@ def updates_of(context: Context, latents: Artifact, curvature: Artifact, queries
         config.precision,
         config.objective,
     )
-    return Artifact("unlearning steps", key, context.workspace.updates(key), queries.rows)
+    return UpdateParts.together(context.workspace, key, queries.rows)
 
 
 class UpdateParts(Parts):

@@ -134,7 +134,7 @@ def publish_run(
     published = publish_runs(workspace, [run])
     if not extras:
         return published
-    exact, losses = workspace.exact_check(run), workspace.base_losses(KEY)
+    exact, losses = workspace.exact_check(run), workspace.parts("base losses", KEY)
     write_table(
         part(exact, 0),
         tables.SCORES,

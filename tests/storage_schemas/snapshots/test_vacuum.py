@@ -126,5 +126,6 @@ def test_every_path_of_a_workspace_lies_in_a_folder_that_is_known_as_ours() -> N
         if not name.startswith("_") and name not in {"at", "relative", "file"}:
             needed = [one for one in inspect.signature(method).parameters.values() if one.default is one.empty]
             paths.append(method(workspace, *(1 if one.annotation == "int" else "x" for one in needed[1:])))
+    paths += [workspace.parts(kind, "x") for kind in Workspace.OWN_FOLDERS]
     assert len(paths) > 25
     assert {str(workspace.relative(path)).split("/")[0] for path in paths} == set(Workspace.FOLDERS)

@@ -40,9 +40,9 @@ def run_of(root: Path) -> Run:
     places = {
         "samples": (workspace.samples("k"), 1200),
         "queries": (workspace.queries("k"), len(queries)),
-        "latents": (workspace.latents("k"), 1200),
-        "curvature": (workspace.curvature("k"), 8),
-        "unlearning steps": (workspace.updates("k"), len(queries)),
+        "latents": (workspace.parts("latents", "k"), 1200),
+        "curvature": (workspace.parts("curvature", "k") / "fisher.safetensors", 8),
+        "unlearning steps": (workspace.parts("unlearning steps", "k"), len(queries)),
         "candidates": (workspace.candidates(run.run), 1),
         "scores": (workspace.scores(run.run), 1),
     }

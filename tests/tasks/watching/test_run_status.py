@@ -44,7 +44,7 @@ def terminal(status: RunStatus) -> str:
 
 def test_a_run_that_failed_before_its_first_score_says_where_and_why(tmp_path: Path) -> None:
     workspace = begun(tmp_path, latents=PartsRecord(key="k", path="latents/k", rows=1024, parts=2))
-    made(part(workspace.latents("k"), 0, "safetensors"), "k")
+    made(part(workspace.parts("latents", "k"), 0, "safetensors"), "k")
     with pytest.raises(OSError, match="No space"), AttemptLog(workspace, RUN, kind="latents").attempt(1, "cpu"):
         raise OSError(28, "No space left on device", "latents/k/part-00001.safetensors")
     status = run_status(workspace, RUN)
@@ -68,7 +68,7 @@ def test_progress_is_that_of_every_stage(tmp_path: Path) -> None:
         unlearning_steps=PartsRecord(key="u", path="updates/u", rows=3, parts=3),
         samples=PartsRecord(key="s", path="samples/s", rows=512),
     )
-    made(part(workspace.latents("k"), 0, "safetensors"), "k")
+    made(part(workspace.parts("latents", "k"), 0, "safetensors"), "k")
     made(workspace.root / "curvature" / "c.safetensors", "c")
     made(part(workspace.root / "updates" / "u", 0, "safetensors"), "u")
     made(part(workspace.root / "updates" / "u", 1, "safetensors"), "of an earlier input")
@@ -87,7 +87,7 @@ def test_progress_is_that_of_every_stage(tmp_path: Path) -> None:
 
 def test_a_part_that_hangs_is_named_with_what_to_do(tmp_path: Path) -> None:
     workspace = begun(tmp_path, latents=PartsRecord(key="k", path="latents/k", rows=1024, parts=2))
-    made(part(workspace.latents("k"), 0, "safetensors"), "k")
+    made(part(workspace.parts("latents", "k"), 0, "safetensors"), "k")
     beat = Beat(worker="gpu-7:4242", beat=9, at=datetime.now(UTC) - timedelta(seconds=3), kind="latents", number=1)
     write_beat(workspace, RUN, beat.model_copy(update={"part_seconds": 200.0}))
     assert run_status(workspace, RUN).stragglers == [], "too few are done to say that it is slow"
@@ -105,7 +105,7 @@ def test_status_reads_an_assignment_of_an_earlier_release(tmp_path: Path) -> Non
 def test_a_part_that_takes_much_longer_than_others_took_is_a_straggler(tmp_path: Path) -> None:
     workspace = begun(tmp_path, latents=PartsRecord(key="k", path="latents/k", rows=6, parts=6))
     for number in range(5):
-        made(part(workspace.latents("k"), number, "safetensors"), "k")
+        made(part(workspace.parts("latents", "k"), number, "safetensors"), "k")
     beat = Beat(worker="elsewhere:1", beat=9, at=datetime.now(UTC), kind="latents", number=5, part_seconds=8.0)
     write_beat(workspace, RUN, beat)
     assert run_status(workspace, RUN).stragglers == [], "four times as long is nothing yet where parts are short"
