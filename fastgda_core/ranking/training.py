@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import queue
 import tempfile
-import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,36 +112,17 @@ class FeatureBatches(IterableDataset[FeatureBatch]):
 
 def fetched_ahead(items: Iterable[Any], count: int = PREFETCHED) -> Iterator[Any]:
     """The same items, made by a thread that is up to `count` ahead; what it raises is raised here."""
-    waiting: queue.Queue[Any] = queue.Queue(count)
-    left = threading.Event()
-    end = object()
-
-    def hand_over(item: Any) -> bool:
-        while not left.is_set():
-            try:
-                waiting.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def make() -> None:
-        try:
-            for item in items:
-                if not hand_over(item):
-                    return
-            hand_over(end)
-        except BaseException as error:
-            hand_over(error)
-
-    threading.Thread(target=make, daemon=True).start()
+    # A DataLoader's worker hands over 25 batches of the paper's size in 1.2 s where the thread takes 0.25 s. It would
+    # also be forked beside threads, or, if it is spawned, get a copy of all features instead of the memory map.
+    source, end = iter(items), object()
+    thread = ThreadPoolExecutor(1)
     try:
-        while (item := waiting.get()) is not end:
-            if isinstance(item, BaseException):
-                raise item
+        waiting = deque(thread.submit(next, source, end) for _ in range(count))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, source, end))
             yield item
     finally:
-        left.set()
+        thread.shutdown(cancel_futures=True)
 
 
 class RankDataModule(lightning.LightningDataModule):
