@@ -6,6 +6,7 @@ normalised to length one unless raw ones are wanted, less the training samples' 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,71 @@ EFFICIENTNET_LITE0 = Preprocessing(96, 96, (127.0,) * 3, (128.0,) * 3)
 CLIP = Preprocessing(224, 224, (122.7709, 116.7460, 104.0937), (68.5005, 66.6322, 70.3232))
 # Caron et al., "Emerging properties in self-supervised vision transformers" (2021); DINOv2 is evaluated alike.
 DINO = Preprocessing(224, 256, IMAGENET_MEAN, IMAGENET_STD)
+# By encoder, for the registered weights.
+USUAL = {"clip": CLIP, "dino": DINO, "dinov2": DINO}
+
+
+def preprocessing_of(name: str, source: str) -> Preprocessing:
+    """What the weights of an encoder of `USUAL` want, by the image processor that a folder has beside them.
+
+    Sizes, mean and std are the processor's; what it does not say is as for the registered weights. Images are always
+    resized with one filter and cropped, whatever it says of that.
+
+    Args:
+        name: of the encoder.
+        source: a folder, or a hub id, for which nothing is looked up.
+
+    Raises:
+        UsageError: what the processor's file says cannot be used.
+    """
+    # Not by AutoImageProcessor: it refuses folders whose weights load, and its own pixels, with the longer side rounded
+    # otherwise, would make other features of the registered weights than those which workspaces hold.
+    try:
+        return _adjusted(USUAL[name], _image_processor(Path(source)))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"encoder {name}: the image processor's file in {source} cannot be used ({error}): mend it, or delete it "
+            f"and images are prepared as for {SOURCES[name]}"
+        ) from error
+
+
+def _image_processor(folder: Path) -> dict[str, Any]:
+    """The fields of the image processor that Transformers saved in a folder; none where there is no such file."""
+    together, alone = folder / "processor_config.json", folder / "preprocessor_config.json"
+    if together.is_file() and "image_processor" in (fields := json.loads(together.read_text())):
+        return fields["image_processor"]
+    return json.loads(alone.read_text()) if alone.is_file() else {}
+
+
+def _adjusted(usual: Preprocessing, processor: dict[str, Any]) -> Preprocessing:
+    size, crop = _edge(processor.get("size")), _edge(processor.get("crop_size"))
+    if crop is None or processor.get("do_center_crop") is False:
+        sized = usual.of_side(size or usual.side)
+    else:
+        sized = Preprocessing(crop, size or usual.of_side(crop).resized, usual.mean, usual.std)
+    mean, std = processor.get("image_mean"), processor.get("image_std")
+    if processor.get("do_normalize") is False:
+        mean, std = (0, 0, 0), (1, 1, 1)
+    factor = processor.get("rescale_factor") or 1 / 255
+    return Preprocessing(
+        sized.side,
+        sized.resized,
+        usual.mean if mean is None else _in_bytes(mean, factor),
+        usual.std if std is None else _in_bytes(std, factor),
+    )
+
+
+def _edge(size: Any) -> int | None:
+    """Pixels of a processor's size: a number, or a dict with that of the shorter side or of both."""
+    if isinstance(size, dict):
+        size = size.get("shortest_edge") or size.get("height")
+    return None if size is None else int(size)
+
+
+def _in_bytes(channels: list[float], factor: float) -> tuple[float, float, float]:
+    # Four decimals, to which the constants above are written: equal numbers are equal bits.
+    red, green, blue = (round(channel / factor, 4) for channel in channels)
+    return red, green, blue
 
 
 def load_pixel(source: str, device: torch.device) -> Encoder:
@@ -112,7 +178,7 @@ def load_clip(source: str, device: torch.device) -> Encoder:
     from transformers import CLIPVisionModelWithProjection
 
     network = _pretrained(CLIPVisionModelWithProjection, source)
-    return _image_encoder(network, CLIP, lambda found: found.image_embeds, device)
+    return _image_encoder(network, "clip", source, lambda found: found.image_embeds, device)
 
 
 def load_clip_text(source: str, device: torch.device) -> Encoder:
@@ -136,7 +202,7 @@ def load_dino(source: str, device: torch.device) -> Encoder:
     from transformers import ViTModel
 
     network = _pretrained(ViTModel, source, add_pooling_layer=False)
-    return _image_encoder(network, DINO, lambda found: found.last_hidden_state[:, 0], device)
+    return _image_encoder(network, "dino", source, lambda found: found.last_hidden_state[:, 0], device)
 
 
 def load_dinov2(source: str, device: torch.device) -> Encoder:
@@ -144,7 +210,7 @@ def load_dinov2(source: str, device: torch.device) -> Encoder:
     from transformers import Dinov2WithRegistersModel
 
     network = _pretrained(Dinov2WithRegistersModel, source)
-    return _image_encoder(network, DINO, lambda found: found.last_hidden_state[:, 0], device)
+    return _image_encoder(network, "dinov2", source, lambda found: found.last_hidden_state[:, 0], device)
 
 
 def _pretrained(kind: Any, source: str, **options: Any) -> Any:
@@ -160,8 +226,9 @@ def _pretrained(kind: Any, source: str, **options: Any) -> Any:
 
 
 def _image_encoder(
-    network: Any, preprocessing: Preprocessing, output: Callable[[Any], Tensor], device: torch.device
+    network: Any, name: str, source: str, output: Callable[[Any], Tensor], device: torch.device
 ) -> Encoder:
+    preprocessing = preprocessing_of(name, source)
     network.to(device).eval().requires_grad_(False)
     # DINOv2 was trained on larger images at its end and takes smaller ones; the others take one size.
     prepare = preprocessing.of_side(min(preprocessing.side, network.config.image_size))

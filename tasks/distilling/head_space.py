@@ -21,7 +21,7 @@ def space_record(space: FeaturesConfig, workspace: Workspace) -> HeadRecord:
     return HeadRecord(
         feature_space=space.space,
         feature_weights={name: _named(source, workspace) for name, source in space.weights.items()},
-        feature_weights_keys={name: weights_key(source) for name, source in space.weights.items()},
+        feature_weights_keys={name: weights_key(name, source) for name, source in space.weights.items()},
         unit_length=space.unit_length,
         centre=space.centre,
     )
@@ -70,7 +70,7 @@ def _found(name: str, source: str, workspace: Workspace, key: str | None, config
     together = os.environ.get(ENVIRONMENT)
     for place in filter(None, [configured.get(name), together and str(Path(together, name))]):
         if Path(place).is_dir():
-            if key is not None and weights_key(place) != key:
+            if key is not None and weights_key(name, place) != key:
                 raise UsageError(
                     f"encoder {name}: the weights in {place} are not those of {source}, which the head was made for"
                 )

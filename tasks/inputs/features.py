@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fastgda_core.features import ENCODERS, Encoder, concatenate, encoder_names, load_encoder, mean_over
+from fastgda_core.features.encoders import USUAL, preprocessing_of
 from fastgda_core.images import in_threads
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit, commit_table, committed, input_key, read_manifest
@@ -242,15 +243,19 @@ def _parts_keys(context: Context, items: Artifact) -> list[str]:
 def weights_keys(config: FeaturesConfig) -> dict[str, str]:
     """`weights_key` of each encoder of a feature space; empty where the weights come with a package."""
     return {
-        name: weights_key(config.weights.get(name) or ENCODERS[name].source) for name in encoder_names(config.space)
+        name: weights_key(name, config.weights.get(name) or ENCODERS[name].source)
+        for name in encoder_names(config.space)
     }
 
 
-def weights_key(source: str) -> str:
-    """What tells one set of weights from another: a hash of the files of a folder, else the hub id."""
+def weights_key(name: str, source: str) -> str:
+    """What tells one set of an encoder's weights from another: a hash of the files of a folder, else the hub id."""
     if not source or not Path(source).is_dir():
         return source
-    return _files_hash(stamps(sorted(path for path in Path(source).rglob("*") if path.is_file())))
+    files = _files_hash(stamps(sorted(path for path in Path(source).rglob("*") if path.is_file())))
+    # By the files alone where images are prepared as usual: so are features of before a folder's processor was read.
+    usual = name not in USUAL or (own := preprocessing_of(name, source)) == USUAL[name]
+    return files if usual else input_key(files, own)
 
 
 @functools.lru_cache(maxsize=16)

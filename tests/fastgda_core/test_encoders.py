@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from fastgda_core.errors import UsageError
 from fastgda_core.features import ENCODERS, concatenate, cosines, encoder_names, load_encoder, mean_over
-from fastgda_core.features.encoders import CLIP, DINO
+from fastgda_core.features.encoders import CLIP, DINO, Preprocessing, preprocessing_of
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -100,6 +101,70 @@ def test_images_are_prepared_as_the_networks_own_processors_do(preprocessing, pr
         assert found.shape == expected.shape == (3, 224, 224)
         # The longer side is rounded otherwise, so that the crop of a long image may lie half a pixel aside.
         assert (found - expected).abs().mean() < (1e-5 if image.width == image.height else 0.02)
+
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+WHOLE = {"size": {"height": 224, "width": 224}, **IMAGENET}
+CROPPED = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, **IMAGENET}
+
+
+@pytest.mark.parametrize(
+    ("name", "processor", "expected"),
+    [
+        ("clip", CLIPImageProcessorPil().to_dict(), CLIP),
+        ("clip", {**CLIPImageProcessorPil().to_dict(), "size": 224, "crop_size": 224, "rescale_factor": None}, CLIP),
+        ("dino", {**IMAGENET, "size": 224, "resample": 2}, DINO),
+        ("dino", WHOLE, DINO),
+        ("dinov2", {**CROPPED, "do_center_crop": True, "rescale_factor": 0.00392156862745098}, DINO),
+        ("dinov2", {}, DINO),
+        ("clip", {"size": 336, "crop_size": 336}, Preprocessing(336, 336, CLIP.mean, CLIP.std)),
+        ("dino", {"size": 112}, Preprocessing(112, 128, DINO.mean, DINO.std)),
+        ("clip", {**CROPPED, "do_center_crop": False}, Preprocessing(256, 256, DINO.mean, DINO.std)),
+        ("clip", {**CROPPED, "do_normalize": False}, Preprocessing(224, 256, (0, 0, 0), (255, 255, 255))),
+    ],
+)
+@pytest.mark.parametrize("together", [False, True])
+def test_a_folders_image_processor_says_how_images_are_prepared(
+    tmp_path: Path, name: str, processor: dict[str, object], expected: Preprocessing, together: bool
+) -> None:
+    if together:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 7}))  # as Transformers, not this one
+        (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": processor}))
+    else:
+        (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor"}))
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    assert preprocessing_of(name, str(tmp_path)) == expected  # to the last bit
+
+
+def test_a_clip_of_other_sizes_mean_and_std_sees_what_its_own_processor_makes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {**TINY, "image_size": 256, "patch_size": 64, "projection_dim": 24}
+    CLIPModel(CLIPConfig(vision_config=sizes, projection_dim=24)).save_pretrained(tmp_path)
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 300},
+        crop_size={"height": 256, "width": 256},
+        image_mean=[0.5, 0.4, 0.3],
+        image_std=[0.3, 0.2, 0.1],
+    )
+    processor.save_pretrained(tmp_path)
+    pictures = images()[:1]
+    whole = CLIPModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        pixels = torch.as_tensor(np.asarray(processor(pictures)["pixel_values"]))
+        expected = whole.visual_projection(whole.vision_model(pixels).pooler_output)
+    torch.testing.assert_close(
+        load_encoder("clip", CPU, str(tmp_path)).encode(pictures), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("processor", ["{", "[]", '{"size": "large"}', '{"image_mean": [0.5]}'])
+def test_an_image_processor_that_cannot_be_used_is_told_in_one_line(tmp_path: Path, processor: str) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(processor)
+    with pytest.raises(
+        UsageError, match=r"encoder dino: the image processor's file .* mend it, or delete it"
+    ) as caught:
+        preprocessing_of("dino", str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_clip_gives_the_embeddings_of_the_two_towers_together(folders: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tasks.config.inputs import FeaturesConfig
 from tasks.config.pipeline import PipelineConfig
 from tasks.distilling.head_space import recorded_space, space_record
 from tasks.distilling.heads import import_head
+from tasks.inputs.features import weights_key
 from tests.tasks.configs import document
 
 
@@ -40,6 +42,17 @@ def test_an_imported_head_is_keyed_by_the_content_of_its_encoders_weights(tmp_pa
         asked = document(workspace=str(tmp_path / "workspace"), features=features)
         versions.append(import_head(PipelineConfig.model_validate(asked), tmp_path / "release.pth").artifact.key)
     assert versions[0] == versions[1]
+
+
+def test_weights_are_keyed_by_how_their_images_are_prepared_where_that_is_not_usual(weights: Path) -> None:
+    def written(**numbers: object) -> tuple[str, str]:
+        (weights / "preprocessor_config.json").write_text(json.dumps(numbers))
+        return weights_key("dino", str(weights)), weights_key("clip_text", str(weights))  # the files alone
+
+    prepared, files = written(size=224)
+    assert prepared == files, "as of before the file was read"
+    prepared, files = written(size=224, image_mean=[0.5, 0.5, 0.5])
+    assert prepared != files
 
 
 def test_weights_inside_the_workspace_move_with_it(tmp_path: Path, weights: Path) -> None:
