@@ -151,48 +151,44 @@ def private_folder(name: str) -> Path:
 
 
 def local_copy(path: AnyPath) -> Path:
-    """A file on this machine's disk: itself, or a copy of an object, fetched once as long as it stays the same.
+    """A file on this machine's disk: itself, or a copy of an object."""
+    return local_files(path.parent, [path.name]) / path.name
 
-    Copies that nobody asked for in a week go when another one is made.
+
+def local_files(folder: AnyPath, names: Iterable[str]) -> Path:
+    """A folder on this machine's disk that holds these files of a folder: itself, or one with copies of the objects.
+
+    Objects are fetched once as long as they stay the same. Copies that nobody asked for in a week go when others are
+    made.
     """
-    if isinstance(path, Path):
-        return path
+    if isinstance(folder, Path):
+        return folder
+    # Not by fsspec's caches: what a broken connection leaves of a file they give out as the whole file from then on.
+    objects = [folder / name for name in names]
+    copies = private_folder("copies")
+    together = copies / hashlib.sha256(repr([_object_stamp(path) for path in objects]).encode()).hexdigest()[:32]
+    if not together.exists():
+        _evict(copies)
+        together.mkdir(exist_ok=True, mode=0o700)
+    os.utime(together)
+    for path in objects:
+        copy = together / path.name
+        if not copy.exists():
+            temporary = _temporary(copy)
+            path.fs.get_file(path.path, str(temporary))
+            temporary.replace(copy)
+    return together
+
+
+def _object_stamp(path: UPath) -> tuple[str, int | None, str]:
     info = path.fs.info(path.path)
-    stamp = [str(path), info.get("size"), str(info.get("ETag") or info.get("mtime") or info.get("created"))]
-    name = hashlib.sha256(repr(stamp).encode()).hexdigest()[:32]
-    folder = private_folder("copies")
-    copy = folder / name / path.name
-    if not copy.exists():
-        _evict(folder)
-        copy.parent.mkdir(exist_ok=True, mode=0o700)
-        temporary = _temporary(copy)
-        path.fs.get_file(path.path, str(temporary))
-        temporary.replace(copy)
-    os.utime(copy.parent)
-    return copy
+    return str(path), info.get("size"), str(info.get("ETag") or info.get("mtime") or info.get("created"))
 
 
 def _evict(copies: Path) -> None:
     for folder in copies.iterdir():
         if time.time() - folder.lstat().st_mtime > UNUSED_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)  # who reads one keeps what it has open
-
-
-def local_files(folder: AnyPath, names: Iterable[str]) -> Path:
-    """A folder on this machine's disk that holds these files of a folder: itself, or one with copies of the objects."""
-    if isinstance(folder, Path):
-        return folder
-    copies = [local_copy(folder / name) for name in names]
-    together = copies[0].parent.with_name(hashlib.sha256(repr(copies).encode()).hexdigest()[:32])
-    together.mkdir(exist_ok=True, mode=0o700)
-    os.utime(together)
-    for copy in copies:
-        place = together / copy.name
-        if not place.exists():
-            temporary = _temporary(place)
-            temporary.write_bytes(copy.read_bytes())
-            temporary.replace(place)
-    return together
 
 
 def sync_folders(paths: Iterable[AnyPath]) -> None:

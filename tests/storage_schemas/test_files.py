@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from storage_schemas.errors import StoreError
-from storage_schemas.files import any_path, local_copy, private_folder
+from storage_schemas.files import any_path, local_copy, local_files, private_folder
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +48,32 @@ def test_copies_of_objects_that_nobody_asks_for_any_more_go() -> None:
         copies.append(local_copy(root / name))
     assert [copy.exists() for copy in copies] == [False, True, True]
     assert local_copy(root / "old").read_bytes() == b"old"
+
+
+def test_files_of_one_folder_of_objects_lie_together_and_are_fetched_again_when_one_changes() -> None:
+    root = any_path(f"memory://{uuid.uuid4().hex}")
+    for folder in ("first", "second"):
+        for name in ("head.json", "head.safetensors"):
+            (root / folder / name).write_bytes(f"{folder} {name}".encode())
+    names = ["head.json", "head.safetensors"]
+    first, second = local_files(root / "first", names), local_files(root / "second", names)
+    assert {path.name for path in first.iterdir()} == set(names)
+    assert (second / "head.json").read_bytes() == b"second head.json"
+    assert local_files(root / "first", names) == first
+    (root / "first" / "head.json").write_bytes(b"changed")
+    assert (local_files(root / "first", names) / "head.json").read_bytes() == b"changed"
+    assert (first / "head.json").read_bytes() == b"first head.json", "who reads the old ones keeps them"
+
+
+def test_what_a_broken_connection_leaves_of_an_object_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = any_path(f"memory://{uuid.uuid4().hex}") / "index.faiss"
+    path.write_bytes(b"whole")
+
+    def break_off(_store: object, _path: str, local: str) -> None:
+        Path(local).write_bytes(b"wh")
+        raise ConnectionError("broken")
+
+    with monkeypatch.context() as patched, pytest.raises(ConnectionError):
+        patched.setattr(type(path.fs), "get_file", break_off)
+        local_copy(path)
+    assert local_copy(path).read_bytes() == b"whole"
