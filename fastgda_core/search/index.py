@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def build_index(embeddings: NDArray[np.float32], train_ids: NDArray[np.int64]) -> faiss.Index:
-    """Inner-product index of unit vectors, (n, d), that answers with train_ids, (n,)."""
-    index = faiss.IndexIDMap(faiss.IndexFlatIP(embeddings.shape[1]))
-    index.add_with_ids(np.ascontiguousarray(embeddings), train_ids)
+def build_index(embeddings: NDArray[np.float32]) -> faiss.Index:
+    """Inner-product index of unit vectors, (n, d), one for each train_id in order."""
+    index = faiss.IndexFlatIP(embeddings.shape[1])
+    index.add(np.ascontiguousarray(embeddings))
     return index
 
 

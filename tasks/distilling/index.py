@@ -55,10 +55,9 @@ def build_search_index(context: Context, samples: Artifact, features: Artifact, 
     def make(started: float) -> Manifest:
         with stage("index", samples.rows) as advance:
             embeddings = load_trained_head(head.path)(load_features(context, samples, samples)).numpy()
-            train_ids = np.arange(samples.rows)
-            index = build_index(embeddings, train_ids)
+            index = build_index(embeddings)
             advance(samples.rows)
-        rows = tables.INDEX_IDS.rows(train_id=train_ids)
+        rows = tables.INDEX_IDS.rows(train_id=np.arange(samples.rows))
         commit_table(folder / "ids.parquet", rows, tables.INDEX_IDS, key=key, started=started)
         _write_record(context.workspace, folder, key, head, samples)
         if mean is not None:

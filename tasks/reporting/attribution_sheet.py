@@ -33,7 +33,7 @@ def attribution_sheet(
         for column, image in enumerate([query.image, *images]):
             left = GAP + column * (TILE + GAP) + (GAP if column else 0)
             sheet.paste(_tile(image), (left, top + LABEL))
-        right = 2 * GAP + TILE - GAP // 2 + GAP // 2
+        right = 2 * GAP + TILE
         pen.line((right, top + LABEL, right, top + LABEL + TILE), fill="#a0aec0", width=2)
     buffer = io.BytesIO()
     sheet.save(buffer, "JPEG", quality=85)

@@ -277,7 +277,7 @@ def test_an_index_of_an_earlier_release_has_no_mean_and_answers_by_the_features_
     del described["centre"]
     (head / "head.json").write_text(json.dumps(described))
     vectors = load_head(head)(torch.from_numpy(phi["samples"]).float()).numpy()
-    write_index(build_index(vectors, np.arange(SAMPLES)), index / "index.faiss")
+    write_index(build_index(vectors), index / "index.faiss")
     assert_same_answer(answered(workspace, 5), brute_force(head, phi["queries"][0], phi["samples"])[:5])
 
 
