@@ -3,6 +3,10 @@
 A key is what is before the last dot of a file name, so that `photo.v2.0001.jpg` and `photo.v2.0001.txt` are a sample.
 A member under a longer key without an image and a caption of its own, `0001.seg.png`, is a companion of sample `0001`.
 Nothing is extracted and nothing but images, text and JSON is ever decoded.
+
+`webdataset` writes the demo's tars and is not used to read: its samples have no byte offsets, by which images are
+fetched again. It also takes a tar that is cut between two members, and the first of two joined ones, for a whole one,
+drops links silently, and ends a key at the first dot, so that `photo.v2.0001` and `photo.v2.0002` are one sample.
 """
 
 from __future__ import annotations
