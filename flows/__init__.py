@@ -20,4 +20,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", logs.ROOT)  # a flow run's log has our records
+# Each task says NO_CACHE itself: PREFECT_TASKS_DEFAULT_NO_CACHE would come too late here for a job, whose process has
+# read Prefect's settings by now, and never for who imports `tasks` alone.
 logs.set_up_once()
