@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -72,6 +73,13 @@ def write_atomically(path: AnyPath, content: bytes) -> None:
     """Replace a small file in one step."""
     replace(path, content)
     sync_folders([path])
+
+
+def write_changed(path: AnyPath, content: bytes) -> None:
+    """As `write_atomically`, and nothing is written where the file holds that already."""
+    if read_if_there(path) != content:
+        replace(path, content)
+    sync_folders([path])  # whoever wrote it may have died before
 
 
 def replace(path: AnyPath, content: bytes) -> None:
@@ -203,7 +211,20 @@ def sync_folders(paths: Iterable[AnyPath]) -> None:
 
 def matching(folder: AnyPath, pattern: str) -> list[AnyPath]:
     """The files below a folder that match a glob, by name, but for hidden ones; none where there is no folder."""
-    return sorted((path for path in folder.glob(pattern) if not path.name.startswith(".")), key=str)
+    if isinstance(folder, Path) or "/" in pattern:
+        paths: Iterator[AnyPath] = folder.glob(pattern)
+    else:  # a glob asks an object store four times where one listing tells as much
+        paths = _listed(folder, pattern)
+    return sorted((path for path in paths if not path.name.startswith(".")), key=str)
+
+
+def _listed(folder: UPath, pattern: str) -> Iterator[UPath]:
+    try:
+        places = folder.fs.ls(folder.path, detail=False, refresh=True)
+    except FileNotFoundError:
+        return
+    names = (place.rsplit("/", 1)[-1] for place in places)
+    yield from (folder / name for name in names if fnmatchcase(name, pattern))
 
 
 def leftovers(folder: Path, below: Collection[str] | None = None) -> Iterator[Path]:
@@ -295,6 +316,20 @@ _HOST = os.uname().nodename[:32]
 def read_if_there(path: AnyPath) -> bytes | None:
     """The content of a file, None where there is none; one request of an object store, which opening it is not."""
     try:
-        return path.read_bytes() if isinstance(path, Path) else bytes(path.fs.cat_file(path.path))
+        if isinstance(path, Path):
+            return path.read_bytes()
+        # By several requests at a time s3fs would ask for the size first, and, where there is none, for a listing.
+        return bytes(path.fs.cat_file(path.path, max_concurrency=1))
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def is_there(path: AnyPath) -> bool:
+    """Whether there is such a file, which is not empty; one request of an object store, where `exists` lists, too."""
+    if isinstance(path, Path):
+        return path.exists()
+    try:
+        path.fs.cat_file(path.path, start=0, end=1)
+    except FileNotFoundError:
+        return False
+    return True

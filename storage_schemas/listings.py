@@ -112,7 +112,8 @@ def _read_together(paths: list[AnyPath], listing: Listing) -> None:
     if not remote:
         return
     of_manifest = {manifest_path(path).name: path for path in remote}
-    contents = remote[0].fs.cat([str(manifest_path(path)) for path in remote], on_error="omit")
+    places = [str(manifest_path(path)) for path in remote]
+    contents = remote[0].fs.cat(places, on_error="omit", max_concurrency=1)  # see `read_if_there`
     for place, content in contents.items():
         path = of_manifest[place.rsplit("/", 1)[-1]]
         try:

@@ -46,6 +46,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """URL of an object store."""
+    from tests.object_store import s3_server
+
+    with s3_server() as url:
+        yield url
+
+
 @pytest.fixture
 def tiny_model(model_folder: Path) -> DiffusionModel:
     import torch

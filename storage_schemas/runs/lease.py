@@ -66,7 +66,8 @@ def sole_maker(
 
 def _taken(folder: AnyPath, ready: Callable[[], bool], waiting: Callable[[str], None]) -> AnyPath | None:
     """The lease, now this process's; None where the thing is ready."""
-    seen, since, told = _last(folder), time.monotonic(), False
+    seen: tuple[int, Lease | None] = 0, None
+    since, told = time.monotonic(), False
     while not ready():
         last = number, lease = _last(folder)
         if last != seen:

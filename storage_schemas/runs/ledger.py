@@ -32,7 +32,7 @@ import pyarrow as pa
 from storage_schemas import tables
 from storage_schemas.commit import Manifest
 from storage_schemas.errors import StoreError
-from storage_schemas.files import AnyPath, matching, remove, write_atomically
+from storage_schemas.files import AnyPath, is_there, matching, read_if_there, remove, write_atomically
 from storage_schemas.listings import Listing, folder_manifests, list_folder, listed_manifest, listed_manifests
 from storage_schemas.runs.attempts import Attempt, ShardState, read_attempts
 from storage_schemas.runs.liveness import read_assignment
@@ -69,9 +69,7 @@ def read_run(workspace: Workspace, run: str) -> RunRecord:
 
 def run_names(workspace: Workspace) -> list[str]:
     """All planned runs, by name."""
-    if not workspace.runs.exists():
-        return []
-    return sorted(folder.name for folder in workspace.runs.iterdir() if (folder / "run.json").exists())
+    return [folder.name for folder in matching(workspace.runs, "*") if (folder / "run.json").exists()]
 
 
 def published_versions(workspace: Workspace) -> list[int]:
@@ -82,18 +80,14 @@ def published_versions(workspace: Workspace) -> list[int]:
 
 def read_compaction(workspace: Workspace, run: str) -> Compaction | None:
     """The run's large files, if it was compacted."""
-    try:
-        return Compaction.model_validate_json(workspace.compaction(run).read_bytes())
-    except FileNotFoundError:
-        return None
+    content = read_if_there(workspace.compaction(run))
+    return None if content is None else Compaction.model_validate_json(content)
 
 
 def read_labelling(workspace: Workspace, run: str) -> Labelling:
     """The run's current labelling."""
-    try:
-        return Labelling.model_validate_json(workspace.labelling(run).read_bytes())
-    except FileNotFoundError:
-        return Labelling()
+    content = read_if_there(workspace.labelling(run))
+    return Labelling() if content is None else Labelling.model_validate_json(content)
 
 
 def write_labelling(workspace: Workspace, run: str, labelling: Labelling) -> None:
@@ -124,7 +118,7 @@ def write_ledger(workspace: Workspace, run: str) -> pa.Table:
     path = workspace.quarantined_samples(run)
     if left_out.num_rows:
         write_atomically(path, tables.QUARANTINED_SAMPLES.encode(left_out, {}))
-    elif path.exists():
+    elif is_there(path):
         remove(path)
     return ledger
 

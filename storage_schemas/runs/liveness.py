@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from storage_schemas.commit import input_key
 from storage_schemas.errors import StoreError
-from storage_schemas.files import matching, remove, write_atomically
+from storage_schemas.files import is_there, matching, read_if_there, remove, write_atomically, write_changed
 from storage_schemas.workspace import Workspace
 
 BEAT_SECONDS = 5.0  # between two signs of life of a worker
@@ -89,24 +89,15 @@ class Beat(BaseModel):
 
 def write_assignment(workspace: Workspace, assignment: Assignment) -> None:
     """Replace the run's assignment where it differs."""
-    content = assignment.model_dump_json(indent=2).encode() + b"\n"
-    path = workspace.assignment(assignment.run)
-    try:
-        if path.read_bytes() == content:
-            return
-    except FileNotFoundError:
-        pass
-    write_atomically(path, content)
+    write_changed(workspace.assignment(assignment.run), assignment.model_dump_json(indent=2).encode() + b"\n")
 
 
 def read_assignment(workspace: Workspace, run: str) -> Assignment:
     """Raises StoreError where the run has none, as one that was imported."""
-    try:
-        return Assignment.model_validate_json(workspace.assignment(run).read_bytes())
-    except FileNotFoundError:
-        raise StoreError(
-            f"run {run} was imported or is of an earlier release: nothing can be computed for it"
-        ) from None
+    content = read_if_there(workspace.assignment(run))
+    if content is None:
+        raise StoreError(f"run {run} was imported or is of an earlier release: nothing can be computed for it")
+    return Assignment.model_validate_json(content)
 
 
 def ask(workspace: Workspace, run: str, wish: RunRequest) -> None:
@@ -117,15 +108,14 @@ def ask(workspace: Workspace, run: str, wish: RunRequest) -> None:
 
 def asked(workspace: Workspace, run: str) -> RunRequest | None:
     """What the run's processes are asked for at this moment."""
-    try:
-        return Control.model_validate_json(workspace.control(run).read_bytes()).wish
-    except FileNotFoundError:
-        return None
+    content = read_if_there(workspace.control(run))
+    return None if content is None else Control.model_validate_json(content).wish
 
 
 def withdraw(workspace: Workspace, run: str) -> None:
     """Let the run go on."""
-    remove(workspace.control(run))
+    if is_there(workspace.control(run)):
+        remove(workspace.control(run))
 
 
 def write_beat(workspace: Workspace, run: str, beat: Beat) -> None:

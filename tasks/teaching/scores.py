@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table
+from storage_schemas.files import is_there
 from storage_schemas.runs.attempts import ShardState
 from storage_schemas.runs.ledger import read_ledger
 from storage_schemas.which_workspace import command
@@ -74,7 +75,7 @@ class ScoreParts(Parts):
         """Raises RunRefused where so many samples were left out that they cannot be to blame."""
         workspace, run = self.context.workspace, self.artifact.key
         path = workspace.quarantined_samples(run)
-        if not path.exists():
+        if not is_there(path):
             return
         reasons, samples = tables.read(path, tables.QUARANTINED_SAMPLES)["reason"], self.artifacts["samples"].rows
         if len(reasons) > max(2, MOST_LEFT_OUT * samples):

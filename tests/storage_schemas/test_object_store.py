@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +17,7 @@ from s3fs.errors import translate_boto_error
 from storage_schemas import tables
 from storage_schemas.audit.verify import verify
 from storage_schemas.commit import committed, manifest_path, read_manifest
-from storage_schemas.files import AnyPath, any_path, create, file_sha256
+from storage_schemas.files import AnyPath, any_path, create, file_sha256, is_there, matching, read_if_there
 from storage_schemas.publishing.export import export_parquet
 from storage_schemas.publishing.publish import publish_runs, retract_run, update_published
 from storage_schemas.runs import lease
@@ -29,45 +29,19 @@ from storage_schemas.snapshots.vacuum import vacuum
 from storage_schemas.sql.lake import Lake
 from storage_schemas.sql.views import RefusedStatement, query
 from storage_schemas.workspace import Workspace
+from tests.object_store import empty_workspace, requests_counted
 from tests.storage_schemas.workspaces import commit_shard, finish_run, plan_run, shard_key
 
 RUN, SAMPLES = "run-1", 4
 QUERIES = ("q0", "it's [x] *", "q\n😀")
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer  # takes seconds
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    try:
-        yield f"http://{host}:{port}"
-    finally:
-        server.stop()
-
-
 @pytest.fixture(params=[pytest.param("s3", marks=pytest.mark.integration), "memory"])
 def root(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AnyPath:
     """An empty workspace."""
-    name = f"bucket-{uuid.uuid4().hex[:8]}"
     if request.param == "memory":
-        return any_path(f"memory://{name}/workspace")
-    for variable, value in (
-        ("AWS_ENDPOINT_URL", request.getfixturevalue("endpoint")),
-        ("AWS_ACCESS_KEY_ID", "test"),
-        ("AWS_SECRET_ACCESS_KEY", "test"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-    ):
-        monkeypatch.setenv(variable, value)
-    found = any_path(f"s3://{name}/workspace")
-    assert not isinstance(found, Path)
-    type(found.fs).clear_instance_cache()
-    found = any_path(f"s3://{name}/workspace")
-    assert not isinstance(found, Path)
-    found.fs.mkdir(name)
-    return found
+        return any_path(f"memory://bucket-{uuid.uuid4().hex[:8]}/workspace")
+    return empty_workspace(request.getfixturevalue("s3"), monkeypatch)
 
 
 def counts(root: AnyPath, table: str = "scores") -> dict[str, tuple[int, float]]:
@@ -224,6 +198,24 @@ def test_a_lake_registers_objects(root: AnyPath, tmp_path: Path) -> None:
     assert lake.add(RUN) == 3
     rows = lake.query("SELECT query_id, count(*) AS n, sum(score) AS s FROM run_scores GROUP BY ALL").to_pylist()
     assert {row["query_id"]: (row["n"], row["s"]) for row in rows} == dict.fromkeys(QUERIES, (SAMPLES, 3.0))
+
+
+def test_a_small_file_is_one_request_whether_or_not_it_is_there_and_so_is_a_folder(root: AnyPath) -> None:
+    for name in ("a.json", "b.json", "b.txt", ".c.json", "below/d.json"):
+        create(root / "folder" / name, b"x")
+    with requests_counted() as asked:
+        assert (read_if_there(root / "folder" / "a.json"), read_if_there(root / "folder" / "none")) == (b"x", None)
+        assert (is_there(root / "folder" / "a.json"), is_there(root / "folder" / "none")) == (True, False)
+        assert [path.name for path in matching(root / "folder", "*.json")] == ["a.json", "b.json"]
+    assert asked == ({"GET": 4, "LIST": 1} if str(root).startswith("s3") else {})
+    assert matching(root / "none", "*.json") == []
+    assert [path.name for path in matching(root, "folder/*.txt")] == ["b.txt"]
+
+
+def test_what_is_there_is_not_waited_for_nor_is_a_lease_looked_for(root: AnyPath) -> None:
+    with requests_counted() as asked, lease.sole_maker(Workspace.at(root), "k", lambda: True, print):
+        pass
+    assert asked == {}
 
 
 def test_one_of_several_makers_makes_it(root: AnyPath, monkeypatch: pytest.MonkeyPatch) -> None:

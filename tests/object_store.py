@@ -1,0 +1,73 @@
+"""A real S3 API on loopback, and what it is asked for."""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from storage_schemas.files import AnyPath, any_path
+
+
+@contextmanager
+def s3_server() -> Iterator[str]:
+    """Its URL."""
+    from moto.server import ThreadedMotoServer  # takes seconds
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    try:
+        yield f"http://{host}:{port}"
+    finally:
+        server.stop()
+
+
+def empty_workspace(url: str, patch: pytest.MonkeyPatch) -> AnyPath:
+    """In a bucket of its own, which this process and those that it starts can reach."""
+    for variable, value in (
+        ("AWS_ENDPOINT_URL", url),
+        ("AWS_ACCESS_KEY_ID", "test"),
+        ("AWS_SECRET_ACCESS_KEY", "test"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
+        patch.setenv(variable, value)
+    name = f"bucket-{uuid.uuid4().hex[:8]}"
+    found = any_path(f"s3://{name}/workspace")
+    assert not isinstance(found, Path)
+    type(found.fs).clear_instance_cache()
+    found = any_path(f"s3://{name}/workspace")
+    assert not isinstance(found, Path)
+    found.fs.mkdir(name)
+    return found
+
+
+class _Count(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.requests: Counter[str] = Counter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if line := re.search(r'"(?:\x1b\[\d+m)*(\w+) (\S+) HTTP', record.getMessage()):
+            method, place = line.groups()
+            self.requests["LIST" if "list-type=" in place else method] += 1
+
+
+@contextmanager
+def requests_counted() -> Iterator[Counter[str]]:
+    """How many requests of each method the servers of this process get in the block; a listing is a LIST."""
+    count, server = _Count(), logging.getLogger("werkzeug")
+    level = server.level
+    server.addHandler(count)
+    server.setLevel(logging.INFO)
+    try:
+        yield count.requests
+    finally:
+        server.setLevel(level)
+        server.removeHandler(count)
