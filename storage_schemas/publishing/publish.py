@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 
 from storage_schemas.files import create, read_if_there, remove, sync_folders, write_atomically
 from storage_schemas.runs.ledger import published_versions, read_run, write_ledger
@@ -14,6 +15,7 @@ from storage_schemas.snapshots.published import (
     NotPublished,
     OtherRelease,
     Published,
+    listed_version,
     newest_version,
     parsed,
     read_published,
@@ -117,8 +119,10 @@ def update_published(workspace: Workspace, change: Callable[[Published | None], 
     Returns:
         What is published now.
     """
+    look = newest_version
     while True:
-        number, content = newest_version(workspace)
+        number, content = look(workspace)
+        look = listed_version  # by then another writer came first, or the pointer led to a version long past
         try:
             before = None if content is None else parsed(workspace, content)
         except OtherRelease:
@@ -132,7 +136,8 @@ def update_published(workspace: Workspace, change: Callable[[Published | None], 
             continue
         after = change(before)
         if _same(before, after):
-            if before is not None or content is None:  # what another release wrote is left as it is
+            # What another release wrote is left as it is.
+            if (before is not None or content is None) and not _is_settled(workspace, content):
                 _settle(workspace, number)
             return before
         if after is not None:
@@ -166,6 +171,11 @@ def _created(workspace: Workspace, number: int, published: Published | None) -> 
     return True
 
 
+def _is_settled(workspace: Workspace, content: bytes | None) -> bool:
+    """Whether the pointer is this version's already, where there is no catalog, which shows more than versions."""
+    return not isinstance(workspace.root, Path) and read_if_there(workspace.current) == content
+
+
 def _settle(workspace: Workspace, number: int) -> None:
     """Make `current.json` and the catalog those of the version, unless a newer one is there, whose writer does so.
 
@@ -185,4 +195,4 @@ def _settle(workspace: Workspace, number: int) -> None:
                 write_atomically(workspace.current, content)
             write_catalog(workspace)
         written = newest
-        newest, content = newest_version(workspace)
+        newest, content = listed_version(workspace)

@@ -13,7 +13,7 @@ from datetime import datetime
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from storage_schemas.errors import StoreError
-from storage_schemas.files import read_if_there
+from storage_schemas.files import is_there, read_if_there
 from storage_schemas.runs.ledger import published_versions
 from storage_schemas.workspace import Workspace
 
@@ -60,7 +60,7 @@ class OtherRelease(NotPublished):
 
 def read_published(workspace: Workspace) -> Published:
     """Raises NotPublished when no run of this workspace is published."""
-    content = _followed(workspace)
+    _, content = newest_version(workspace)
     if content is None:
         raise NotPublished(
             f"{workspace.root} has no published run: run `fastgda demo` or `fastgda run CONFIG` first, "
@@ -82,22 +82,29 @@ def parsed(workspace: Workspace, content: bytes) -> Published:
     return published
 
 
-def _followed(workspace: Workspace) -> bytes | None:
-    """What is published, from the pointer and the versions after it, which no listing is needed for."""
-    newest = read_if_there(workspace.current)
-    number = _number(newest) if newest is not None else 0
-    if number == 0:  # nothing, or of an earlier release
-        return newest_version(workspace)[1]
-    while (later := read_if_there(workspace.published(number + 1))) is not None:
-        number, newest = number + 1, later
-    return None if newest == NOTHING else newest
-
-
 NOTHING = b"null\n"  # what a version holds when the last run was retracted
 
 
 def newest_version(workspace: Workspace) -> tuple[int, bytes | None]:
-    """Number and content of what is published; no content where nothing is."""
+    """Number and content of what is published, from the pointer and the versions after it; no content where nothing is.
+
+    The folder is listed only where the pointer leads nowhere.
+    """
+    pointed = read_if_there(workspace.current)
+    number = 0 if pointed is None else _number(pointed)
+    if number == 0:  # nothing, or of an earlier release
+        return listed_version(workspace)
+    while is_there(workspace.published(number + 1)):
+        number += 1
+    # Vacuum takes the lowest number first: as long as a version is there, the next was not taken, but never was.
+    content = read_if_there(workspace.published(number))
+    if content is None:
+        return listed_version(workspace)
+    return number, None if content == NOTHING else content
+
+
+def listed_version(workspace: Workspace) -> tuple[int, bytes | None]:
+    """As `newest_version`, wherever the pointer leads: for a writer that another one came before."""
     while True:
         number = max(published_versions(workspace), default=0)
         pointed = read_if_there(workspace.current)

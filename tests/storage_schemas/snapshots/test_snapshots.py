@@ -260,3 +260,21 @@ def test_a_writer_that_slept_while_its_number_was_vacuumed_loses_nothing(
     now = update_published(workspace, promote)
     assert now is not None and (now.version, now.head, now.index) == (7, "heads/h", "indexes/4")
     assert published_versions(workspace) == [5, 6, 7]
+
+
+def test_a_pointer_to_a_version_that_is_vacuumed_misleads_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = Workspace(tmp_path)
+    publish_run(tmp_path)
+    monkeypatch.setattr("storage_schemas.snapshots.vacuum.VERSIONS_KEPT", 2)
+    pointed = workspace.current.read_bytes()
+    for number in range(5):
+        show(workspace, index=f"indexes/{number}")
+    vacuum(workspace, older_than=timedelta(0))
+    assert published_versions(workspace) == [5, 6]
+    workspace.current.write_bytes(pointed)  # by a writer that slept, and died before it looked again
+    assert (read_published(workspace).version, read_published(workspace).index) == (6, "indexes/4")
+    now = show(workspace, head="heads/h")
+    assert (now.version, now.index) == (7, "indexes/4")
+    assert workspace.current.read_bytes() == workspace.published(7).read_bytes()
