@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from storage_schemas.files import AnyPath, write_atomically
+from storage_schemas.files import AnyPath, write_changed
 from storage_schemas.workspace import Workspace
 
 
@@ -20,7 +20,7 @@ class Indexed(BaseModel):
 def write_indexed(workspace: Workspace, samples: AnyPath, rejected_samples: AnyPath) -> None:
     """Note which samples were indexed last, also where they had been indexed before."""
     indexed = Indexed(samples=workspace.relative(samples), rejected_samples=workspace.relative(rejected_samples))
-    write_atomically(workspace.newest_samples, indexed.model_dump_json(indent=2).encode() + b"\n")
+    write_changed(workspace.newest_samples, indexed.model_dump_json(indent=2).encode() + b"\n")
 
 
 def read_indexed(workspace: Workspace) -> Indexed | None:

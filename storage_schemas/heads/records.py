@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from storage_schemas.errors import StoreError
-from storage_schemas.files import AnyPath, read_if_there, write_atomically
+from storage_schemas.files import AnyPath, read_if_there, write_changed
 from storage_schemas.runs.ledger import read_run
 from storage_schemas.workspace import Workspace
 
@@ -118,7 +118,7 @@ def read_checks_record(workspace: Workspace, run: str) -> dict[str, CheckRecord]
 
 def write_checks_record(workspace: Workspace, run: str, checks: dict[str, CheckRecord]) -> None:
     """Replace what is known of a run's teacher."""
-    write_atomically(workspace.checks(run), as_json(TeacherChecks(checks)))
+    write_changed(workspace.checks(run), as_json(TeacherChecks(checks)))
 
 
 def _parsed(model: type[Record], content: bytes, path: AnyPath) -> Record:

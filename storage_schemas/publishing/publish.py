@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from storage_schemas.files import create, read_if_there, remove, sync_folders, write_atomically
-from storage_schemas.runs.ledger import published_versions, read_run, write_ledger
+from storage_schemas.runs.ledger import published_versions, read_run
 from storage_schemas.runs.records import Part
 from storage_schemas.snapshots.published import (
     LAYOUT_VERSION,
@@ -53,8 +53,6 @@ def publish_runs(
 
     published = update_published(workspace, change)
     assert published is not None
-    for run in runs:
-        write_ledger(workspace, run)
     return published
 
 

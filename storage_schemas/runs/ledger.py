@@ -25,14 +25,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from storage_schemas import tables
 from storage_schemas.commit import Manifest
 from storage_schemas.errors import StoreError
-from storage_schemas.files import AnyPath, is_there, matching, read_if_there, remove, write_atomically
+from storage_schemas.files import AnyPath, is_there, matching, read_if_there, remove, write_atomically, write_changed
 from storage_schemas.listings import Listing, folder_manifests, list_folder, listed_manifest, listed_manifests
 from storage_schemas.runs.attempts import Attempt, ShardState, read_attempts
 from storage_schemas.runs.liveness import read_assignment
@@ -102,7 +102,7 @@ def read_ledger(workspace: Workspace, run: str) -> pa.Table:
     Raises:
         UnknownRun: there is no such run.
     """
-    return derive(workspace, run)[0]
+    return derive(workspace, run).ledger
 
 
 def ledger_as_written(workspace: Workspace, run: str) -> pa.Table:
@@ -113,14 +113,19 @@ def ledger_as_written(workspace: Workspace, run: str) -> pa.Table:
 
 def write_ledger(workspace: Workspace, run: str) -> pa.Table:
     """Derive the ledger of a run and put it where SQL looks, with the samples that were left out beside it."""
-    ledger, left_out = derive(workspace, run)
-    write_atomically(workspace.ledger(run), tables.SHARDS.encode(ledger, {}))
+    derived = derive(workspace, run)
+    put_ledger(workspace, run, derived)
+    return derived.ledger
+
+
+def put_ledger(workspace: Workspace, run: str, derived: Derived) -> None:
+    """Put the ledger of a run where SQL looks, with the samples that were left out beside it."""
+    write_changed(workspace.ledger(run), tables.SHARDS.encode(derived.ledger, {}).to_pybytes())
     path = workspace.quarantined_samples(run)
-    if left_out.num_rows:
-        write_atomically(path, tables.QUARANTINED_SAMPLES.encode(left_out, {}))
+    if derived.left_out.num_rows:
+        write_changed(path, tables.QUARANTINED_SAMPLES.encode(derived.left_out, {}).to_pybytes())
     elif is_there(path):
         remove(path)
-    return ledger
 
 
 def quarantined_parts(workspace: Workspace, run: str) -> dict[str, list[AnyPath]]:
@@ -133,25 +138,40 @@ def quarantined_parts(workspace: Workspace, run: str) -> dict[str, list[AnyPath]
     return found
 
 
-def derive(workspace: Workspace, run: str) -> tuple[pa.Table, pa.Table]:
-    """The ledger, rows of `tables.SHARDS`, and the samples left out, rows of `tables.QUARANTINED_SAMPLES`."""
+class Derived(NamedTuple):
+    """What the files of a run tell at one moment."""
+
+    ledger: pa.Table  # rows of `tables.SHARDS`
+    left_out: pa.Table  # samples, rows of `tables.QUARANTINED_SAMPLES`
+    scores: dict[AnyPath, Manifest]  # of score shards, by their path
+
+
+def derive(workspace: Workspace, run: str) -> Derived:
+    """The ledger and what goes with it, each folder listed once."""
     read_run(workspace, run)
     plan = tables.read(workspace.plan_shards(run), tables.PLAN_SHARDS).to_pylist()
     attempts = read_attempts(workspace, run)
     listing = list_folder(workspace.scores(run))
     held = _held_by_parts(workspace, run)
+    manifests = {
+        kind: listed_manifests(folder, listing if kind == "scores" else list_folder(folder))
+        for kind, folder in _folders(workspace, run).items()
+    }
     rows = [_ledger_row(workspace, run, planned, attempts.get(planned["shard"], []), listing, held) for planned in plan]
     reasons: dict[int, tuple[str, str]] = {}
-    for kind, folder in _folders(workspace, run).items():
-        for manifest in listed_manifests(folder, listing if kind == "scores" else list_folder(folder)).values():
+    for kind, of_kind in manifests.items():
+        for manifest in of_kind.values():
             for train_id, reason in manifest.quarantined.items():
                 reasons.setdefault(train_id, (kind, reason))
     left_out = [
         {"run": run, "train_id": train_id, "found_in": kind, "reason": reason}
         for train_id, (kind, reason) in sorted(reasons.items())
     ]
-    ledger = pa.Table.from_pylist(rows, schema=tables.SHARDS.schema)
-    return ledger, pa.Table.from_pylist(left_out, schema=tables.QUARANTINED_SAMPLES.schema)
+    return Derived(
+        pa.Table.from_pylist(rows, schema=tables.SHARDS.schema),
+        pa.Table.from_pylist(left_out, schema=tables.QUARANTINED_SAMPLES.schema),
+        manifests["scores"],
+    )
 
 
 def _folders(workspace: Workspace, run: str) -> dict[str, AnyPath]:

@@ -22,13 +22,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from storage_schemas import tables
-from storage_schemas.commit import commit, committed, input_key
+from storage_schemas.commit import Manifest, commit, committed, input_key
 from storage_schemas.database import duckdb_type, file_list, literal, open_database, rows_of
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, file_sha256, write_atomically
-from storage_schemas.listings import folder_manifests
 from storage_schemas.runs.attempts import ShardState
 from storage_schemas.runs.ledger import (
+    Derived,
     derive,
     read_compaction,
     read_labelling,
@@ -70,6 +70,7 @@ def compact(
     part_rows: int = PART_ROWS,
     threads: int | None = None,
     advance: Callable[[int], None] = lambda rows: None,
+    derived: Derived | None = None,
 ) -> list[Part]:
     """Rank labels of all rows of a finished run, in large sorted files; what is there already is reused.
 
@@ -82,11 +83,12 @@ def compact(
         incomplete: take the rows of the shards that are done; such parts serve a snapshot only, too.
         negatives: as in the run's labelling unless given; then such parts serve a snapshot only, too.
         advance: called with the rows of each part when it is there.
+        derived: what `derive` gave of the run, where it was asked already.
 
     Raises:
         RunUnfinished: shards are missing, or hold other rows than planned.
     """
-    ledger, samples_left_out = derive(workspace, run)
+    ledger, samples_left_out, manifests = derived or derive(workspace, run)
     state = dict(zip(ledger["shard"].to_pylist(), ledger["state"].to_pylist(), strict=True))
     open_shards = sorted(shard for shard, is_ in state.items() if is_ != ShardState.done)
     if open_shards and (not incomplete or len(open_shards) == len(state)):
@@ -94,7 +96,7 @@ def compact(
             f"run {run}: {len(open_shards)} of {len(state)} score shards are not done "
             f"(first: {open_shards[0]}): {command(workspace, f'retry {run}')} computes them"
         )
-    shards = _Shards.of(workspace, run, frozenset(open_shards))
+    shards = _Shards.of(workspace, run, frozenset(open_shards), manifests)
     left_out = samples_left_out.num_rows
     groups = list(_groups(workspace, run, without, part_rows))
     workers = threads or os.cpu_count() or 1
@@ -128,14 +130,15 @@ class _Shards:
     digests: dict[AnyPath, str]
 
     @classmethod
-    def of(cls, workspace: Workspace, run: str, without: frozenset[int]) -> _Shards:
+    def of(
+        cls, workspace: Workspace, run: str, without: frozenset[int], manifests: Mapping[AnyPath, Manifest]
+    ) -> _Shards:
         plan = tables.read(workspace.plan_shards(run), tables.PLAN_SHARDS).to_pydict()
         found: dict[int, list[int]] = {}
         for shard, block in zip(plan["shard"], plan["query_block"], strict=True):
             found.setdefault(block, [])
             if shard not in without:
                 found[block].append(shard)
-        manifests = folder_manifests(workspace.scores(run))
         return cls(found, {path: manifest.sha256 for path, manifest in manifests.items()})
 
 

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from storage_schemas import tables
 from storage_schemas.commit import input_key
-from storage_schemas.files import write_atomically
-from storage_schemas.runs.ledger import read_run
+from storage_schemas.files import write_changed
+from storage_schemas.runs.ledger import derive, put_ledger, read_run
 from storage_schemas.runs.records import Part, RunRecord
 from storage_schemas.snapshots.compaction import compact
 from storage_schemas.snapshots.published import CannotPublish, NotPublished
@@ -51,6 +51,8 @@ def make_snapshot(
 ) -> Snapshot:
     """Rank labels of some finished runs together: where several scored a query, the rows of the last one stand.
 
+    The runs' ledgers are brought up to date beside them.
+
     Args:
         incomplete: take what there is of a run that is not finished.
         known: parts of runs, by run and the queries left out, from an earlier call; what is made is added.
@@ -67,10 +69,14 @@ def make_snapshot(
     for place, run in enumerate(runs):
         replaced = queries[place] & frozenset[str]().union(*queries[place + 1 :])
         # The whole run first: only the parts that hold replaced queries are made once more.
-        for without in dict.fromkeys((frozenset[str](), replaced)):
-            if (run, without) not in known:
-                made = compact(workspace, run, without=without, incomplete=incomplete, advance=advance)
-                known[run, without] = made
+        missing = [without for without in dict.fromkeys((frozenset[str](), replaced)) if (run, without) not in known]
+        if missing:
+            derived = derive(workspace, run)
+            put_ledger(workspace, run, derived)
+            for without in missing:
+                known[run, without] = compact(
+                    workspace, run, without=without, incomplete=incomplete, advance=advance, derived=derived
+                )
         parts += known[run, replaced]
     # Two labellings of a run are two snapshots even where all scores are positive.
     labellings = [[part.negatives for part in parts]] if any(part.negatives != "keep" for part in parts) else []
@@ -82,7 +88,7 @@ def make_snapshot(
         queries=sum(part.queries for part in parts),
         parts=parts,
     )
-    write_atomically(workspace.snapshot(name), snapshot.model_dump_json(indent=2).encode() + b"\n")
+    write_changed(workspace.snapshot(name), snapshot.model_dump_json(indent=2).encode() + b"\n")
     return snapshot
 
 

@@ -106,7 +106,7 @@ def run_status(workspace: Workspace, run: str) -> RunStatus:
     """Raises UnknownRun, naming those that there are."""
     execution = _execution_of(workspace, run)
     record = read_run(workspace, run)
-    ledger_rows, left_out = derive(workspace, run)
+    ledger_rows, left_out, _ = derive(workspace, run)
     ledger = ledger_rows.to_pylist()
     states = Counter(str(row["state"]) for row in ledger)
     done: list[_DoneShard] = [row for row in ledger if row["state"] == ShardState.done]

@@ -16,6 +16,7 @@ from storage_schemas import tables
 from storage_schemas.audit.verify import verify
 from storage_schemas.commit import TableCommit, commit_tables
 from storage_schemas.publishing.publish import publish_runs
+from storage_schemas.runs.attempts import AttemptLog, ShardState
 from storage_schemas.runs.ledger import done_shards, read_run, write_ledger
 from storage_schemas.snapshots.compaction import compact
 from storage_schemas.snapshots.published import read_published
@@ -143,6 +144,7 @@ def test_a_ledger_that_cannot_be_written_leaves_the_one_before(disk: Path) -> No
     workspace = Workspace(disk)
     plan_run(disk, RUN, queries=QUERIES, samples=4)
     before = write_ledger(workspace, RUN)
+    AttemptLog(workspace, RUN).record(0, ShardState.failed)  # what would be written differs
     fill(disk)
     assert_full(lambda: write_ledger(workspace, RUN))
     assert tables.read(workspace.ledger(RUN), tables.SHARDS).equals(before)

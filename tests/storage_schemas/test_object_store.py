@@ -215,10 +215,14 @@ def test_a_small_file_is_one_request_whether_or_not_it_is_there_and_so_is_a_fold
 def test_who_changes_nothing_of_what_is_published_lists_nothing_and_writes_nothing(root: AnyPath) -> None:
     workspace = Workspace.at(root)
     finish_run(root, RUN, queries=QUERIES)
+    AttemptLog(workspace, RUN).record(0, ShardState.running)
     published = publish_runs(workspace, [RUN])
     with requests_counted() as asked:
         assert update_published(workspace, lambda before: before) == read_published(workspace) == published
     assert asked.keys() <= {"GET"}
+    with requests_counted() as asked:
+        assert publish_runs(workspace, [RUN]) == published
+    assert asked["LIST"] <= 2 and asked.keys() <= {"GET", "HEAD", "LIST"}  # its attempts, its scores
 
 
 def test_what_is_there_is_not_waited_for_nor_is_a_lease_looked_for(root: AnyPath) -> None:
