@@ -22,7 +22,7 @@ class BadSample(ValueError):
 class NonFiniteLoss(BadSample):
     """The loss of some samples is no number.
 
-    train_ids: of those that the forward at hand showed; there may be more.
+    train_ids: the samples that one forward showed; there may be more.
     """
 
     def __init__(self, message: str, train_ids: Sequence[int]) -> None:
@@ -35,11 +35,11 @@ class TransientError(RuntimeError):
 
 
 class Stopped(BaseException):
-    """Somebody asked for the work to stop; no failure. Like KeyboardInterrupt, no handler of errors may swallow it."""
+    """A request to stop the work, not a failure. Like KeyboardInterrupt, no handler of errors may swallow it."""
 
 
 class Remedy(StrEnum):
-    """What to do about an error."""
+    """A runner's action after an error."""
 
     smaller = "out of memory"  # halve the batch and go on
     retry = "transient"  # try again later
@@ -89,7 +89,7 @@ _DEVICE_FAULTS = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "NCCL error", "u
 
 
 def remedy(error: BaseException) -> Remedy:
-    """What a runner does about an error, or about the cause that it was raised from."""
+    """Return what a runner does about an error, or about the cause that it was raised from."""
     if out_of_memory(error):
         return Remedy.smaller
     if isinstance(error, BadSample):
@@ -101,7 +101,7 @@ def remedy(error: BaseException) -> Remedy:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the device, or the CPU's allocator, ran out of memory."""
+    """Return whether the device, or the CPU's allocator, ran out of memory."""
     # By name, so that commands that compute nothing need not import torch.
     return _has_class(error, {"OutOfMemoryError"}) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
@@ -119,12 +119,12 @@ def _has_class(error: BaseException, names: set[str]) -> bool:
 
 
 def device_lost(error: BaseException) -> bool:
-    """Whether this process may not use its device again."""
+    """Return whether this process can no longer use its device."""
     return isinstance(error, RuntimeError) and any(fault in str(error) for fault in _DEVICE_FAULTS)
 
 
 def _throttled(error: BaseException) -> bool:
-    """A server that answered with a 5xx, or that asks to slow down or to come again."""
+    """Return whether a server answered with a 5xx, or asks to slow down or to come again."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         statuses = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]

@@ -8,19 +8,19 @@ from fastgda_core.errors import UsageError
 
 
 def installed(module: str) -> bool:
-    """Whether a package could be imported; it is not."""
+    """Return whether a package could be imported, without importing it."""
     return find_spec(module) is not None
 
 
 def require_extra(extra: str, *modules: str, wanted_by: str = "") -> None:
-    """Check that what an extra brings is there, without importing it.
+    """Check that the packages of an extra are installed, without importing them.
 
     Args:
         modules: names of packages as they are imported.
-        wanted_by: the setting that asks for them, where it was not the command itself.
+        wanted_by: the setting that asks for the packages, where it was not the command itself.
 
     Raises:
-        UsageError: one is missing; the message has the line that installs it.
+        UsageError: a package is missing; the message has the line that installs it.
     """
     missing = [module for module in modules if not installed(module)]
     if missing:

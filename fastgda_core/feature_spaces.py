@@ -22,7 +22,7 @@ PACKAGES = {
 
 
 def encoder_names(space: str) -> list[str]:
-    """The encoders of a feature space such as `efficientnet_lite0+minilm_text`.
+    """Return the encoders of a feature space such as `efficientnet_lite0+minilm_text`.
 
     Raises:
         UsageError: an encoder is not registered, or named twice.
@@ -45,7 +45,7 @@ def require_encoders(space: str, wanted_by: str) -> None:
         wanted_by: the setting that names the space.
 
     Raises:
-        UsageError: one is not.
+        UsageError: a package is missing.
     """
     for name in encoder_names(space):
         require_extra("demo", *PACKAGES.get(name, ()), wanted_by=f"{wanted_by} names {name}")

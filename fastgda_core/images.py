@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 AHEAD = 64  # images that may wait decoded: 50 MB of 512 x 512
 _FORMATS = ("JPEG", "PNG", "WEBP")
-# What Pillow raises on damaged files. With -W error its warning is an error too.
+# The errors that Pillow raises on damaged files. With -W error its warning is an error too.
 _DAMAGE = (
     OSError,
     SyntaxError,
@@ -56,7 +56,7 @@ def decode_image(content: bytes) -> Image.Image:
 
 
 def decode_first(content: bytes) -> tuple[Image.Image, int]:
-    """What `decode_image` gives, and how many pictures the file holds.
+    """Decode as `decode_image` does, and return the image and how many pictures the file holds.
 
     Raises:
         BadSample: as `decode_image`.
@@ -79,7 +79,7 @@ def decode_first(content: bytes) -> tuple[Image.Image, int]:
 
 
 def in_threads(read: Callable[[Item], Result], items: Sequence[Item], size: int) -> Iterator[list[Result]]:
-    """What `read` gives of each item, in order, in batches of `size`; threads work ahead of whoever asks.
+    """Yield what `read` returns for the items, in order, in batches of `size`; threads read ahead.
 
     Pillow decodes without Python's lock, so images are made ready while a device computes.
     """
@@ -97,10 +97,10 @@ def in_threads(read: Callable[[Item], Result], items: Sequence[Item], size: int)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as 8-bit RGB, transparency on white.
+    """Return an image of any mode as 8-bit RGB, transparency on white.
 
     Raises:
-        BadSample: the range of its values is not known.
+        BadSample: the range of the image's values is not known.
     """
     if image.mode == "F" or (image.mode == "I" and not _fits_16_bits(image)):
         raise BadSample(f"image of mode {image.mode}, whose values have no known range: store it with 8 bits a channel")
@@ -113,7 +113,10 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _refuse_huge(image: Image.Image) -> None:
-    """Pillow's limit, of which it only warns: a warning is no guard where several threads set filters."""
+    """Raise `BadSample` for an image above Pillow's limit of pixels.
+
+    Pillow only warns, and a warning is no guard where several threads set filters.
+    """
     limit = Image.MAX_IMAGE_PIXELS
     if limit and image.width * image.height > limit:
         size = f"{image.width} x {image.height}"
@@ -121,10 +124,10 @@ def _refuse_huge(image: Image.Image) -> None:
 
 
 def _mend_transparency(image: ImageFile.ImageFile) -> None:
-    """Bring a PNG's transparent colour to the values that Pillow's pixels have: it scales these, not that.
+    """Scale a PNG's transparent colour as Pillow scales the pixels; Pillow leaves the colour as it is.
 
     Raises:
-        BadSample: its 16 bits cannot be compared with pixels of 8.
+        BadSample: a transparent colour of 16 bits cannot be compared with pixels of 8.
     """
     colour, rawmode = image.info.get("transparency"), image.tile[0][3] if image.tile else None
     if isinstance(colour, int) and rawmode in ("L", "L;2", "L;4"):
@@ -140,7 +143,7 @@ def _fits_16_bits(image: Image.Image) -> bool:
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits as grey of 8, with alpha where one grey is transparent."""
+    """Return grey of 16 bits as grey of 8, with alpha where one grey is transparent."""
     values = np.asarray(image).astype(np.uint32)
     grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if "transparency" in image.info:
@@ -149,7 +152,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation; 1, upright, where there is none or the EXIF is damaged."""
+    """Return the EXIF orientation; 1, upright, where there is none or the EXIF is damaged."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
     except (*_DAMAGE, AttributeError, RecursionError):

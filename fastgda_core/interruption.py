@@ -1,4 +1,4 @@
-"""How long work is told to stop: it asks between two micro-batches."""
+"""Stopping of long work: the work asks between two micro-batches whether it has to stop."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def stop_here() -> None:
 
 
 def stopping() -> bool:
+    """Return whether `stop_here` was called."""
     return _stop.is_set()
 
 
@@ -30,7 +31,7 @@ def stop_on_interrupt() -> None:
 
 @contextmanager
 def checked_by(check: Callable[[], None]) -> Iterator[None]:
-    """Work in the block calls `check` between two micro-batches; what it raises ends the work."""
+    """Call `check` between two micro-batches of the work in the block; an exception of `check` ends the work."""
     token = _check.set(check)
     try:
         yield
@@ -39,10 +40,10 @@ def checked_by(check: Callable[[], None]) -> Iterator[None]:
 
 
 def checkpoint() -> None:
-    """A place where the work may be stopped and nothing is half done.
+    """End the work here if it has to stop; called where nothing is half done.
 
     Raises:
-        Stopped: by `stop_here`, or by whoever checks this work.
+        Stopped: by `stop_here`, or by the check of `checked_by`.
     """
     if stopping():
         raise Stopped

@@ -15,7 +15,7 @@ os.environ.update(
     PYTORCH_ENABLE_MPS_FALLBACK="1",
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no hub is asked, unless somebody says so
-# Bars of libraries would stand between ours; and a job whose worker died has nobody left to print them to.
+# Progress bars of libraries would stand between ours; and a job whose worker died has no output to print them to.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")

@@ -1,4 +1,4 @@
-"""Curation: which training samples influenced which queries, by the teacher; planned, made part by part, published."""
+"""Curation: plan, make part by part, and publish the teacher's scores of queries and training samples."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tasks.watching.trust import Trust, trust_in
 
 @dataclass(frozen=True)
 class Curation:
-    """What a curation made: its run, everything in order, and the rank labels as they were published."""
+    """The result of a curation: its run, everything made in order, and the rank labels as they were published."""
 
     run: Run
     made: list[Made]
@@ -47,12 +47,12 @@ class Curation:
 
     @property
     def trust(self) -> Trust:
-        """What is known of the run's teacher."""
+        """The results of the checks of the run's teacher."""
         return trust_in(self.run.workspace, self.run.name)
 
 
 def plan_run(config: PipelineConfig) -> Run:
-    """Samples, queries, features and candidates, and from them what the run is to do."""
+    """Make samples, queries, features and candidates, and plan the run from them."""
     context = open_context(config)
     family_of(config).check(context)
     made_samples = ingest_samples(context)
@@ -71,7 +71,7 @@ def plan_run(config: PipelineConfig) -> Run:
 
 @flow(name="curate", flow_run_name=named("curate"))
 def curate(config: PipelineConfig) -> Curation:
-    """Plan, curvature, base losses, unlearning steps, score shards, publish; what is there already is reused.
+    """Plan a run, make its parts up to the score shards, and publish them; what is there already is reused.
 
     Raises:
         RunIncomplete: parts failed for good; nothing is published unless `execution.publish_incomplete` says so.
@@ -117,6 +117,6 @@ def backfill(
 
 @flow(name="retry", flow_run_name="retry {run}")
 def retry(workspace: str, run: str, shards: str | None = None) -> Curation:
-    """Only what a run lacks: shards that failed or were quarantined, all or some (`0-2,5`), and samples left out."""
+    """Make what a run lacks: shards that failed or were quarantined, all or some (`0-2,5`), and samples left out."""
     release(workspace, run, shards)
     return curate(config_of(workspace, run))

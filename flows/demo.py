@@ -11,7 +11,7 @@ from tasks.demo.openmoji import CONFIG, PUBLISHED_CONFIG, write_model_folder, wr
 
 
 def prepare(folder: Path, source: Path = CONFIG) -> Path:
-    """Lay out `shards/`, `model/` and a ready config; returns the config's path."""
+    """Lay out `shards/`, `model/` and a ready config; return the config's path."""
     write_shards(folder / "shards")
     write_model_folder(folder / "model")
     config = folder / source.name
@@ -21,7 +21,7 @@ def prepare(folder: Path, source: Path = CONFIG) -> Path:
 
 
 def train_model(folder: Path, out: Path, training: DenoiserTraining, initial: Path | None) -> Path:
-    """Train the demo's denoiser on the demo's own shards into `out`; returns the picture of a sample grid."""
+    """Train the demo's denoiser on the demo's own shards into `out`; return the picture of a sample grid."""
     from tasks.demo.model import train_denoiser_on, write_sample_grid
 
     write_shards(folder / "shards")

@@ -9,12 +9,12 @@ from tasks.config.files import load_config
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The configuration in a YAML file, checked, with absolute paths, as the parameter `config` of deployed flows.
+    """Read a YAML file's configuration, checked, with absolute paths, as the parameter `config` of deployed flows.
 
     `partitioned` says whether its queries come day by day: without them nothing is scheduled, or missed.
 
     Raises:
-        UsageError: a fault in it; one line for each.
+        UsageError: a fault in the configuration; one line for each.
     """
     config = load_config(Path(path))
     return {

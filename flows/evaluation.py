@@ -1,4 +1,4 @@
-"""How good the rank head is against its teacher, how far the teacher itself can be trusted, and what is served."""
+"""Evaluation: the head against its teacher, the teacher against its checks, and what is served."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tasks.teaching.run import Run
 
 @flow(name="judge", flow_run_name=named("judge"))
 def judge(config: PipelineConfig) -> list[Made]:
-    """Whether the teacher of a finished run can be trusted: against the exact one, and against itself."""
+    """Check whether the teacher of a finished run can be trusted: against the exact one, and against itself."""
     return judge_run(plan_run(config))
 
 
 def judge_run(run: Run) -> list[Made]:
-    """As `judge`, of a run that is planned already."""
+    """Check the teacher of a run that is planned already, as `judge` does."""
     config, ranks = run.config, rank_scores(run).artifact
     checks = []
     if config.teacher.update_rank is not None:

@@ -17,7 +17,7 @@ from tasks.reporting.announcements import announce_index
 
 @flow(name="rebuild index", flow_run_name=named("index", "head"))
 def rebuild_index(config: PipelineConfig, head: str | None = None) -> Made:
-    """An index version from a head, by default the newest; nobody is served from it before it is promoted."""
+    """Build an index from a head, by default the newest; the index is not served before it is promoted."""
     context = open_context(config)
     trained, record = read_head(context.workspace, head or latest_head(context.workspace))
     context = space_of_head(context, record)

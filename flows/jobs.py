@@ -25,7 +25,7 @@ def make_parts(
     timeout: float | None,
     execution: ExecutionConfig,
 ) -> str:
-    """Make these parts one after the other; a coordinator starts it, and reads in the workspace what it got done.
+    """Make these parts one after the other; a coordinator starts this flow, and reads in the workspace what it made.
 
     Args:
         location: folder or URL of the workspace.

@@ -1,4 +1,4 @@
-"""What flow runs are called and tagged with: `curate openmoji abu_plus_first_order 2026-11-23`."""
+"""The names of flow runs: `curate openmoji abu_plus_first_order 2026-11-23`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prefect.runtime import flow_run
 
 
 def named(verb: str, *parameters: str) -> Callable[[], str]:
-    """A namer of runs of a flow whose parameter `config` is a `PipelineConfig`; `parameters` too, where given."""
+    """Return a namer of runs of a flow with a parameter `config`, a `PipelineConfig`; `parameters` are named, too."""
 
     def name() -> str:
         arguments: dict[str, Any] = flow_run.get_parameters()

@@ -1,4 +1,4 @@
-"""What makes a rank head good on a workspace."""
+"""The study of what makes a rank head good on a workspace."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Study:
 
 @flow(name="study", flow_run_name=named("study", "snapshot"))
 def study(config: PipelineConfig, snapshot: str | None = None) -> Study:
-    """Heads with other feature spaces, losses, queries and candidates, on a snapshot, by default the published one."""
+    """Compare heads of other feature spaces, losses, queries and candidates, by default on the published snapshot."""
     require_extra("report", "matplotlib")  # before the heads are trained: the picture comes last
     for space in config.study.spaces:
         require_encoders(space, "study.spaces")

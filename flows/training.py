@@ -16,7 +16,7 @@ from tasks.reporting.announcements import announce_head
 
 @flow(name="train rank head", flow_run_name=named("train", "snapshot"))
 def train_rank_head(config: PipelineConfig, snapshot: str | None = None) -> Made:
-    """A head version from the rank labels of a snapshot, by default the published one."""
+    """Train a head on the rank labels of a snapshot, by default the published one."""
     context = open_context(config)
     labels = read_labels(context.workspace, snapshot)
     features = extract_features(context, labels.samples).artifact

@@ -1,4 +1,4 @@
-"""What lies on disk, and SQL over it. In a notebook: `storage_schemas.connect("demo/workspace").sql("...")`."""
+"""Files on disk, and SQL over them. In a notebook: `storage_schemas.connect("demo/workspace").sql("...")`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["connect", "query"]
 
 
 def __getattr__(name: str) -> Any:
-    """Either of them, loaded when it is asked for: with DuckDB and Arrow, which `fastgda --help` need not wait for."""
+    """Load `connect` or `query` at first use: they need DuckDB and Arrow, which `fastgda --help` need not wait for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from storage_schemas.sql import views

@@ -68,7 +68,7 @@ QUARANTINED = "quarantined"  # key in the metadata of a Parquet file
 
 @functools.cache
 def code_version() -> str:
-    """The release, and the commit where this is a git checkout: `0.1.0+bee9285`."""
+    """Return the release, and the commit where this is a git checkout: `0.1.0+bee9285`."""
     here = Path(__file__).parent
     try:
         commit = subprocess.run(
@@ -84,12 +84,12 @@ def code_version() -> str:
 
 
 def worker_name() -> str:
-    """Host and process: who committed a file."""
+    """Return this host and process, by which manifests name the worker that committed a file."""
     return f"{os.uname().nodename}:{os.getpid()}"
 
 
 class Manifest(BaseModel):
-    """What stands in `<file>.manifest.json` beside each committed file."""
+    """The content of `<file>.manifest.json` beside each committed file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -115,7 +115,7 @@ _origin: ContextVar[str] = ContextVar("origin", default="")
 
 @contextmanager
 def made_in(flow_run: str) -> Iterator[None]:
-    """Manifests of files that are committed in the block name this flow run."""
+    """Name this flow run in the manifests of files that are committed in the block."""
     token = _origin.set(flow_run)
     try:
         yield
@@ -124,10 +124,10 @@ def made_in(flow_run: str) -> Iterator[None]:
 
 
 def input_key(*parts: object, table: Table | None = None) -> str:
-    """A 16-digit key of inputs: models, dataclasses, dicts, lists, numbers, text.
+    """Return a 16-digit key of inputs: models, dataclasses, dicts, lists, numbers, text.
 
     Args:
-        table: what is made from the inputs, where it is a table: files that are too old to be read have another key.
+        table: the table that is made from the inputs, if any: files that are too old to be read have another key.
     """
     version = str(table.oldest) if table is not None else KEY_VERSION
     document = json.dumps([version, *parts], sort_keys=True, default=_plain, ensure_ascii=True)
@@ -149,7 +149,7 @@ def manifest_path(path: AnyPath) -> AnyPath:
 
 
 def read_manifest(path: AnyPath) -> Manifest | None:
-    """The manifest beside `path`, whether or not the file is there; None where it is absent or unreadable."""
+    """Read the manifest beside `path`, whether or not the file is there; None where it is absent or unreadable."""
     content = read_if_there(manifest_path(path))
     try:
         return None if content is None else Manifest.model_validate_json(content)
@@ -158,7 +158,7 @@ def read_manifest(path: AnyPath) -> Manifest | None:
 
 
 def committed(path: AnyPath, key: str) -> Manifest | None:
-    """The manifest of `path` if it was committed from the inputs behind `key`, else None."""
+    """Return the manifest of `path` if it was committed from the inputs behind `key`, else None."""
     manifest = read_manifest(path)
     if manifest is None or manifest.input_key != key:
         return None
@@ -181,8 +181,8 @@ def commit(
 ) -> Manifest:
     """Write one file through `write(temporary path)` and commit it with its manifest.
 
-    `started` is the `time.monotonic()` at which the work behind the file began; `table` is what the file is of, if it
-    is Parquet.
+    `started` is the `time.monotonic()` at which the work behind the file began. `table` is the table that a Parquet
+    file holds.
     """
     made: list[Manifest] = []
     version = table.metadata["schema_version"] if table is not None else ""
@@ -238,7 +238,7 @@ def commit_tables(batch: Sequence[TableCommit]) -> list[Manifest]:
 
 
 def _commit_one(item: TableCommit) -> Manifest:
-    # Which rows were left out stands in the file too: one that is adopted must say so in its new manifest.
+    # The file too says which samples were left out: if it is adopted, its new manifest has to say so.
     left_out = {str(train_id): reason for train_id, reason in (item.quarantined or {}).items()}
     metadata = {"input_key": item.key, **({QUARANTINED: json.dumps(left_out)} if left_out else {})}
     content = item.table.encode(item.rows, metadata)
@@ -265,7 +265,7 @@ def _commit_one(item: TableCommit) -> Manifest:
 
 
 def _adopted(item: TableCommit) -> Manifest | None:
-    """The manifest of the file that another worker left at this place, if it is the same work and whole."""
+    """Return the manifest of the file that another worker left at this place, if it is the same work and whole."""
     manifest = committed(item.path, item.key)
     if manifest is not None:
         return manifest

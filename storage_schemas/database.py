@@ -29,7 +29,7 @@ def new_connection(
     spill: str = "",
     database: str = ":memory:",
 ) -> duckdb.DuckDBPyConnection:
-    """A database that can read the workspace, wherever it lies. Without `spill` nothing is written to disk."""
+    """Open a database that can read the workspace, wherever it lies. Without `spill` nothing is written to disk."""
     config: dict[str, str | bool | int | float | list[str]] = {**_NO_EXTENSIONS, "temp_directory": spill}
     if memory_gigabytes is not None:
         config["memory_limit"] = f"{memory_gigabytes * 1000:.0f}MB"
@@ -46,7 +46,12 @@ def new_connection(
 def open_database(
     workspace: Workspace, *, memory_gigabytes: float, threads: int
 ) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection for work that may be larger than memory: it spills beside the workspace's files."""
+    """Open a connection for work that may be larger than memory: it spills beside the workspace's files.
+
+    Raises:
+        DamagedTable: a Parquet file cannot be read.
+        OSError: the disk is full.
+    """
     local = workspace.root if isinstance(workspace.root, Path) else None
     with tempfile.TemporaryDirectory(prefix=temporary_name("spill-"), dir=local) as spill:
         connection = new_connection(workspace, memory_gigabytes=memory_gigabytes, threads=threads, spill=spill)
@@ -63,13 +68,13 @@ def open_database(
             connection.close()
 
 
-# One that cannot be opened is missing or forbidden.
+# The file that an error names. One that cannot be opened is missing or forbidden, not damaged.
 _NAMED = re.compile(r"""(?<!open )file ["']([^"']+\.parquet)["']""", re.IGNORECASE)
 
 
 @contextmanager
 def damage_explained(workspace: Workspace) -> Iterator[None]:
-    """Raises DamagedTable, with the file's name, in place of what DuckDB says where it cannot read a Parquet file."""
+    """Raise DamagedTable, with the file's name, in place of DuckDB's error where it cannot read a Parquet file."""
     try:
         yield
     except duckdb.Error as error:
@@ -80,7 +85,7 @@ def damage_explained(workspace: Workspace) -> Iterator[None]:
 
 
 def _unreadable(workspace: Workspace, error: duckdb.Error) -> AnyPath | str | None:
-    """The Parquet file behind an error; None where the error is another."""
+    """Return the Parquet file behind an error; None where the error has another cause."""
     text = str(error).split("\n")[0]
     if any(os.strerror(number) in text for number in FULL_DISK):
         return None
@@ -92,7 +97,7 @@ def _unreadable(workspace: Workspace, error: duckdb.Error) -> AnyPath | str | No
 
 
 def _first_damaged(workspace: Workspace) -> AnyPath | None:
-    """A committed Parquet file that is not what its manifest says."""
+    """Return a committed Parquet file that is not what its manifest says; None where there is none."""
     for path in matching(workspace.root, "**/*.parquet"):
         manifest = read_manifest(path)
         quarantined = workspace.root / "quarantine" in path.parents
@@ -102,26 +107,27 @@ def _first_damaged(workspace: Workspace) -> AnyPath | None:
 
 
 def location(path: AnyPath) -> str:
-    """A path or URL as it stands, for DuckDB."""
+    """Return a path or URL as it stands, for DuckDB."""
     return str(path) if isinstance(path, Path) else f"{path.protocol}://{path.path.lstrip('/')}"
 
 
 def literal(text: str) -> str:
+    """Quote a text for SQL."""
     return "'" + text.replace("'", "''") + "'"
 
 
 def file_list(paths: Iterable[AnyPath]) -> str:
-    """SQL list of files whose names are taken as they stand, brackets and stars included."""
+    """Return an SQL list of files whose names are taken as they stand, brackets and stars included."""
     return "[" + ", ".join(literal(glob.escape(location(path))) for path in paths) + "]"
 
 
 def parts_glob(folder: AnyPath) -> str:
-    """SQL literal of all parts of a folder, whose own name is taken as it stands."""
+    """Return an SQL literal for all parts of a folder, whose own name is taken as it stands."""
     return literal(f"{glob.escape(location(folder))}/part-*.parquet")
 
 
 def rows_of(table: Table, files: str) -> str:
-    """SQL for the rows of a table's Parquet files, a list or a glob, with defaults for columns that a file lacks."""
+    """Return SQL for the rows of a table's files, a list or a glob, with defaults for columns that a file lacks."""
     if not table.added:
         return f"read_parquet({files})"
     columns = []
@@ -140,7 +146,7 @@ def default_value(table: Table, column: str) -> str:
 
 
 def allowed_folders(root: AnyPath) -> str:
-    """SQL list of the one folder that may be read."""
+    """Return an SQL list of the one folder that may be read."""
     # Paths are compared before globs are resolved: the root is named both as it stands and as views write it.
     place = location(root)
     names = {place, glob.escape(place)}
@@ -166,5 +172,5 @@ def duckdb_type(arrow: pa.DataType) -> str:
 
 
 def half_the_memory() -> float:
-    """Gigabytes that a person's SQL may take unless told otherwise: half of the machine's."""
+    """Return the gigabytes that a person's SQL may take unless told otherwise: half of the machine's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2e9

@@ -1,9 +1,9 @@
 """Bytes on a local disk or in an object store: whole or absent, and durable when the call returns.
 
-A local file is written under a hidden name that only ours have (`TEMPORARY`), fsynced and then renamed or linked to its
-own; an object is one PUT, which stores show whole or not at all. `AnyPath` is a `pathlib.Path` on disk and a
-`upath.UPath` for any other URL that fsspec knows (`s3://bucket/workspace`, options from the environment, as the
-store's own client takes them).
+A local file is written under a hidden name that only this package uses (`TEMPORARY`), fsynced and then renamed or
+linked to its own name; an object is one PUT, which stores show whole or not at all. `AnyPath` is a `pathlib.Path` on
+disk and a `upath.UPath` for any other URL that fsspec knows (`s3://bucket/workspace`, options from the environment, as
+the store's own client takes them).
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 AnyPath: TypeAlias = "Path | UPath"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-UNUSED_SECONDS = 7 * 86_400.0  # after which a copy of an object goes
-TEMPORARY = ".fastgda-tmp-"  # begins the name of all that is in the making and of nothing else: `vacuum` goes by it
+UNUSED_SECONDS = 7 * 86_400.0  # after which a copy of an object is deleted
+TEMPORARY = ".fastgda-tmp-"  # begins the name of every unfinished file and of nothing else: `vacuum` relies on it
 
 
 def any_path(location: str | AnyPath) -> AnyPath:
-    """A folder by its path, or by its URL where it has a scheme.
+    """Return a folder by its path, or by its URL where it has a scheme.
 
     Raises:
         StoreError: there is no such kind of store, or the package that reaches it is not installed.
     """
     if isinstance(location, str) and "://" in location:
-        # With fsspec a tenth of a second, which commands on a disk need not wait for.
+        # Importing fsspec takes a tenth of a second, which commands on a disk need not wait for.
         from fsspec import get_filesystem_class  # type: ignore[import-untyped]
         from upath import UPath
 
@@ -60,7 +60,7 @@ Stamps: TypeAlias = tuple[tuple[str, int, int], ...]
 
 
 def stamps(paths: Iterable[AnyPath]) -> Stamps:
-    """Path, size and time of each file in nanoseconds: as long as they stay the same, so does what the files hold."""
+    """Return path, size and time in nanoseconds of each file: as long as they stay the same, so does its content."""
     return tuple((str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths)
 
 
@@ -83,7 +83,7 @@ def write_changed(path: AnyPath, content: bytes) -> None:
 
 
 def replace(path: AnyPath, content: bytes) -> None:
-    """As `write_atomically`, except that the folder's entry is durable only after `sync_folders`."""
+    """Replace a small file in one step; unlike `write_atomically`, durable in its folder only after `sync_folders`."""
     if isinstance(path, Path):
         with _written(path, content) as temporary:
             temporary.replace(path)
@@ -92,9 +92,9 @@ def replace(path: AnyPath, content: bytes) -> None:
 
 
 def create(path: AnyPath, content: bytes) -> bool:
-    """Write a file that is not there yet; False, and nothing is changed, where it is. The first of several wins.
+    """Write a file that is not there yet; return False and change nothing where it is there.
 
-    The folder's entry is durable after `sync_folders`.
+    Of several writers the first wins. The folder's entry is durable after `sync_folders`.
     """
     if isinstance(path, Path):
         with _written(path, content) as temporary:
@@ -145,10 +145,10 @@ def replace_through(path: AnyPath, write: Callable[[Path], object], look: Callab
 
 
 def private_folder(name: str) -> Path:
-    """A folder of this machine and user alone, among the temporary ones, for what can be made again.
+    """Make a folder of this machine and user alone, among the temporary ones, for what can be made again.
 
     Raises:
-        StoreError: another one can write there, so that what lies in it is not to be trusted.
+        StoreError: another user can write there, so that its files are not to be trusted.
     """
     folder = Path(tempfile.gettempdir()) / f"fastgda-{name}-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -159,12 +159,12 @@ def private_folder(name: str) -> Path:
 
 
 def local_copy(path: AnyPath) -> Path:
-    """A file on this machine's disk: itself, or a copy of an object."""
+    """Return a file on this machine's disk: itself, or a copy of an object."""
     return local_files(path.parent, [path.name]) / path.name
 
 
 def local_files(folder: AnyPath, names: Iterable[str]) -> Path:
-    """A folder on this machine's disk that holds these files of a folder: itself, or one with copies of the objects.
+    """Return a folder on this machine's disk with these files of a folder: itself, or one with copies.
 
     Objects are fetched once as long as they stay the same. Copies that nobody asked for in a week go when others are
     made.
@@ -196,7 +196,7 @@ def _object_stamp(path: UPath) -> tuple[str, int | None, str]:
 def _evict(copies: Path) -> None:
     for folder in copies.iterdir():
         if time.time() - folder.lstat().st_mtime > UNUSED_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)  # who reads one keeps what it has open
+            shutil.rmtree(folder, ignore_errors=True)  # a process that reads one keeps its open file
 
 
 def sync_folders(paths: Iterable[AnyPath]) -> None:
@@ -210,7 +210,7 @@ def sync_folders(paths: Iterable[AnyPath]) -> None:
 
 
 def matching(folder: AnyPath, pattern: str) -> list[AnyPath]:
-    """The files below a folder that match a glob, by name, but for hidden ones; none where there is no folder."""
+    """Return the files below a folder that match a glob, by name, but for hidden ones; none without a folder."""
     if isinstance(folder, Path) or "/" in pattern:
         paths: Iterator[AnyPath] = folder.glob(pattern)
     else:  # a glob asks an object store four times where one listing tells as much
@@ -228,7 +228,7 @@ def _listed(folder: UPath, pattern: str) -> Iterator[UPath]:
 
 
 def leftovers(folder: Path, below: Collection[str] | None = None) -> Iterator[Path]:
-    """What is in the making in a folder and below, or was when its process died.
+    """Yield unfinished files and folders in a folder and below: in the making, or left by a process that died.
 
     No link is followed, and no hidden folder entered.
 
@@ -267,7 +267,7 @@ def remove(path: AnyPath) -> None:
 
 @contextmanager
 def _written(path: Path, content: bytes) -> Iterator[Path]:
-    """A durable file under a hidden name beside `path`, gone afterwards."""
+    """Write a durable file under a hidden name beside `path`; it is deleted after the block."""
     temporary = _temporary(path)
     try:
         with _full_disk_explained(path):
@@ -300,9 +300,9 @@ def _full_disk_explained(path: Path) -> Iterator[None]:
 
 
 def temporary_name(name: str) -> str:
-    """What a file or folder is called until it is whole and called `name`; another one in every thread."""
-    # Hidden, so that no glob for the final name sees it; the suffix stays, as writers go by it. Host and thread, as
-    # several hosts may share the folder.
+    """Return the name of a file or folder until it is whole and called `name`; every thread has its own."""
+    # Hidden, so that no glob for the final name sees it; the suffix stays, as writers choose the format by it. Host and
+    # thread, as several hosts may share the folder.
     return f"{TEMPORARY}{_HOST}-{os.getpid()}-{threading.get_ident()}-{name}"
 
 
@@ -314,7 +314,10 @@ _HOST = os.uname().nodename[:32]
 
 
 def read_if_there(path: AnyPath) -> bytes | None:
-    """The content of a file, None where there is none; one request of an object store, which opening it is not."""
+    """Return the content of a file, None where there is none.
+
+    It takes one request of an object store; opening the file takes more.
+    """
     try:
         if isinstance(path, Path):
             return path.read_bytes()
@@ -325,7 +328,7 @@ def read_if_there(path: AnyPath) -> bytes | None:
 
 
 def is_there(path: AnyPath) -> bool:
-    """Whether there is such a file, which is not empty; one request of an object store, where `exists` lists, too."""
+    """Return whether there is such a file, not empty, by one request of an object store, where `exists` lists."""
     if isinstance(path, Path):
         return path.exists()
     try:

@@ -1,4 +1,4 @@
-"""Which samples were indexed last: SQL shows them before a run of them is published."""
+"""The samples that were indexed last: SQL shows them before a run of them is published."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_indexed(workspace: Workspace, samples: AnyPath, rejected_samples: AnyP
 
 
 def read_indexed(workspace: Workspace) -> Indexed | None:
-    """The samples indexed last, if this release or a later one indexed any and they are still there."""
+    """Read which samples were indexed last; None where no release that notes it indexed any, or they are gone."""
     try:
         indexed = Indexed.model_validate_json(workspace.newest_samples.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValidationError):

@@ -1,4 +1,4 @@
-"""Which parts of a folder are committed, known from one listing of it.
+"""The committed parts of a folder, known from one listing of it.
 
 A folder may hold ten thousand parts, and in an object store each question about one of them is a request.
 """
@@ -29,7 +29,7 @@ _known: dict[str, tuple[Entry, Manifest]] = {}  # by the manifest's path: only w
 
 
 def list_folder(folder: AnyPath) -> Listing:
-    """Every file of a folder by name; nothing where there is no folder."""
+    """List every file of a folder by name; nothing where there is no folder."""
     if isinstance(folder, Path):
         try:
             with os.scandir(folder) as entries:
@@ -61,7 +61,7 @@ def _remote(entry: dict[str, Any]) -> Entry:
 
 
 def committed_parts(folder: AnyPath, key: str) -> dict[str, Manifest]:
-    """The manifest of every part of a folder that was committed from the inputs behind `key`, by the part's name."""
+    """Return the manifest of every part that was committed from the inputs behind `key`, by the part's name."""
     listing = list_folder(folder)
     manifests = ((path.name, manifest) for path, manifest in listed_manifests(folder, listing).items())
     return {
@@ -72,19 +72,19 @@ def committed_parts(folder: AnyPath, key: str) -> dict[str, Manifest]:
 
 
 def folder_manifests(folder: AnyPath) -> dict[AnyPath, Manifest]:
-    """The manifest of every part of a folder, whether or not the part is there, by the part's path."""
+    """Return the manifest of every part of a folder, whether or not the part is there, by the part's path."""
     return listed_manifests(folder, list_folder(folder))
 
 
 def listed_manifests(folder: AnyPath, listing: Listing) -> dict[AnyPath, Manifest]:
-    """As `folder_manifests`, from a listing of the folder."""
+    """Return what `folder_manifests` returns, from a listing of the folder."""
     paths = [folder / name.removesuffix(MANIFEST) for name in sorted(listing) if name.endswith(MANIFEST)]
     _read_together([path for path in paths if _known_as(path, listing) is None], listing)
     return {path: manifest for path in paths if (manifest := listed_manifest(path, listing)) is not None}
 
 
 def listed_manifest(path: AnyPath, listing: Listing) -> Manifest | None:
-    """The manifest of one part, None where the listing has none or it cannot be read."""
+    """Return the manifest of one part; None where the listing has none or it cannot be read."""
     if manifest_path(path).name not in listing:
         return None
     manifest = _known_as(path, listing)
@@ -94,7 +94,7 @@ def listed_manifest(path: AnyPath, listing: Listing) -> Manifest | None:
 
 
 def quarantined_in(parts: Iterable[AnyPath], wanted: Iterable[int]) -> dict[int, str]:
-    """Which of these training samples some parts left out, and why."""
+    """Return which of these training samples some parts left out, and why."""
     chosen = set(wanted)
     manifests = filter(None, map(read_manifest, parts))
     left_out = {train_id: why for manifest in manifests for train_id, why in manifest.quarantined.items()}

@@ -19,7 +19,7 @@ class DamagedTable(StoreError, ValueError):
 
 
 def damaged(path: AnyPath | str, error: Exception) -> DamagedTable:
-    """A line for people, without what a damaged file puts into messages and a terminal might obey."""
+    """Return an error of one line, without signs that a damaged file puts into messages and a terminal might obey."""
     why = "".join(sign for sign in str(error).split("\n")[0] if sign.isprintable())
     return DamagedTable(f"{path} is damaged ({why}): `fastgda verify` quarantines what must be made again")
 
@@ -47,7 +47,7 @@ class Table:
     """Integer columns stored as differences: dense ids, half the bytes and half the time of a dictionary."""
     row_group_rows: int = 122_880  # DuckDB's: what one of its threads takes at a time
     version: int = 2
-    """Of the files that are written."""
+    """Version of the files that are written."""
     oldest: int = 2
     """The earliest version whose files are read; part of input keys."""
     added: Mapping[str, Added] = field(default_factory=dict)
@@ -55,11 +55,11 @@ class Table:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What each of its files says of itself."""
+        """The metadata of each of its files."""
         return {"schema_version": str(self.version)}
 
     def rows(self, **columns: Any) -> pa.Table:
-        """A table of these columns, in any order; one of `added` that is not given has its default.
+        """Build a table of these columns, in any order; one of `added` that is not given has its default.
 
         Raises:
             TypeError: a column is missing or unknown.
@@ -82,7 +82,7 @@ class Table:
         return pa.Table.from_arrays(columns, names=schema.names).cast(schema)
 
     def encode(self, rows: pa.Table, metadata: Mapping[str, str]) -> pa.Buffer:
-        """The bytes of a Parquet file, with `metadata` beside the schema version."""
+        """Return the bytes of a Parquet file, with `metadata` beside the schema version."""
         schema = self.schema.with_metadata({**self.metadata, **metadata})
         if self.sorted_by:
             rows = rows.take(pc.sort_indices(rows, [(name, "ascending") for name in self.sorted_by]))
@@ -102,7 +102,7 @@ class Table:
 
 
 def schema(*fields: tuple[str, pa.DataType, str], nullable: Collection[str] = ()) -> pa.Schema:
-    """Columns as (name, type, meaning), and the names of those that may be without a value."""
+    """Build a schema of columns (name, type, meaning), and the names of those that may be without a value."""
     return pa.schema(
         [
             pa.field(name, kind, nullable=name in nullable, metadata={"comment": comment})

@@ -1,8 +1,8 @@
 """Every table on disk: columns, what each means, and how its Parquet files are written.
 
-The only place where a column name is spelled. Each file carries the version of its table in its metadata. To give a
-table a column is to raise its `version` and to name the column in `added`, with what files of earlier versions have in
-it: they are read as before, and their input keys stay. Any other change raises `oldest` too: then earlier files are
+A column name is spelled in this module only. Each file carries the version of its table in its metadata. To give a
+table a column, raise its `version` and name the column in `added`, with what files of earlier versions have in it:
+they are read as before, and their input keys stay. For any other change raise `oldest` too: then earlier files are
 refused and made again. A table without a key of its own goes with the one that it is made with: candidates and plans
 with scores, twins with queries, rejected samples with samples.
 """
@@ -363,7 +363,11 @@ def read(
 
 
 def _absent(path: AnyPath, table: Table, stored: pa.Schema) -> set[str]:
-    """The columns that a file is too old to have; DamagedTable where it is of a version that is not read."""
+    """Return the columns that a file is too old to have.
+
+    Raises:
+        DamagedTable: the file is of a version that is not read, or lacks a column that its version has.
+    """
     text = (stored.metadata or {}).get(b"schema_version", b"none").decode()
     version = int(text) if text.isdecimal() else 0
     if not table.oldest <= version <= table.version:

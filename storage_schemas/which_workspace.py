@@ -1,4 +1,4 @@
-"""Which workspace a command means that names none, and commands that a person can paste wherever they stand."""
+"""The workspace of a command that names none, and commands that a person can paste in the current folder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _USUAL = (Path("workspace"), Path("demo", "workspace"))
 
 
 def default_location() -> str:
-    """The workspace of the current folder: the folder itself where it is one, else `workspace` or `demo/workspace`.
+    """Find the workspace of the current folder: the folder itself where it is one, or `workspace` or `demo/workspace`.
 
     Raises:
-        StoreError: neither is one, or both are.
+        StoreError: neither of the two is one, or both are.
     """
     if _is_workspace(Path()):
         return "."
@@ -32,18 +32,18 @@ def default_location() -> str:
 
 
 def _is_workspace(folder: Path) -> bool:
-    """Whether a pipeline or an import wrote there; other programs have folders named `runs`, too."""
+    """Return whether a pipeline or an import wrote there; other programs have folders named `runs`, too."""
     ours = ("current.json", "runs/*/run.json", "samples/*/samples.parquet")
     return any(next(folder.glob(pattern), None) for pattern in ours)
 
 
 def command(workspace: Workspace, text: str) -> str:
-    """`fastgda TEXT` in backticks, with the workspace wherever the command alone would ask another one."""
+    """Return `fastgda TEXT` in backticks, with the workspace where the command alone would ask another one."""
     return f"`fastgda {text}{option(workspace)}`"
 
 
 def option(workspace: Workspace) -> str:
-    """` --workspace PATH` for a shell; empty where a command in the current folder asks this one anyway."""
+    """Return ` --workspace PATH` for a shell; empty where a command in the current folder asks this one anyway."""
     try:
         if Workspace.at(os.environ.get(ENVIRONMENT) or default_location()).root == workspace.root:
             return ""
@@ -53,6 +53,6 @@ def option(workspace: Workspace) -> str:
 
 
 def _shortest(workspace: Workspace) -> str:
-    """Relative to the current folder where that is shorter."""
+    """Return the workspace's location, relative to the current folder where that is shorter."""
     location = str(workspace.root)
     return min(os.path.relpath(location), location, key=len) if isinstance(workspace.root, Path) else location

@@ -16,9 +16,11 @@ from storage_schemas.files import AnyPath, any_path
 
 @dataclass(frozen=True)
 class Workspace:
+    """The paths of a workspace's files, whether or not a file is there."""
+
     root: AnyPath
 
-    # The root may hold other things as well: what looks for our files looks here.
+    # The root may hold other things as well: our files are looked for in these folders only.
     FOLDERS: ClassVar[tuple[str, ...]] = (
         *("samples", "latents", "features", "queries", "curvature", "updates", "base_losses", "candidates"),
         *("scores", "exact_checks", "teacher_checks", "ranks", "runs", "snapshots", "published", "leases"),
@@ -34,16 +36,16 @@ class Workspace:
 
     @classmethod
     def at(cls, location: str | AnyPath) -> Workspace:
-        """By path or URL; a local path is made absolute."""
+        """Return the workspace at a path or URL; a local path is made absolute."""
         root = any_path(location)
         return cls(root.resolve() if isinstance(root, Path) else root)
 
     def relative(self, path: AnyPath) -> str:
-        """How a file of the workspace is named in JSON and Parquet."""
+        """Return the name of a workspace's file in JSON and Parquet: its path relative to the workspace."""
         return path.relative_to(self.root).as_posix()  # type: ignore[arg-type]  # both are of one kind
 
     def file(self, relative: str) -> AnyPath:
-        """The inverse of `relative`."""
+        """Return the path of a file that `relative` named."""
         return self.root / relative
 
     def score_shard(self, run: str, shard: int) -> AnyPath:
@@ -68,7 +70,7 @@ class Workspace:
         return self.root / "features" / encoder / key
 
     def feature_mean(self, key: str) -> AnyPath:
-        """What is taken off the features of a space: the mean over the training samples."""
+        """The mean over the training samples, which is subtracted from the features of a space."""
         return self.root / "features" / "means" / f"{key}.safetensors"
 
     def queries(self, key: str) -> AnyPath:
@@ -94,7 +96,7 @@ class Workspace:
         return self.root / "runs"
 
     def run(self, run: str) -> AnyPath:
-        """What a run is: `RunRecord`."""
+        """The record of a run: `RunRecord`."""
         return self.runs / run / "run.json"
 
     def plan_shards(self, run: str) -> AnyPath:
@@ -111,15 +113,15 @@ class Workspace:
         return self.runs / run / "shards.parquet"
 
     def quarantined_samples(self, run: str) -> AnyPath:
-        """What the run's parts left out, as the ledger's last writing found it."""
+        """The samples that the run's parts left out, as the ledger's last writing found them."""
         return self.runs / run / "quarantined.parquet"
 
     def assignment(self, run: str) -> AnyPath:
-        """What the run's workers are to do, with which configuration: `Assignment`, replaced by each coordinator."""
+        """The work of the run's workers, with its configuration: `Assignment`, replaced by each coordinator."""
         return self.runs / run / "assignment.json"
 
     def control(self, run: str) -> AnyPath:
-        """Is there while the run is to pause or to stop: `Control`."""
+        """The wish that the run pause or stop: `Control`; absent where there is none."""
         return self.runs / run / "control.json"
 
     def beats(self, run: str) -> AnyPath:
@@ -131,15 +133,15 @@ class Workspace:
         return self.runs / run / "compaction.json"
 
     def labelling(self, run: str) -> AnyPath:
-        """How the run's scores become rank labels now: `Labelling`; absent where it is as published."""
+        """The way in which the run's scores become rank labels now: `Labelling`; absent where it is as published."""
         return self.runs / run / "labelling.json"
 
     def checks(self, run: str) -> AnyPath:
-        """What is known of the run's teacher: name, key, path and rows of each check."""
+        """The checks of the run's teacher: name, key, path and rows of each."""
         return self.runs / run / "checks.json"
 
     def lake_marker(self, run: str) -> AnyPath:
-        """Is there while the run's shards are registered in a lake, which reads them where they lie."""
+        """A marker that is there while the run's shards are registered in a lake, which reads them where they lie."""
         return self.runs / run / "in_lake"
 
     def snapshot(self, snapshot: str) -> AnyPath:
@@ -170,7 +172,7 @@ class Workspace:
         return self.root / "finished" / f"{name}.json"
 
     def lease(self, key: str) -> AnyPath:
-        """Folder of those who make, or made, the thing with this key: `Lease`."""
+        """Folder of the processes that make, or made, the thing with this key: `Lease`."""
         return self.root / "leases" / key
 
     def published(self, number: int) -> AnyPath:
@@ -188,10 +190,10 @@ class Workspace:
 
 
 def part(folder: AnyPath, number: int, suffix: str = "parquet") -> AnyPath:
-    """Path of one part of a sharded table or tensor."""
+    """Return the path of one part of a sharded table or tensor."""
     return folder / f"part-{number:05d}.{suffix}"
 
 
 def twins_beside(queries: AnyPath) -> AnyPath:
-    """Path of the twins of a query set, by the path of its `queries.parquet`."""
+    """Return the path of the twins of a query set, by the path of its `queries.parquet`."""
     return queries.with_name("twins.parquet")

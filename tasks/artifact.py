@@ -1,4 +1,4 @@
-"""A file that tasks make: by name, key and rows; and one that is made once, whoever asks for it."""
+"""Files that tasks make, by name, key and rows; each is made once, whoever asks for it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _found: ContextVar[dict[str, Made] | None] = ContextVar("found", default=None)
 
 @contextmanager
 def looked_at_once() -> Iterator[None]:
-    """What `remembered` found to be there is not looked at again in the block: a pipeline asks for features often."""
+    """Keep what `remembered` found for the length of the block: a pipeline asks for features often."""
     token = _found.set({})
     try:
         yield
@@ -51,7 +51,7 @@ def looked_at_once() -> Iterator[None]:
 
 
 def remembered(key: str, make: Callable[[], Made]) -> Made:
-    """What `make` gives, complete; called again with the same key inside `looked_at_once`, as it was found then."""
+    """Return what `make` returns; inside `looked_at_once` call `make` once a key, and return the same later."""
     found = _found.get()
     if found is None:
         return make()
@@ -69,13 +69,13 @@ def once(
     beside: Sequence[AnyPath] = (),
     alone_in: Workspace | None = None,
 ) -> Made:
-    """The artifact, made unless its file is committed already; its rows are those that were committed.
+    """Make the artifact unless its file is committed already; return it with the rows that were committed.
 
     Args:
         artifact: what is made.
-        file: its path, or the file in it that is committed last.
-        make: commits the file and gives its manifest; it is given the monotonic time at which the work began.
-        beside: files without which it has to be made again.
+        file: the artifact's path, or the file in it that is committed last.
+        make: commits the file and returns its manifest; it is given the monotonic time at which the work began.
+        beside: files without which the artifact has to be made again.
         alone_in: a workspace in which one process at a time makes this artifact while the others wait for it, for what
             costs much.
     """

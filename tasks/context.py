@@ -1,4 +1,4 @@
-"""What every task of a run shares: where things lie, which device, the loaded model."""
+"""The context that every task of a run shares: workspace, device, loaded model."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ T = TypeVar("T")
 
 
 class Loaded:
-    """What a process has in memory of one run, the last few of each kind; it goes when the run goes."""
+    """The things that a process has in memory of one run, the last few of each kind; it goes when the run goes."""
 
     def __init__(self) -> None:
         self._kept: dict[str, dict[Hashable, Any]] = {}
         self._lock = threading.RLock()
 
     def once(self, kind: str, key: Hashable, load: Callable[[], T], most: int = 1) -> T:
-        """What `load` gives, called once for each key as long as no `most` other ones of this kind were asked for."""
+        """Return what `load` gives, called once for each key until `most` other ones of this kind were asked for."""
         with self._lock:
             kept = self._kept.setdefault(kind, {})
             if key not in kept:
@@ -47,7 +47,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Context:
-    """What tasks of one run share.
+    """The things that the tasks of one run share.
 
     loaded: without the model, which the next run in this process shares, as a rule. Contexts that are made of this one
     by `dataclasses.replace` share it.
@@ -66,23 +66,25 @@ class Context:
         return pick_device(self.config.device)
 
     def model(self) -> DiffusionModel:
-        """The model, loaded once per process."""
+        """Return the model, loaded once per process."""
         return _load_model(self.config.model.folder, self.model_hash, self.device)
 
     def teacher_model(self, precision: Precision | None = None) -> DiffusionModel:
-        """The model as the teacher runs it."""
+        """Return the model as the teacher runs it, with the teacher's objective."""
         config = self.config
         precision = precision or config.teacher.precision
         model = _teacher_model(config.model.folder, self.model_hash, self.device, precision, config.model.compile)
         return model.with_objective(config.teacher.objective)
 
     def layers(self, model: DiffusionModel) -> dict[str, Layer]:
-        """Those whose weights the unlearning step moves."""
+        """Return the layers whose weights the unlearning step moves."""
         return select_layers(model.denoiser, self.config.teacher.layers)
 
     def micro_batch(self, purpose: str) -> MicroBatch:
-        """Forwards at a time: one size per process and kind of work, so that what once ran out of memory is not tried
-        again."""
+        """Return the forwards at a time, one size per process and kind of work.
+
+        A size that once ran out of memory is not tried again.
+        """
         teacher = self.config.teacher
         return _micro_batch(
             self.config.model.micro_batch, self.model_hash, self.device, purpose, teacher.layers, teacher.precision
@@ -93,7 +95,7 @@ _workspace = functools.lru_cache(maxsize=8)(Workspace.at)
 
 
 def load_tensors(path: AnyPath) -> dict[str, torch.Tensor]:
-    """A safetensors file, on disk or in an object store."""
+    """Load a safetensors file, on disk or in an object store."""
     return load_file(path) if isinstance(path, Path) else load_bytes(path.read_bytes())
 
 
@@ -116,10 +118,10 @@ def _micro_batch(size: int, *_where: object) -> MicroBatch:
 
 
 def open_context(config: PipelineConfig) -> Context:
-    """The context of a configuration.
+    """Open the context of a configuration.
 
     Raises:
-        UsageError: its model or the weights of it cannot be used; before any work.
+        UsageError: the model or its weights cannot be used; this is found before any work.
     """
     check_weights(config.model.folder)
     files = sorted(path for path in config.model.folder.rglob("*") if path.is_file())
@@ -128,5 +130,5 @@ def open_context(config: PipelineConfig) -> Context:
 
 @functools.lru_cache(maxsize=4)
 def _model_hash(folder: Path, _files: Stamps) -> str:
-    """Gigabytes are read once per process, however many flows ask, as long as no file changes."""
+    """Hash a model's gigabytes once per process, however many flows ask, as long as no file changes."""
     return model_hash(folder)

@@ -1,4 +1,4 @@
-"""Which device a process computes on."""
+"""The device that a process computes on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from storage_schemas.files import private_folder
 
 
 def pick_device(name: str) -> torch.device:
-    """The CPU, or a GPU: this process's own where it holds one, else the first that it can see.
+    """Return the CPU, or a GPU: this process's own where it holds one, else the first that it can see.
 
     Raises:
         UsageError: CUDA is asked for and absent.
@@ -31,11 +31,11 @@ _held: list[int] = []
 def hold_device() -> None:
     """Take a GPU of this machine for this process, as long as it lives, where it can see several.
 
-    For processes that make parts; a coordinator, which encodes a few images, shares the first one with them. A Ray
-    worker, a container or a pod sees only what was given to it.
+    It is for processes that make parts. A coordinator, which encodes a few images, shares the first GPU with them. A
+    Ray worker, a container or a pod sees only what was given to it.
 
     Raises:
-        UsageError: all are taken.
+        UsageError: all GPUs are taken.
     """
     if not _held and torch.cuda.is_available() and torch.cuda.device_count() > 1:
         _held.append(claim_slot("gpu", torch.cuda.device_count()))
@@ -43,10 +43,10 @@ def hold_device() -> None:
 
 @functools.cache
 def claim_slot(name: str, count: int) -> int:
-    """A number below `count` that no other process of this user on this machine holds; it is free when this one ends.
+    """Claim a number below `count` that no other process of this user on this machine holds, until this one ends.
 
     Raises:
-        UsageError: all are taken.
+        UsageError: all numbers are taken.
     """
     folder = private_folder("slots")
     for number in range(count):

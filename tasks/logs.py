@@ -30,7 +30,7 @@ _bare_record = logging.getLogRecordFactory()
 
 @contextmanager
 def about(*, run: str = "", kind: str = "", part: int | None = None) -> Iterator[None]:
-    """Records that this thread writes in the block are of this run, kind and part; what is not given stays as it is."""
+    """Mark records that this thread writes in the block with run, kind and part; what is not given stays as it is."""
     given = {"run": run, "kind": kind, "part": "" if part is None else f"{part:05d}"}
     token = _about.set(_about.get({}) | {name: value for name, value in given.items() if value})
     try:
@@ -40,7 +40,10 @@ def about(*, run: str = "", kind: str = "", part: int | None = None) -> Iterator
 
 
 def _record(name: str, *rest: object, **more: object) -> logging.LogRecord:
-    """A record with its fields. Those of other libraries are left alone: `extra` may not name a field that is there."""
+    """Make a record with our fields.
+
+    Records of other libraries are left alone: their `extra` may not name a field that is there.
+    """
     record = _bare_record(name, *rest, **more)
     if name == ROOT or str(name).startswith(f"{ROOT}."):
         from storage_schemas.commit import worker_name  # which needs Arrow
@@ -105,7 +108,7 @@ _standard_error.setFormatter(_Text())
 
 
 def as_line(text: str) -> str:
-    """Text that is shown whatever the level, as a line of the log."""
+    """Return text that is shown whatever the level, as a line of the log."""
     return _standard_error.format(_record(f"{ROOT}.progress", logging.INFO, "", 0, "%s", (text,), None))
 
 
@@ -123,7 +126,7 @@ def set_up(level: str, form: str) -> None:
     ):
         if given not in known:
             raise UsageError(f"{option} (or {variable}) is {given!r}: choose one of {', '.join(known)}")
-    logging.raiseExceptions = False  # what cannot be logged, as where a server is away, is no news
+    logging.raiseExceptions = False  # a record that cannot be logged, as where a server is away, is not reported
     logging.setLogRecordFactory(_record)
     _standard_error.setLevel(LEVELS[level])
     _standard_error.setFormatter(FORMATS[form]())
@@ -132,10 +135,10 @@ def set_up(level: str, form: str) -> None:
     logger.propagate = False  # Prefect writes what comes to the root logger to standard error, too
     logger.addHandler(_standard_error)
     if ROOT in os.environ.get("PREFECT_LOGGING_EXTRA_LOGGERS", "").split(","):
-        # As Prefect does itself, but that a job's process has imported it before `flows` could ask for it.
+        # Prefect does this itself, except where a job's process imported Prefect before `flows` could ask for it.
         for handler in logging.getLogger("prefect.extra").handlers:
             logger.addHandler(handler)
-    # What libraries tell their developers; of worker processes it would stand between the lines of a command.
+    # Warnings of libraries to their developers: those of worker processes would stand between a command's lines.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="Dynamo detected a call")  # diffusers under model.compile, harmless
@@ -143,12 +146,12 @@ def set_up(level: str, form: str) -> None:
 
 
 def default_level() -> str:
-    """A person at a terminal sees the result; what else there is to see is read later, when something went wrong."""
+    """Return `warning` at a terminal, where a person wants the result, else `info`, as a log is read later."""
     return "warning" if sys.stderr.isatty() else "info"
 
 
 def set_up_once() -> None:
-    """Set this process up by the environment, unless it is; a word that is no level or format counts as none."""
+    """Set this process up by the environment, unless it is set up; an unknown level or format counts as none."""
     if _standard_error in logging.getLogger(ROOT).handlers:
         return
     level, form = os.environ.get(LEVEL, ""), os.environ.get(FORMAT, "")

@@ -12,11 +12,11 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    r"""The text with control characters written as JSON writes them: `\u001b`, `\n`; `lines` leaves line ends alone."""
+    r"""Return text with control characters as JSON writes them, `\u001b`, `\n`; `lines` leaves line ends alone."""
     return _CONTROL.sub(lambda found: found[0] if lines and found[0] == "\n" else json.dumps(found[0])[1:-1], text)
 
 
 def cell(text: str) -> str:
-    """Text for one cell of a table: on one line, cut where it is long."""
+    """Return text for one cell of a table: on one line, cut where it is long."""
     shown = printable(text)
     return shown if len(shown) <= SHOWN else shown[: SHOWN - 1] + "…"

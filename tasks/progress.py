@@ -49,7 +49,7 @@ def stage(name: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _begin() -> Progress:
-    """The display, which is there from the first stage that is under way."""
+    """Return the display, which is started with the first stage under way."""
     global _display, _under_way  # noqa: PLW0603  # one a process
     with _lock:
         if _display is None:

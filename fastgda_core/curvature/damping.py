@@ -1,3 +1,3 @@
-"""How strongly a Fisher is damped unless told otherwise; apart from it, as a configuration names it without torch."""
+"""The default damping of a Fisher, in a module of its own so that a configuration can name it without torch."""
 
 DAMPING = 0.1  # x the layer's mean eigenvalue: design section 4

@@ -23,12 +23,12 @@ def mean_squared_gradients(
     batch_size: int,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """E[(U_B^T G U_A)^2] of each layer, over per-sample gradients G; (d_out, d_in) float32 by name.
+    """Return E[(U_B^T G U_A)^2] of each layer over per-sample gradients G, (d_out, d_in) float32 by layer name.
 
     Args:
         model: in eval mode, on its device.
         layers: of the model, by name.
-        bases: U_B (d_out, d_out) and U_A (d_in, d_in) of each.
+        bases: U_B (d_out, d_out) and U_A (d_in, d_in) of each layer.
         dataset: a map-style dataset of tuples of tensors.
         loss: `loss(model, batch)`, the sum over the batch of per-sample losses.
         batch_size: of the passes.
@@ -54,9 +54,9 @@ def mean_squared_gradients(
 
 
 def _rotated(gradient: Tensor, seen: Tensor, output_basis: Tensor, input_basis: Tensor) -> Tensor:
-    """U_B^T G U_A of each sample, (n, d_out, d_in), where G is the sum over positions of gradient^T seen.
+    """Return U_B^T G U_A of each sample, (n, d_out, d_in), where G is the sum over positions of gradient^T seen.
 
-    With few positions it is cheaper to rotate these than the matrices that they add up to.
+    With few positions it is cheaper to rotate `gradient` and `seen` than to rotate G.
     """
     positions, d_out, d_in = seen.shape[1], len(output_basis), len(input_basis)
     if positions * (d_in**2 + d_out**2) < d_in * d_out * (d_in + d_out):

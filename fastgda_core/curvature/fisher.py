@@ -1,7 +1,7 @@
 """The mean empirical Fisher of some layers: diagonal, or EK-FAC (George et al., 2018).
 
-kronfluence fits the diagonal, and the Kronecker factors with their eigenbases; the eigenvalues within these are
-re-estimated here, as rotating a gradient's few positions costs a fraction of rotating the gradient.
+kronfluence fits the diagonal, and the Kronecker factors with their eigenbases. The eigenvalues are estimated again
+here: rotating a gradient's few positions costs a fraction of rotating the gradient.
 """
 
 from __future__ import annotations
@@ -32,28 +32,29 @@ FisherKind = Literal["diagonal", "ekfac"]
 
 
 class Fisher(ABC):
-    """F, layer by layer, as something that F + damping can be solved with."""
+    """The Fisher F of some layers, in a form that solves (F + damping) x = gradient layer by layer."""
 
     kind: FisherKind
     damping: float  # x the layer's mean eigenvalue
 
     @abstractmethod
     def solve(self, name: str, gradient: Tensor) -> Tensor:
-        """(F + damping)^-1 gradient of one layer, (..., d_out, d_in)."""
+        """Return (F + damping)^-1 gradient of one layer, (..., d_out, d_in)."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """Everything it holds, by `<layer>/<what>`."""
+        """Return all tensors of this Fisher by `<layer>/<what>`."""
 
     @classmethod
     @abstractmethod
     def from_tensors(cls, tensors: dict[str, Tensor], damping: float) -> Self:
-        """The inverse of `tensors`."""
+        """Build a Fisher from what `tensors` returned."""
 
     def to(self, device: torch.device) -> Self:
         return self.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()}, self.damping)
 
     def save(self, path: Path) -> None:
+        """Write a safetensors file that `load_fisher` reads."""
         save_file({name: tensor.contiguous() for name, tensor in self.tensors().items()}, path, {"kind": self.kind})
 
 
@@ -91,7 +92,7 @@ class LayerFactors:
 
 @dataclass(frozen=True)
 class EkfacFisher(Fisher):
-    """U (diag Lambda) U^T with U = U_A kron U_B, by layer."""
+    """The Fisher as U (diag Lambda) U^T with U = U_A kron U_B, by layer."""
 
     layers: dict[str, LayerFactors]
     damping: float = DAMPING
@@ -123,10 +124,10 @@ KINDS: dict[str, type[Fisher]] = {"diagonal": DiagonalFisher, "ekfac": EkfacFish
 
 
 def load_fisher(path: Path, damping: float = DAMPING) -> Fisher:
-    """Read what `Fisher.save` wrote.
+    """Read a file that `Fisher.save` wrote.
 
     Raises:
-        UsageError: the file is of no kind that is known here.
+        UsageError: the file holds a Fisher of a kind that is not known here.
     """
     with safe_open(path, "pt") as file:
         kind = (file.metadata() or {}).get("kind", "")
@@ -225,10 +226,10 @@ def _used_repeatedly(
     loss: Callable[[nn.Module, Any], Tensor],
     device: torch.device,
 ) -> bool:
-    """Whether one forward goes through a layer more than once: kronfluence has to be told.
+    """Return whether one forward calls a layer more than once; kronfluence has to be told.
 
     Raises:
-        UsageError: a layer runs several rows of one sample: kronfluence would take each for a sample.
+        UsageError: a layer runs several rows of one sample, each of which kronfluence would take for a sample.
     """
     from accelerate.utils import send_to_device
 

@@ -1,4 +1,4 @@
-"""At which timesteps to look at gradients so that few of them say much of the mean Fisher."""
+"""Importance sampling of timesteps: few gradients then estimate the mean Fisher well."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ EVEN_SHARE = 0.1  # of the rows, drawn evenly whatever a pilot found: bounds eve
 
 
 def timestep_density(timesteps: Tensor, squared_norms: Tensor, train_timesteps: int) -> Tensor:
-    """How densely to draw timesteps, (BINS,) over equal stretches of the schedule, of mean 1.
+    """Return how densely to draw timesteps, (BINS,) over equal stretches of the schedule, of mean 1.
 
-    In proportion to the root mean square of what is averaged, here squared gradient norms, importance sampling has the
-    least variance (Kahn & Marshall, 1953).
+    Importance sampling has the least variance where the density is proportional to the root mean square of what is
+    averaged (Kahn & Marshall, 1953), here squared gradient norms.
 
     Args:
-        timesteps: (n,), spread over the schedule, of a pilot.
-        squared_norms: (n,), of the whole per-sample gradient at each.
+        timesteps: of a first, small sample (the pilot), spread over the schedule, (n,).
+        squared_norms: of the whole per-sample gradient at each of these timesteps, (n,).
         train_timesteps: T_train.
     """
     number = timesteps * BINS // train_timesteps
@@ -26,14 +26,14 @@ def timestep_density(timesteps: Tensor, squared_norms: Tensor, train_timesteps: 
     if not size.any():
         return torch.ones_like(size)
     density = EVEN_SHARE + (1 - EVEN_SHARE) * size / size.mean()
-    # In steps of a fifth: where a pilot's gradients round otherwise, on another device or in halved batches, no
-    # timestep must move.
+    # Rounded to steps of a fifth: the pilot's gradients round differently on another device or in halved batches, and
+    # the timesteps must stay the same.
     density = (density.log2() * 4).round().div(4).exp2()
     return density / density.mean()
 
 
 def weighted_timesteps(quantiles: Tensor, density: Tensor, train_timesteps: int) -> tuple[Tensor, Tensor]:
-    """Timesteps of this density, (n,), and what each weighs in a mean over the schedule, (n,) float32.
+    """Return timesteps of this density, (n,), and the weight of each in a mean over the schedule, (n,) float32.
 
     Args:
         quantiles: (n,) in [0, 1).

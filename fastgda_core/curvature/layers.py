@@ -1,8 +1,8 @@
 """The layers whose weights move, and their weight gradients as matrices.
 
-A layer's gradient is one matrix (d_out, d_in), as in K-FAC (Martens & Grosse, 2015; Grosse & Martens, 2016): of a
-convolution d_in counts channels x kernel; where the layer has a bias, a last column stands for it. kronfluence's
-factors have the same layout.
+A layer's gradient is one matrix (d_out, d_in), as in K-FAC (Martens & Grosse, 2015; Grosse & Martens, 2016). In a
+convolution d_in counts channels x kernel. In a layer with a bias the last column is the bias. kronfluence's factors
+have the same layout.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Layer = nn.Linear | nn.Conv2d
 
 
 def select_layers(denoiser: nn.Module, selection: str) -> dict[str, Layer]:
-    """Layers by name: `cross-attn-kv`, `cross-attn`, `attn`, or `all` linear and convolutional ones.
+    """Select layers by name: `cross-attn-kv`, `cross-attn`, `attn`, or `all` linear and convolutional ones.
 
     Raises:
-        UsageError: the model has none, or one that has no such matrix.
+        UsageError: the model has no such layer, or the gradient of a selected convolution is not one matrix.
     """
     pattern = re.compile(rf"(.*\.)?({_PATTERNS[selection]})")
     layers: dict[str, Layer] = {
@@ -54,15 +54,15 @@ def select_layers(denoiser: nn.Module, selection: str) -> dict[str, Layer]:
 
 
 def matrix_shape(layer: Layer) -> tuple[int, int]:
-    """(d_out, d_in) of the layer's gradient."""
+    """Return (d_out, d_in) of the layer's gradient."""
     weight = layer.weight.flatten(1)
     return weight.shape[0], weight.shape[1] + (layer.bias is not None)
 
 
 def input_rows(layer: Layer, values: Sequence[Tensor]) -> Tensor:
-    """What a layer saw, (n, positions, d_in): tokens, or the patches under a kernel; 1 for the bias at the end.
+    """Return the rows that a layer saw, (n, positions, d_in): tokens, or patches under a kernel; a last 1 for the bias.
 
-    The positions of several calls stand one after the other.
+    `values` holds the input of each call. The positions of several calls stand one after the other.
     """
     return torch.cat([_rows_of_call(layer, value) for value in values], dim=1)
 
@@ -80,7 +80,7 @@ def _rows_of_call(layer: Layer, value: Tensor) -> Tensor:
 
 
 def output_rows(layer: Layer, value: Tensor) -> Tensor:
-    """A layer's output, or the gradient at it, (n, positions, d_out)."""
+    """Return a layer's output, or the gradient at it, as (n, positions, d_out)."""
     if isinstance(layer, nn.Conv2d):
         return value.flatten(2).transpose(1, 2)
     return value.reshape(len(value), -1, value.shape[-1])

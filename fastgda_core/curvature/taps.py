@@ -1,4 +1,4 @@
-"""What layers see and give in a forward, call by call."""
+"""Hooks that record the inputs and outputs of layers in a forward, call by call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastgda_core.curvature.layers import Layer
 
 @dataclass
 class Taps:
-    """Inputs and outputs by layer; a list of calls, as a module may be used in several places."""
+    """Recorded inputs and outputs by layer, one list entry a call, as a module may be used in several places."""
 
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -22,10 +22,10 @@ class Taps:
 
 @contextmanager
 def tapped(layers: Mapping[str, Layer], samples: int) -> Iterator[Taps]:
-    """While active, each forward leaves the layers' inputs and outputs, the outputs ready to take gradients at.
+    """Record the layers' inputs and outputs of each forward in the block; gradients can be taken at the outputs.
 
-    Inputs have one row for each of the samples: where a layer takes several of a sample's numbers as so many rows, as
-    PixArt's embedder of height and width does, these become positions.
+    Inputs have one row for each of the samples. Where a layer takes several numbers of a sample as so many rows, as
+    PixArt's embedder of height and width does, these rows become positions.
     """
     taps = Taps()
 
@@ -47,5 +47,5 @@ def tapped(layers: Mapping[str, Layer], samples: int) -> Iterator[Taps]:
 
 
 def by_sample(value: Tensor, samples: int) -> Tensor:
-    """One row for each sample: further rows of a sample become positions."""
+    """Return one row for each sample; further rows of a sample become positions."""
     return value if len(value) == samples else value.reshape(samples, -1, value.shape[-1])

@@ -1,4 +1,4 @@
-"""Captions to what a denoiser is conditioned on, as the diffusers pipeline of each model does it."""
+"""Encoders from captions to a denoiser's conditions, as the diffusers pipeline of each model makes them."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class TextEncoder:
     device: torch.device
 
     def tokens(self, captions: list[str], length: int | None = None) -> Any:
+        """Tokenize captions, padded and cut to `length`, by default the tokenizer's limit."""
         return self.tokenizer(
             captions,
             padding="max_length",
@@ -39,6 +40,7 @@ class TextEncoder:
         ).to(self.device)
 
     def last_hidden(self, captions: list[str]) -> Tensor:
+        """Return the last hidden state, (n, tokens, d)."""
         tokens = self.tokens(captions)
         # As Stable Diffusion's pipeline does: padding is hidden only from encoders whose config asks for it.
         hide_padding = getattr(self.encoder.config, "use_attention_mask", False)
@@ -47,6 +49,7 @@ class TextEncoder:
         ]
 
     def penultimate_and_pooled(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Return the last but one hidden state, (n, tokens, d), and the first output, which CLIP's projection pools."""
         output = self.encoder(input_ids=self.tokens(captions).input_ids, output_hidden_states=True)
         return output.hidden_states[-2], output[0]
 
@@ -140,13 +143,13 @@ class ClassLabels:
 
 
 def load_caption_encoder(folder: Path, index: ModelIndex, denoiser: Any, codec_factor: int) -> CaptionEncoder:
-    """The caption encoder of a model folder.
+    """Load the caption encoder of a model folder.
 
     Args:
         folder: the model folder.
         index: its index.
-        denoiser: the loaded denoiser; says which kind of model this is, and the device.
-        codec_factor: pixels per latent position.
+        denoiser: the loaded denoiser, which tells the kind of model and the device.
+        codec_factor: pixels per latent position, along a side.
     """
     device, config = denoiser.device, denoiser.config
     resolution = config.sample_size * codec_factor

@@ -40,6 +40,7 @@ class PixelUnshuffle:
         return torch.nn.functional.pixel_shuffle(latents, self.factor)
 
     def save(self, folder: Path) -> None:
+        """Write the `config.json` of a `vae/` folder that `load_codec` reads."""
         folder.mkdir(parents=True, exist_ok=True)
         config = {"_class_name": self.class_name, "factor": self.factor}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

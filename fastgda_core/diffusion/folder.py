@@ -12,14 +12,18 @@ DENOISERS = {
     "unet": ("UNet2DConditionModel",),
     "transformer": ("PixArtTransformer2DModel", "SD3Transformer2DModel", "DiTTransformer2DModel"),
 }
-# What diffusers made of Transformer2DModel, by norm_type: DiT and PixArt were published under that name.
+# The classes that replaced Transformer2DModel in diffusers, by norm_type: DiT and PixArt were published under its name.
 OLD_TRANSFORMERS = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 @dataclass(frozen=True)
 class ModelIndex:
-    """What `model_index.json` says: the pipeline's class, that of each part, names of classes where it has any."""
+    """The content of `model_index.json`.
+
+    pipeline: the pipeline's class; classes: the class of each part; labels: names of DiT's image classes by number;
+    zeros_for_empty_caption: SDXL's embedding of the empty caption is zero.
+    """
 
     pipeline: str
     classes: dict[str, str]
@@ -28,6 +32,7 @@ class ModelIndex:
 
     @property
     def denoiser_part(self) -> str:
+        """The denoiser's folder, `unet` or `transformer`."""
         return next(part for part in DENOISERS if part in self.classes)
 
     @property
@@ -42,7 +47,7 @@ class ModelIndex:
 
 
 def read_index(folder: Path) -> ModelIndex:
-    """`model_index.json` of a model folder, with every part that it needs in place.
+    """Read `model_index.json` of a model folder, and check that every part that the model needs is there.
 
     Raises:
         UsageError: the folder has not the layout of a diffusers text-to-image model that is known here.
@@ -74,7 +79,7 @@ def read_index(folder: Path) -> ModelIndex:
 
 
 def _present_names(folder: Path, classes: dict[str, str]) -> dict[str, str]:
-    """The same parts, an old transformer under the name of the class that diffusers has for it now."""
+    """Return the same classes, with an old transformer's class under its present name in diffusers."""
     config = folder / "transformer" / "config.json"
     if classes.get("transformer") != "Transformer2DModel" or not config.exists():
         return classes

@@ -1,4 +1,4 @@
-"""The diffusion training loss of the model at hand, per sample, and what may stand in for it."""
+"""The diffusion training loss of a model per sample, and the objective that may take its place."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 from fastgda_core.diffusion.objective import Objective
 from fastgda_core.diffusion.schedule import Schedule
 
-# What the denoiser is conditioned on, one row per caption, by the name of its keyword argument; `a.b` is entry b of
-# the dictionary that it takes as argument a.
+# The denoiser's condition, one row per caption, by the name of its keyword argument; `a.b` is entry b of the
+# dictionary that the denoiser takes as argument a.
 Condition = Mapping[str, Tensor]
 Denoiser = Callable[..., tuple[Tensor, ...]]
 
 
 def take(condition: Condition, rows: Tensor | slice) -> dict[str, Tensor]:
-    """Some rows of a condition."""
+    """Return some rows of a condition."""
     return {name: tensor[rows] for name, tensor in condition.items()}
 
 
 def concatenate(conditions: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The rows of several conditions, one after the other."""
+    """Return the rows of several conditions, one after the other."""
     return {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
 
 
 def denoise(denoiser: Denoiser, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-    """The denoiser's output, (n, c, h, w); where it also learned a variance, that half is left out."""
+    """Return the denoiser's output, (n, c, h, w), without the half in which some denoisers predict a variance."""
     arguments: dict[str, object] = {}
     for name, tensor in condition.items():
         argument, _, entry = name.partition(".")
@@ -49,9 +49,9 @@ def per_sample_loss(
     noise: Tensor,
     objective: Objective = Objective.loss,
 ) -> Tensor:
-    """`|| target - model(x_t, c, t) ||^2 / n_elements` of each sample, (n,): the conditional loss, without guidance.
+    """Return `|| target - model(x_t, c, t) ||^2 / n_elements` of each sample, (n,).
 
-    For the objective `output_norm` the target is 0.
+    This is the conditional loss, without guidance. For the objective `output_norm` the target is 0.
 
     Args:
         denoiser: a UNet or a transformer of diffusers, or what is called as one.

@@ -43,6 +43,7 @@ class DiffusionModel:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
         size = self.denoiser.config.sample_size
         return (self.denoiser.config.in_channels, size, size)
 
@@ -52,18 +53,18 @@ class DiffusionModel:
         return self.denoiser.config.sample_size * self.codec.factor
 
     def in_precision(self, precision: Precision) -> DiffusionModel:
-        """The same model with its denoiser run in `precision`; the weights are shared unless their type changes."""
+        """Return the same model run in `precision`; the denoiser's weights are shared unless their type changes."""
         same = precision.dtype is self.precision.dtype
         denoiser = self.denoiser if same else copy.deepcopy(self.denoiser).to(precision.dtype)
         model = replace(self, precision=precision, denoiser=denoiser)
         return model if self.compiled_denoisers is None else model.compiled()
 
     def with_objective(self, objective: Objective) -> DiffusionModel:
-        """The same model; `losses` are values of another objective."""
+        """Return the same model, whose `losses` are values of another objective."""
         return replace(self, objective=objective)
 
     def compiled(self) -> DiffusionModel:
-        """The same model; torch compiles it for what it is asked for, when that is asked for first."""
+        """Return the same model with its denoiser compiled by torch, at the first use of each kind of forward."""
         return replace(self, compiled_denoisers={})
 
     def losses(
@@ -74,7 +75,10 @@ class DiffusionModel:
         noise: Tensor,
         denoiser: Denoiser | None = None,
     ) -> Tensor:
-        """The model's objective in its precision, (n,); of a denoiser that stands in for the model's, if given."""
+        """Return the model's objective for each sample, (n,), computed in the model's precision.
+
+        A `denoiser`, where given, stands in for the model's own.
+        """
         dtype = self.precision.dtype
         condition = {name: _cast(tensor, dtype) for name, tensor in condition.items()}
         with running(self.precision, self.device):
@@ -97,16 +101,20 @@ class DiffusionModel:
 
     @torch.no_grad()
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
-        """The condition of each caption, (n, ...) each."""
+        """Return the condition of each caption, (n, ...) each."""
         return self.captions(captions)
 
     def encode_images(self, images: list[Image.Image]) -> Tensor:
-        """Latents of RGB images, (n, c, h, w): shorter side resized to the model's resolution, centre cropped."""
+        """Return latents of RGB images, (n, c, h, w).
+
+        The shorter side of an image is resized to the model's resolution, and the centre cropped.
+        """
         pixels = np.stack([np.asarray(square(image, self.resolution)) for image in images])
         scaled = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         return self.codec.encode(scaled)
 
     def decode_images(self, latents: Tensor) -> list[Image.Image]:
+        """Return the 8-bit RGB images of latents, (n, c, h, w)."""
         pixels = ((self.codec.decode(latents).clamp(-1, 1) + 1) * 127.5).round().byte()
         return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -142,12 +150,12 @@ def load_model(folder: Path, device: torch.device, precision: Precision = Precis
 
 
 def train_timesteps(folder: Path) -> int:
-    """T_train of a model folder's noise schedule, without loading the model."""
+    """Return T_train of a model folder's noise schedule, without loading the model."""
     return schedule.train_timesteps(folder / "scheduler")
 
 
 def model_hash(folder: Path) -> str:
-    """sha256 over the names and contents of the parts' files: a changed weight is a changed model."""
+    """Return a sha256 over the names and contents of the parts' files: a changed weight is a changed model."""
     index = read_index(folder)
     digest = hashlib.sha256(json.dumps(index.labels).encode() if index.labels else b"")
     for part in sorted(index.parts):

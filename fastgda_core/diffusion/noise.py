@@ -1,4 +1,4 @@
-"""Counter-based noise: each tensor is a pure function of what it is for, never of its batch.
+"""Counter-based noise: each tensor is a pure function of its owner, timestep and draw, never of its batch.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in int64
 tensor arithmetic, so that CPU and GPU draw the same bits; Box-Muller turns them into normals.
@@ -28,14 +28,14 @@ MAX_DRAWS = 2**16
 
 @dataclass(frozen=True, kw_only=True)
 class NoisePlan:
-    """Which (timestep, caption, noise draw) triples estimate a training sample's loss.
+    """The (timestep, caption, noise draw) triples that estimate a training sample's loss.
 
     seed: of the noise.
     timesteps: T, for the evenly spaced grid; or the timesteps themselves.
     draws: noise draws at each timestep.
-    first_timestep: shifts the even grid: 0 is the design's, and leaves the noisiest T_train / T out.
+    first_timestep: start of the even grid. The design's grid starts at 0, and leaves the noisiest T_train / T out.
     weights: of each timestep in the mean over timesteps, where they are not spaced evenly; scaled to a mean of 1.
-    antithetic: draw 2k + 1 is the negative of draw 2k: what is odd in the noise cancels (Hammersley & Morton, 1956).
+    antithetic: draw 2k + 1 is the negative of draw 2k, so that odd terms cancel (Hammersley & Morton, 1956).
     """
 
     seed: int
@@ -50,7 +50,7 @@ class NoisePlan:
             raise UsageError(f"teacher.draws is {self.draws:,}: noise is told apart up to {MAX_DRAWS:,} draws")
 
     def timestep_values(self, train_timesteps: int) -> Tensor:
-        """The timesteps at which a loss is taken: `arange(first, T_train, T_train // T)`, or those listed.
+        """Return the timesteps at which a loss is taken: `arange(first, T_train, T_train // T)`, or those listed.
 
         Raises:
             UsageError: the model's schedule has no such grid, or has too many timesteps.
@@ -74,7 +74,7 @@ class NoisePlan:
         return torch.arange(self.first_timestep, train_timesteps, stride)
 
     def timestep_weights(self, count: int) -> Tensor:
-        """w_t of each of the `count` timesteps, (count,) float64, of mean 1."""
+        """Return w_t of each of the `count` timesteps, (count,) float64, of mean 1."""
         weights = torch.tensor(self.weights or (1.0,) * count, dtype=torch.float64)
         return weights / weights.mean()
 
@@ -87,7 +87,7 @@ class NoisePlan:
         draws: Tensor,
         shape: tuple[int, ...],
     ) -> Tensor:
-        """Noise of each row of the plan, (n, *shape) float32; see `gaussian_noise`."""
+        """Return the noise of each row of the plan, (n, *shape) float32; see `gaussian_noise`."""
         key = stream_key(self.seed, "training samples")
         if not self.antithetic:
             return gaussian_noise(key, train_ids, timesteps, draws, shape, captions=captions, flips=flips)
@@ -97,13 +97,13 @@ class NoisePlan:
 
 
 def stream_key(seed: int, purpose: str) -> tuple[int, int]:
-    """Philox key of an independent stream of noise, two 32-bit words."""
+    """Return the Philox key of an independent stream of noise, two 32-bit words."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
 def philox(counters: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four words of a counter to four random words, each an int64 in [0, 2^32)."""
+    """Turn four words of a counter into four random words, each an int64 in [0, 2^32), by Philox4x32-10."""
     c0, c1, c2, c3 = counters
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -126,7 +126,7 @@ def gaussian_noise(
     captions: Tensor | int = 0,
     flips: Tensor | int = 0,
 ) -> Tensor:
-    """Standard normal noise, one tensor for each row of the broadcast arguments.
+    """Return standard normal noise, one tensor for each row of the broadcast arguments.
 
     Args:
         key: the stream, from `stream_key`.
@@ -161,7 +161,7 @@ def gaussian_noise(
 
 
 def uniform(key: tuple[int, int], owner: int, count: int) -> Tensor:
-    """`count` uniform numbers in [0, 1), (count,) float32: a pure function of the arguments."""
+    """Return `count` uniform numbers in [0, 1), (count,) float32: a pure function of the arguments."""
     block = torch.arange(count)
     owners = torch.full_like(block, owner)
     words = philox((block, owners & _MASK, owners >> 32, torch.zeros_like(block)), key)

@@ -1,4 +1,4 @@
-"""Whose gradients the teachers' scores are made of."""
+"""Objectives, from whose gradients the teachers make their scores."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from enum import StrEnum
 class Objective(StrEnum):
     """A squared norm, whose gradients at query and training sample are compared.
 
-    loss: of output - target, as in training: a score says whose removal would raise the query's loss.
-    output_norm: of the output alone: a score says whose removal would move what the model draws. At the weights that
-        drew a picture little is left of its loss, and the sign of that rest is close to chance; an output is all there.
+    loss: of output - target, as in training. A score says which sample's removal would raise the query's loss.
+    output_norm: of the output alone. A score says which sample's removal would change what the model draws. At the
+        weights that drew a picture little of its loss is left, and the sign of that rest is close to chance; the output
+        itself is not small there.
 
     Source of output_norm: Zheng et al., "Intriguing properties of data attribution on diffusion models" (2024), who
     differentiate other functions of a diffusion model's output in place of its loss.

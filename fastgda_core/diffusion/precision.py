@@ -1,4 +1,4 @@
-"""In which number format the denoiser runs; a configuration names one without torch."""
+"""Number formats in which the denoiser runs; a configuration names one without torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Precision(StrEnum):
-    """float64 and float32 are what they say; tf32 and bf16 round the factors of products, and sum in float32."""
+    """A number format: float64 and float32 in full; tf32 and bf16 round the factors of products, and sum in float32."""
 
     float64 = "float64"
     float32 = "float32"
@@ -23,20 +23,20 @@ class Precision(StrEnum):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights, latents and caption embeddings."""
+        """The type of weights, latents and caption embeddings."""
         import torch
 
         return torch.float64 if self is Precision.float64 else torch.float32
 
     @property
     def exact(self) -> bool:
-        """Fine enough for a difference of two losses (design section 4, "First order")."""
+        """True if a difference of two losses keeps enough digits (design section 4, "First order")."""
         return self in {Precision.float64, Precision.float32}
 
 
 @contextmanager
 def running(precision: Precision, device: torch.device) -> Iterator[None]:
-    """While active, forwards on `device` run in this precision; their backwards want `multiplying` around them.
+    """Run forwards on `device` in this precision inside the block; their backwards need `multiplying` around them.
 
     Raises:
         UsageError: tf32 without a CUDA device.
@@ -51,9 +51,9 @@ def running(precision: Precision, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def multiplying(precision: Precision) -> Iterator[None]:
-    """While active, float32 products round their factors to TF32 if and only if the precision is tf32.
+    """Round the factors of float32 products to TF32 inside the block if and only if the precision is tf32.
 
-    Says so for float32 too: torch lets convolutions run in TF32 unless told otherwise.
+    float32 has to be set too: torch lets convolutions run in TF32 unless told otherwise.
     """
     import torch
 

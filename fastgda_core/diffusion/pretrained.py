@@ -11,16 +11,16 @@ from fastgda_core.errors import UsageError
 
 
 def load_frozen(kind: Any, folder: Path, device: torch.device, **options: Any) -> Any:
-    """A diffusers or transformers module, frozen and in eval mode; nothing is fetched and no pickle is read.
+    """Load a diffusers or transformers module, frozen and in eval mode; nothing is fetched and no pickle is read.
 
     Args:
-        kind: its class.
-        folder: what its `save_pretrained` wrote.
-        device: where to put it.
+        kind: the module's class.
+        folder: what the module's `save_pretrained` wrote.
+        device: where to put the module.
         options: for `from_pretrained`; diffusers calls the precision `torch_dtype`, transformers `dtype`.
 
     Raises:
-        UsageError: a weight is not in the file, which `from_pretrained` would draw at random.
+        UsageError: a weight is missing from the file, so that `from_pretrained` would draw it at random.
     """
     module, info = kind.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options

@@ -15,7 +15,7 @@ from fastgda_core.errors import UsageError
 
 
 def can_generate(model: DiffusionModel) -> bool:
-    """Whether the model's schedule is one that `generate` can follow: some shift by what only a pipeline knows."""
+    """Return whether `generate` can follow the model's schedule; some pipelines shift theirs in a way of their own."""
     return not model.schedule.scheduler.config.get("use_dynamic_shifting")
 
 
@@ -23,13 +23,13 @@ def can_generate(model: DiffusionModel) -> bool:
 def generate(
     model: DiffusionModel, captions: list[str], numbers: list[int], *, seed: int, steps: int, guidance_scale: float
 ) -> Tensor:
-    """Latents of one image per caption, (n, c, h, w).
+    """Generate latents of one image per caption, (n, c, h, w).
 
     The starting noise of query number i is a function of (seed, i) alone, so an image does not
     depend on which others are made with it.
 
     Raises:
-        UsageError: the schedule shifts by what only a pipeline knows.
+        UsageError: the schedule is one that its pipeline shifts (`can_generate`).
     """
     if not can_generate(model):
         raise UsageError(

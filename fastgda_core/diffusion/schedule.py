@@ -15,28 +15,28 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 class Schedule(Protocol):
-    """What a training step does to a latent at an integer timestep in [0, train_timesteps), 0 the least noisy."""
+    """The forward process and target of training, at integer timesteps in [0, train_timesteps), 0 the least noisy."""
 
     @property
     def scheduler(self) -> Any:
-        """diffusers' own, for sampling."""
+        """The scheduler of diffusers, for sampling."""
 
     @property
     def train_timesteps(self) -> int: ...
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t, (n, c, h, w), for each row's own timestep (n,)."""
+        """Return x_t, (n, c, h, w), for each row's own timestep (n,)."""
 
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser was trained to output, (n, c, h, w)."""
+        """Return what the denoiser was trained to output, (n, c, h, w)."""
 
     def model_timesteps(self, timesteps: Tensor) -> Tensor:
-        """The timestep as the denoiser is told it, (n,)."""
+        """Return the timesteps as the denoiser takes them, (n,)."""
 
 
 @dataclass(frozen=True)
 class DiffusionSchedule:
-    """x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps (Ho et al., 2020); target by `prediction_type`."""
+    """Diffusion: x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps (Ho et al., 2020); target by `prediction_type`."""
 
     scheduler: Any
 
@@ -62,7 +62,7 @@ class DiffusionSchedule:
 
 @dataclass(frozen=True)
 class FlowMatchingSchedule:
-    """x_t = (1 - sigma_t) x + sigma_t eps, target eps - x (Lipman et al., 2023; Esser et al., 2024).
+    """Flow matching: x_t = (1 - sigma_t) x + sigma_t eps, target eps - x (Lipman et al., 2023; Esser et al., 2024).
 
     Timestep t stands for the t-th smallest sigma of the scheduler's training grid, its `shift` included.
     """
@@ -92,7 +92,7 @@ def load_schedule(folder: Path) -> Schedule:
     """Read `scheduler/` of a model folder.
 
     Raises:
-        UsageError: no readable config, or a target that is not known.
+        UsageError: the config is missing or unreadable, or its target is not known.
     """
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
@@ -115,10 +115,10 @@ def load_schedule(folder: Path) -> Schedule:
 
 
 def train_timesteps(folder: Path) -> int:
-    """T_train of `scheduler/`, without loading anything.
+    """Return T_train of `scheduler/`, without loading anything.
 
     Raises:
-        UsageError: no readable config.
+        UsageError: the config is missing or unreadable.
     """
     try:
         return int(_read_config(folder).get("num_train_timesteps", 1000))

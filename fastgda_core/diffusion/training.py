@@ -1,4 +1,4 @@
-"""Train a small text-conditioned denoiser from scratch: how the demo's model was made."""
+"""Train a small text-conditioned denoiser from scratch, as the demo's model was made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the weights of a model folder can be read, found out by looking at names, sizes and headers alone."""
+"""Check that the weights of a model folder can be read, by names, sizes and headers alone."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fastgda_core.errors import UsageError
 
 
 def check_weights(folder: Path) -> None:
-    """Look at the weight files of every part of a model folder; gigabytes stay unread.
+    """Check the weight files of every part of a model folder; gigabytes stay unread.
 
     Raises:
-        UsageError: one is missing, damaged, or a pickle.
+        UsageError: a file is missing, damaged, or a pickle.
     """
     pickled: dict[Path, list[Path]] = {}
     for part in read_index(folder).parts:
@@ -46,11 +46,11 @@ def _without_weights(config: Path) -> bool:
     try:
         return json.loads(config.read_text()).get("_class_name") == "PixelUnshuffle"
     except (ValueError, AttributeError):
-        return False  # whoever loads the part says what is wrong with it
+        return False  # the part's loader says what is wrong with it
 
 
 def _files(path: Path) -> list[Path]:
-    """The file of a part's weights, or those behind its index; none where neither is there."""
+    """Return the file of a part's weights, or the files that its index names; an empty list where neither is there."""
     index = path.with_name(f"{path.name}.index.json")
     if path.is_file() or not index.is_file():
         return [path] if path.is_file() else []
@@ -64,7 +64,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _conversion(pickled: dict[Path, list[Path]]) -> str:
-    """A command for a shell that writes safetensors beside the pickles."""
+    """Return a shell command that writes safetensors beside the pickles."""
     files = [([str(path) for path in old], str(new)) for new, old in pickled.items()]
     tensors = "{k: v.clone() for p in old for k, v in torch.load(p, map_location='cpu', weights_only=True).items()}"
     code = (

@@ -1,4 +1,4 @@
-"""A ranking of each query's own candidates, however many other samples there are."""
+"""Rankings of each query's own candidates; their memory does not grow with the number of other samples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CandidateScores:
 
     @classmethod
     def of(cls, query: Tensor, train_id: Tensor, score: Tensor, *, queries: int) -> CandidateScores:
-        """From pairs in any order, no pair twice, (pairs,) each; a query without any has a row of padding."""
+        """Build from pairs in any order, no pair twice, (pairs,) each; a query without pairs has a row of padding."""
         order = torch.argsort(train_id, stable=True)
         order = order[torch.argsort(query[order], stable=True)]
         query = query[order].long()
@@ -41,7 +41,7 @@ class CandidateScores:
 
     @property
     def known(self) -> Tensor:
-        """Where there is a candidate, (queries, most candidates) bool."""
+        """True where there is a candidate, (queries, most candidates) bool."""
         return self.train_ids != _PADDING
 
     @functools.cached_property
@@ -50,7 +50,7 @@ class CandidateScores:
         return torch.unique(self.train_ids[self.known])
 
     def cosines(self, queries: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        """Inner product of each query and each of its candidates, float32 of the shape of `scores`.
+        """Return the inner product of each query and each of its candidates, float32 of the shape of `scores`.
 
         Only candidates are encoded, each once.
 

@@ -1,4 +1,4 @@
-"""Ranking metrics, vectorised over queries.
+"""Ranking metrics, vectorised over queries; scipy and scikit-learn, with which the tests compare, take one at a time.
 
 Samples that share the lowest score of their query are in no order among themselves: a teacher whose negative scores
 carry nothing gives all of those the score 0. Those of scipy and scikit-learn take one query at a time, which for mAP is
@@ -16,10 +16,10 @@ from torch import Tensor
 
 
 def top_mask(scores: Tensor, cutoff: int) -> Tensor:
-    """The `cutoff` highest scores of each row as True; (queries, samples) bool. Ties fall to the earlier sample.
+    """Mark the `cutoff` highest scores of each row, (queries, samples) bool; ties fall to the earlier sample.
 
-    Samples that are tied at the row's lowest score are never among them, and non-candidates, minus infinity, are not
-    either: a row with fewer other scores has fewer True, but always one.
+    Samples that are tied at the row's lowest score are never marked, nor are non-candidates, whose score is minus
+    infinity. A row with fewer other scores has fewer marks, but always one.
     """
     order = torch.argsort(scores, dim=1, descending=True, stable=True)[:, :cutoff]
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
@@ -28,7 +28,7 @@ def top_mask(scores: Tensor, cutoff: int) -> Tensor:
 
 
 def tied_last(scores: Tensor) -> Tensor:
-    """Samples that share the lowest score of their row with another, (queries, samples) bool.
+    """Mark the samples that share the lowest score of their row with another, (queries, samples) bool.
 
     Minus infinity, the score of non-candidates, does not count.
     """
@@ -38,9 +38,9 @@ def tied_last(scores: Tensor) -> Tensor:
 
 
 def descending_ranks(scores: Tensor) -> Tensor:
-    """Rank of each sample in its row, 1 = the highest score, (queries, samples) int64; ties fall to the earlier sample.
+    """Return the rank of each sample in its row, 1 = the highest score, (queries, samples) int64.
 
-    Those that are tied at the row's lowest score all have the last rank, as in rank labels.
+    Ties fall to the earlier sample. Samples tied at the row's lowest score all have the last rank, as in rank labels.
     """
     order = torch.argsort(scores, dim=1, descending=True, stable=True)
     rank = torch.argsort(order, dim=1) + 1
@@ -49,9 +49,9 @@ def descending_ranks(scores: Tensor) -> Tensor:
 
 
 def average_precision(scores: Tensor, relevant: Tensor) -> Tensor:
-    """Average precision of each query over its full ranked list.
+    """Return the average precision of each query over its full ranked list.
 
-    Items of equal score share the precision at the end of their tie, as scikit-learn does. Only scores are sorted, not
+    Items of equal score share the precision at the end of their tie, as in scikit-learn. Only scores are sorted, not
     the items: the place of a relevant item is the number of scores that are not below its own.
 
     Args:
@@ -73,13 +73,13 @@ def average_precision(scores: Tensor, relevant: Tensor) -> Tensor:
     mine = _sorted(mine)
     place = samples - torch.searchsorted(ascending, mine)
     hits = len(order) - torch.searchsorted(mine, mine)
-    # A relevant score of minus infinity looks like padding, of which there is so much more in the row.
+    # A relevant score of minus infinity looks like padding: `searchsorted` would count the padding, too.
     hits = torch.where(mine == -torch.inf, count[:, None], hits)
     return (hits / place.double()).masked_fill(padding.flip(1), 0.0).sum(1) / count
 
 
 def _sorted(scores: Tensor) -> Tensor:
-    """Each row in ascending order; on a CPU NumPy sorts several times faster than torch, and lets other threads run."""
+    """Sort each row in ascending order; on a CPU NumPy is several times faster than torch, and other threads run."""
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
         parts = list(pool.map(lambda rows: np.sort(rows, axis=1), np.array_split(scores.numpy(), threads)))
@@ -87,7 +87,7 @@ def _sorted(scores: Tensor) -> Tensor:
 
 
 def expected_random_average_precision(samples: int, relevant: int) -> float:
-    """Mean average precision of a random order of `samples` items of which `relevant` are positive.
+    """Return the mean average precision of random orders of `samples` items of which `relevant` are positive.
 
     Source: Bestgen, "Exact expected average precision of the random baseline for system evaluation" (2015).
     """
@@ -98,9 +98,9 @@ def expected_random_average_precision(samples: int, relevant: int) -> float:
 
 
 def spearman(first: Tensor, second: Tensor) -> Tensor:
-    """Rank correlation of each row, (queries,) float64; equal values share the mean of their places.
+    """Return the rank correlation of each row, (queries,) float64; equal values share the mean of their places.
 
-    0 where all values of a row are equal, which is no ranking to agree with.
+    0 where all values of a row are equal: such a row is no ranking.
     """
     ranks = [(low + high).double() / 2 for low, high in map(_places, (first, second))]
     centred = [rank - rank.mean(1, keepdim=True) for rank in ranks]
@@ -109,13 +109,16 @@ def spearman(first: Tensor, second: Tensor) -> Tensor:
 
 
 def kendall(first: Tensor, second: Tensor) -> Tensor:
-    """Kendall's tau-b of each row, (queries,) float64, in n log n; 0 where all values of a row are equal.
+    """Return Kendall's tau-b of each row, (queries,) float64, in n log n; 0 where all values of a row are equal.
 
-    The discordant pairs are the inversions of the one order seen from the other. They are counted bit by bit of the
-    place, from the highest: among those that agree so far, a 1 that stands before a 0 is an inversion. Pairs that are
-    tied in either are no inversions, as the rows are sorted by both.
+    The discordant pairs are the inversions of the second order within the first. They are counted bit by bit of the
+    place, from the highest bit: among places that agree in all higher bits, a 1 that stands before a 0 is an inversion.
+    Pairs that are tied in either order are no inversions, as the rows are sorted by both.
 
     Source: Knight, "A computer method for calculating Kendall's tau with ungrouped data" (1966), for the ties.
+
+    Raises:
+        ValueError: there are fewer than two items.
     """
     queries, n = first.shape
     if n < 2:
@@ -145,14 +148,14 @@ def kendall(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _places(values: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last place, from 0, of each value and its equals in its row in ascending order; int64 like `values`."""
+    """Return the first and last place, from 0, of each value and its equals in its row in ascending order; int64."""
     values = values.contiguous()
     ascending = values.sort(dim=1).values
     return torch.searchsorted(ascending, values), torch.searchsorted(ascending, values, right=True) - 1
 
 
 def twin_ranks(scores: Tensor, twins: Tensor) -> Tensor:
-    """Rank of one sample of each row, its twin, (queries,); equal scores count against it.
+    """Return the rank of one sample of each row, its twin, (queries,); equal scores count against it.
 
     Args:
         scores: (queries, samples); higher ranks earlier.
@@ -162,12 +165,12 @@ def twin_ranks(scores: Tensor, twins: Tensor) -> Tensor:
 
 
 def recall(scores: Tensor, relevant: Tensor, k: int) -> Tensor:
-    """Share of the relevant items among the `k` highest scores of each row, (queries,) float64."""
+    """Return the share of the relevant items among the `k` highest scores of each row, (queries,) float64."""
     return (top_mask(scores, k) & relevant).sum(1).double() / relevant.sum(1)
 
 
 def ndcg(scores: Tensor, gains: Tensor, k: int) -> Tensor:
-    """Normalised discounted cumulative gain at `k` of each row, (queries,) float64.
+    """Return the normalised discounted cumulative gain at `k` of each row, (queries,) float64.
 
     Items of equal score share the mean of their gains, as in scikit-learn: they may stand in any order.
 
@@ -188,7 +191,7 @@ def ndcg(scores: Tensor, gains: Tensor, k: int) -> Tensor:
 
 
 def _shared(values: Tensor, ordered: Tensor) -> Tensor:
-    """Each value replaced by the mean over the neighbours whose `ordered` is the same, (queries, samples)."""
+    """Replace each value by the mean over the neighbours whose `ordered` is the same, (queries, samples)."""
     group = torch.zeros(values.shape, dtype=torch.int64)
     group[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).cumsum(1)
     sums, counts = torch.zeros_like(values), torch.zeros_like(values)
@@ -200,17 +203,20 @@ def _shared(values: Tensor, ordered: Tensor) -> Tensor:
 def agreement(
     teacher: Tensor, ranking: Tensor, cutoffs: Sequence[int], share: float = 1.0
 ) -> dict[tuple[str, int], Tensor]:
-    """How far a ranking is the teacher's, by (measure, cutoff), (queries,) float64 each.
+    """Measure how far a ranking agrees with the teacher's, by (measure, cutoff), (queries,) float64 each.
 
-    "spearman" and "kendall" have the cutoff 0. At a cutoff k: "mAP", of the teacher's first k; "ndcg", with gains that
-    fall evenly from 1 to 1 / n with the teacher's rank; "overlap", the share of the teacher's first k that are among
-    the first k; "recall", the share of its first min(cutoffs) that are. What is tied at the teacher's lowest score is
-    never among its first k (`top_mask`) and has the last rank (`descending_ranks`).
+    "spearman" and "kendall" have the cutoff 0. The other measures have a cutoff k:
+    "mAP": the teacher's first k are relevant.
+    "ndcg": the gains fall evenly from 1 to 1 / n with the teacher's rank.
+    "overlap": the share of the teacher's first k among the ranking's first k.
+    "recall": the share of the teacher's first min(cutoffs) among the ranking's first k.
+    Samples tied at the teacher's lowest score are never among its first k (`top_mask`) and have the last rank
+    (`descending_ranks`).
 
     Args:
         teacher, ranking: scores, (queries, n); higher ranks earlier.
         cutoffs: several k, at most n / share.
-        share: of the items that the cutoffs are meant for, these are so many: each k stands for so much fewer.
+        share: the n items are this share of those that the cutoffs are meant for; each k is multiplied by it.
     """
     places = {cutoff: max(1, round(cutoff * share)) for cutoff in cutoffs}
     first = top_mask(teacher, min(places.values()))
@@ -226,13 +232,13 @@ def agreement(
 
 
 def _gains(teacher: Tensor) -> Tensor:
-    """Gains of `agreement`, (queries, n) float64."""
+    """Return the gains of `agreement`, (queries, n) float64."""
     n = teacher.shape[1]
     return (n + 1 - descending_ranks(teacher)).double() / n
 
 
 def expected_random_agreement(teacher: Tensor, cutoffs: Sequence[int]) -> dict[tuple[str, int], float]:
-    """Mean of each measure of `agreement` with a teacher over all orders of its items.
+    """Return the mean of each measure of `agreement` with a teacher over all orders of its items.
 
     Args:
         teacher: scores of one query, (n,).

@@ -1,7 +1,7 @@
-"""The twin test: whether a teacher ranks first the training sample that it has to. It needs no retraining.
+"""The twin test: a teacher has to rank a query's twin first. It needs no retraining.
 
 A query generated from a training sample's caption was made, above all, by that sample; and a training image taken as
-the query is its own most influential sample.
+the query is its own most influential sample. That sample is the query's twin.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ PASSES = 0.9  # share of twins found that passes
 
 
 def first_places(candidates: int) -> int:
-    """How many places of a ranking are the first 1 %, at least one."""
+    """Return how many places of a ranking are the first 1 %, at least one."""
     return max(1, math.ceil(FIRST * candidates))
 
 
@@ -22,8 +22,8 @@ def first_places(candidates: int) -> int:
 class TwinTest:
     """Ranks of some queries' twins, 1 = the highest score, and how many places of each ranking count as first.
 
-    The worst rank stands beside the share, never a mean or a median: a gradient whose sign is a coin toss puts half of
-    the twins first and half of them last.
+    The worst rank is reported beside the share, never a mean or a median: a gradient of random sign puts half of the
+    twins first and half of them last.
     """
 
     ranks: tuple[int, ...]
@@ -31,7 +31,7 @@ class TwinTest:
 
     @property
     def found(self) -> int:
-        """How many twins are among the first places."""
+        """Number of twins among the first places."""
         return sum(rank <= first for rank, first in zip(self.ranks, self.places, strict=True))
 
     @property

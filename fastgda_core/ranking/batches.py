@@ -18,9 +18,11 @@ PAIRS_AT_ONCE = 8_000_000  # drawn and shuffled together, 12 bytes each
 class RankPairs:
     """All labelled pairs of a split, query by query, 8 bytes each.
 
-    first: number of each query's first pair, and of all pairs, (queries + 1,) int64; sample: ascending within a query,
-    (pairs,) int32; label: what is learned, rank labels or standardised scores, (pairs,) float32; outside: label of a
-    query's non-candidates, (queries,) float32; samples: their number.
+    first: number of each query's first pair, and of all pairs, (queries + 1,) int64.
+    sample: ascending within a query, (pairs,) int32.
+    label: what is learned, rank labels or standardised scores, (pairs,) float32.
+    outside: label of a query's non-candidates, (queries,) float32.
+    samples: number of training samples.
     """
 
     first: Tensor
@@ -40,7 +42,7 @@ class RankPairs:
         samples: int,
         outside: Tensor | None = None,
     ) -> RankPairs:
-        """Pairs in any order, (pairs,) each, no pair twice; non-candidates get label 1 unless `outside` says otherwise.
+        """Build from pairs in any order, (pairs,) each; non-candidates get label 1 unless `outside` says otherwise.
 
         Raises:
             ValueError: a pair occurs twice.
@@ -71,7 +73,7 @@ class RankPairs:
         return RankPairs(first, sample, label, outside, self.samples)
 
     def contain(self, query: Tensor, sample: Tensor) -> Tensor:
-        """Whether each (query, sample) is one of the pairs, (n,) bool; all are bisected together."""
+        """Return whether each (query, sample) is one of the pairs, (n,) bool; all are bisected together."""
         low, end = self.first[query], self.first[query + 1]
         high = end.clone()
         for _ in range(int(self.first.diff().max()).bit_length()):
@@ -82,19 +84,19 @@ class RankPairs:
 
 
 def first_pairs(count: Tensor) -> Tensor:
-    """Where the pairs of each query begin, given how many they are, (queries,), and where all end: (queries + 1,)."""
+    """Return the number of each query's first pair, and of all pairs, (queries + 1,), from the queries' counts."""
     return F.pad(torch.cumsum(count, 0), (1, 0))
 
 
 def places(group: Tensor) -> tuple[Tensor, Tensor]:
-    """For each of these sorted numbers, (n,), its place among its equals, from 0, and how many they are."""
+    """Return for each of these sorted numbers, (n,), its place among its equals, from 0, and how many they are."""
     _, counts = torch.unique_consecutive(group, return_counts=True)
     first = torch.repeat_interleave(torch.cumsum(counts, 0) - counts, counts)
     return torch.arange(len(group), device=group.device) - first, torch.repeat_interleave(counts, counts)
 
 
 def epoch_seed(seed: int, epoch: int, rank: int = 0) -> int:
-    """A seed of its own for each epoch of each process of a training."""
+    """Return a seed of its own for each epoch of each process of a training."""
     return int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1, np.uint64)[0])
 
 
@@ -110,7 +112,7 @@ class RankBatch:
 class RankBatches(IterableDataset[RankBatch]):
     """One epoch: every pair once, about `batch_size` pairs a batch, batches in random order.
 
-    Encoding is where the time goes, so a batch should hold many pairs of few items: `batch_size` pairs of a random
+    Most of the time goes into encoding, so a batch should hold many pairs of few items: `batch_size` pairs of a random
     group of queries and a random group of samples, the groups of such sizes that the batch is about square. With
     probability `outside_probability` a pair is replaced by one of the same query outside its candidates, a uniform draw
     that the batch's queries share (design section 4, "Rank label"); a query that has every sample as a candidate keeps
@@ -124,9 +126,9 @@ class RankBatches(IterableDataset[RankBatch]):
         batch_size: pairs.
         outside_probability: in [0, 1].
         seed: of all draws.
-        epoch: number of the epoch that begins.
-        rank, world: this process makes every `world`-th batch, from the `rank`-th on; up to `world` - 1 of those that
-            are mixed are left out.
+        epoch: returns the number of the epoch that begins.
+        rank, world: this process makes every `world`-th batch, from the `rank`-th on; up to `world` - 1 of the batches
+            that are mixed together are left out.
     """
 
     def __init__(
@@ -165,7 +167,7 @@ class RankBatches(IterableDataset[RankBatch]):
                 yield _batch(*batches[number])
 
     def _draw(self, members: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """All pairs of a group in an order in which batches are consecutive: query, sample and label, (n,) each."""
+        """Draw all pairs of a group in an order in which batches are consecutive: query, sample, label, (n,) each."""
         pairs, device = self.pairs, members.device
         counts = self.count[members]
         query = torch.repeat_interleave(members.int(), counts)
@@ -183,7 +185,7 @@ class RankBatches(IterableDataset[RankBatch]):
         return query, sample, label
 
     def _outsiders(self, query: Tensor, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """A non-candidate for each of these pairs, (n,) int32, whose batches are given.
+        """Draw a non-candidate for each of these pairs, (n,) int32, whose batches are given.
 
         The k-th draw of each query of a batch is the same sample, so that few samples have to be encoded; draws that
         turn out to be candidates are repeated.

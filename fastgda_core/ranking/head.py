@@ -47,9 +47,9 @@ class RankHead(nn.Module):
     Args:
         features: d of phi.
         input_norm: whether a LayerNorm comes first.
-        outputs: affine maps of the cosine; 1 but for the ordinal loss.
-        scale: what theirs starts at; negative, as a high cosine is to mean a low rank label.
-        hidden, width: of the layers.
+        outputs: number of affine maps of the cosine; 1 but for the ordinal loss.
+        scale: initial scale of these maps; negative, as a high cosine is to mean a low rank label.
+        hidden, width: widths of the hidden layers and of the output.
     """
 
     def __init__(
@@ -69,18 +69,18 @@ class RankHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(n, features) to unit vectors, (n, width)."""
+        """Map features, (n, features), to unit vectors, (n, width)."""
         return F.normalize(self.mlp(features), dim=1)
 
     def queries(self, features: Tensor) -> Tensor:
-        """Unit vectors of queries, (n, features) to (n, width), whose cosine with a sample's grows with its influence.
+        """Map queries, (n, features), to unit vectors, (n, width), whose cosine with a sample grows with its influence.
 
-        They are those of `forward`, negated where the scale is positive: there a high cosine means a high rank label.
+        These are the vectors of `forward`, negated where the scale is positive: there a high cosine means a high label.
         """
         return -self(features) if bool((self.scale > 0).all()) else self(features)
 
     def affine(self, cosine: Tensor) -> Tensor:
-        """scale * cos + bias, (...) to (..., outputs)."""
+        """Return scale * cos + bias, (...) to (..., outputs)."""
         return cosine[..., None] * self.scale + self.bias
 
 
@@ -112,10 +112,10 @@ def start_from_features(head: RankHead, features: Tensor) -> None:
 
 
 def head_of_weights(weights: dict[str, Tensor], source: Path) -> RankHead:
-    """A head from `mlp.layers.N.weight`, `mlp.output_layer.weight`, `scale` and `bias`, of the tensors' dimensions.
+    """Build a head from `mlp.layers.N.weight`, `mlp.output_layer.weight`, `scale`, `bias`, of the tensors' dimensions.
 
     Raises:
-        UsageError: they are not those of a rank head.
+        UsageError: the tensors are not those of a rank head.
     """
     layers = sorted(int(found[1]) for name in weights if (found := re.fullmatch(r"mlp\.layers\.(\d+)\.weight", name)))
     if not layers or "mlp.output_layer.weight" not in weights or "scale" not in weights:
@@ -138,6 +138,7 @@ def head_of_weights(weights: dict[str, Tensor], source: Path) -> RankHead:
 
 
 def save_head(head: RankHead, path: Path) -> None:
+    """Write the head's weights as safetensors."""
     save_file({name: tensor.contiguous() for name, tensor in head.state_dict().items()}, path)
 
 
@@ -145,7 +146,7 @@ def load_head(folder: Path) -> RankHead:
     """Load `head.safetensors`, in eval mode; `head.json` must agree on the dimension of its features.
 
     Raises:
-        UsageError: they disagree, or the weights are not those of a rank head.
+        UsageError: the two files disagree, or the weights are not those of a rank head.
     """
     head = head_of_weights(load_file(folder / "head.safetensors"), folder / "head.safetensors")
     declared = json.loads((folder / "head.json").read_text())["features"]
@@ -155,12 +156,12 @@ def load_head(folder: Path) -> RankHead:
 
 
 def load_release_checkpoint(path: Path) -> RankHead:
-    """A rank head in the layout of FastGDA's release (a pickled `state_dict`), read without running its code.
+    """Read a rank head in the layout of FastGDA's release (a pickled `state_dict`), without running its code.
 
     Source: github.com/PeterWang512/FastGDA, fastgda/models.py (DualMLPModel).
 
     Raises:
-        UsageError: the file cannot be read as plain tensors, holds something else, or ranks neither way round.
+        UsageError: the file cannot be read as plain tensors, holds something else, or its scale has no common sign.
     """
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""The names of the rank head's losses; apart from them, as a configuration checks them without torch."""
+"""The names of the rank head's losses, in a module of their own so that a configuration checks them without torch."""
 
 from typing import Literal
 

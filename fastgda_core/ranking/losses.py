@@ -1,7 +1,7 @@
-"""What the rank head learns from: losses of cosines against the teacher's ranking.
+"""Losses of the rank head: its cosines against the teacher's ranking.
 
-Each but `listwise` takes the outputs of the head's affine map, (q, s, outputs), and labels, (q, s), and gives the loss
-of each pair, (q, s); `rank_loss` leaves out the pairs that there are not and takes the mean.
+Each but `listwise` takes the outputs of the head's affine map, (q, s, outputs), and labels, (q, s), and returns the
+loss of each pair, (q, s). `rank_loss` takes the mean over the pairs that have a label.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ ORDINAL_BINS = 10
 
 
 def bce(outputs: Tensor, label: Tensor) -> Tensor:
-    """Binary cross-entropy of sigmoid(scale * cos + bias) against the rank label pi."""
+    """Return the binary cross-entropy of sigmoid(scale * cos + bias) against the rank label pi."""
     return F.binary_cross_entropy_with_logits(outputs[..., 0], label, reduction="none")
 
 
 def mse(outputs: Tensor, label: Tensor) -> Tensor:
-    """Squared error of sigmoid(scale * cos + bias) against the rank label pi."""
+    """Return the squared error of sigmoid(scale * cos + bias) against the rank label pi."""
     return (outputs[..., 0].sigmoid() - label).square()
 
 
 def ordinal(outputs: Tensor, label: Tensor) -> Tensor:
-    """Mean binary cross-entropy of 9 heads, each of which says whether pi lies above its bin's upper end.
+    """Return the mean binary cross-entropy of 9 heads, each of which says whether pi lies above its bin's upper end.
 
     Source: Niu et al., "Ordinal regression with multiple output CNN for age estimation" (2016); bins of equal width.
     """
@@ -39,7 +39,7 @@ def ordinal(outputs: Tensor, label: Tensor) -> Tensor:
 
 
 def regression(outputs: Tensor, label: Tensor) -> Tensor:
-    """Squared error of scale * cos + bias against the score, standardised within its query."""
+    """Return the squared error of scale * cos + bias against the score, standardised within its query."""
     return (outputs[..., 0] - label).square()
 
 
@@ -47,8 +47,9 @@ def regression(outputs: Tensor, label: Tensor) -> Tensor:
 class RankLoss:
     """A loss and what it needs.
 
-    outputs: affine maps of the cosine; scale: what theirs starts at, negative where a high cosine means a low label;
-    standardised_scores: labels are those and not rank labels.
+    outputs: affine maps of the cosine.
+    scale: initial scale of these maps, negative where a high cosine means a low label.
+    standardised_scores: labels are standardised scores and not rank labels.
     """
 
     of_pairs: Callable[[Tensor, Tensor], Tensor] | None
@@ -67,13 +68,13 @@ LOSSES: dict[str, RankLoss] = {
 
 
 def rank_loss(name: LossName, outputs: Tensor, label: Tensor, rank_offset: float | None) -> Tensor:
-    """Mean loss of a batch, a scalar.
+    """Return the mean loss of a batch, a scalar.
 
     Args:
         name: of `LOSSES`.
         outputs: (q, s, outputs), the affine maps of the cosines.
         label: (q, s), NaN where a pair has none.
-        rank_offset: weighs a pair by 1 / (label + rank_offset), so that the head of the ranking counts; None: all
+        rank_offset: weighs a pair by 1 / (label + rank_offset), so that the top of the ranking counts most; None: all
             alike. For "listwise" the offset of the gains, 0.02 where it is None.
     """
     known = ~label.isnan()
@@ -86,15 +87,15 @@ def rank_loss(name: LossName, outputs: Tensor, label: Tensor, rank_offset: float
 
 
 def listwise(outputs: Tensor, label: Tensor, known: Tensor, offset: float) -> Tensor:
-    """Cross-entropy between the teacher's and the head's distribution over a query's samples of the batch.
+    """Return the cross-entropy between the teacher's and the head's distribution over a query's samples of the batch.
 
     ListNet's top-one probabilities (Cao et al., "Learning to rank: from pairwise approach to listwise approach", 2007)
-    with gains 1 / (pi + offset), which fall with the rank as those of mAP and NDCG do; least for non-candidates.
+    with gains 1 / (pi + offset), which fall with the rank as those of mAP and NDCG do; non-candidates have the least.
 
     Args:
         outputs: (q, s), falling with the similarity.
         label: (q, s), pi.
-        known: (q, s) bool, the pairs that there are.
+        known: (q, s) bool, the pairs that have a label.
         offset: of the gains.
     """
     gains = known / (label + offset)

@@ -11,15 +11,15 @@ from fastgda_core.ranking.batches import RankPairs, first_pairs, places
 
 
 def thin(pairs: RankPairs, priority: Tensor, share: float, queries: Tensor | None = None, *, ranked: bool) -> RankPairs:
-    """The share of each query's candidates that has the highest priority.
+    """Keep the share of each query's candidates that has the highest priority.
 
     Args:
         pairs: all that there are.
         priority: (pairs,); random for M of K candidates, a similarity for the nearest.
         share: in (0, 1]; at least one candidate of a query is kept.
         queries: numbers of the queries that are kept; None: all.
-        ranked: labels are rank labels: those that are kept are ranked anew among themselves, pi = rank / M. What has
-            the last rank, pi = 1, keeps it: several that are tied there stay so.
+        ranked: labels are rank labels. Those that are kept are ranked anew among themselves, pi = rank / M. A label of
+            the last rank, pi = 1, is kept as it is: samples that are tied there stay tied.
     """
     query = pairs.query
     order = torch.argsort(priority, descending=True)
@@ -42,11 +42,11 @@ def thin(pairs: RankPairs, priority: Tensor, share: float, queries: Tensor | Non
 
 
 def random_priority(pairs: RankPairs, seed: int) -> Tensor:
-    """For candidates drawn at random, (pairs,)."""
+    """Return a priority for `thin` that draws candidates at random, (pairs,)."""
     return torch.rand(len(pairs), generator=torch.Generator().manual_seed(seed))
 
 
 def some_queries(queries: Tensor, share: float, seed: int) -> Tensor:
-    """A share of the queries, at least one, drawn at random."""
+    """Draw a share of the queries at random, at least one."""
     order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(seed))
     return queries[order[: max(1, math.ceil(share * len(queries)))]]

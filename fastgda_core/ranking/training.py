@@ -37,10 +37,11 @@ class HeadTraining:
     loss: see `fastgda_core.ranking.losses`.
     input_norm: a LayerNorm before the first layer.
     initialization: "xavier", or "features" (see `start_from_features`).
-    rank_offset: weighs a pair by 1 / (pi + rank_offset), so that the head of the ranking counts; None weighs all alike.
+    rank_offset: weighs a pair by 1 / (pi + rank_offset), so that the top of the ranking counts most; None weighs all
+        alike.
     patience: epochs without a better validation mAP after which training ends; None: never.
-    devices, strategy: Lightning's own; several devices are processes that are spawned ("ddp_spawn") unless it says
-        otherwise. Each draws its own batches, so that the head depends on their number.
+    devices, strategy: as in Lightning; several devices are spawned processes ("ddp_spawn") unless `strategy` says
+        otherwise. Each process draws its own batches, so that the head depends on the number of devices.
     resident: features are copied to the device at once; else they stay where they are, a memory map say, and the rows
         of the next batches are fetched ahead.
     """
@@ -65,9 +66,12 @@ class HeadTraining:
 class RankData:
     """Everything the head is trained on.
 
-    query_features: (queries, d); sample_features: (samples, d), phi; train_pairs: labelled pairs of the training
-    queries; validation: rows of the validation queries; validation_scores: the teacher's, of their candidates;
-    relevant: bool of the shape of these, the teacher's top L.
+    query_features: (queries, d).
+    sample_features: (samples, d), phi.
+    train_pairs: labelled pairs of the training queries.
+    validation: rows of the validation queries.
+    validation_scores: the teacher's scores of their candidates.
+    relevant: bool of the shape of these scores, the teacher's top L.
     """
 
     query_features: Tensor
@@ -111,7 +115,7 @@ class FeatureBatches(IterableDataset[FeatureBatch]):
 
 
 def fetched_ahead(items: Iterable[Any], count: int = PREFETCHED) -> Iterator[Any]:
-    """The same items, made by a thread that is up to `count` ahead; what it raises is raised here."""
+    """Yield the same items, made by a thread that is up to `count` ahead; an exception of the thread is raised here."""
     # A DataLoader's worker hands over 25 batches of the paper's size in 1.2 s where the thread takes 0.25 s. It would
     # also be forked beside threads, or, if it is spawned, get a copy of all features instead of the memory map.
     source, end = iter(items), object()
@@ -209,7 +213,7 @@ class RankModule(lightning.LightningModule):
             self.on_epoch()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A spawned process has nobody to tell of its epochs, and what would be told may not go there.
+        # Without `on_epoch`: a spawned process has no one to report its epochs to, and `on_epoch` may not pickle.
         return {**self.__dict__, "on_epoch": None}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -240,7 +244,7 @@ def train_head(
         data: features, labels and validation queries.
         training: hyperparameters.
         on_epoch: called after each epoch.
-        checkpoints: folder of what this training needs to go on; it goes on from there if it was begun before.
+        checkpoints: folder of the training's checkpoints, from which a training that was begun before goes on.
     """
     lightning.seed_everything(training.seed, verbose=False)
     module = RankModule(data, training, on_epoch)
@@ -272,7 +276,7 @@ def train_head(
 
 
 def _whole(checkpoint: Path) -> bool:
-    """Whether there is one that can be read; one that a crash of the machine left in pieces is taken away."""
+    """Return whether the checkpoint can be read; one that a crash of the machine left in pieces is deleted."""
     try:
         torch.load(checkpoint, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -303,7 +307,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _fast_matmul() -> Iterator[None]:
-    """TF32 on GPUs: the teacher needs float32, a head of cosines does not."""
+    """Allow TF32 on GPUs inside the block: the teacher needs float32, a head of cosines does not."""
     before = torch.get_float32_matmul_precision()
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")

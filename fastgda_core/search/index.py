@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 def build_index(embeddings: NDArray[np.float32]) -> faiss.Index:
-    """Inner-product index of unit vectors, (n, d), one for each train_id in order."""
+    """Build an inner-product index of unit vectors, (n, d), one for each train_id in order."""
     index = faiss.IndexFlatIP(embeddings.shape[1])
     index.add(np.ascontiguousarray(embeddings))
     return index
@@ -25,6 +25,6 @@ def read_index(path: Path) -> faiss.Index:
 
 
 def search(index: faiss.Index, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Cosines and train_ids of the k nearest, (queries, k) each, best first; k is cut to the index's size."""
+    """Return cosines and train_ids of the k nearest, (queries, k) each, best first; k is cut to the index's size."""
     similarity, train_ids = index.search(np.ascontiguousarray(queries), min(k, index.ntotal))
     return similarity, train_ids

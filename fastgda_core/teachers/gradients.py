@@ -2,7 +2,7 @@
 
 For a layer s = W a the weight gradient is the sum over positions of (dL/ds) a^T. Where a is the same at every
 timestep, as the caption embedding in cross-attention keys and values, dL/ds may be summed over timesteps
-before it meets a; one backward through activations serves everything.
+before it is multiplied with a. One backward through the activations serves all layers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def output_gradients(
     timesteps: Tensor,
     noise: Tensor,
 ) -> tuple[Tensor, dict[str, list[Tensor]], dict[str, Tensor]]:
-    """Per-sample losses, layer inputs and loss gradients at layer outputs.
+    """Return per-sample losses, layer inputs and loss gradients at layer outputs.
 
     Args:
         model: the frozen model.
@@ -44,8 +44,8 @@ def output_gradients(
         noise: (n, c, h, w).
 
     Returns:
-        losses (n,); by layer name its inputs as they came, for `input_rows`; and dL_i/ds_i, (n, positions, d_out), the
-        positions of several calls one after the other.
+        losses (n,); by layer name its inputs as they came, for `input_rows`; and by layer name dL_i/ds_i,
+        (n, positions, d_out), the positions of several calls one after the other.
 
     Raises:
         UsageError: a layer takes no part in the forward pass.
@@ -74,7 +74,7 @@ Tapped = tuple[Tensor, dict[str, list[Tensor]], dict[str, list[Tensor]]]
 
 
 def _forward(model: DiffusionModel, layers: Mapping[str, Layer], rows: Rows) -> Tapped:
-    """Losses; by layer, its inputs and outputs."""
+    """Return the losses and, by layer, its inputs and outputs."""
     with tapped(layers, len(rows[0])) as taps:
         losses = model.losses(*rows)
     if idle := layers.keys() - taps.outputs.keys():
@@ -83,9 +83,9 @@ def _forward(model: DiffusionModel, layers: Mapping[str, Layer], rows: Rows) -> 
 
 
 class _Probed(nn.Module):
-    """A denoiser's twin on the same weights that adds to layers' outputs what it is given, and returns their inputs.
+    """A denoiser's twin on the same weights that adds given tensors to layers' outputs, and returns the layers' inputs.
 
-    Compiled code does not see hooks that come and go, nor can it give a gradient at what is inside: here the hooks stay
+    Compiled code does not see hooks that come and go, and gives no gradient at tensors inside it. Here the hooks stay,
     and the gradient is that of an argument.
     """
 
@@ -119,7 +119,7 @@ class _CompiledTaps:
         self.denoiser = torch.compile(_Probed(model.denoiser, layers))
         clean, condition, timesteps, noise = rows
         _, _, outputs = _forward(model, layers, (clean[:1], take(condition, slice(1)), timesteps[:1], noise[:1]))
-        # Like the outputs of one row, without the memory.
+        # Zeros of the shape of one row's outputs, without the memory for them.
         self.zeros = {name: [value.new_zeros(()).expand_as(value) for value in outputs[name]] for name in layers}
 
     def forward(self, model: DiffusionModel, rows: Rows) -> Tapped:
@@ -142,9 +142,10 @@ class _CompiledTaps:
 def steady_layers(
     model: DiffusionModel, layers: Mapping[str, Layer], condition: Condition, micro_batch: MicroBatch
 ) -> dict[str, str]:
-    """The layers whose input is a function of the caption alone: the same at every timestep and noise.
+    """Find the layers whose input is a function of the caption alone: the same at every timestep and noise.
 
-    Found by looking: one caption goes through the denoiser twice, at both ends of the schedule with other noise.
+    One caption goes through the denoiser twice, at both ends of the schedule with other noise, and the inputs are
+    compared.
 
     Returns:
         by layer name, the name of the first layer that has the very same input rows.
@@ -170,5 +171,5 @@ def steady_layers(
 
 
 def weight_gradient(output_gradient: Tensor, layer_input: Tensor) -> Tensor:
-    """dL/dW per row, (n, d_out, d_in), from dL/ds (n, positions, d_out) and the layer's input rows."""
+    """Return dL/dW per row, (n, d_out, d_in), from dL/ds (n, positions, d_out) and the layer's input rows."""
     return output_gradient.transpose(1, 2) @ layer_input

@@ -1,4 +1,4 @@
-"""How many forwards at a time: as many as the device has memory for."""
+"""Micro-batches: as many forwards at a time as the device has memory for."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ log = logging.getLogger("fastgda.core.micro_batch")
 
 
 class MicroBatch:
-    """Rows per forward; halves when the device runs out of memory, and stays there for whoever uses it next."""
+    """Rows per forward; the number is halved when the device runs out of memory, and stays so for all later calls."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.halvings = 0
 
     def run(self, rows: int, compute: Callable[[slice], T]) -> Iterator[tuple[slice, T]]:
-        """`compute` of each stretch of 0..rows, with the stretch; it is called again, on less, where memory ran out.
+        """Yield each stretch of 0..rows and its `compute`; it is called again on fewer rows where memory runs out.
 
-        `compute` must not change anything that outlives a failure. Before each call the work can be stopped.
+        `compute` must not change anything that outlives a failure. The work can be stopped before each call.
 
         Raises:
             UsageError: not even one row fits.

@@ -1,4 +1,4 @@
-"""All teachers by name."""
+"""The teachers by name."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # a configuration looks teachers up, and is checked before to
 class Teacher(Protocol):
     """A method that scores (query, training sample) pairs.
 
-    family: what its scores are made from, and in which steps; teachers of one family share these.
-    settings: the fields of a configuration's section `teacher` that only some teachers read, and this one does.
+    family: a name for the steps and data that scores are made from; the teachers of one family share both.
+    settings: the fields of a configuration's section `teacher` that this teacher reads and some others do not.
     redrawn: drawn again with another seed it gives other scores, so that it can be compared with itself.
     """
 
@@ -46,8 +46,8 @@ class UnlearningTeacher:
     """Scores a training sample by the rise of its loss after an unlearning step of the query.
 
     fisher: which curvature preconditions the query's gradient.
-    first_order: the rise to first order in the step: one pass over the samples serves every query, and no base losses
-        are needed. Else it is exact: one pass over the samples for each query.
+    first_order: the rise is taken to first order in the step: one pass over the samples serves every query, and no base
+        losses are needed. Else it is exact: one pass over the samples for each query.
     """
 
     fisher: FisherKind
@@ -63,9 +63,10 @@ class UnlearningTeacher:
     redrawn: ClassVar[bool] = True
 
     def check_precision(self, precision: Precision) -> None:
-        """Raises UsageError where an exact score would drown in rounding.
+        """Raise `UsageError` where an exact score would be lost in rounding.
 
-        To first order any will do that agrees with float64 on the model at hand; whoever runs it has to look.
+        A first-order score may be computed in any precision that agrees with float64 on the model at hand. The user has
+        to check that.
         """
         if not self.first_order and not precision.exact:
             raise UsageError(
@@ -83,7 +84,7 @@ class UnlearningTeacher:
         base_losses: Tensor | None,
         micro_batch: MicroBatch,
     ) -> Tensor:
-        """(queries, n) float64; `updates` hold some queries at a time, `base_losses` are (n, f) where needed."""
+        """Return (queries, n) float64; `updates` hold some queries at a time, `base_losses` are (n, f) where needed."""
         import torch
 
         from fastgda_core.teachers.scores import exact_scores, first_order_scores

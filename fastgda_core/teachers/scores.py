@@ -37,7 +37,7 @@ def exact_scores(
     update: Update,
     micro_batch: MicroBatch,
 ) -> Tensor:
-    """tau(z_hat, z_i) = L(z_i, theta_-z_hat) - L(z_i, theta_0) for one query.
+    """Return tau(z_hat, z_i) = L(z_i, theta_-z_hat) - L(z_i, theta_0) for one query.
 
     Args:
         model: the frozen model at theta_0.
@@ -64,7 +64,7 @@ def first_order_scores(
     updates: Iterable[Update],
     micro_batch: MicroBatch,
 ) -> Tensor:
-    """<grad L(z_i, theta_0), Delta theta> of a block of samples against all queries at once.
+    """Return <grad L(z_i, theta_0), Delta theta> of a block of samples against all queries at once.
 
     Args:
         model: the frozen model at theta_0.
@@ -110,7 +110,7 @@ class _Gradients:
         return [*self.moving, *self.outputs]
 
     def of(self, name: str) -> Tensor:
-        """(n, d_out * d_in) of one layer."""
+        """Return the gradients of one layer, (n, d_out * d_in)."""
         if name in self.moving:
             return self.moving[name].flatten(1)
         seen = self.inputs[self.seen_by[name]].repeat_interleave(self.flips, dim=0)
@@ -121,7 +121,7 @@ class _Gradients:
 
 
 def _inner_products(gradients: _Gradients, update: Update) -> Tensor:
-    """(queries, n) float64."""
+    """Return the inner products of updates and gradients, (queries, n) float64."""
     total = torch.zeros((), dtype=torch.float64)
     for name in gradients.names():
         gradient = gradients.of(name)
@@ -138,7 +138,7 @@ def _sum_gradients(
     block: SampleBlock,
     micro_batch: MicroBatch,
 ) -> _Gradients:
-    """One forward and backward per row of the plan; sums over timesteps before any outer product where it can."""
+    """Run one forward and backward per row of the plan; sum over timesteps before any outer product where possible."""
     rows = plan_rows(model, plan, block)
     count, captions = len(block.train_ids) * block.flips, len(block.owner) * block.flips
     # Every caption has its rows flip by flip, so (caption, flip) and (sample, flip) are stretches of rows.
@@ -173,7 +173,7 @@ def _sum_gradients(
 
 
 def _add_outer_products(sums: Tensor, place: Tensor, segment: Tensor, gradient: Tensor, seen: Tensor) -> None:
-    """Add the sum over the rows of each segment, and over positions, of gradient^T seen at the segment's place."""
+    """Add gradient^T seen, summed over the rows of each segment and over positions, at the segment's place."""
     segments, lengths = torch.unique_consecutive(segment, return_counts=True)
     first = 0
     for target, length in zip(place[segments].tolist(), lengths.tolist(), strict=True):
@@ -183,7 +183,7 @@ def _add_outer_products(sums: Tensor, place: Tensor, segment: Tensor, gradient: 
 
 
 def _samples_at_once(layers: Mapping[str, Layer], steady: Mapping[str, str], block: SampleBlock) -> int:
-    """How many samples' gradients are held at a time."""
+    """Return how many samples' gradients are held at a time."""
     captions = int(block.captions_of().max())
     sizes = {name: 4 * matrix_shape(layer)[0] * matrix_shape(layer)[1] for name, layer in layers.items()}
     held = sum(size for name, size in sizes.items() if name not in steady)

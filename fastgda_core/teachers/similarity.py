@@ -1,6 +1,6 @@
 """The cheapest teacher: the cosine of a query and a training sample in a feature space.
 
-It knows nothing of the model. It is what every other teacher has to beat.
+It does not use the model. Every other teacher has to beat it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class SimilarityTeacher:
     redrawn: ClassVar[bool] = False
 
     def check_precision(self, precision: Precision) -> None:
-        """Raises UsageError for anything but float32, in which features are stored."""
+        """Raise `UsageError` for anything but float32, in which features are stored."""
         if precision is not Precision.float32:
             raise UsageError(f"teacher.precision is {precision}, but features are float32: remove it")
 
     def scores(self, queries: Tensor, samples: Tensor) -> Tensor:
-        """Cosines, (queries, n) float64, of features, (queries, d) and (n, d); 0 where a vector has no length."""
+        """Return cosines, (queries, n) float64, of features (queries, d) and (n, d); 0 where a vector has no length."""
         first, second = (vectors.double() for vectors in (queries, samples))
         lengths = first.norm(dim=1)[:, None] * second.norm(dim=1)
         return (first @ second.T / lengths).masked_fill(lengths == 0, 0.0)

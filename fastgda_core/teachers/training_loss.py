@@ -33,14 +33,15 @@ class SampleBlock:
 
     @property
     def flips(self) -> int:
+        """Images of each sample: 2 where the mirrored image counts too, else 1."""
         return self.latents.shape[1]
 
     def captions_of(self) -> Tensor:
-        """How many captions each sample has, (n,)."""
+        """Return the number of captions of each sample, (n,)."""
         return torch.bincount(self.owner, minlength=len(self.train_ids))
 
     def samples(self, chosen: slice) -> SampleBlock:
-        """Some consecutive samples of the block."""
+        """Return some consecutive samples of the block."""
         start, stop, _ = chosen.indices(len(self.train_ids))
         first, last = torch.searchsorted(self.owner, torch.tensor([start, stop], device=self.owner.device)).tolist()
         captions = slice(first, last)
@@ -55,7 +56,7 @@ class SampleBlock:
 
 @dataclass(frozen=True)
 class PlanRows:
-    """Every forward that a block's plan asks for: row (caption, flip, timestep, draw), the last counting fastest.
+    """The forwards that a block's plan asks for: row (caption, flip, timestep, draw), the last counting fastest.
 
     caption, sample, flip, timestep, draw: (rows,); share: (rows,) float64, the row's part in its sample's mean.
     """
@@ -73,6 +74,11 @@ class PlanRows:
 
 
 def plan_rows(model: DiffusionModel, plan: NoisePlan, block: SampleBlock) -> PlanRows:
+    """List the forwards that a noise plan asks for on a block, on the block's device.
+
+    Raises:
+        UsageError: the model's schedule has not the plan's timesteps.
+    """
     device = block.owner.device
     values = plan.timestep_values(model.schedule.train_timesteps)
     weights = plan.timestep_weights(len(values))
@@ -94,7 +100,7 @@ def plan_rows(model: DiffusionModel, plan: NoisePlan, block: SampleBlock) -> Pla
 def row_inputs(
     plan: NoisePlan, block: SampleBlock, rows: PlanRows, stretch: slice
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
-    """Latents, condition, timesteps and noise of some rows: what a forward takes."""
+    """Return latents, condition, timesteps and noise of some rows, as a forward takes them."""
     caption, sample, flip, timestep = (part[stretch] for part in (rows.caption, rows.sample, rows.flip, rows.timestep))
     noise = plan.noise(
         block.train_ids[sample],
@@ -109,7 +115,7 @@ def row_inputs(
 
 @torch.no_grad()
 def training_losses(model: DiffusionModel, plan: NoisePlan, block: SampleBlock, micro_batch: MicroBatch) -> Tensor:
-    """L(z_i, theta) of each sample of a block under the model's present weights.
+    """Return L(z_i, theta) of each sample of a block under the model's present weights.
 
     Forwards run in float32 or better, means in float64, so that differences between two sets of weights keep their
     digits.

@@ -1,4 +1,4 @@
-"""The unlearning step: where the weights go when the model forgets a query."""
+"""The unlearning step: the change of weights by which the model forgets a query."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def query_gradient(
     pairs: int,
     micro_batch: MicroBatch,
 ) -> dict[str, Tensor]:
-    """grad L(z_hat, theta_0): the mean over `pairs` Monte-Carlo (eps, t) pairs.
+    """Return grad L(z_hat, theta_0): the mean over `pairs` Monte-Carlo (eps, t) pairs.
 
     Timesteps are stratified, t_i uniform in the i-th of `pairs` equal parts of [0, T): unbiased, with less variance
     than independent draws.
@@ -86,7 +86,7 @@ def _summed_weight_gradient(gradient: Tensor, seen: Tensor, dtype: torch.dtype) 
 def unlearning_update(
     fisher: Fisher, gradient: Mapping[str, Tensor], *, alpha: float, training_size: int
 ) -> dict[str, Tensor]:
-    """Delta theta = (alpha / N) F^-1 grad L(z_hat, theta_0), by layer name, each (d_out, d_in).
+    """Return Delta theta = (alpha / N) F^-1 grad L(z_hat, theta_0), by layer name, each (d_out, d_in).
 
     Source: Wang et al., "Data attribution for text-to-image models by unlearning synthesized images" (2024), Eq. 5.
     """
@@ -95,7 +95,7 @@ def unlearning_update(
 
 @contextmanager
 def moved(layers: Mapping[str, Layer], update: Mapping[str, Tensor]) -> Iterator[None]:
-    """While active, the layers' weights are theta_0 + update."""
+    """Set the layers' weights to theta_0 + update inside the block."""
     original = {
         parameter: parameter.detach().clone() for name in update for parameter in layers[name].parameters(recurse=False)
     }
@@ -110,7 +110,7 @@ def moved(layers: Mapping[str, Layer], update: Mapping[str, Tensor]) -> Iterator
 
 
 def compress(update: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor], float]:
-    """Each layer's update as the product of two thin matrices, the best of that rank (Eckart & Young, 1936).
+    """Factor each layer's update into two thin matrices, the best of that rank (Eckart & Young, 1936).
 
     Returns:
         `<layer>/left` (d_out, r) and `<layer>/right` (r, d_in), or `<layer>` itself where that is smaller; and the
@@ -131,7 +131,7 @@ def compress(update: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor]
 
 
 def expand(kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `compress`, up to its error; leading dimensions are batched."""
+    """Undo `compress`, up to its error; leading dimensions are batched."""
     update = {name: tensor for name, tensor in kept.items() if "/" not in name}
     for key, left in kept.items():
         name, _, side = key.partition("/")

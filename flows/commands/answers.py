@@ -77,7 +77,7 @@ def attribute(
 
 
 def print_answers(answers: list[Attribution]) -> None:
-    """The training samples of an answer, best first."""
+    """Print the training samples of an answer, best first."""
     rows = [
         [
             str(answer.position),

@@ -27,12 +27,12 @@ SAME_PRESS_SECONDS = 0.5  # `timeout` and some shells send a signal to the proce
 
 @dataclass
 class _Command:
-    """How this process's command stands.
+    """The state of this process's command.
 
-    signal: number of the one that came, and `at` when.
+    signal: number of the signal that came; at: when it came.
     begun: there is something to leave in good order.
     goes_on: the same command goes on where this one stopped.
-    said: the one line was.
+    said: the line that says how to go on was printed.
     at_end: called at an end without a warning.
     """
 
@@ -59,23 +59,26 @@ def watch(*, begun: bool) -> None:
 
 
 def starting(at_end: Callable[[], None]) -> None:
-    """A command that goes on where it stopped is about to begin; `at_end` is called at an end without a warning."""
+    """Note that a command that goes on where it stopped is about to begin.
+
+    `at_end` is called at an end without a warning.
+    """
     _command.begun, _command.goes_on = False, True
     _command.at_end.append(at_end)
 
 
 def under_way() -> None:
-    """From here on there is something to leave in good order."""
+    """Note that from here on there is something to leave in good order."""
     _command.begun = True
 
 
 def exit_code() -> int | None:
-    """That of an interrupted command; None where no signal came."""
+    """Return the exit code of an interrupted command; None where no signal came."""
     return None if _command.signal is None else 128 + _command.signal
 
 
 def say_how_to_go_on() -> None:
-    """The one line, in standard error, once."""
+    """Print one line on how to go on, to standard error, once."""
     if _command.said:
         return
     _command.said = True
@@ -95,7 +98,7 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
     _command.signal, _command.at = number, now
     if not _command.begun:
         _end()
-    # What falls over while it is left is no news.
+    # Errors of work that is interrupted are not reported.
     logging.disable()
     sys.unraisablehook = lambda _: None
     threading.excepthook = lambda _: None

@@ -33,7 +33,7 @@ out = Console(width=10_000, highlight=False, soft_wrap=True)
 def lineage(
     identifier: IdentifierArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = False
 ) -> None:
-    """From an index, an answer or a score back to head, snapshot, run, settings, model, data and code.
+    """Trace an index, an answer or a score back to head, snapshot, run, settings, model, data and code.
 
     Example: `fastgda lineage served`
     """

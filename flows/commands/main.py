@@ -43,7 +43,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 err = Console(stderr=True)
-# What a file system says of a place that somebody chose; anything else that it says is a bug, and shows where.
+# Errors of a file system about a place that a person chose; any other is a bug, and is shown with its traceback.
 _ELSEWHERE = "choose a workspace that this user may read and write"
 REFUSALS = {
     errno.EROFS: _ELSEWHERE,
@@ -101,8 +101,8 @@ def main() -> None:
     """Entry point: exit code 0 done, 1 failed, 2 usage, 130 interrupted, 143 terminated."""
     interruption.watch(begun=True)
     code = 1
-    # Registered first, so it comes last of what is done at the end, and instead of what would follow: taking the
-    # interpreter apart costs a second with torch, and now and then a library's thread aborts the process meanwhile.
+    # Registered first, so it runs last at the end, in place of the interpreter's own clean-up: that costs a second with
+    # torch, and now and then a library's thread aborts the process meanwhile.
     atexit.register(lambda: _leave(code))
     try:
         code = _run()
@@ -147,6 +147,6 @@ def _said(what: str, error: object, code: int) -> int:
 
 
 def _explained() -> tuple[type[BaseException], ...]:
-    """The failures that have a message of their own, without importing the flows of commands that run none."""
+    """Return the failures that have a message of their own, without importing flows that a command does not run."""
     module = sys.modules.get("tasks.execution.outcomes")
     return (module.RunIncomplete, module.RunCancelled, module.RunRefused, module.PartHangs) if module else ()

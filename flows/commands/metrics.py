@@ -1,4 +1,4 @@
-"""The command that a monitoring system watches a workspace by."""
+"""The command by which a monitoring system watches a workspace."""
 
 from __future__ import annotations
 

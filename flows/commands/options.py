@@ -32,7 +32,7 @@ RunnerOption = Annotated[
 
 
 def read_config(path: Path, runner: Runner | None = None) -> PipelineConfig:
-    """The configuration, with another runner where one is given."""
+    """Read the configuration, with another runner where one is given."""
     from tasks.config.files import load_config, with_runner
 
     config = load_config(path)
@@ -40,7 +40,7 @@ def read_config(path: Path, runner: Runner | None = None) -> PipelineConfig:
 
 
 def _chosen_workspace(named: str) -> str:
-    """The workspace that is meant: the one named, that of the config named, or that of the current folder."""
+    """Return the workspace that is meant: the one named, that of the config named, or the current folder's."""
     if not named:
         location = default_location()
         typer.echo(f"workspace {location} (-c CONFIG or --workspace PATH name another one)", err=True)
@@ -68,7 +68,7 @@ WorkspaceOption = Annotated[
 
 
 def trimmed(given: str) -> str:
-    """Without what a shell's $(...) leaves at the end of a line that another program wrote."""
+    """Return a name without the blanks that a shell's $(...) leaves around another program's output."""
     return given.strip()
 
 

@@ -1,10 +1,10 @@
 """A Prefect server of this command's own, where no other is configured: on loopback, gone with the command.
 
 Prefect starts such a server by itself when a flow first needs one. Started here it comes up while this process still
-imports, the process need not load the server's code, and the server ends even where this process is killed.
+imports, the process need not load the server's code, and on Linux the server ends even where this process is killed.
 
-It is in a session of its own, so that Ctrl-C, which a terminal sends to all processes of a command, leaves it there for
-the command to say how its flow runs ended. Its database is a temporary one: nothing is left in the user's.
+The server is in a session of its own: Ctrl-C, which a terminal sends to all processes of a command, does not end it,
+and the command can still tell it how the flow runs ended. Its database is a temporary one, apart from the user's.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if os.getppid() != parent:  # it was killed before this process could ask to be 
 sys.argv = ["uvicorn", *sys.argv[3:]]
 runpy.run_module("uvicorn", run_name="__main__")
 """
-# Nobody waits for its events or its schedules, and it shows no page.
+# No other program uses this server: it needs no event services and no web page.
 _SETTINGS = {
     "PREFECT__SERVER_EPHEMERAL": "1",
     "PREFECT__SERVER_FINAL": "1",
@@ -70,7 +70,7 @@ class _Server:
         return self.folder / "prefect.db"
 
     def stop(self) -> None:
-        """End it at once: nobody needs what it knows."""
+        """End the server at once: its database is not needed any more."""
         self.process.send_signal(_END)
         try:
             self.process.wait(10)
@@ -87,7 +87,7 @@ _server: _Server | None = None
 
 
 def start_server() -> None:
-    """Begin to start a server, unless one is configured; `wait_for_server` before the first flow."""
+    """Begin to start a server, unless one is configured; call `wait_for_server` before the first flow."""
     global _server  # noqa: PLW0603  # one a process
     interruption.starting(stop_server)
     from prefect.context import refresh_global_settings_context
@@ -134,10 +134,10 @@ def stop_server() -> None:
 
 
 def wait_for_server() -> None:
-    """Until the Prefect server answers: the one that `start_server` began to start, or the one that is configured.
+    """Wait for the Prefect server to answer: the one that `start_server` began to start, or the configured one.
 
     Raises:
-        UsageError: it does not.
+        UsageError: no server answers in time.
     """
     from prefect.settings import PREFECT_API_URL
 
@@ -167,7 +167,7 @@ def _answers(url: str) -> bool:
 
 
 def _new_database(folder: Path) -> str:
-    """URL of a database in this folder, without a row, but with its tables where an earlier server made them."""
+    """Return the URL of a new database in this folder: without rows, but with tables that an earlier server made."""
     with contextlib.suppress(OSError):  # the first server of this release makes them: it takes seconds
         shutil.copyfile(_empty_database(), folder / "prefect.db")
     return f"sqlite+aiosqlite:///{folder / 'prefect.db'}"

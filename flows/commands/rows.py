@@ -1,4 +1,4 @@
-"""A person's SQL on its way in, and its rows on their way out."""
+"""Read a person's SQL statement, run it, and print its rows."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _write(answer: Answer, format: TableFormat, limit: int | None, path: Path) -
 
 
 def _print_table(answer: Answer, limit: int | None, stream: TextIO) -> None:
-    """The first rows at once; then how many there are."""
+    """Print the first rows at once, then how many rows there are."""
     limit = TABLE_ROWS if limit is None else limit
     rows = answer.first(limit + 1)
     if answer.is_plan:

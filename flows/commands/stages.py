@@ -61,7 +61,7 @@ def run(config: ConfigArgument, runner: RunnerOption = None) -> None:
 
 
 def plan(config: ConfigArgument, as_json: JsonOption = False) -> None:
-    """What a run will take, without running it: parts, rows, forward passes, device-hours, cost.
+    """Estimate what a run will take, without running it: parts, rows, forward passes, device-hours, cost.
 
     The tars are read for that, and their index is written into the workspace, where the run finds it.
 
@@ -160,7 +160,7 @@ def evaluate(
 
 
 def study(config: ConfigArgument, as_json: JsonOption = False) -> None:
-    """What makes a head good here: feature spaces, losses, queries, candidates, each trained with several seeds.
+    """Compare what makes a head good here: feature spaces, losses, queries, candidates, each with several seeds.
 
     Example: `fastgda study my_config.yaml`
     """
@@ -186,7 +186,7 @@ def study(config: ConfigArgument, as_json: JsonOption = False) -> None:
 
 
 def judge(config: ConfigArgument) -> None:
-    """Whether the teacher of a finished run can be trusted: against the exact one, and against itself.
+    """Check whether the teacher of a finished run can be trusted: against the exact one, and against itself.
 
     Example: `fastgda judge my_config.yaml`
     """
@@ -230,7 +230,7 @@ def retry(
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     runner: RunnerOption = None,
 ) -> None:
-    """Only what a run lacks: shards that failed or were never reached, samples left out; then what follows.
+    """Make only what a run lacks: shards that failed or were never reached, samples left out; then what follows.
 
     Example: `fastgda retry openmoji-1b2c3d4e5f`
     """

@@ -75,7 +75,7 @@ def retract(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) ->
 
 
 def compact(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
-    """Rank labels of a finished run, in a few large sorted files; publishing does this too.
+    """Write rank labels of a finished run into a few large sorted files; publishing does this too.
 
     Example: `fastgda compact coco-2b3c4d5e6f`
     """
@@ -151,7 +151,7 @@ def export(
     ] = ExportFormat.parquet,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
 ) -> None:
-    """One finished run as a single file or folder for other programs.
+    """Export one finished run as a single file or folder for other programs.
 
     Example: `fastgda export coco-2b3c4d5e6f --output scores.parquet`
     """

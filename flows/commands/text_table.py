@@ -1,4 +1,4 @@
-"""Rows for a reader: a table where it fits, and a block of lines for each row where it does not."""
+"""Print rows for a reader: a table where it fits, and a block of lines for each row where it does not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str | None]], str
     Returns:
         Whether some text was cut.
     """
-    # What is read by another program has no width.
+    # Output that another program reads has no width.
     console = Console(file=stream, highlight=False, width=None if stream.isatty() else _ENDLESS)
     names = [Text(cell(name)) for name in columns]
     cells = [[Text("NULL", "dim") if value is None else Text(cell(value)) for value in row] for row in rows]

@@ -1,4 +1,4 @@
-"""What is known of an index, a head, a snapshot, a run, a sample."""
+"""Facts about an index, a head, a snapshot, a run or a sample."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class UnknownName(StoreError):
 
 @dataclass(frozen=True)
 class Node:
-    """One thing, what is known of it, and what it was made from."""
+    """One thing of the workspace, its facts, and the things that it was made from."""
 
     kind: str
     name: str
@@ -51,13 +51,13 @@ class Node:
 
 
 def known(facts: Mapping[str, object]) -> Facts:
-    """As text, without those that nothing says."""
+    """Return facts as text, without those that are None or empty."""
     texts = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in facts.items()}
     return {name: str(value) for name, value in texts.items() if value is not None and value != ""}
 
 
 def tried(what: str, read: Callable[[], Found], facts: Facts) -> Found | None:
-    """What `read` gives; None, and a fact that says why, where its file is missing or damaged."""
+    """Return what `read` returns; None, and a fact that says why, where its file is missing or damaged."""
     try:
         return read()
     except FileNotFoundError:
@@ -70,6 +70,11 @@ def tried(what: str, read: Callable[[], Found], facts: Facts) -> Found | None:
 
 
 def needed(what: str, read: Callable[[], Found]) -> Found:
+    """Return what `read` returns.
+
+    Raises:
+        StoreError: its file is missing or damaged.
+    """
     facts: Facts = {}
     found = tried(what, read, facts)
     if found is None:
@@ -78,7 +83,7 @@ def needed(what: str, read: Callable[[], Found]) -> Found:
 
 
 def committed_facts(path: AnyPath, rows: str = "rows") -> Facts:
-    """What the manifest of a file says, and whether the file is as large as it says; `rows` is what they are called."""
+    """Return what a file's manifest says, and whether the file has that size; `rows` is the name for its row count."""
     manifest = read_manifest(path)
     size = path.stat().st_size if path.exists() else None
     if manifest is None:
@@ -105,7 +110,7 @@ def _json(path: AnyPath) -> dict[str, Any]:
 
 
 def checked_name(value: object) -> str:
-    """A name that a file gives, where it can be one: no file sends a reader out of the workspace."""
+    """Return a name that a file gives, empty where it can be none: no file sends a reader out of the workspace."""
     return value if isinstance(value, str) and NAME.fullmatch(value) else ""
 
 
@@ -121,6 +126,7 @@ def last_name(path: str | None) -> str:
 
 
 def sample_node(workspace: Workspace, samples: str, train_id: int) -> Node:
+    """Describe a training sample of a table of samples."""
     facts: Facts = {}
     chosen = pc.field("train_id") == train_id
     rows = tried(samples, lambda: tables.read(workspace.file(samples), tables.SAMPLES, chosen).to_pylist(), facts)
@@ -133,6 +139,7 @@ def sample_node(workspace: Workspace, samples: str, train_id: int) -> Node:
 
 
 def index_node(workspace: Workspace, version: str) -> Node:
+    """Describe an index and the head that made its vectors."""
     folder = workspace.index(version)
     facts = committed_facts(folder / "index.faiss", "vectors")
     about = tried("index.json", lambda: _json(folder / INDEX_FILE), facts) or {}
@@ -146,6 +153,7 @@ def index_node(workspace: Workspace, version: str) -> Node:
 
 
 def head_node(workspace: Workspace, version: str) -> Node:
+    """Describe a head, and the snapshot or run that it learned from."""
     folder = workspace.head(version)
     facts = committed_facts(folder / "head.safetensors", "training_pairs")
     about = tried("head.json", lambda: _json(folder / HEAD_FILE), facts) or {}
@@ -161,6 +169,7 @@ def head_node(workspace: Workspace, version: str) -> Node:
 
 
 def snapshot_node(workspace: Workspace, name: str) -> Node:
+    """Describe a snapshot and its runs."""
     facts: Facts = {}
     found = tried("file", lambda: read_snapshot(workspace, name), facts)
     if found is None:
@@ -178,13 +187,14 @@ def is_run(workspace: Workspace, name: str) -> bool:
 
 
 def run_node(workspace: Workspace, name: str) -> Node:
+    """Describe a run and the files that it was made from."""
     facts: Facts = {}
     record = tried("run.json", lambda: read_run(workspace, name), facts)
     assignment = tried("assignment", lambda: read_assignment(workspace, name), facts)
     if facts.get("assignment") == GONE:
         facts["assignment"] = "none: imported, or of an earlier release"
     if record is not None:
-        # A record without the field would show the version of who reads it.
+        # A record without the field would show the version of the code that reads it.
         code_version = record.code_version if "code_version" in record.model_fields_set else None
         facts |= known({"configuration": record.name, "created_at": record.created_at, "code_version": code_version})
         facts |= known({"flow_run": record.origin})
@@ -194,7 +204,7 @@ def run_node(workspace: Workspace, name: str) -> Node:
         facts |= known({"data_hash": data.key if data else None})
     if record is not None:
         facts |= known({"pairs": record.pairs}) | _progress(workspace, name) | _settings(record)
-        # As it was planned it may have been labelled otherwise.
+        # The run may have been labelled otherwise since it was planned.
         facts.pop("teacher.negatives", None)
         labelling = tried("labelling", lambda: read_labelling(workspace, name), facts)
         facts |= known({"negatives": labelling.negatives if labelling else None})
@@ -202,7 +212,7 @@ def run_node(workspace: Workspace, name: str) -> Node:
 
 
 def _settings(record: RunRecord) -> Facts:
-    """The parts of a configuration that say where scores come from, by their dotted names."""
+    """Return the parts of a configuration that say where scores come from, by their dotted names."""
     config, facts = record.config, known({"teacher": record.teacher})
     wanted = {"teacher": None, "candidates": None, "model": ("folder",), "data": ("shards",), "features": ("space",)}
     for section, names in wanted.items():
@@ -214,7 +224,7 @@ def _settings(record: RunRecord) -> Facts:
 
 
 def _progress(workspace: Workspace, run: str) -> Facts:
-    """How far the run is by its ledger as last written, as a snapshot may hold hundreds of runs."""
+    """Return how far the run is, by its ledger as last written: a snapshot may hold hundreds of runs."""
     facts: Facts = {}
     found = tried("shards", lambda: ledger_as_written(workspace, run), facts)
     if found is not None:

@@ -1,4 +1,4 @@
-"""From a name that the store uses, down to everything that it was made from.
+"""Lineage: from a name that the store uses down to everything that the named thing was made from.
 
 served -> index -> head -> snapshot -> runs -> stages; a scored pair -> its score shard -> run -> stages. All of it
 stands in small files that were written when the work was done. Nothing is guessed: what no file says is left out, and a
@@ -47,11 +47,11 @@ _NUMBER = re.compile(r"[0-9]{1,18}")  # fits 64 bits
 
 
 def lineage(workspace: Workspace, identifier: str) -> Node:
-    """What `identifier` is and everything behind it.
+    """Return the thing that `identifier` names, with everything that it was made from.
 
     Args:
         identifier: `served`, `train:TRAIN_ID`, the version of an index or a head, a snapshot, a run, RUN/SHARD,
-            QUERY_ID:TRAIN_ID (as published) or RUN/QUERY_ID:TRAIN_ID. Where it could be several, the first of these.
+            QUERY_ID:TRAIN_ID (as published) or RUN/QUERY_ID:TRAIN_ID. Where it fits several, the first of these counts.
 
     Raises:
         UnknownName: there is nothing of this name; the message says what names there are.
@@ -181,13 +181,13 @@ def _plan(workspace: Workspace, run: str, table: Table, chosen: pc.Expression) -
 
 
 def _block(workspace: Workspace, run: str, query_id: str) -> int | None:
-    """The block of queries that a query is scored in; None where the run does not score it."""
+    """Return the block of queries that a query is scored in; None where the run does not score it."""
     rows = _plan(workspace, run, tables.PLAN_QUERIES, pc.field("query_id") == query_id)
     return rows[0]["query_block"] if rows else None
 
 
 def _pair(workspace: Workspace, run: str, block: int, query_id: str, train_id: int) -> Node:
-    """One scored pair: rank from the large files, shard from its file, or from the plan where that is gone."""
+    """Describe a scored pair: its rank from the large files, its shard from a shard's file or else from the plan."""
     facts: Facts = {}
     chosen, how = pc.field("query_block") == block, "its file"
     shards = {row["shard"]: row["pairs"] for row in _plan(workspace, run, tables.PLAN_SHARDS, chosen)}

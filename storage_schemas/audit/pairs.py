@@ -15,7 +15,7 @@ from storage_schemas.workspace import Workspace
 
 
 def select_rows(workspace: Workspace, paths: list[AnyPath], statement: str, values: object) -> list[tuple[Any, ...]]:
-    """Rows of a statement over the Parquet files that stand where it says {files}; none of no files."""
+    """Run a statement over the Parquet files that replace {files} in it; return no rows where there are no files."""
     if not paths:
         return []
     files = f"read_parquet({file_list(paths)}, filename = true, hive_partitioning = false)"
@@ -24,7 +24,10 @@ def select_rows(workspace: Workspace, paths: list[AnyPath], statement: str, valu
 
 
 def ranked_pair(workspace: Workspace, run: str, query_id: str, train_id: int) -> dict[str, object]:
-    """As the published snapshot has it; as the run alone has it, where that holds other rows of the query or none."""
+    """Return a pair's score, rank and label in the published snapshot, or in the run's own large files.
+
+    Empty where neither holds the run's row of this pair.
+    """
     compaction = read_compaction(workspace, run)
     try:
         snapshot = read_snapshot(workspace, read_published(workspace).snapshot)
@@ -50,7 +53,7 @@ def ranked_pair(workspace: Workspace, run: str, query_id: str, train_id: int) ->
 def shard_of_pair(
     workspace: Workspace, run: str, shards: Iterable[int], query_id: str, train_id: int
 ) -> tuple[int, float] | None:
-    """The shard whose file holds the pair, and its score there."""
+    """Return the shard whose file holds the pair, and the pair's score there; None where no file holds it."""
     numbers = {workspace.score_shard(run, shard).name: shard for shard in shards}
     paths = [path for path in matching(workspace.scores(run), "part-*.parquet") if path.name in numbers]
     statement = "SELECT filename, score FROM {files} WHERE query_id = ? AND train_id = ?"
@@ -66,7 +69,10 @@ def planned_shard(
     query_id: str,
     train_id: int,
 ) -> int | None:
-    """The shard of a pair by counting: the shards of a block take its samples in ascending order."""
+    """Find the shard of a pair by counting: the shards of a block take its samples in ascending order.
+
+    None where the pair is no candidate, or the candidates are not as many as planned.
+    """
     statement = """
         SELECT count(*), count(*) FILTER (train_id <= $train_id),
                count(*) FILTER (train_id = $train_id AND query_id = $query_id)

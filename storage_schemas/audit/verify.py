@@ -1,4 +1,4 @@
-"""Find what was damaged after it was committed, put it out of readers' way, and say what makes it again."""
+"""Find files that were damaged after their commit, move them out of readers' way, and have them made again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DamagedFile(ValueError):
 
 @dataclass(frozen=True)
 class Damage:
-    """One committed file that is not what it was: where it was, what is wrong, where it is now."""
+    """A damaged committed file: its path, what is wrong with it, and where it was moved."""
 
     path: str
     reason: str
@@ -31,7 +31,7 @@ class Damage:
 
 
 def committed_files(workspace: Workspace) -> list[AnyPath]:
-    """Every file of the workspace that has a manifest, and whether it is still there."""
+    """Return every file of the workspace that has a manifest, whether or not the file is still there."""
     folders = [workspace.root / name for name in workspace.FOLDERS if name != "quarantine"]
     manifests = [path for folder in folders for path in matching(folder, f"**/*{MANIFEST}")]
     return [path.with_name(path.name.removesuffix(MANIFEST)) for path in manifests]
@@ -40,7 +40,7 @@ def committed_files(workspace: Workspace) -> list[AnyPath]:
 def verify(workspace: Workspace, *, advance: Callable[[int], None] = lambda files: None) -> list[Damage]:
     """Read every committed file and compare it with its manifest's size and sha256.
 
-    A damaged one is moved to `quarantine/<time>/` with its manifest, so that the stage that made it makes it again. A
+    A damaged file is moved to `quarantine/<time>/` with its manifest, so that the stage that made it makes it again. A
     score shard is noted in the ledger as quarantined, and `fastgda retry` scores it again. A damaged part of a run
     whose shards are all there is made again at once, so that readers are without it for seconds only.
 
@@ -61,7 +61,7 @@ def verify(workspace: Workspace, *, advance: Callable[[int], None] = lambda file
 
 
 def duplicated_pairs(workspace: Workspace, run: str) -> int:
-    """How many (query_id, train_id) of a run's shards occur more than once: 0, or exactly-once is broken."""
+    """Count the (query_id, train_id) that occur more than once in a run's shards: 0, or exactly-once is broken."""
     paths = [path for path in matching(workspace.scores(run), "part-*.parquet") if read_manifest(path)]
     if not paths:
         return 0
@@ -75,7 +75,10 @@ def duplicated_pairs(workspace: Workspace, run: str) -> int:
 
 
 def _fault(path: AnyPath) -> str | None:
-    """What is wrong with a committed file; nothing is where a file is gone, which the ledger or its stage notices."""
+    """Return what is wrong with a committed file, None where nothing is.
+
+    A file that is gone is no fault here: the ledger or the file's stage notices.
+    """
     manifest = read_manifest(path)
     if manifest is None:
         return "its manifest cannot be read" if manifest_path(path).exists() else None
@@ -93,7 +96,7 @@ def _fault(path: AnyPath) -> str | None:
 
 def _quarantine(workspace: Workspace, path: AnyPath, folder: AnyPath, reason: str) -> Damage:
     relative = workspace.relative(path)
-    # The manifest goes first: what has none is not trusted, so a crash between the two leaves nothing wrong.
+    # The manifest goes first: a file without one is not trusted, so a crash between the two does no harm.
     for old in (manifest_path(path), path):
         move(old, folder / workspace.relative(old))
     return Damage(relative, reason, workspace.relative(folder / relative))
@@ -117,7 +120,7 @@ def _mend(workspace: Workspace, run: str, found: list[Damage]) -> None:
 
 
 def _labellings(workspace: Workspace, paths: set[str]) -> set[Negatives]:
-    """By which labellings these parts were made, where a snapshot names them."""
+    """Return the labellings by which these parts were made, where a snapshot names the parts."""
     snapshots = matching(workspace.root / "snapshots", "*.json")
     named = (part for path in snapshots for part in json.loads(path.read_bytes())["parts"])
     return {Part.model_validate(part).negatives for part in named if part["path"] in paths}

@@ -1,4 +1,4 @@
-"""Evaluations that were made in a workspace, one after the other."""
+"""The evaluations that were made in a workspace, one after the other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Measured:
 
 
 def mean_value(path: AnyPath, metric: str, space: str, cutoff: int) -> float | None:
-    """A figure over all queries from a file of metrics; None where it is not there."""
+    """Return a figure over all queries from a file of metrics; None where it is not there."""
     for row in tables.read(path, tables.METRICS).to_pylist():
         if (row["metric"], row["space"], row["cutoff"], row["query_id"]) == (metric, space, cutoff, ""):
             return float(row["value"])
@@ -31,7 +31,7 @@ def mean_value(path: AnyPath, metric: str, space: str, cutoff: int) -> float | N
 
 
 def metrics_history(workspace: Workspace, cutoff: int) -> list[Measured]:
-    """Every evaluation with this cutoff, newest first."""
+    """Return every evaluation with this cutoff, newest first."""
     found = []
     for path in matching(workspace.root / "metrics", "*.parquet"):
         manifest = read_manifest(path)

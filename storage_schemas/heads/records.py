@@ -1,4 +1,4 @@
-"""What is written down of rank heads, indexes and checks of a teacher: three JSON files, each with its model."""
+"""Records of rank heads, indexes and checks of a teacher: three JSON files, each with its model."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ class HeadRecord(BaseModel):
 
 
 class IndexRecord(BaseModel):
-    """`indexes/<version>/index.json`: whose vectors an index holds, and which samples its train_ids number.
+    """`indexes/<version>/index.json`: the head that made an index's vectors, and the samples that its train_ids number.
 
-    Indexes of earlier releases do not say which samples.
+    Indexes of earlier releases do not name the samples.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -77,16 +77,16 @@ class CheckRecord(NamedTuple):
 
 
 class TeacherChecks(RootModel[dict[str, CheckRecord]]):
-    """`runs/<run>/checks.json`: what is known of the run's teacher, by the name of the check."""
+    """`runs/<run>/checks.json`: the checks of the run's teacher, by name."""
 
 
 def as_json(record: BaseModel) -> bytes:
-    """A record as it stands in its file."""
+    """Return a record as it stands in its file."""
     return record.model_dump_json(indent=2, exclude_none=True).encode() + b"\n"
 
 
 def read_head_record(head: AnyPath) -> HeadRecord:
-    """What is written down of the head in this folder.
+    """Read the record of the head in this folder.
 
     Raises:
         StoreError: there is no such file, or it is damaged.
@@ -98,16 +98,16 @@ def read_head_record(head: AnyPath) -> HeadRecord:
 
 
 def read_index_record(index: AnyPath) -> IndexRecord:
-    """What is written down of the index in this folder; nothing where there is no file.
+    """Read the record of the index in this folder; an empty record where there is no file.
 
     Raises:
-        StoreError: it is damaged.
+        StoreError: the file is damaged.
     """
     return _parsed(IndexRecord, read_if_there(index / INDEX_FILE) or b"{}", index / INDEX_FILE)
 
 
 def read_checks_record(workspace: Workspace, run: str) -> dict[str, CheckRecord]:
-    """What is known of a run's teacher; nothing before it was judged.
+    """Read the checks of a run's teacher, by name; none before the teacher was judged.
 
     Raises:
         StoreError: the file is damaged.
@@ -117,7 +117,7 @@ def read_checks_record(workspace: Workspace, run: str) -> dict[str, CheckRecord]
 
 
 def write_checks_record(workspace: Workspace, run: str, checks: dict[str, CheckRecord]) -> None:
-    """Replace what is known of a run's teacher."""
+    """Replace the record of the checks of a run's teacher."""
     write_changed(workspace.checks(run), as_json(TeacherChecks(checks)))
 
 
@@ -131,9 +131,10 @@ def _parsed(model: type[Record], content: bytes, path: AnyPath) -> Record:
 
 
 def index_samples(workspace: Workspace, head: AnyPath, index: AnyPath) -> str:
-    """The table of samples that an index's train_ids number, relative to the workspace.
+    """Return the table of samples that an index's train_ids number, relative to the workspace.
 
-    Indexes of earlier releases do not say. They were built on the data of the snapshot that their head learned from.
+    Indexes of earlier releases do not name it. They were built on the data of the snapshot that their head learned
+    from.
 
     Raises:
         StoreError: such an index has a head that learned from no snapshot.

@@ -1,4 +1,4 @@
-"""A finished run as files for other programs: one Parquet file, or a folder that Hugging Face `datasets` loads."""
+"""Export a finished run for other programs: one Parquet file, or a folder that Hugging Face `datasets` loads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class UnknownQueries(StoreError):
 
 
 def export_parquet(workspace: Workspace, run: str, destination: Path) -> None:
-    """All rows of a finished run as one Parquet file of `tables.RANKS`, by query_id and rank.
+    """Write all rows of a finished run as one Parquet file of `tables.RANKS`, by query_id and rank.
 
     The file appears whole or not at all. Memory holds one part of the compacted run at a time.
 
@@ -38,7 +38,7 @@ def export_parquet(workspace: Workspace, run: str, destination: Path) -> None:
         destination: a file that is not there yet; its folder is made.
 
     Raises:
-        DestinationTaken: it is there.
+        DestinationTaken: the file is there.
         UnknownRun, RunUnfinished: there is no such run, or it has shards that are not done.
         ValueError: a file of the run is damaged.
     """
@@ -56,7 +56,7 @@ def export_parquet(workspace: Workspace, run: str, destination: Path) -> None:
 
 
 def export_datasets(workspace: Workspace, run: str, destination: Path) -> None:
-    """A finished run as a folder for `datasets.load_dataset(folder)`: Parquet files and a dataset card.
+    """Write a finished run as a folder for `datasets.load_dataset(folder)`: Parquet files and a dataset card.
 
     Rows are those of `tables.RANKS`, each with its query's caption where the run has a queries file. The folder
     appears whole or not at all.
@@ -65,7 +65,7 @@ def export_datasets(workspace: Workspace, run: str, destination: Path) -> None:
         destination: a folder that is not there yet, or an empty one.
 
     Raises:
-        DestinationTaken: something is in it.
+        DestinationTaken: something is in the folder.
         UnknownQueries: the queries file lacks a query of the run.
         UnknownRun, RunUnfinished: there is no such run, or it has shards that are not done.
         ValueError: a file of the run is damaged.
@@ -88,13 +88,13 @@ def export_datasets(workspace: Workspace, run: str, destination: Path) -> None:
 
 
 def check_absent(destination: Path) -> None:
-    """Raises DestinationTaken when there is such a file or folder."""
+    """Raise DestinationTaken where there is such a file or folder."""
     if destination.exists():
         raise DestinationTaken(f"{destination} exists: name another file, or delete this one")
 
 
 def check_empty(destination: Path) -> None:
-    """Raises DestinationTaken unless the folder is absent or empty."""
+    """Raise DestinationTaken unless the folder is absent or empty."""
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise DestinationTaken(f"{destination} is not an empty folder: name another, or delete what is there")
 
@@ -111,7 +111,7 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def _captions(workspace: Workspace, record: RunRecord) -> pa.Table | None:
-    """The query_id and caption of each query."""
+    """Return the query_id and caption of each query; None where the run has no queries file."""
     if record.queries is None:
         return None
     found = tables.read(workspace.file(record.queries), tables.QUERIES, columns=["query_id", "caption"])
@@ -141,7 +141,7 @@ _HUB_TYPES = {pa.float64(): "float64", pa.float32(): "float32"}  # the other typ
 
 
 def _card(record: RunRecord, parts: list[Part], schema: pa.Schema) -> str:
-    """README.md of the folder: a YAML head that `datasets` reads, and a text for people."""
+    """Return README.md of the folder: a YAML head that `datasets` reads, and a text for people."""
     rows = sum(part.rows for part in parts)
     head = {
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],

@@ -19,6 +19,11 @@ class BadRelease(StoreError, ValueError):
 
 
 def unpickle(path: Path, file: BinaryIO) -> object:
+    """Read a pickle of dicts, text, numbers and arrays, which become `PlainArray`.
+
+    Raises:
+        BadRelease: the file is no whole pickle, or names anything else.
+    """
     if file.read(4) == b"PK\x03\x04":
         raise BadRelease(f"{path} is a zip archive, as torch.save writes: pickle numpy arrays instead")
     try:
@@ -36,7 +41,7 @@ def unpickle(path: Path, file: BinaryIO) -> object:
 
 
 def _check_memo(file: BinaryIO) -> None:
-    """Refuse numbers of remembered objects that no pickler gives: they are allocated before they are looked at."""
+    """Refuse memo numbers that no pickler writes: memory is allocated for them before they are looked at."""
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if "PUT" in opcode.name and (argument or 0) > count:
             raise BadRelease(
@@ -59,7 +64,7 @@ class _Dtype:
 class PlainArray:
     """Stands for `numpy.ndarray` while a file is read.
 
-    It and its heirs are classes with a `__setstate__`, so that the file's opcodes can change none of them.
+    It and its subclasses have a `__setstate__`, so that the file's opcodes cannot change the classes themselves.
     """
 
     values: NDArray[Any]

@@ -1,4 +1,4 @@
-"""Put runs before readers, and take them back."""
+"""Publish runs to readers, and retract them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def publish_runs(
     incomplete: bool = False,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> Published:
-    """Make the rows of these runs what readers see, in one step; where they are added, beside what is published then.
+    """Publish the rows of these runs to readers, in one step; with `add`, beside what is published then.
 
     The head and index that are served stay, as long as a train_id means the same image, until others are promoted.
     Metrics and the exact check stay only where the snapshot stays the same.
@@ -59,7 +59,7 @@ def publish_runs(
 def _showing(
     workspace: Workspace, snapshot: Snapshot, before: Published | None, exact_check: str | None = None
 ) -> Published:
-    """What readers see once it is this snapshot, with what still stands of what they saw before."""
+    """Return the published state with this snapshot, and with what still holds of the state before."""
     records = [read_run(workspace, run) for run in snapshot.runs]
     last = records[-1]
     kept = before if before is not None and before.snapshot == snapshot.snapshot else None
@@ -89,7 +89,8 @@ def _showing(
 def retract_run(workspace: Workspace, run: str) -> Published | None:
     """Take a run's rows out of what readers see, in one step; rows that it had replaced come back.
 
-    None when nothing is left: then readers are told that nothing is published.
+    Returns:
+        What is published now; None when nothing is left: then readers are told that nothing is published.
 
     Raises:
         NotPublished: the run is not in the published snapshot.
@@ -111,8 +112,9 @@ def update_published(workspace: Workspace, change: Callable[[Published | None], 
     """Replace what readers see, in one step, by what `change` makes of it.
 
     Args:
-        change: takes what is published and gives what is to be, either None where that is nothing, or what another
-            release wrote. It is asked again where another writer came first.
+        change: takes the published state and returns the new one. It is given None where nothing is published or
+            another release published; it returns None to publish nothing. It is called again where another writer came
+            first.
 
     Returns:
         What is published now.
@@ -126,8 +128,8 @@ def update_published(workspace: Workspace, change: Callable[[Published | None], 
         except OtherRelease:
             before = None
         if before is not None and before.version == 0:
-            # What an earlier release published takes its place among the versions before anything is made of it: as
-            # long as `current.json` has no number, nobody sees newer ones.
+            # What an earlier release published becomes a numbered version first: as long as `current.json` has no
+            # number, readers do not see newer versions.
             before = before.model_copy(update={"version": number + 1})
             if _created(workspace, number + 1, before):
                 write_atomically(workspace.current, _written(before))
@@ -156,7 +158,7 @@ def _same(before: Published | None, after: Published | None) -> bool:
 
 
 def _created(workspace: Workspace, number: int, published: Published | None) -> bool:
-    """Whether this became the version of that number; False where another writer came first."""
+    """Create the version of that number; return False where another writer came first."""
     place = workspace.published(number)
     if not create(place, _written(published)):
         return False
@@ -170,15 +172,15 @@ def _created(workspace: Workspace, number: int, published: Published | None) -> 
 
 
 def _is_settled(workspace: Workspace, content: bytes | None) -> bool:
-    """Whether the pointer is this version's already, where there is no catalog, which shows more than versions."""
+    """Return whether the pointer is this version's already and no catalog, which shows more, has to follow."""
     return not isinstance(workspace.root, Path) and read_if_there(workspace.current) == content
 
 
 def _settle(workspace: Workspace, number: int) -> None:
-    """Make `current.json` and the catalog those of the version, unless a newer one is there, whose writer does so.
+    """Write `current.json` and the catalog of the version, unless a newer version is there, whose writer does so.
 
-    A slow writer may put an older one in place of a newer. So each looks again after it wrote, and goes on until that
-    was the newest: who writes last leaves it.
+    A slow writer may replace a newer `current.json` by an older one. So each writer looks again after it wrote, and
+    writes again until it wrote the newest: the last writer leaves the newest version.
     """
     newest, content = newest_version(workspace)
     if newest != number:

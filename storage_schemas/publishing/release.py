@@ -4,10 +4,10 @@ A pickle of `{split: {"influence_subset", "rank_influence_subset", "rank"}}` who
 candidates): the scores in the order of the candidates, the argsort of the negated scores, and the training samples,
 the most influential first. The split, `random` in the release, is how the candidates were chosen. The files of single
 queries, `influence_<i>.pkl`, and of queries that are scored against all samples, `{"influence": (N,), "rank": (N,)}`,
-are not this.
+have other layouts.
 
 A pickle is a program. Reading one here runs none of it: whatever it names is looked up in a short table of classes of
-this module that stand for numpy's, so not even numpy's own unpickling, which trusts what it is given, sees the file.
+`plain_pickle` that stand for numpy's, so not even numpy's own unpickling, which trusts what it is given, sees the file.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")  # as `name` of a configuration
 
 
 def export_release(workspace: Workspace, run: str, destination: Path) -> None:
-    """A finished run as `influence_train.pkl` of the FastGDA release; see the module for its layout.
+    """Write a finished run as `influence_train.pkl` of the FastGDA release; see the module for its layout.
 
     Queries are ordered by split, train, validation, test, then as planned, as the release's training takes its rows by
     number: `[0:train_size]`, `[val_start:val_end]`. A JSON file beside it (`rows_beside`) names the query of each row,
@@ -56,12 +56,12 @@ def export_release(workspace: Workspace, run: str, destination: Path) -> None:
     Memory holds all rows, at about 50 bytes each. Read it with numpy 1.26 or later.
 
     Args:
-        destination: a file that is not there yet, nor the one beside it; its folder is made.
+        destination: a file that is not there yet; the one beside it must not be there either. Its folder is made.
 
     Raises:
         BadRelease: queries differ in their number of candidates, scored pairs are no candidates, or a score is not
             finite.
-        DestinationTaken: the file is there.
+        DestinationTaken: one of the two files is there.
         UnknownRun, RunUnfinished: there is no such run, or it has shards that are not done.
     """
     check_absent(destination)
@@ -81,12 +81,12 @@ def export_release(workspace: Workspace, run: str, destination: Path) -> None:
 
 
 def rows_beside(pickle_path: Path) -> Path:
-    """Where the query of each row of an exported file is written down."""
+    """Return the path of the file that names the query of each row of an exported file."""
     return pickle_path.with_name(f"{pickle_path.stem}.rows.json")
 
 
 def _by_split(workspace: Workspace, record: RunRecord) -> tuple[pa.Table, list[str] | None]:
-    """The planned queries in the order of the export, and the split of each; None where the run has no query set.
+    """Return the planned queries in the order of the export, and each one's split; None where the run has no query set.
 
     Queries of the twin test are in no split, and left out.
     """
@@ -105,7 +105,7 @@ _SPLITS = ("train", "validation", "test")
 
 
 def _slices(splits: list[str] | None) -> dict[str, Any]:
-    """The split of each row and the numbers that the release's training is given."""
+    """Return the split of each row and the numbers that the release's training is given."""
     if splits is None:
         return {}
     train, validation = (splits.count(split) for split in _SPLITS[:2])
@@ -173,7 +173,7 @@ def import_release(
 
 @dataclass(frozen=True)
 class _Release:
-    """What a file holds; all arrays are (queries, candidates)."""
+    """The content of a file; all arrays are (queries, candidates)."""
 
     split: str
     scores: NDArray[np.floating[Any]]
@@ -184,7 +184,7 @@ class _Release:
 def _arrays(
     workspace: Workspace, record: RunRecord, parts: Sequence[Part], planned: pa.Table
 ) -> dict[str, NDArray[Any]]:
-    """The three arrays of the layout; the rows come from SQL in the order of queries and candidates."""
+    """Return the three arrays of the layout; the rows come from SQL in the order of queries and candidates."""
     queries, candidates = _shape(record.run, planned)
     shape, rows = (queries, candidates), queries * candidates
     numbers, train_ids = np.empty(rows, np.int32), np.empty(rows, np.int64)
@@ -215,7 +215,7 @@ def _arrays(
 
 
 def _shape(run: str, planned: pa.Table) -> tuple[int, int]:
-    """Queries and the candidates that each of them has."""
+    """Return the number of queries, and of the candidates that each of them has."""
     rows = planned.to_pylist()
     if not rows or not rows[0]["pairs"]:
         raise BadRelease(f"run {run} has no scored pairs to export")
@@ -232,7 +232,7 @@ def _shape(run: str, planned: pa.Table) -> tuple[int, int]:
 def _ordered_rows(
     workspace: Workspace, record: RunRecord, parts: Sequence[Part], planned: pa.Table
 ) -> Iterator[pa.RecordBatch]:
-    """The scored pairs by query, in the given order, and candidate, with its place (from 0) in its query's ranking."""
+    """Yield the scored pairs by query, as given, and candidate, with the place (from 0) in the query's ranking."""
     with open_database(workspace, memory_gigabytes=MEMORY_GIGABYTES, threads=2) as connection:
         numbers = pa.array(range(planned.num_rows), pa.int32())
         connection.register("planned", planned.select(["query_id"]).append_column("number", numbers))
@@ -294,7 +294,7 @@ def _shard(workspace: Workspace, run: str, release: _Release, row: int, query_id
 
 
 def _read(path: Path) -> tuple[_Release, str]:
-    """The file's content, checked, and its sha256."""
+    """Read a file, check it, and return its content and its sha256."""
     try:
         sha256 = file_sha256(path)
         with path.open("rb") as file:
@@ -310,7 +310,7 @@ def _read(path: Path) -> tuple[_Release, str]:
 
 
 def _arranged(path: Path, content: object) -> _Release:
-    """The three arrays of the file, of one shape and of the right kinds."""
+    """Return the three arrays of the file, of one shape and of the right kinds."""
     split, arrays = next(iter(content.items())) if isinstance(content, dict) and len(content) == 1 else ("", None)
     if not isinstance(split, str) or not split.isprintable() or not isinstance(arrays, dict):
         raise BadRelease(
@@ -339,7 +339,7 @@ def _values(path: Path, name: str, stand_in: object, kinds: str) -> NDArray[Any]
 
 
 def _outline(content: object) -> str:
-    """What an object is, in a few words for a message."""
+    """Describe an object in a few words for a message."""
     if not isinstance(content, dict):
         return type(content).__name__.lstrip("_").lower()
     keys = ", ".join(repr(key)[:40] for key in list(content)[:5])
@@ -347,7 +347,7 @@ def _outline(content: object) -> str:
 
 
 def _fault(scores: NDArray[Any], order: NDArray[Any], train_ids: NDArray[Any]) -> str | None:
-    """What is wrong with the three rows of a query, each (candidates,)."""
+    """Return what is wrong with the three rows of a query, (candidates,) each; None where nothing is."""
     if not np.isfinite(scores).all():
         return f"of {SCORES} has values that are not finite"
     if not np.array_equal(np.sort(order), np.arange(len(order))):

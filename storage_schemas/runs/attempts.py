@@ -1,4 +1,4 @@
-"""What workers tried: one file of attempt records a worker process, which nobody else writes.
+"""Attempt records of workers: one file a worker process, which no other process writes.
 
 A record without a kind is of a score shard; other kinds of parts have folders of their own.
 """
@@ -26,6 +26,8 @@ from storage_schemas.workspace import Workspace
 
 
 class ShardState(StrEnum):
+    """The state of a score shard or another part."""
+
     pending = "pending"
     running = "running"
     done = "done"
@@ -34,7 +36,7 @@ class ShardState(StrEnum):
 
 
 class Attempt(BaseModel):
-    """One line of a worker's attempt file: a shard was started, or how that ended."""
+    """One line of a worker's attempt file: the start of a shard, or its end."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -53,10 +55,10 @@ MAX_ERROR = 2_000  # characters of a message that an attempt record keeps
 
 @dataclass
 class AttemptLog:
-    """The attempt records of one worker on one run: a file that nobody else writes.
+    """The attempt records of one worker on one run: a file that no other process writes.
 
-    A record is one line, appended whole. An object store cannot append, so there the file is put anew with each
-    record.
+    A record is one line, appended whole. An object store cannot append, so there the whole file is written again with
+    each record.
     """
 
     workspace: Workspace
@@ -72,9 +74,9 @@ class AttemptLog:
 
     @contextmanager
     def attempt(self, shard: int, device: str, leaving: type[BaseException] = KeyboardInterrupt) -> Iterator[None]:
-        """Record that `shard` is being worked on, and, when the block fails, by what; success is the manifest's.
+        """Record that `shard` is being worked on and, when the block fails, the error; the manifest records success.
 
-        One that was left by an error of class `leaving`, as somebody asked for it, is pending again.
+        A shard that was left by an error of class `leaving`, as somebody asked for it, is pending again.
         """
         started = time.monotonic()
         self.record(shard, ShardState.running, device=device)
@@ -97,7 +99,7 @@ class AttemptLog:
         seconds: float = 0.0,
         error: BaseException | None = None,
     ) -> None:
-        """Add one line; `pending` is what `fastgda retry` says of a shard whose earlier attempts count no more."""
+        """Add one line. After a `pending` one, as `fastgda retry` adds, the shard's earlier attempts do not count."""
         attempt = Attempt(
             shard=shard,
             state=state,
@@ -124,7 +126,7 @@ class AttemptLog:
 
 
 def read_attempts(workspace: Workspace, run: str, kind: str = "scores") -> dict[int, list[Attempt]]:
-    """The attempt records of each shard since it was last released, oldest first.
+    """Read the attempt records of each shard since it was last released, oldest first.
 
     A line that a crash cut short is passed over.
     """
@@ -145,7 +147,7 @@ def read_attempts(workspace: Workspace, run: str, kind: str = "scores") -> dict[
 
 
 def deaths(attempts: list[Attempt]) -> int:
-    """How many of these starts have no end: whoever made them is gone, or still at it."""
+    """Count the starts among these attempts that have no end: their worker is gone, or still at work."""
     starts = Counter(attempt.worker for attempt in attempts if attempt.state == ShardState.running)
     ends = Counter(attempt.worker for attempt in attempts if attempt.state == ShardState.failed)
     return sum(max(0, count - ends[worker]) for worker, count in starts.items())

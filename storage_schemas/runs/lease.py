@@ -1,8 +1,8 @@
-"""One maker at a time: whoever wants the same thing meanwhile waits for it, and takes over if the maker dies.
+"""Leases: one process makes a thing; others that want it wait for it, and one takes over if the maker dies.
 
 A lease is a folder of small files, numbered in the order in which makers came; the last is the one that counts. A file
 is created only where its number is free, so exactly one process follows a maker that is gone. Only its maker replaces
-it, as a sign of life. The folder goes when the thing is there: it is needed no more.
+it, as a sign of life. The files are deleted when the thing is there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOOK_SECONDS = 1.0
 
 
 class Lease(BaseModel):
-    """`leases/<key>/<number>.json`: somebody makes the thing with this key. A reader goes by `beat`, not by a clock."""
+    """`leases/<key>/<number>.json`: a process makes the thing of this key. A reader goes by `beat`, not by a clock."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -41,12 +41,12 @@ def sole_maker(
 ) -> Iterator[None]:
     """Let one process at a time into the block, until the thing is ready.
 
-    The block looks once more whether it is there, and makes it where it is not.
+    The block has to look once more whether the thing is there, and to make it where it is not.
 
     Args:
         key: of the thing.
-        ready: whether it is there, as its manifest says.
-        waiting: told once who makes it.
+        ready: returns whether the thing is there, as its manifest says.
+        waiting: called once with the process that makes it.
     """
     path = _taken(workspace.lease(key), ready, waiting)
     if path is None:
@@ -65,7 +65,7 @@ def sole_maker(
 
 
 def _taken(folder: AnyPath, ready: Callable[[], bool], waiting: Callable[[str], None]) -> AnyPath | None:
-    """The lease, now this process's; None where the thing is ready."""
+    """Take the lease for this process and return its path; None where the thing is ready."""
     seen: tuple[int, Lease | None] = 0, None
     since, told = time.monotonic(), False
     while not ready():
@@ -86,7 +86,7 @@ def _taken(folder: AnyPath, ready: Callable[[], bool], waiting: Callable[[str], 
 
 
 def _last(folder: AnyPath) -> tuple[int, Lease | None]:
-    """Number and content of the lease that counts; 0 and None where there is none."""
+    """Return number and content of the lease that counts; 0 and None where there is none."""
     files = matching(folder, "*.json")
     try:
         return (int(files[-1].stem), Lease.model_validate_json(files[-1].read_bytes())) if files else (0, None)
@@ -95,7 +95,7 @@ def _last(folder: AnyPath) -> tuple[int, Lease | None]:
 
 
 def _is_dead(owner: str) -> bool:
-    """Whether a process of this host is gone; of another's nothing is known."""
+    """Return whether a process of this host is gone; False for a process of another host, of which nothing is known."""
     host, _, process = owner.rpartition(":")
     if host != worker_name().rpartition(":")[0]:
         return False
@@ -114,7 +114,7 @@ def _content(lease: Lease) -> bytes:
 
 @dataclass
 class _Beats:
-    """Signs of life of this process in its lease, from a thread of their own."""
+    """Signs of life of this process in its lease, written by a thread."""
 
     path: AnyPath
 
@@ -129,7 +129,7 @@ class _Beats:
 
     def write(self, *, ended: bool = False) -> None:
         self._count += 1
-        # What is wrong with the store meets the work itself, too, which says so; the next beat may get through.
+        # A fault of the store stops the work itself, too, which reports it; the next beat may get through.
         with suppress(Exception):
             replace(self.path, _content(Lease(owner=worker_name(), beat=self._count, ended=ended)))
 

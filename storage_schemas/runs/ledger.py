@@ -1,12 +1,12 @@
-"""Which score shards of which runs are pending, running, done, failed or quarantined.
+"""The ledger of a run: which score shards are pending, running, done, failed or quarantined.
 
-Who writes what, so that no lock is ever held and no reader is ever locked out:
+Each file has one kind of writer, so that no lock is ever held and no reader is ever locked out:
 
 - a worker writes the Parquet file and the manifest of the shards that it finished, and one file of attempt records
   that is its own (`runs/<run>/attempts/<worker>.jsonl`);
 - the coordinator of a run writes the plan, once, and replaces `runs/<run>/shards.parquet`, this ledger, by rename;
-- who publishes creates `published/<number>.json`, which fails where another did, and replaces `current.json` and
-  `catalog.duckdb` by rename.
+- a publisher creates `published/<number>.json`, which fails where another publisher did, and replaces `current.json`
+  and `catalog.duckdb` by rename.
 
 DuckDB lets one process at a time open a file that it may write, and no other process, even one that only reads, may
 open it meanwhile (measured on 2.0.0). So nobody opens a published DuckDB file for writing: SQL reads Parquet through
@@ -58,7 +58,11 @@ def write_plan(workspace: Workspace, record: RunRecord, shards: pa.Table, querie
 
 
 def read_run(workspace: Workspace, run: str) -> RunRecord:
-    """Raises UnknownRun, naming those that were planned last."""
+    """Read the record of a run.
+
+    Raises:
+        UnknownRun: there is no such run; the message names those that were planned last.
+    """
     try:
         return RunRecord.model_validate_json(workspace.run(run).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -68,36 +72,36 @@ def read_run(workspace: Workspace, run: str) -> RunRecord:
 
 
 def run_names(workspace: Workspace) -> list[str]:
-    """All planned runs, by name."""
+    """Return all planned runs, by name."""
     return [folder.name for folder in matching(workspace.runs, "*") if (folder / "run.json").exists()]
 
 
 def published_versions(workspace: Workspace) -> list[int]:
-    """The numbers of what was published, ascending; the last is what readers see."""
+    """Return the numbers of what was published, ascending; the last is what readers see."""
     names = [path.stem for path in matching(workspace.root / "published", "*.json")]
     return sorted(int(name) for name in names if name.isdecimal())
 
 
 def read_compaction(workspace: Workspace, run: str) -> Compaction | None:
-    """The run's large files, if it was compacted."""
+    """Read the list of the run's large files; None where it was not compacted."""
     content = read_if_there(workspace.compaction(run))
     return None if content is None else Compaction.model_validate_json(content)
 
 
 def read_labelling(workspace: Workspace, run: str) -> Labelling:
-    """The run's current labelling."""
+    """Read the run's current labelling."""
     content = read_if_there(workspace.labelling(run))
     return Labelling() if content is None else Labelling.model_validate_json(content)
 
 
 def write_labelling(workspace: Workspace, run: str, labelling: Labelling) -> None:
-    """Make this the run's labelling; rank labels are made by it from the next compaction on."""
+    """Make this the run's labelling, by which rank labels are made from the next compaction on."""
     if read_labelling(workspace, run) != labelling:
         write_atomically(workspace.labelling(run), labelling.model_dump_json(indent=2).encode() + b"\n")
 
 
 def read_ledger(workspace: Workspace, run: str) -> pa.Table:
-    """The state of every planned shard, as rows of `tables.SHARDS`, from plan, manifests and attempts.
+    """Derive the state of every planned shard, as rows of `tables.SHARDS`, from plan, manifests and attempts.
 
     Raises:
         UnknownRun: there is no such run.
@@ -106,7 +110,7 @@ def read_ledger(workspace: Workspace, run: str) -> pa.Table:
 
 
 def ledger_as_written(workspace: Workspace, run: str) -> pa.Table:
-    """The ledger as its coordinator last wrote it, which costs one small file; derived where there is none."""
+    """Read the ledger as its coordinator last wrote it, which costs one small file; derive it where there is none."""
     path = workspace.ledger(run)
     return tables.read(path, tables.SHARDS) if path.exists() else read_ledger(workspace, run)
 
@@ -129,7 +133,7 @@ def put_ledger(workspace: Workspace, run: str, derived: Derived) -> None:
 
 
 def quarantined_parts(workspace: Workspace, run: str) -> dict[str, list[AnyPath]]:
-    """The committed files that left samples out, by kind of part: what is to be made again once they are mended."""
+    """Return the committed files that left samples out, by kind: to be made again once the samples are mended."""
     found: dict[str, list[AnyPath]] = {}
     for kind, folder in _folders(workspace, run).items():
         for path, manifest in folder_manifests(folder).items():
@@ -139,7 +143,7 @@ def quarantined_parts(workspace: Workspace, run: str) -> dict[str, list[AnyPath]
 
 
 class Derived(NamedTuple):
-    """What the files of a run tell at one moment."""
+    """The facts that a run's files tell at one moment."""
 
     ledger: pa.Table  # rows of `tables.SHARDS`
     left_out: pa.Table  # samples, rows of `tables.QUARANTINED_SAMPLES`
@@ -147,7 +151,7 @@ class Derived(NamedTuple):
 
 
 def derive(workspace: Workspace, run: str) -> Derived:
-    """The ledger and what goes with it, each folder listed once."""
+    """Derive the ledger and what goes with it, listing each folder once."""
     read_run(workspace, run)
     plan = tables.read(workspace.plan_shards(run), tables.PLAN_SHARDS).to_pylist()
     attempts = read_attempts(workspace, run)
@@ -175,20 +179,22 @@ def derive(workspace: Workspace, run: str) -> Derived:
 
 
 def _folders(workspace: Workspace, run: str) -> dict[str, AnyPath]:
-    """Where the run's parts lie, in the order in which they are made: a sample may be left out of any of them."""
+    """Return the folders of the run's parts, in the order of making; a sample may be left out of any of them."""
     try:
         stages = read_assignment(workspace, run).stages
     except StoreError:  # imported
         stages = {}
-    # What is one file, and has a suffix, leaves nothing out.
+    # A stage that is one file, whose path has a suffix, leaves no samples out.
     folders = {kind: workspace.file(each.path) for kind, each in stages.items() if not PurePath(each.path).suffix}
     return {**folders, "scores": workspace.scores(run)}
 
 
 @contextmanager
 def kept_ledger(workspace: Workspace, run: str) -> Iterator[Callable[[], None]]:
-    """For a run's coordinator: the ledger is written at the start, at the end however that comes, and in between
-    when the yielded function is called and the last time is long enough ago to cost a twentieth at most.
+    """Keep a run's ledger up to date while its coordinator works in the block.
+
+    The ledger is written at the start and, however the block ends, at the end. In between it is written when the
+    yielded function is called and the last time is long enough ago that writing costs a twentieth of the time at most.
     """
     due = 0.0
 
@@ -208,12 +214,12 @@ def kept_ledger(workspace: Workspace, run: str) -> Iterator[Callable[[], None]]:
 
 
 def rebuild_ledgers(workspace: Workspace) -> dict[str, int]:
-    """Write the ledger of every run anew; shards by run."""
+    """Write the ledger of every run anew; return the number of shards by run."""
     return {run: write_ledger(workspace, run).num_rows for run in run_names(workspace)}
 
 
 def done_shards(workspace: Workspace, run: str) -> set[int]:
-    """Numbers of the shards whose rows are committed."""
+    """Return the numbers of the shards whose rows are committed."""
     ledger = read_ledger(workspace, run).to_pydict()
     return {n for n, state in zip(ledger["shard"], ledger["state"], strict=True) if state == ShardState.done}
 
@@ -263,7 +269,7 @@ def _ledger_row(
 
 
 def _manifest_of(path: AnyPath, listing: Listing, key: str) -> Manifest | None:
-    """The shard's manifest, unless it is of other work or of another file than the one that is there."""
+    """Return the shard's manifest, unless it is of other work or of another file than the one that is there."""
     manifest = listed_manifest(path, listing)
     if manifest is None or manifest.input_key != key:
         return None
@@ -271,7 +277,7 @@ def _manifest_of(path: AnyPath, listing: Listing, key: str) -> Manifest | None:
 
 
 def _held_by_parts(workspace: Workspace, run: str) -> set[int]:
-    """Blocks of queries all of whose rows are in the run's large files, so that their shards' files may be gone."""
+    """Return the blocks of queries all of whose rows are in the run's large files: their shards' files may be gone."""
     compaction = read_compaction(workspace, run)
     if compaction is None:
         return set()
@@ -285,7 +291,7 @@ def _held_by_parts(workspace: Workspace, run: str) -> set[int]:
 
 
 def process_lives(worker: str) -> bool:
-    """Whether the process behind host:pid may still run; one on another host is given the benefit of the doubt."""
+    """Return whether the process behind host:pid may still run; a process on another host is taken to run."""
     host, _, pid = worker.rpartition(":")
     if host != os.uname().nodename or not pid.isdigit():
         return True

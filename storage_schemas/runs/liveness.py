@@ -1,7 +1,7 @@
-"""What a run's processes tell each other while it is under way: assignment, signs of life, a wish to stop.
+"""Messages between a run's processes while it is under way: assignment, signs of life, a wish to stop.
 
-Small files in the run's folder, each written by one side only and replaced whole, so that any number of hosts can look
-at them, whether or not a Prefect server runs.
+They are small files in the run's folder, each written by one side only and replaced whole, so that any number of hosts
+can look at them, whether or not a Prefect server runs.
 """
 
 from __future__ import annotations
@@ -45,11 +45,13 @@ class Assignment(BaseModel):
 
     @property
     def key(self) -> str:
-        """Changes with anything that a worker would do otherwise."""
+        """A key that changes with anything that changes a worker's work."""
         return input_key(self.run, self.config, self.model_hash, self.stages, self.generation)
 
 
 class RunRequest(StrEnum):
+    """A wish to a run's processes."""
+
     pause = "pause"
     cancel = "cancel"
 
@@ -64,7 +66,7 @@ class Control(BaseModel):
 
 
 class Beat(BaseModel):
-    """`runs/<run>/workers/<worker>.json`: a worker process is alive, and what it is at.
+    """`runs/<run>/workers/<worker>.json`: a sign of life of a worker process, with the part that it is at.
 
     A reader on another host goes by `beat`, which grows, and not by the clock.
     """
@@ -93,7 +95,11 @@ def write_assignment(workspace: Workspace, assignment: Assignment) -> None:
 
 
 def read_assignment(workspace: Workspace, run: str) -> Assignment:
-    """Raises StoreError where the run has none, as one that was imported."""
+    """Read the run's assignment.
+
+    Raises:
+        StoreError: the run has none, as one that was imported.
+    """
     content = read_if_there(workspace.assignment(run))
     if content is None:
         raise StoreError(f"run {run} was imported or is of an earlier release: nothing can be computed for it")
@@ -107,24 +113,25 @@ def ask(workspace: Workspace, run: str, wish: RunRequest) -> None:
 
 
 def asked(workspace: Workspace, run: str) -> RunRequest | None:
-    """What the run's processes are asked for at this moment."""
+    """Return what the run's processes are asked for at this moment; None where nothing is."""
     content = read_if_there(workspace.control(run))
     return None if content is None else Control.model_validate_json(content).wish
 
 
 def withdraw(workspace: Workspace, run: str) -> None:
-    """Let the run go on."""
+    """Withdraw the wish to pause or to stop, so that the run may go on."""
     if is_there(workspace.control(run)):
         remove(workspace.control(run))
 
 
 def write_beat(workspace: Workspace, run: str, beat: Beat) -> None:
+    """Replace the worker's sign of life."""
     name = "".join(letter if letter.isalnum() else "-" for letter in beat.worker)
     write_atomically(workspace.beats(run) / f"{name}.json", beat.model_dump_json().encode() + b"\n")
 
 
 def read_beats(workspace: Workspace, run: str) -> list[Beat]:
-    """The last beat of every process that ever worked on the run."""
+    """Read the last beat of every process that ever worked on the run."""
     found = []
     for path in matching(workspace.beats(run), "*.json"):
         try:

@@ -1,4 +1,4 @@
-"""What is written down of a run: its plan, its labelling, its large files."""
+"""Records of a run: its plan, its labelling, its large files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class UnknownRun(StoreError):
 
 
 class RunRecord(BaseModel):
-    """`runs/<run>/run.json`: what a run is; paths are relative to the workspace, None where it has no such file."""
+    """`runs/<run>/run.json`: a planned run; paths are relative to the workspace, None where it has no such file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,7 +40,7 @@ Negatives: TypeAlias = Literal["keep", "tie"]
 
 
 class Labelling(BaseModel):
-    """`runs/<run>/labelling.json`: how a run's scores become rank labels, for whoever ranks them."""
+    """`runs/<run>/labelling.json`: the way in which a run's scores become rank labels."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -72,7 +72,7 @@ def compact(
     advance: Callable[[int], None] = lambda rows: None,
     derived: Derived | None = None,
 ) -> list[Part]:
-    """Rank labels of all rows of a finished run, in large sorted files; what is there already is reused.
+    """Write rank labels of all rows of a finished run into large sorted files; files that are there already are reused.
 
     rank 1 = highest score of the query, ties by train_id; rank_label = rank / candidates of the query. Where negatives
     are tied, all scores that are not above 0 have the last rank and the label 1; their order in the file is the same.
@@ -143,7 +143,7 @@ class _Shards:
 
 
 def _groups(workspace: Workspace, run: str, without: frozenset[str], part_rows: int) -> Iterator[_Group]:
-    """All queries but those `without`, by query_id, in groups of about `part_rows` rows."""
+    """Yield all queries but those `without`, by query_id, in groups of about `part_rows` rows."""
     planned = tables.read(workspace.plan_queries(run), tables.PLAN_QUERIES).sort_by("query_id").to_pylist()
     rows, number = 0, 0
     group: list[tuple[str, int, int]] = []
@@ -163,7 +163,7 @@ def _groups(workspace: Workspace, run: str, without: frozenset[str], part_rows: 
 def _counted(
     workspace: Workspace, run: str, group: _Group, shards: _Shards, memory: float, left_out: int | None
 ) -> _Group:
-    """The group with the candidates that its queries really have.
+    """Return the group with the candidates that its queries really have.
 
     Args:
         left_out: how many samples each query may lack; any number where None.
@@ -198,7 +198,7 @@ def _build(
     memory: float,
     negatives: Negatives,
 ) -> Part:
-    """One part, made unless it is there."""
+    """Make one part, unless it is there."""
     numbers = sorted({shard for _, block, _ in group.queries for shard in shards.of_block[block]})
     content = [
         (shard, sha256) for shard in numbers if (sha256 := shards.digests.get(workspace.score_shard(run, shard)))
@@ -240,12 +240,12 @@ def _build(
 
 
 def _in_order(scores: NDArray[np.float64], ranks: NDArray[np.int32], group: _Group, negatives: Negatives) -> bool:
-    """Whether the rows are those of the group's queries in their order, each from the highest score to the lowest."""
+    """Return whether the rows are the group's queries in their order, each from the highest score to the lowest."""
     pairs = np.array([pairs for _, _, pairs in group.queries])
     places = np.concatenate([np.arange(1, each + 1) for each in pairs])
     if negatives == "keep":
         return np.array_equal(ranks, places)
-    # Ties share a rank, which shows only by their scores that none of them is elsewhere.
+    # Ties share a rank: only their scores show that none of them is in a wrong place.
     rises = (scores[1:] > scores[:-1]) & (places[1:] > 1)
     return not rises.any() and np.array_equal(ranks, np.where(scores <= 0, np.repeat(pairs, pairs), places))
 
@@ -296,7 +296,7 @@ def _write_ranks(
 def _sources(
     workspace: Workspace, run: str, group: _Group, shards: _Shards, connection: duckdb.DuckDBPyConnection
 ) -> Iterator[str]:
-    """Where the group's rows lie: in shards, or, for queries whose shards are vacuumed, in earlier parts."""
+    """Yield SQL for the group's rows: from shards or, for queries whose shards are vacuumed, from earlier parts."""
     columns = ", ".join(tables.SCORES.schema.names)
     raw: list[AnyPath] = []
     from_parts: list[str] = []
@@ -328,7 +328,7 @@ def _sources(
 
 
 def _check_digests(files: Mapping[AnyPath, str]) -> None:
-    """Raises DamagedTable where a file is not what was committed: DuckDB reads a flipped bit as another score."""
+    """Raise DamagedTable where a file is not what was committed: DuckDB reads a flipped bit as another score."""
     for path, sha256 in files.items():
         if file_sha256(path) != sha256:
             raise damaged(path, ValueError("its sha256 is another than when it was committed"))

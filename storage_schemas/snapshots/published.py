@@ -1,8 +1,8 @@
-"""What readers see: a snapshot of rank labels, and the head and index that answer from it.
+"""The published state, which readers see: a snapshot of rank labels, and the head and index that answer from it.
 
-What is published changes in one step: `published/<number>.json` is created, which fails where the number is taken. So a
-writer that another one came before looks again and changes what is there now, and none undoes what another did. The
-highest number is what readers see; `current.json` is a copy of it, and one that lags behind does no harm.
+It changes in one step: `published/<number>.json` is created, which fails where the number is taken. A writer that comes
+second looks again and changes what is there now, so that no writer undoes what another one did. The highest number is
+what readers see. `current.json` is a copy of it, and one that lags behind does no harm.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LAYOUT_VERSION = "3"  # of current.json and of what it names
 
 
 class Published(BaseModel):
-    """`published/<number>.json`: what SQL, `attribute` and the report answer from; paths are those of the workspace."""
+    """`published/<number>.json`: the files that SQL, `attribute` and the report read, relative to the workspace."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,11 +55,15 @@ class CannotPublish(StoreError):
 
 
 class OtherRelease(NotPublished):
-    """What is published cannot be read by this release."""
+    """The published state cannot be read by this release."""
 
 
 def read_published(workspace: Workspace) -> Published:
-    """Raises NotPublished when no run of this workspace is published."""
+    """Read what is published.
+
+    Raises:
+        NotPublished: no run of this workspace is published, or another release published it.
+    """
     _, content = newest_version(workspace)
     if content is None:
         raise NotPublished(
@@ -70,6 +74,11 @@ def read_published(workspace: Workspace) -> Published:
 
 
 def parsed(workspace: Workspace, content: bytes) -> Published:
+    """Parse what is published.
+
+    Raises:
+        OtherRelease: another release wrote it.
+    """
     try:
         published = Published.model_validate_json(content)
     except ValidationError:
@@ -86,7 +95,7 @@ NOTHING = b"null\n"  # what a version holds when the last run was retracted
 
 
 def newest_version(workspace: Workspace) -> tuple[int, bytes | None]:
-    """Number and content of what is published, from the pointer and the versions after it; no content where nothing is.
+    """Return number and content of what is published, from the pointer and the versions after it; else no content.
 
     The folder is listed only where the pointer leads nowhere.
     """

@@ -1,6 +1,6 @@
 """A snapshot of rank labels: a list of immutable files, named after them.
 
-So a training run can say exactly which rows it saw.
+By its name a training run says exactly which rows it saw.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from storage_schemas.workspace import Workspace
 
 
 class Snapshot(BaseModel):
-    """`snapshots/<snapshot>.json`: whose rows, in which files. It never changes."""
+    """`snapshots/<snapshot>.json`: the runs whose rows it holds, and the files of these rows. It never changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,7 +34,11 @@ class Snapshot(BaseModel):
 
 
 def read_snapshot(workspace: Workspace, snapshot: str) -> Snapshot:
-    """Raises NotPublished when there is no such snapshot."""
+    """Read a snapshot.
+
+    Raises:
+        NotPublished: there is no such snapshot.
+    """
     try:
         return Snapshot.model_validate_json(workspace.snapshot(snapshot).read_bytes())
     except FileNotFoundError:
@@ -49,7 +53,7 @@ def make_snapshot(
     advance: Callable[[int], None] = lambda rows: None,
     known: dict[tuple[str, frozenset[str]], list[Part]] | None = None,
 ) -> Snapshot:
-    """Rank labels of some finished runs together: where several scored a query, the rows of the last one stand.
+    """Make a snapshot of some finished runs: where several scored a query, the rows of the last one stand.
 
     The runs' ledgers are brought up to date beside them.
 
@@ -118,13 +122,13 @@ def _check_agreement(workspace: Workspace, records: list[RunRecord]) -> None:
 
 
 def read_ranks(workspace: Workspace, snapshot: str, query_ids: Sequence[str] | None = None) -> pa.Table:
-    """The rows of a snapshot, or those of some of its queries, by query_id and rank within each part."""
+    """Read the rows of a snapshot, or those of some of its queries, by query_id and rank within each part."""
     parts = [rows for _, rows in _read(workspace, snapshot, query_ids)]
     return pa.concat_tables([tables.RANKS.schema.empty_table(), *parts])
 
 
 def read_influence(workspace: Workspace, snapshot: str, query_ids: Sequence[str]) -> pa.Table:
-    """The rows of `read_ranks`, with a score of 0 in place of negative ones where the snapshot's labels tie them."""
+    """Read what `read_ranks` does, with a score of 0 in place of negative ones where the snapshot's labels tie them."""
     read = _read(workspace, snapshot, query_ids)
     parts = [_positive(rows) if part.negatives == "tie" else rows for part, rows in read]
     return pa.concat_tables([tables.RANKS.schema.empty_table(), *parts])
@@ -136,7 +140,7 @@ def _positive(rows: pa.Table) -> pa.Table:
 
 
 def _read(workspace: Workspace, snapshot: str, query_ids: Sequence[str] | None) -> Iterator[tuple[Part, pa.Table]]:
-    """The rows of each part of a snapshot, all or those of some queries."""
+    """Yield the rows of each part of a snapshot, all or those of some queries."""
     wanted = None if query_ids is None else sorted(query_ids)
     for part in read_snapshot(workspace, snapshot).parts:
         if wanted is None:

@@ -25,10 +25,10 @@ VERSIONS_KEPT = 100  # of what is published
 def vacuum(workspace: Workspace, *, older_than: timedelta, dry_run: bool = False) -> list[AnyPath]:
     """Delete what nothing refers to any more; manifests stay, as the ledger counts by them.
 
-    That is: score shards of runs whose rows lie in parts, unless a lake has them, parts that no snapshot and no
-    compaction names, all but the last hundred versions of what is published, and what processes that died left in the
-    making. Only files that are older than `older_than` go: a reader that started before the compaction may still look
-    at the shards.
+    These are: score shards of runs whose rows lie in parts, unless a lake has them, parts that no snapshot and no
+    compaction names, all but the last hundred versions of what is published, and unfinished files that processes which
+    died left. Only files that are older than `older_than` are deleted: a reader that started before the compaction may
+    still look at the shards.
 
     The root may be a folder with other things in it. Only names that this package gives are looked at, in the folders
     where it gives them, and nothing behind a link.
@@ -76,7 +76,7 @@ def _ours(folder: AnyPath, name: re.Pattern[str]) -> list[AnyPath]:
 
 
 def _behind_link(workspace: Workspace, path: AnyPath) -> bool:
-    """Whether the path is a link, or leads through one below the root: then another folder's file is meant."""
+    """Return whether the path is a link, or leads through one below the root: then another folder's file is meant."""
     if not isinstance(path, Path):
         return False
     below_root = len(path.relative_to(workspace.root).parts)  # type: ignore[arg-type]  # both are of one kind

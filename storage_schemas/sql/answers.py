@@ -1,7 +1,7 @@
 """The answer to one query, in a form that costs little memory however many rows it has.
 
-DuckDB itself makes the text of a row: what is read from it are the first rows, their number, lines of CSV or JSON,
-or batches for Parquet. The query runs anew for each of these.
+DuckDB itself makes the text of a row. The first rows, their number, lines of CSV or JSON, or batches for Parquet are
+read from it, and the query runs anew for each of these.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Answer:
     """A checked query on an open connection, which reads one thing at a time.
 
     Args:
-        attempt: calls what starts a query, perhaps several times.
+        attempt: calls a function that starts a query, perhaps several times.
     """
 
     connection: duckdb.DuckDBPyConnection
@@ -40,7 +40,7 @@ class Answer:
 
     @property
     def is_plan(self) -> bool:
-        """Whether the rows are an EXPLAIN's."""
+        """True if the rows are an EXPLAIN's."""
         return bool(self.statement.type == duckdb.StatementType.EXPLAIN)
 
     @property
@@ -58,18 +58,18 @@ class Answer:
         return [str(kind) for kind in self.relation.types]
 
     def table(self) -> pa.Table:
-        """All rows, in memory."""
+        """Return all rows, in memory."""
         found: pa.Table = self.attempt(self.relation.to_arrow_table)
         return found
 
     def first(self, rows: int) -> list[tuple[str | None, ...]]:
-        """The first rows as text, None for NULL."""
+        """Return the first rows as text, None for NULL."""
         texts = ", ".join(_text(place, kind) for place, kind in self._fields())
         found: list[tuple[str | None, ...]] = self._run(lambda: self._select(texts).limit(rows).fetchall())
         return found
 
     def count(self, seconds: float) -> int | None:
-        """How many rows there are; None where counting takes longer than this."""
+        """Return how many rows there are; None where counting takes longer than this."""
         timer = threading.Timer(seconds, self.connection.interrupt)
         timer.start()
         try:
@@ -81,7 +81,7 @@ class Answer:
             timer.cancel()
 
     def _unordered(self) -> duckdb.DuckDBPyRelation:
-        """The same rows without the query's last ORDER BY: a sort of all of them, which changes no count."""
+        """Return the same rows without the query's last ORDER BY, a sort of all of them, which changes no count."""
         try:
             text = self.connection.execute("SELECT json_serialize_sql(?)", [self.statement.query]).fetchall()[0][0]
             tree = json.loads(text)
@@ -93,7 +93,7 @@ class Answer:
             return self.relation
 
     def csv(self, limit: int | None = None) -> Iterator[memoryview]:
-        """The bytes of a CSV file (RFC 4180, but LF ends a line), in pieces of whole lines; NULL is an empty field."""
+        """Yield the bytes of a CSV file (RFC 4180, but LF ends a line) in pieces of whole lines; NULL is empty."""
         yield memoryview((",".join(map(_quoted_field, self.columns)) + "\n").encode())
         fields = ", ',', ".join(_csv_field(place, kind) for place, kind in self._fields())
         if len(self.columns) == 1:  # an empty line would be no row
@@ -101,7 +101,7 @@ class Answer:
         yield from self._lines(f"concat({fields}, chr(10))", limit)
 
     def json(self, limit: int | None = None) -> Iterator[memoryview]:
-        """The bytes of a JSON array with one object a line, in pieces."""
+        """Yield the bytes of a JSON array with one object a line, in pieces."""
         yield memoryview(b"[")
         parts: list[str] = []
         for name, (place, kind) in zip(self.columns, self._fields(), strict=True):
@@ -136,11 +136,11 @@ class Answer:
             raise type(error)(_without_our_sql(error)) from None
 
     def _fields(self) -> Iterator[tuple[str, str]]:
-        """Each column by the name that `_select` gives it, and its type."""
+        """Return each column by the name that `_select` gives it, and its type."""
         return ((f"c{number}", kind) for number, kind in enumerate(self.types))
 
     def _select(self, expressions: str, names: str = "") -> duckdb.DuckDBPyRelation:
-        """The relation's columns under names of ours, as two of its own may be equal."""
+        """Select from the relation with its columns under names of ours, as two of its own may be equal."""
         names = names or ", ".join(place for place, _ in self._fields())
         return self.relation.query("answer", f"SELECT {expressions} FROM answer AS answer({names})")
 
@@ -155,7 +155,7 @@ class Answer:
         return reader.schema, _read(reader)
 
     def _lines(self, line: str, limit: int | None) -> Iterator[memoryview]:
-        """The texts of all rows, end to end as they lie in each batch."""
+        """Yield the texts of all rows, end to end as they lie in each batch."""
         for batch in self._batches(line, limit)[1]:
             texts = batch.column(0)
             if not len(texts):
@@ -166,7 +166,7 @@ class Answer:
 
 
 def _read(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
-    """The batches of a reader, whose errors are the database's."""
+    """Yield the batches of a reader; raise its errors as the database's."""
     try:
         yield from reader
     except (OSError, pa.ArrowException) as error:
@@ -174,12 +174,12 @@ def _read(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
 
 
 def _without_our_sql(error: Exception) -> str:
-    """What DuckDB says, without the line of SQL that it quotes, which is none that the reader wrote."""
+    """Return what DuckDB says, without the line of SQL that it quotes: the reader did not write that line."""
     return str(error).split("\n\nLINE ")[0]
 
 
 def _text(place: str, kind: str) -> str:
-    """SQL for a value as text, NULL for NULL."""
+    """Return SQL for a value as text, NULL for NULL."""
     if kind == "BLOB":
         return f"'<' || octet_length({place}) || ' bytes>'"
     if kind.startswith(_NESTED) or kind.endswith("]"):
@@ -201,7 +201,7 @@ def _quoted_field(name: str) -> str:
 
 
 def _json(place: str, kind: str) -> str:
-    """SQL for a value as JSON text; what JSON has no number for (nan, inf) is null."""
+    """Return SQL for a value as JSON text; what JSON has no number for (nan, inf) is null."""
     value = f"to_json({_text(place, kind)})" if kind == "BLOB" else f"to_json({place})"
     if kind in ("FLOAT", "DOUBLE"):
         value = f"CASE WHEN isfinite({place}) THEN {value} END"

@@ -1,11 +1,11 @@
-"""Past one machine: committed score shards registered, not copied, in a DuckLake that many hosts write and read.
+"""A lake for many hosts: committed score shards are registered, not copied, in a DuckLake that many write and read.
 
 A DuckLake is a catalog in SQL, here in SQLite or PostgreSQL, over Parquet files where they lie. Each change of it is a
 snapshot with a number, and any of them can be read again. Here it has one table a run (`runs."<run>"`, of the columns
 of `tables.SCORES`) and `registered`, which says what file each shard is.
 
-A shard is registered once, whoever tries: every transaction that registers also updates the one row of `turns`, so of
-two that overlap DuckLake refuses the second, which then looks again at what is registered.
+A shard is registered once, also where several writers try: every transaction that registers also updates the one row
+of `turns`, so of two that overlap DuckLake refuses the second, which then looks again at what is registered.
 
 Needs the extra `lake`. DuckDB takes extensions that were built for its own version only; pip has them for 1.5.5 and
 not yet for 2.0.0, so the extra holds DuckDB at 1.5.5, while everything else here runs on both.
@@ -52,8 +52,8 @@ T = TypeVar("T")
 SHARDS_AT_ONCE = 500  # of one transaction
 PATIENCE = 120.0  # seconds that a transaction is tried again while others are in its way
 _OWN_NAMES = {"sqlite": "sqlite_scanner", "postgres": "postgres_scanner"}  # by which DuckDB knows extensions
-# What would reach the catalog itself or other databases. That a text in quotes may not have these words either is no
-# loss, and leaves no way around.
+# Words by which a statement would reach the catalog itself or other databases. They are refused in quoted texts, too:
+# nothing is lost by that, and no way around is left.
 _REFUSED = re.compile(r"\w*(sqlite|postgres|ducklake)_\w*|\bquery(_table)?\b", re.IGNORECASE)
 _CATALOG = re.compile(r"(sqlite|postgres):(.+)", re.DOTALL)
 
@@ -63,7 +63,7 @@ class LakeUnavailable(StoreError):
 
 
 class LakeConflict(StoreError):
-    """What is registered is not what the workspace holds, or other writers left no room."""
+    """The lake does not hold what the workspace holds, or other writers left no room."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Lake:
             data = literal(location(self.workspace.root / "lake") + "/")
             attach = f"ATTACH {literal('ducklake:' + self.catalog)} AS lake (DATA_PATH {data}{options})"
             try:
-                _patiently(lambda: connection.execute(attach))  # who comes first makes the catalog's tables
+                _patiently(lambda: connection.execute(attach))  # the first process makes the catalog's tables
             except duckdb.Error as error:
                 raise LakeUnavailable(_catalog_fault(self.catalog, error)) from None
             yield connection
@@ -188,7 +188,7 @@ class Lake:
         memory_gigabytes: float | None = None,
         threads: int | None = None,
     ) -> Iterator[Answer]:
-        """As `query`, for rows that need not fit into memory: they are read inside the `with` block."""
+        """Run one statement as `query` does, for rows that need not fit into memory: they are read inside the block."""
         options = ", READ_ONLY" + (f", SNAPSHOT_VERSION {int(at)}" if at is not None else "")
         limits = {"memory_gigabytes": memory_gigabytes or half_the_memory(), "threads": threads}
         with self._attached(options, **limits) as connection:
@@ -218,7 +218,7 @@ class Lake:
         return found
 
     def _register(self, connection: duckdb.DuckDBPyConnection, run: str, shards: dict[int, Manifest]) -> int:
-        """The next shards that are not registered, in the open transaction; 0 when all are."""
+        """Register the next shards that are not, in the open transaction; return how many, 0 when all are."""
         rows = connection.execute("SELECT shard, sha256 FROM lake.registered WHERE run = ?", [run]).fetchall()
         there = dict(rows)
         for shard, manifest in shards.items():
@@ -289,7 +289,7 @@ def _load_extension(connection: duckdb.DuckDBPyConnection, name: str) -> None:
 
 
 def _create_tables(connection: duckdb.DuckDBPyConnection, run: str) -> int:
-    """What a lake needs before the run's next shards: a table of all columns of scores; 1 if anything was made."""
+    """Create what the run's next shards need in a lake: a table of all columns of scores; return 1 if it made any."""
     runs, name = _runs(connection), f"lake.runs.{_quoted(run)}"
     if runs is None:
         connection.execute("CREATE SCHEMA lake.runs")
@@ -318,7 +318,7 @@ def _column(field: pa.Field) -> str:
 
 
 def _runs(connection: duckdb.DuckDBPyConnection) -> dict[str, set[str]] | None:
-    """The columns of each run in the lake, by its name; None where nothing was ever added to it."""
+    """Return the columns of each run in the lake, by its name; None where nothing was ever added to it."""
     rows = connection.execute(
         "SELECT schema_name, table_name, column_name FROM duckdb_columns() WHERE database_name = 'lake'"
     ).fetchall()
@@ -372,7 +372,7 @@ def _roll_back(connection: duckdb.DuckDBPyConnection) -> None:
 
 
 def _patiently(attempt: Callable[[], T]) -> T:
-    """Call `attempt`, again while other writers are in its way, and raise what is no matter of time."""
+    """Call `attempt` again while other writers are in its way; raise any other error at once."""
     deadline = time.monotonic() + PATIENCE
     wait = 0.01
     while True:
@@ -390,7 +390,7 @@ def _patiently(attempt: Callable[[], T]) -> T:
 
 
 def _in_the_way(error: duckdb.Error) -> bool:
-    """Whether another writer was first, so that trying again helps."""
+    """Return whether another writer was first, so that trying again helps."""
     text = str(error).lower()
     return any(
         sign in text

@@ -105,7 +105,7 @@ def query(
 def ask(
     location: str | AnyPath, statement: str, *, memory_gigabytes: float | None = None, threads: int | None = None
 ) -> Iterator[Answer]:
-    """As `query`, for rows that need not fit into memory: they are read inside the `with` block."""
+    """Run one statement as `query` does, for rows that need not fit into memory: they are read inside the block."""
     connection = connect(location, memory_gigabytes=memory_gigabytes, threads=threads)
     try:
         with damage_explained(Workspace.at(location)):
@@ -116,7 +116,11 @@ def ask(
 
 
 def single_query(connection: duckdb.DuckDBPyConnection, statement: str) -> duckdb.Statement:
-    """The one query that a person's text must be, or RefusedStatement."""
+    """Return the one query that a person's text must be.
+
+    Raises:
+        RefusedStatement: it is several statements, or no query.
+    """
     statements = connection.extract_statements(statement)
     if len(statements) != 1:
         raise RefusedStatement(f"{len(statements)} statements given: run one query at a time")
@@ -150,7 +154,7 @@ def write_catalog(workspace: Workspace) -> None:
 
 @dataclass(frozen=True)
 class _State:
-    """What is in the workspace at one moment; published and snapshot are None before the first run is."""
+    """The content of the workspace at one moment; published and snapshot are None before the first run is published."""
 
     published: Published | None
     snapshot: Snapshot | None
@@ -171,14 +175,14 @@ class _State:
 
     @property
     def samples(self) -> str | None:
-        """The published ones, and before there are any those that were indexed last."""
+        """The published samples, and before there are any those that were indexed last."""
         if self.published is not None:
             return self.published.samples
         return self.indexed.samples if self.indexed else None
 
     @property
     def rejected_samples(self) -> list[str]:
-        """What was rejected beside the published samples, and beside those that were indexed last."""
+        """Tables of what was rejected beside the published samples, and beside those that were indexed last."""
         both = (self.published and self.published.rejected_samples, self.indexed and self.indexed.rejected_samples)
         return list(dict.fromkeys(path for path in both if path))
 
@@ -217,7 +221,7 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, s
 
 
 def _twins(workspace: Workspace, queries: Iterable[str]) -> Iterator[str]:
-    """Of query sets that have a twin test; those of earlier releases have none."""
+    """Yield the twins of query sets that have a twin test; query sets of earlier releases have none."""
     for relative in queries:
         path = twins_beside(workspace.file(relative))
         if path.exists():
@@ -225,7 +229,7 @@ def _twins(workspace: Workspace, queries: Iterable[str]) -> Iterator[str]:
 
 
 def _ranks(workspace: Workspace, parts: Iterable[Part]) -> Iterator[str]:
-    """Rows of each labelling with their influence."""
+    """Yield SQL for the rows of each labelling, with their influence."""
     by_labelling: dict[str, list[AnyPath]] = {}
     for part in parts:
         by_labelling.setdefault(part.negatives, []).append(workspace.file(part.path))
@@ -236,7 +240,7 @@ def _ranks(workspace: Workspace, parts: Iterable[Part]) -> Iterator[str]:
 
 
 def _parts(folder: AnyPath) -> str | None:
-    """All parts of a folder, those that are yet to come included; None while there is none."""
+    """Return SQL for all parts of a folder, those that are yet to come included; None while there is none."""
     return parts_glob(folder) if matching(folder, "part-*.parquet") else None
 
 
@@ -263,7 +267,7 @@ def _create_view(connection: duckdb.DuckDBPyConnection, table: Table, selects: I
 
 
 def _load(connection: duckdb.DuckDBPyConnection, workspace: Workspace, state: _State) -> None:
-    """The small tables: ledger, quarantined samples, runs, heads, indexes."""
+    """Load the small tables: ledger, quarantined samples, runs, heads, indexes."""
     ledgers = [workspace.ledger(run) for run in state.runs if workspace.ledger(run).exists()]
     shards = [tables.read(path, tables.SHARDS) for path in ledgers]
     left_out = [workspace.quarantined_samples(run) for run in state.runs]

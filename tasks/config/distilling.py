@@ -1,4 +1,4 @@
-"""The rank head, how it is measured, and the study of what makes it good."""
+"""Sections of the rank head, of its evaluation, and of the study of what makes it good."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A configuration as the YAML that a person wrote, before it is checked; reading it costs no science library."""
+"""A configuration as the YAML that a person wrote, before it is checked; reading it imports no science library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastgda_core.errors import UsageError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: a key that is written twice is a mistake, and not the later value."""
+    """A YAML loader that refuses a key that is written twice, where others take the later value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         lines: dict[Hashable, int] = {}
@@ -29,10 +29,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds.
+    """Read the mapping that a YAML file holds.
 
     Raises:
-        UsageError: it is unreadable, names a key twice, or holds something else.
+        UsageError: the file is unreadable, names a key twice, or holds something else.
     """
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -48,10 +48,10 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def workspace_of(path: Path) -> str:
-    """The folder or URL of a config's workspace, whatever else is in it.
+    """Return the folder or URL of a config's workspace, whatever else is in the config.
 
     Raises:
-        UsageError: it is no config, or names none.
+        UsageError: the file is no config, or names no workspace.
     """
     workspace = read_document(path).get("workspace")
     if not isinstance(workspace, str) or not workspace:
@@ -60,5 +60,5 @@ def workspace_of(path: Path) -> str:
 
 
 def workspace_from(path: Path, workspace: str) -> str:
-    """A workspace as a config names it, seen from the config's own folder."""
+    """Return a workspace that a config names, seen from the config's own folder."""
     return workspace if "://" in workspace else str(path.resolve().parent / workspace)

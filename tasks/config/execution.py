@@ -1,4 +1,4 @@
-"""How a run is carried out: where, how often it is tried, when it is given up. Nothing here changes a score."""
+"""The section of how a run is carried out: where, how often tried, when given up. Nothing here changes a score."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PoolConfig(Section):
 
 
 class ExecutionConfig(Section):
-    """Where the parts of a run are made, and what happens when one of them fails."""
+    """The place where the parts of a run are made, and what happens when one of them fails."""
 
     runner: Literal["local", "ray", "dask", "pool"] = Field(
         default="local", description="this machine, a Ray or Dask cluster, or jobs in Prefect work pools"

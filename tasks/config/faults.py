@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in lines that a person can act on."""
+"""Faults of a configuration, in lines that a person can act on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Location = tuple[int | str, ...]
 
 
 def faults(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """`FIELD: what is wrong: how to mend it` of each fault; the field is `config` where it is the whole."""
+    """Return `FIELD: what is wrong: how to mend it` of each fault; FIELD is `config` for a fault of the whole."""
     return [_fault(dict(detail), model) for detail in error.errors()]
 
 
@@ -29,7 +29,7 @@ def _fault(detail: dict[str, Any], model: type[BaseModel]) -> str:
 
 
 def _fields_beside(location: Location, model: type[BaseModel]) -> set[str]:
-    """The fields of the section that a location is in; of all its kinds, where it comes in several."""
+    """Return the fields of the section that a location is in; of all its kinds, where the section has several."""
     sections = [model]
     for step in location[:-1]:
         below = [

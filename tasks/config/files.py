@@ -21,7 +21,7 @@ def load_config(path: Path) -> PipelineConfig:
     """Read a YAML config; paths in it are made absolute, seen from its own folder.
 
     Raises:
-        UsageError: unreadable, a field unknown, missing or out of range; one line per fault.
+        UsageError: the file is unreadable, or a field unknown, missing or out of range; one line per fault.
     """
     try:
         config = PipelineConfig.model_validate(read_document(path))
@@ -43,7 +43,7 @@ def load_config(path: Path) -> PipelineConfig:
 
 
 def with_runner(config: PipelineConfig, runner: str) -> PipelineConfig:
-    """The configuration with its parts made elsewhere.
+    """Return the configuration with another runner, which makes its parts elsewhere.
 
     Raises:
         UsageError: the other settings of `execution` do not fit.

@@ -1,4 +1,4 @@
-"""What comes in: data, queries, features, candidates."""
+"""Sections of what comes in: data, queries, features, candidates."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class SplitConfig(Section):
         return self.train + self.validation + self.test
 
     def of(self, queries: int) -> SplitConfig:
-        """The split of this many queries.
+        """Return the split of this many queries.
 
         Raises:
-            UsageError: it is one of another number.
+            UsageError: the split adds up to another number.
         """
         if queries != self.total:
             raise UsageError(
@@ -46,7 +46,7 @@ class SplitConfig(Section):
         return self
 
     def assign(self, seed: int) -> list[str]:
-        """The split of each query in the order listed: each split is drawn evenly along the list.
+        """Return the split of each query in the order listed; each split is drawn evenly along the list.
 
         Captions are listed by kind as a rule; a few test queries drawn anywhere would leave whole kinds out.
         """
@@ -71,7 +71,7 @@ class SplitShares(Section):
         return self
 
     def of(self, queries: int) -> SplitConfig:
-        """The split of this many queries.
+        """Return the split of this many queries.
 
         Raises:
             UsageError: there are fewer than three.
@@ -163,7 +163,7 @@ class FeaturesConfig(Section):
         return weights
 
     def seen_from(self, folder: Path) -> Self:
-        """With folders made absolute; what is no folder is a hub id.
+        """Return the section with folders made absolute; what is no folder is a hub id.
 
         Raises:
             UsageError: a path leads nowhere.
@@ -198,7 +198,7 @@ class CandidatesConfig(Section):
         return space
 
     def science(self) -> dict[str, object]:
-        """What the choice depends on, beside the features."""
+        """Return what the choice depends on, beside the features."""
         return self.model_dump(mode="json", exclude={"space"})
 
     @model_validator(mode="after")

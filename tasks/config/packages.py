@@ -10,10 +10,10 @@ RUNNERS = {"ray": ("prefect_ray", "ray"), "dask": ("prefect_dask", "distributed"
 
 
 def require_packages(config: PipelineConfig) -> None:
-    """Check that they are installed, before hours are spent on the stages that come first.
+    """Check that a configuration's packages are installed, before hours are spent on the stages that come first.
 
     Raises:
-        UsageError: one is not.
+        UsageError: a package is missing.
     """
     require_runner(config.execution.runner)
     require_encoders(config.features.space, "features.space")
@@ -24,7 +24,7 @@ def require_runner(runner: str) -> None:
     """Check that the packages of a task runner are installed.
 
     Raises:
-        UsageError: one is not.
+        UsageError: a package is missing.
     """
     if runner in RUNNERS:
         require_extra(runner, *RUNNERS[runner], wanted_by=f"execution.runner is {runner}")

@@ -1,4 +1,4 @@
-"""What all sections of a configuration have in common."""
+"""The base of all sections of a configuration."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """Closed (an unknown field is refused), unchangeable, and without infinities."""
+    """A section that is closed (an unknown field is refused), unchangeable, and without infinities."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -1,4 +1,4 @@
-"""Configurations that runs of this or an earlier release stored, as this release's."""
+"""Read configurations that runs of this or an earlier release stored, as this release's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tasks.config.pipeline import PipelineConfig
 from tasks.config.section import Section
 from tasks.progress import console
 
-# What earlier releases did not do they do not say; with today's defaults theirs would be other runs.
+# Settings that earlier releases did not have are missing in what they stored; today's defaults would make other runs.
 _IN_FORCE_BEFORE: dict[str, dict[str, object]] = {
     "features": {"centre": False},
     "curvature": {"importance": False},
@@ -28,10 +28,11 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 def config_of(location: str, run: str) -> PipelineConfig:
-    """The configuration of a run, for the folder given: it may be mounted elsewhere than when the run was planned.
+    """Return the configuration of a run in the folder given, which may be mounted elsewhere than when it was planned.
 
     Raises:
-        UsageError: it was imported, and no teacher of this workspace scored it; or this release cannot carry it out.
+        UsageError: the run was imported, and no teacher of this workspace scored it; or this release cannot carry it
+            out.
     """
     workspace = Workspace.at(location)
     record = read_run(workspace, run)
@@ -53,12 +54,12 @@ def config_of(location: str, run: str) -> PipelineConfig:
 
 
 def lifted(model: type[AnySection], document: Mapping[str, Any], owner: str) -> tuple[AnySection, list[str]]:
-    """A stored configuration or section, and the fields in it that this release does not know and leaves out.
+    """Return a stored configuration or section, and the fields in it that this release does not know and leaves out.
 
     Args:
-        model: what it is today.
+        model: the class of the configuration or section in this release.
         document: as it was stored; fields that are missing take their default.
-        owner: whose it is, for a message.
+        owner: whose configuration it is, for a message.
 
     Raises:
         UsageError: a field that this release knows has a value that it does not take.
@@ -77,7 +78,10 @@ def lifted(model: type[AnySection], document: Mapping[str, Any], owner: str) -> 
 
 
 def _drop(document: Any, location: tuple[int | str, ...]) -> str:
-    """Take out the field of a location, whose steps through the kinds of a union are none of the document's."""
+    """Take out the field at a location, and return its dotted name.
+
+    Steps of the location through the kinds of a union are not in the document.
+    """
     path = []
     for step in location[:-1]:
         if isinstance(step, int) or step in document:

@@ -1,4 +1,4 @@
-"""The model, its curvature, the teacher, and what checks the teacher."""
+"""Sections of the model, its curvature, the teacher, and the checks of the teacher."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class TeacherConfig(Section):
     )
 
     def science(self) -> dict[str, object]:
-        """What scores depend on; the rest is about memory, or about what is made of scores."""
+        """Return the settings that a run's scores and its shards depend on, without those about memory and labels."""
         read = TEACHERS[self.name].settings | ALL_READ
         return self.model_dump(mode="json", include=set(read), exclude={"loaded_queries", "negatives"})
 

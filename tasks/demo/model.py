@@ -1,4 +1,4 @@
-"""How the demo's denoiser was made: architecture, training on the demo's shards, a grid of its samples."""
+"""The making of the demo's denoiser: architecture, training on the demo's shards, a grid of its samples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GRID_CELL = 96
 
 
 def new_unet() -> UNet2DConditionModel:
-    """The demo's denoiser, untrained: 4.6 M parameters on 12 x 16 x 16 latents."""
+    """Build the demo's denoiser, untrained: 4.6 M parameters on 12 x 16 x 16 latents."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=12,
@@ -41,7 +41,7 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def new_scheduler() -> DDIMScheduler:
-    """Cosine noise schedule with a v-prediction target."""
+    """Build a cosine noise schedule with a v-prediction target."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_schedule="squaredcos_cap_v2",
@@ -52,7 +52,7 @@ def new_scheduler() -> DDIMScheduler:
 
 
 def save_assets(unet: UNet2DConditionModel, folder: Path) -> None:
-    """What the repository ships: config and float16 weights of the denoiser, scheduler, index of the folder."""
+    """Write what the repository ships: config and float16 weights of the denoiser, scheduler, index of the folder."""
     copy.deepcopy(unet).half().save_pretrained(folder / "unet")
     config_path = folder / "unet" / "config.json"
     config = json.loads(config_path.read_text())
@@ -71,7 +71,7 @@ def save_assets(unet: UNet2DConditionModel, folder: Path) -> None:
 
 
 def train_denoiser_on(shards: Path, out: Path, training: DenoiserTraining, initial: Path | None) -> None:
-    """Train on the shards' images and captions from scratch, or on from the folder `initial`; saves into `out`."""
+    """Train on the shards' images and captions, from scratch or on from the folder `initial`, and save into `out`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(training.seed)
     unet = UNet2DConditionModel.from_pretrained(initial / "unet") if initial else new_unet()
@@ -98,7 +98,7 @@ def train_denoiser_on(shards: Path, out: Path, training: DenoiserTraining, initi
 
 
 def write_sample_grid(assets: Path, queries: QueriesConfig) -> Path:
-    """One image per query caption, twelve a row, as `samples.png` beside the weights."""
+    """Write one image per query caption, twelve a row, as `samples.png` beside the weights; return its path."""
     captions = queries.captions or []
     model = _model_from_assets(assets, torch.device("cpu"))
     latents = generate(

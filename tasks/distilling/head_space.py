@@ -17,7 +17,7 @@ _INSIDE = "./"  # before a path seen from the workspace's folder: a hub id begin
 
 
 def space_record(space: FeaturesConfig, workspace: Workspace) -> HeadRecord:
-    """What is written down of a head's feature space; `recorded_space` reads it."""
+    """Return the record of a head's feature space; `recorded_space` reads it."""
     return HeadRecord(
         feature_space=space.space,
         feature_weights={name: _named(source, workspace) for name, source in space.weights.items()},
@@ -30,18 +30,18 @@ def space_record(space: FeaturesConfig, workspace: Workspace) -> HeadRecord:
 def recorded_space(
     record: HeadRecord, workspace: Workspace, configured: Mapping[str, str] | None = None
 ) -> FeaturesConfig:
-    """The feature space of a head.
+    """Return the feature space of a head.
 
     Weights that lie outside of the workspace may lie elsewhere on this machine: where a configuration says, or under
     the encoder's name in the folder that FASTGDA_ENCODERS names.
 
     Args:
-        record: what is written down of the head.
+        record: the head's record.
         workspace: the head's.
         configured: weights of encoders by a configuration of this machine.
 
     Raises:
-        UsageError: the weights found elsewhere are others.
+        UsageError: the weights are nowhere on this machine, or those found elsewhere are others.
     """
     keys = record.feature_weights_keys
     return FeaturesConfig(
@@ -56,7 +56,7 @@ def recorded_space(
 
 
 def _named(source: str, workspace: Workspace) -> str:
-    """Weights inside the workspace by their path from it."""
+    """Name weights inside the workspace by their path from it; others keep their name."""
     path = Path(source).resolve()
     inside = isinstance(workspace.root, Path) and Path(source).is_dir() and path.is_relative_to(workspace.root)
     return f"{_INSIDE}{workspace.relative(path)}" if inside else source

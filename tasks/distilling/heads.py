@@ -50,7 +50,10 @@ if TYPE_CHECKING:
 def fit_rank_head(
     context: Context, samples: Artifact, queries: Sequence[Artifact], features: Artifact, ranks: Artifact
 ) -> Made:
-    """`head.safetensors` and `head.json` of a head version, named after everything it was trained on."""
+    """Train a head, unless it is there: `head.safetensors` and `head.json` of a head version.
+
+    The version is named after everything that the head was trained on.
+    """
     config = context.config
     key = input_key("head 3", ranks.key, features.key, config.head.learned, config.evaluation.validation_cutoff)
     folder = context.workspace.head(key)
@@ -116,14 +119,14 @@ def _train(
 
 
 def _checkpoints(folder: AnyPath) -> Path | None:
-    """Where a training keeps what it needs to go on after a crash; none in an object store."""
+    """Return where a training keeps what it needs to go on after a crash; None in an object store."""
     return folder / "checkpoints" if isinstance(folder, Path) else None
 
 
 def import_head(config: PipelineConfig, checkpoint: Path) -> Made:
-    """A head version from a checkpoint of FastGDA's release, over the feature space of the configuration.
+    """Make a head version from a checkpoint of FastGDA's release, over the feature space of the configuration.
 
-    It never saw centred features and gets none, whatever `features.centre` says.
+    Such a head never saw centred features and gets none, whatever `features.centre` says.
 
     Raises:
         UsageError: the checkpoint cannot be used, or its features are not those of that space.

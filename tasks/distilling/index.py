@@ -33,7 +33,7 @@ INDEX_MEAN = "mean.safetensors"  # of the training samples' features, beside an 
 
 
 def read_index_mean(index: AnyPath) -> Tensor:
-    """What was taken off the features of an index's training samples, (d,), and is taken off a query's.
+    """Read the mean, (d,), that was subtracted from an index's features and is subtracted from a query's.
 
     Raises:
         UsageError: the file is gone.
@@ -48,7 +48,7 @@ def read_index_mean(index: AnyPath) -> Tensor:
 
 @task(task_run_name="index", cache_policy=NO_CACHE)
 def build_search_index(context: Context, samples: Artifact, features: Artifact, head: Artifact) -> Made:
-    """`index.faiss`, its id map, its head, what its features were centred by, its manifest: one immutable version."""
+    """Build an index, unless it is there: one immutable version of `index.faiss`, ids, record and mean of features."""
     key = input_key("index", head.key, features.key, "with its head's version", table=tables.INDEX_IDS)
     folder, mean = context.workspace.index(key), feature_mean(context, samples)
 

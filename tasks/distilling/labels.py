@@ -1,4 +1,4 @@
-"""What a rank head learns from: the rank labels of a snapshot, with the samples and queries behind them."""
+"""Labels that a rank head learns from: the rank labels of a snapshot, and the samples and queries behind them."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Labels:
 
 
 def read_labels(workspace: Workspace, snapshot: str | None) -> Labels:
-    """The labels of a snapshot, by default of the published one.
+    """Read the labels of a snapshot, by default of the published one.
 
     Raises:
         NotPublished: there is no such snapshot.
-        UsageError: it holds runs that were imported, whose queries have no images.
+        UsageError: the snapshot holds runs that were imported, whose queries have no images.
     """
     found = read_snapshot(workspace, snapshot or read_published(workspace).snapshot)
     records = [read_run(workspace, run) for run in found.runs]
@@ -51,6 +51,6 @@ def read_labels(workspace: Workspace, snapshot: str | None) -> Labels:
 
 
 def extract_query_features(context: Context, labels: Labels) -> None:
-    """Features of all query sets, in the context's feature space."""
+    """Extract features of all query sets, in the context's feature space."""
     for queries in labels.queries:
         extract_features(context, queries)

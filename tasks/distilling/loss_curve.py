@@ -1,4 +1,4 @@
-"""Draw how a rank head was trained."""
+"""Draw the training of a rank head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_CURVE = "no picture of the training: matplotlib is not installed: pip install
 
 
 def loss_curve(head: HeadRecord, cutoff: int, *, format: str = "png") -> bytes | None:
-    """Training loss and validation mAP per epoch, of a head that was trained here; PNG or SVG.
+    """Draw training loss and validation mAP per epoch of a head that was trained here, as PNG or SVG.
 
     None where matplotlib is missing.
     """
@@ -44,7 +44,7 @@ def loss_curve(head: HeadRecord, cutoff: int, *, format: str = "png") -> bytes |
 
 
 def commit_curve(folder: AnyPath, head: HeadRecord, cutoff: int, *, key: str, started: float) -> None:
-    """The picture of a head version; where matplotlib is missing a line says so, as the head is as good without."""
+    """Commit the picture of a head version; without matplotlib print a line, as the head is as good without it."""
     picture = loss_curve(head, cutoff)
     if picture is None:
         console.print(NO_CURVE, highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Rank labels, and the snapshot that readers see."""
+"""Make rank labels, and publish the snapshot that readers see."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tasks.teaching.run import Run
 
 @task(task_run_name="rank labels", cache_policy=NO_CACHE)
 def rank_scores(run: Run) -> Made:
-    """Rank labels of every query of one finished run, whether or not readers see it."""
+    """Make rank labels of every query of one finished run, whether or not readers see the run."""
     started = time.time()
     _label(run)
     return _made(run.workspace, make_snapshot(run.workspace, [run.name]), started)
@@ -28,7 +28,7 @@ def rank_scores(run: Run) -> Made:
 
 @task(task_run_name="publish", cache_policy=NO_CACHE)
 def publish_scores(run: Run, *, incomplete: bool) -> Made:
-    """Rank labels of the run, alone or beside those that are published already, made what readers see in one step.
+    """Publish the run's rank labels in one step, alone or beside those that are published already.
 
     Args:
         incomplete: publish what there is.
@@ -44,13 +44,13 @@ def publish_scores(run: Run, *, incomplete: bool) -> Made:
 
 
 def _label(run: Run) -> None:
-    """Make the labelling of the configuration the run's own, for all who compact the run from now on."""
+    """Make the configuration's labelling the run's own, for all who compact the run from now on."""
     negatives = run.config.teacher.negatives
     write_labelling(run.workspace, run.name, Labelling(negatives=negatives))
 
 
 def _is_ranked(run: Run) -> bool:
-    """Whether the run has large files, and of the configuration's labelling."""
+    """Return whether the run has large files of the configuration's labelling."""
     compaction = read_compaction(run.workspace, run.name)
     negatives = run.config.teacher.negatives
     return compaction is not None and all(part.negatives == negatives for part in compaction.parts)

@@ -26,7 +26,7 @@ from tasks.inputs.queries import joined_queries
 
 
 def run_behind(workspace: Workspace, ranks: Artifact) -> str:
-    """The run that a snapshot's rows are of; the last, where it holds several."""
+    """Return the run that a snapshot's rows are of; the last, where it holds several."""
     return read_snapshot(workspace, ranks.key).runs[-1]
 
 
@@ -34,7 +34,7 @@ ROWS_AT_ONCE = 300_000
 
 
 def candidate_scores(workspace: Workspace, ranks: Artifact, query_ids: Sequence[str]) -> CandidateScores:
-    """The teacher's scores of some queries' candidates; negative ones are 0 where the labels tie them."""
+    """Read the teacher's scores of some queries' candidates; negative ones are 0 where the labels tie them."""
     table = read_influence(workspace, ranks.key, list(query_ids))
     number = pc.index_in(table["query_id"], pa.array(query_ids, pa.string())).to_numpy()
     columns = (number, table["train_id"].to_numpy(), table["score"].to_numpy())
@@ -42,14 +42,14 @@ def candidate_scores(workspace: Workspace, ranks: Artifact, query_ids: Sequence[
 
 
 def sample_features(context: Context, samples: Artifact) -> Tensor:
-    """phi of all samples, (samples, d): in memory, or mapped from a file where `head.resident` is false."""
+    """Load phi of all samples, (samples, d): in memory, or mapped from a file where `head.resident` is false."""
     return load_features(context, samples, samples) if context.config.head.resident else map_features(context, samples)
 
 
 def rank_pairs(
     workspace: Workspace, ranks: Artifact, query_ids: Sequence[str], rows: Tensor, samples: int, *, standardised: bool
 ) -> RankPairs:
-    """The labelled pairs of some queries, read a few queries at a time: a hundred million take 0.8 GB.
+    """Read the labelled pairs of some queries, a few queries at a time: a hundred million take 0.8 GB.
 
     Args:
         workspace: where the rank labels are.
@@ -57,8 +57,8 @@ def rank_pairs(
         query_ids: of all queries.
         rows: numbers of the wanted ones, ascending.
         samples: how many training samples there are.
-        standardised: labels are scores, of mean 0 and deviation 1 within their query, instead of rank labels; negative
-            ones are 0 before that where the labels tie them, and non-candidates have the least one of their query.
+        standardised: labels are scores, of mean 0 and deviation 1 within their query, instead of rank labels. Negative
+            scores are 0 before that where the labels tie them, and non-candidates have the least label of their query.
     """
     sample, label = np.empty(ranks.rows, np.int32), np.empty(ranks.rows, np.float32)
     count = torch.zeros(len(query_ids), dtype=torch.int64)
@@ -85,7 +85,7 @@ def rank_pairs(
 
 
 def _standardised(score: NDArray[np.float64], query: NDArray[np.int64], queries: int) -> tuple[Any, Any]:
-    """Scores with mean 0 and deviation 1 within their query, (n,), and the least of each query, (queries,)."""
+    """Return scores of mean 0 and deviation 1 within their query, (n,), and the least of each query, (queries,)."""
     count = np.maximum(np.bincount(query, minlength=queries), 1)
     centred = score - (np.bincount(query, score, queries) / count)[query]
     deviation = np.sqrt(np.bincount(query, centred**2, queries) / count)
@@ -96,4 +96,5 @@ def _standardised(score: NDArray[np.float64], query: NDArray[np.int64], queries:
 
 
 def rows_of_split(queries: Sequence[Artifact], split: str) -> Tensor:
+    """Return the numbers of a split's queries among the queries of all sets, (n,), ascending."""
     return torch.tensor([row for row, query in enumerate(joined_queries(queries)) if query.split == split])

@@ -20,18 +20,18 @@ from tasks.inputs.features import (
 
 
 def space_of_head(context: Context, head: HeadRecord) -> Context:
-    """The context with the feature space of a head, whatever is configured since."""
+    """Return the context with the feature space of a head, whatever is configured since."""
     space = recorded_space(head, context.workspace, context.config.features.weights)
     return in_space(context, **space.model_dump(include={"space", "weights", "unit_length", "centre"}))
 
 
 def load_trained_head(folder: AnyPath) -> RankHead:
-    """A head version, from disk or from an object store."""
+    """Load a head version, from disk or from an object store."""
     return load_head(local_files(folder, (HEAD_FILE, "head.safetensors")))
 
 
 def read_head(workspace: Workspace, version: str) -> tuple[Artifact, HeadRecord]:
-    """A rank head, and what is written down of it.
+    """Read a rank head and its record.
 
     Raises:
         UsageError: there is no such head.
@@ -42,7 +42,7 @@ def read_head(workspace: Workspace, version: str) -> tuple[Artifact, HeadRecord]
 
 
 def read_index(workspace: Workspace, version: str) -> tuple[Artifact, IndexRecord]:
-    """An index, and what is written down of it.
+    """Read an index and its record.
 
     Raises:
         UsageError: there is no such index.
@@ -53,7 +53,7 @@ def read_index(workspace: Workspace, version: str) -> tuple[Artifact, IndexRecor
 
 
 def _committed(workspace: Workspace, path: AnyPath, version: str, what: str, listing: str) -> Artifact:
-    """The artifact that a committed file is of."""
+    """Return the artifact that a committed file is of."""
     manifest = committed(path, version)
     if manifest is None:
         raise UsageError(f"no {what} {version!r}: {command(workspace, f'sql {shlex.quote(listing)}')} lists them")
@@ -61,7 +61,7 @@ def _committed(workspace: Workspace, path: AnyPath, version: str, what: str, lis
 
 
 def latest_head(workspace: Workspace) -> str:
-    """The head that was trained last.
+    """Return the head that was trained last.
 
     Raises:
         UsageError: there is none.
@@ -70,7 +70,7 @@ def latest_head(workspace: Workspace) -> str:
 
 
 def latest_index(workspace: Workspace) -> str:
-    """The index that was built last.
+    """Return the index that was built last.
 
     Raises:
         UsageError: there is none.

@@ -1,4 +1,4 @@
-"""Whether somebody cancelled this flow run in Prefect, where no Prefect worker is there to end its process."""
+"""Cancellation of this flow run in Prefect, where no Prefect worker is there to end its process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _looked: dict[str, tuple[float, bool]] = {}
 
 
 def requested() -> bool:
-    """By the last look, which is at most some seconds old. A server of this process's own has nobody else to ask."""
+    """Return whether somebody cancelled this flow run, by a look at most some seconds old.
+
+    A Prefect server that this process has for itself is not asked: nobody else can reach it.
+    """
     own = flow_run.get_id()
     if own is None or not PREFECT_API_URL.value():
         return False

@@ -1,4 +1,4 @@
-"""A stage of a run, part by part: what is missing is made, wherever the configuration says."""
+"""The coordinator of a run: it makes what is missing, part by part, wherever the configuration says."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SAMPLE_PARTS = 9  # whose seconds tell what a part takes
 
 @dataclass(eq=False)
 class Coordinator:
-    """Makes the parts of one run, inside a `with` block, for the length of which worker processes are kept.
+    """Makes the parts of one run inside a `with` block, and keeps worker processes as long as the block lasts.
 
     assignment: key of the assignment that workers load.
     part_seconds: estimate of what one part takes, by kind.
@@ -77,7 +77,7 @@ class Coordinator:
             log.info("run %s is %s after %.0f s", self.run.name, end, time.monotonic() - self._begun)
 
     def _workers(self) -> TaskRunner[Any]:
-        """The task runner, started when it is first needed: its processes keep the model from one stage to the next."""
+        """Return the task runner, started when first needed: its processes keep the model from stage to stage."""
         if self._runner is None:
             runner = task_runner(self.run.config)
             self._runner = runner.__enter__()
@@ -89,18 +89,18 @@ class Coordinator:
             runner.__exit__(None, None, None)
 
     def make_all_before(self, kind: str) -> list[Made]:
-        """What leads to this kind of parts, in order."""
+        """Make all parts that lead to this kind of parts, in order."""
         kinds = list(self.run.parts)
         return [self.make(each) for each in kinds[: kinds.index(kind)]]
 
     def make(self, kind: str) -> Made:
-        """The parts of this kind, complete.
+        """Make the missing parts of this kind, and return the complete stage.
 
         Raises:
             RunIncomplete: parts failed for good.
             RunCancelled: somebody asked for it.
-            RunRefused: they are complete and cannot be right.
-            PartHangs: one does not come back, in this process.
+            RunRefused: the parts are complete and cannot be right.
+            PartHangs: a part does not come back, in this process.
         """
         run, execution, parts = self.run, self.run.config.execution, self.run.parts[kind]
         standing = parts.standing()
@@ -144,14 +144,14 @@ class Coordinator:
         return _made(parts, parts.standing(), reused=False)
 
     def make_unless_incomplete(self, kind: str) -> Made | None:
-        """As `make`; None where parts failed for good."""
+        """Make the parts as `make` does; return None where parts failed for good."""
         try:
             return self.make(kind)
         except RunIncomplete:
             return None
 
     def _given_up(self, kind: str) -> dict[int, Failure]:
-        """Parts that were quarantined before, which only `fastgda retry` takes up again."""
+        """Return the parts that were quarantined before; only `fastgda retry` takes them up again."""
         quarantined = {}
         for number, attempts in read_attempts(self.run.workspace, self.run.name, kind).items():
             if attempts and attempts[-1].state == ShardState.quarantined:
@@ -174,7 +174,7 @@ class Coordinator:
 
     @contextmanager
     def _watched(self, kind: str, todo: list[int]) -> Iterator[Watch]:
-        """Progress bar, ledger and board, kept up to date while the block runs."""
+        """Keep progress bar, ledger and board up to date while the block runs."""
         run, parts = self.run, self.run.parts[kind]
         rows = sum(map(parts.rows, todo))
         # The ledger is one of score shards.
@@ -189,7 +189,11 @@ class Coordinator:
             yield Watch(run, parts, set(todo), self.part_seconds.get(kind), advance, refresh, self._board)
 
     def _wait_until_resumed(self, watch: Watch) -> None:
-        """Raises RunCancelled unless it is a pause, which ends when somebody resumes the run."""
+        """Wait until somebody resumes a paused run.
+
+        Raises:
+            RunCancelled: the run is to stop for good.
+        """
         run = self.run
         checkpoint()
         if asked(run.workspace, run.name) == RunRequest.pause:
@@ -243,18 +247,18 @@ class Watch:
             self._measure(number)
 
     def _measure(self, number: int) -> None:
-        """What a part takes, from the first few that were made."""
+        """Measure what a part takes, from the first few that were made."""
         if len(self.sample) < SAMPLE_PARTS:
             self.sample.append(number)
             manifests = [read_manifest(self.parts.path(each)) for each in self.sample]
             self.measured = median_seconds(manifest for manifest in manifests if manifest)
 
     def part_seconds(self) -> float | None:
-        """What one part takes, as far as is known by now: measured, or else by estimate."""
+        """Return the seconds that one part takes, as far as is known by now: measured, or else estimated."""
         return self.measured if self.measured is not None else self.estimate
 
     def tick(self) -> bool:
-        """Look around; False when somebody wants the run to stop."""
+        """Refresh ledger, board and progress; return False when somebody wants the run to stop."""
         self.refresh()
         self.board.update()
         if self.run.config.execution.runner == "pool" and time.monotonic() - self.looked > 5:
@@ -266,7 +270,7 @@ class Watch:
 
 @task(task_run_name="plan", cache_policy=NO_CACHE)
 def begin_run(run: Run) -> Coordinator:
-    """Write down the plan, once, and what workers are to do now; a wish to stop that is left over is withdrawn."""
+    """Write the plan, once, and the assignment of the workers; withdraw a wish to stop that is left over."""
     workspace, name, origin = run.workspace, run.name, flow_run.get_id() or ""
     with logs.about(run=name):
         if not workspace.run(name).exists():
@@ -303,7 +307,7 @@ def _generation(workspace: Workspace, run: str) -> int:
 
 
 def _part_seconds(run: Run) -> dict[str, float]:
-    """Estimate of what one part of each kind takes; empty where nothing is known, which the first parts mend."""
+    """Estimate the seconds of one part of each kind; empty where no rate is known until the first parts are made."""
     speed = known_rate(run.context)
     if speed is None:
         return {}

@@ -1,4 +1,4 @@
-"""How fast a device is, by configuration, by earlier runs or by a trial."""
+"""The speed of a device, by configuration, by earlier runs or by a trial."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ TRIAL_ROWS = 8
 
 @dataclass(frozen=True)
 class Rate:
-    """Forward passes a second of one device, and how that is known."""
+    """Forward passes a second of one device, and the source of the figure."""
 
     forwards_per_second: float
     source: str
 
 
 def known_rate(context: Context) -> Rate | None:
-    """From the configuration, else from earlier runs of this model in the workspace; None where neither tells."""
+    """Return the rate by the configuration, else by earlier runs of this model here; None where neither tells."""
     configured = context.config.execution.forwards_per_second
     if configured is not None:
         return Rate(configured, "execution.forwards_per_second")
@@ -45,7 +45,7 @@ def known_rate(context: Context) -> Rate | None:
 
 
 def rate(context: Context) -> Rate:
-    """`known_rate`, else from a short trial on this machine's device."""
+    """Return `known_rate`, else the rate of a short trial on this machine's device."""
     return known_rate(context) or _trial(context)
 
 
@@ -79,7 +79,7 @@ def _measured(workspace: Workspace, model_hash: str) -> Rate | None:
 
 
 def mean_captions(samples: AnyPath) -> float:
-    """Captions of one training sample."""
+    """Return the mean number of captions of a training sample."""
     return float(pc.mean(pc.list_value_length(samples_table(samples)["captions"])).as_py())
 
 
@@ -102,6 +102,6 @@ def _trial(context: Context) -> Rate:
 
 
 def median_seconds(manifests: Iterable[Manifest]) -> float | None:
-    """Of the work behind some parts; None where there are fewer than three."""
+    """Return the median seconds of the work behind some parts; None where there are fewer than three."""
     seconds = sorted(manifest.seconds for manifest in manifests)
     return seconds[len(seconds) // 2] if len(seconds) >= 3 else None

@@ -1,4 +1,4 @@
-"""What a run will take, said before it is started."""
+"""Estimate what a run will take, before it is started."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHEAP_SECONDS, LONG_SECONDS = 2.0, 3600.0  # of one shard: below, overhead shows
 
 @dataclass(frozen=True)
 class Estimate:
-    """Parts, rows and forward passes of a run, and what they take at some rate."""
+    """Parts, rows and forward passes of a run, and what they take at a rate."""
 
     size: Size
     kinds: list[KindCost]
@@ -40,6 +40,7 @@ class Estimate:
         return {**asdict(self), "device_hours": self.device_hours, "cost": cost}
 
     def shown(self) -> Iterator[RenderableType]:
+        """Yield the estimate for a terminal: lines and a table."""
         size = self.size
         yield (
             f"{size.samples:,} training samples ({size.captions:.1f} captions each), {size.queries:,} queries, "
@@ -62,6 +63,7 @@ class Estimate:
         yield from self.advice()
 
     def advice(self) -> Iterator[str]:
+        """Yield advice on the size of score shards."""
         scores = self.kinds[-1]
         seconds = scores.seconds(self.rate.forwards_per_second) / scores.parts
         if seconds < CHEAP_SECONDS and scores.parts > 100:
@@ -71,7 +73,7 @@ class Estimate:
 
 
 def estimate(config: PipelineConfig) -> Estimate:
-    """From the configuration and the tars alone; the model is run for a second where nothing else tells its speed.
+    """Estimate a run from its configuration and tars; a model of unknown speed is run for a second.
 
     Raises:
         UsageError: the configuration asks for more than there is.
@@ -90,7 +92,7 @@ def estimate(config: PipelineConfig) -> Estimate:
 
 
 def _candidates(config: CandidatesConfig, samples: int, queries: int) -> int:
-    """Of one query; of policy `pooled`, at most."""
+    """Return the candidates of one query; of policy `pooled`, the most that there can be."""
     if config.policy == "all":
         return samples
     k = config.k or samples

@@ -1,7 +1,7 @@
 """Make the missing parts of a run: one Prefect task run a part, never more than a window of them under way.
 
-What comes back from a task is a reference to a committed file, never its content. Who makes the parts is the task
-runner's affair; who decides what is missing, failed or lost is the workspace's: its manifests and attempt records.
+A task returns a reference to a committed file, never the file's content. The task runner decides where a part is made.
+The manifests and attempt records of the workspace decide what is missing, failed or lost.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ log = logging.getLogger("fastgda.execution.parts")
 
 @dataclass(frozen=True)
 class PartReference:
-    """A committed part, by name."""
+    """A committed part, by its path and sha256."""
 
     kind: str
     number: int
@@ -70,7 +70,7 @@ def _may_pass(error: BaseException) -> bool:
 def make_part(
     location: str, run: str, assignment: str, kind: str, number: int, timeout: float | None
 ) -> PartReference | State[None]:
-    """Make and commit one part; one that is there already costs nothing."""
+    """Make and commit one part; a part that is there already costs nothing."""
     logs.set_up_once()
     with logs.about(run=run, kind=kind, part=number):
         try:
@@ -120,7 +120,7 @@ def _part(
 
 @dataclass(frozen=True)
 class WorkOrder:
-    """Which parts of which run are to be made, and how patiently.
+    """An order to make parts of one kind of a run, and how patiently.
 
     location: folder or URL of the workspace.
     assignment: key of the run's assignment.
@@ -133,7 +133,7 @@ class WorkOrder:
     execution: ExecutionConfig
 
     def timeout(self, part_seconds: float | None) -> float | None:
-        """Seconds that one part may take, from what it is known to take; no limit where that is not known."""
+        """Return the seconds that one part may take, given what a part usually takes; None is no limit."""
         if part_seconds is None:
             return None
         return max(self.execution.timeout_floor, self.execution.timeout_factor * part_seconds)
@@ -152,7 +152,7 @@ def run_parts(
 
     Args:
         runner: entered already.
-        part_seconds: what one part takes, as far as is known.
+        part_seconds: returns what one part takes, as far as is known.
         finished: called with the number of each part that is there.
         tick: called every second or so; False stops.
 
@@ -207,7 +207,7 @@ def _take(
     number: int,
     finished: Callable[[int], None],
 ) -> None:
-    """Note how one part ended."""
+    """Note in the outcome how one part ended."""
     state: State[object] | None = None
     result: object = None
     try:
@@ -234,7 +234,7 @@ def _take(
 
 
 def end_of_job(order: WorkOrder, outcome: Outcome) -> str:
-    """What a job's flow run says at its end.
+    """Return what a job's flow run says at its end.
 
     Raises:
         RuntimeError: parts failed.
@@ -246,7 +246,7 @@ def end_of_job(order: WorkOrder, outcome: Outcome) -> str:
 
 
 class DeviceLost(RuntimeError):
-    """The device failed under the process that coordinates the run: it has to be started again."""
+    """The device failed under the process that coordinates the run: that process has to be started again."""
 
 
 class WorkerLost(RuntimeError):
@@ -256,7 +256,7 @@ class WorkerLost(RuntimeError):
 def quarantine_deadly(
     workspace: Workspace, run: str, kind: str, numbers: Iterable[int], max_deaths: int
 ) -> dict[int, Failure]:
-    """Take those of some unfinished parts out of the run over which too many worker processes died."""
+    """Quarantine those of some unfinished parts over which too many worker processes died, and return them."""
     attempts, attempt_log = read_attempts(workspace, run, kind), AttemptLog(workspace, run, kind=kind)
     quarantined = {}
     for number in numbers:

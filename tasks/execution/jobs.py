@@ -1,4 +1,4 @@
-"""Parts made elsewhere: jobs, which are flow runs of a deployment, each with some parts to make.
+"""Jobs that make parts elsewhere: flow runs of a deployment, each with some parts to make.
 
 A job runs wherever its work pool starts it: a process, a container, a Kubernetes job, with the device that the pool's
 template asks for. This module keeps a few of them under way, short enough for others to have their turn, and looks at
@@ -70,7 +70,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Request:
-    """A job to be started. However often the server is asked, by its key it starts it once."""
+    """A job to be started. By its key the server starts it once, however often it is asked."""
 
     pool: PoolConfig
     numbers: list[int]
@@ -81,8 +81,8 @@ class _Request:
 class JobPool:
     """The jobs of one kind of part of one run.
 
-    part_seconds: what one part takes, as far as is known by now.
-    missing: which parts are not committed at this moment.
+    part_seconds: returns what one part takes, as far as is known by now.
+    missing: returns the parts that are not committed at this moment.
     """
 
     workspace: Workspace
@@ -97,7 +97,11 @@ class JobPool:
     _waiting: bool = False
 
     def make(self, numbers: list[int], tick: Callable[[], bool]) -> Outcome:
-        """Keep jobs under way until every part is there, failed, or somebody stops it."""
+        """Keep jobs under way until every part is there or failed, or somebody stops the run.
+
+        Raises:
+            UsageError: the server refuses a job, or no worker can do one.
+        """
         outcome = Outcome()
         self._known = {number: len(attempts) for number, attempts in self._attempts().items()}
         # Prefect's client would try for minutes by itself, in which nobody could stop the run.
@@ -138,7 +142,10 @@ class JobPool:
         return ["fastgda", f"run:{self.order.run}", f"kind:{self.order.kind}"]
 
     def _adopt(self, client: SyncPrefectClient) -> bool:
-        """Take over the jobs that a coordinator of this run left under way when it died; False where nobody answers."""
+        """Take over the jobs that a coordinator of this run left under way when it died.
+
+        False where the server does not answer.
+        """
         under_way: list[FlowRun] = []
         while True:
             unlisted = FlowRunFilter(
@@ -165,7 +172,7 @@ class JobPool:
         return self._answer("list the run's jobs", lambda: client.read_flow_runs(flow_run_filter=asked_for, limit=PAGE))
 
     def _deployments(self, client: SyncPrefectClient) -> dict[str, UUID] | None:
-        """What the server calls the deployments of the pools; None while it is away."""
+        """Return the server's ids of the deployments of the pools; None while it is away."""
         ids = {}
         for pool in self.order.execution.pools:
             ask = functools.partial(client.read_deployment_by_name, pool.deployment)
@@ -183,10 +190,10 @@ class JobPool:
         return (fit or same or list(pools))[0]
 
     def _answer(self, asked: str, ask: Callable[[], T], pool: PoolConfig | None = None) -> T | None:
-        """What the server says; None while it is away, which is told once.
+        """Return what the server says; None while it is away, which is told once.
 
         Raises:
-            UsageError: it refuses, and will do so again.
+            UsageError: the server refuses, and will do so again.
         """
         try:
             answer = ask()
@@ -215,7 +222,7 @@ class JobPool:
         return answer
 
     def _start(self, waiting: deque[int]) -> None:
-        """New jobs for the free slots."""
+        """Start new jobs for the free slots."""
         if self._unanswered is not None and not self._submit(self._unanswered):
             return
         for pool in self.order.execution.pools:
@@ -225,7 +232,7 @@ class JobPool:
                     return
 
     def _submit(self, request: _Request) -> bool:
-        """Start a job; False while the server is away, and then it is to be asked again for the same."""
+        """Start a job; False while the server is away, and then the same job is to be asked for again."""
         order, pool, numbers = self.order, request.pool, as_ranges(request.numbers)
         started = self._answer(
             f"start a run of {pool.deployment}",
@@ -257,7 +264,10 @@ class JobPool:
         return started is not None
 
     def _size(self, pool: PoolConfig, waiting: int) -> int:
-        """Parts in the next job: as many as others can wait for, fewer towards the end, so that all end at once."""
+        """Return the parts in the next job.
+
+        They are as many as others can wait for, and fewer towards the end, so that all jobs end at once.
+        """
         slots = sum(each.slots for each in self.order.execution.pools)
         share = math.ceil(waiting / (2 * slots))
         known = self.part_seconds()
@@ -269,9 +279,9 @@ class JobPool:
         return min(longest, max(shortest, share))
 
     def _ended(self, client: SyncPrefectClient, *, stopping: bool) -> Iterator[_Job]:
-        """Jobs that are over, or whose worker is gone, before it started them or after; these are taken off the list.
+        """Yield jobs that are over, or whose worker is gone, before or after it started them; take them off the list.
 
-        Those that work stop by themselves when the run is to stop; those that wait for a worker are called off.
+        When the run is to stop, jobs at work stop by themselves, and those that wait for a worker are called off.
         """
         flow_runs: dict[UUID, FlowRun] = {}
         for start in range(0, len(self._jobs), PAGE):
@@ -284,7 +294,7 @@ class JobPool:
         for job in list(self._jobs):
             flow_run = flow_runs.get(job.flow_run)
             state = flow_run.state if flow_run else None
-            # Of one that the server does not show nothing is known: it may work, as long as it gives signs of life.
+            # A job that the server does not show may be at work, as long as it gives signs of life.
             if state is None or state.is_running() or state.is_cancelling():
                 over = self._is_lost(client, job, beats)
             else:
@@ -296,7 +306,7 @@ class JobPool:
                 yield job
 
     def _is_stuck(self, client: SyncPrefectClient, job: _Job, state: State[None]) -> bool:
-        """Whether a worker took a job and never started it: it may have died, and Prefect leaves it so for ever."""
+        """Return whether a worker took a job and never started it; Prefect leaves such a job pending for ever."""
         now = job.beat_changed = time.monotonic()  # no beat is to be expected yet
         if not state.is_pending():
             job.taken = None
@@ -311,7 +321,7 @@ class JobPool:
         return stuck
 
     def _is_lost(self, client: SyncPrefectClient, job: _Job, beats: dict[str, Beat]) -> bool:
-        """Whether nothing has been heard of the job's process for too long, or it hangs over a part."""
+        """Return whether nothing has been heard of the job's process for too long; tell one that hangs to end."""
         beat, now = beats.get(str(job.flow_run)), time.monotonic()
         if beat is not None and beat.beat != job.beat:
             job.beat, job.beat_changed = beat.beat, now
@@ -330,14 +340,14 @@ class JobPool:
         return silent
 
     def _force(self, client: SyncPrefectClient, job: _Job, state: State[None]) -> bool:
-        """Say in Prefect how a job stands; what becomes of its parts does not hang on it. False where nobody heard."""
+        """Set a job's state in Prefect, on which its parts do not depend; False where the server is away."""
         with tolerated(f"say how the job {job.name} stands"):
             client.set_flow_run_state(job.flow_run, state, force=True)
             return True
         return False
 
     def _settle(self, job: _Job, outcome: Outcome) -> list[int]:
-        """Note what a finished job left undone; returns the parts that are to be tried again."""
+        """Note what a finished job left undone; return the parts that are to be tried again."""
         undone = sorted(set(self.missing()) & set(job.numbers))
         attempts = self._attempts()
         back, tried = [], len(undone) < len(job.numbers)

@@ -11,7 +11,7 @@ from storage_schemas.workspace import Workspace
 
 
 def as_ranges(numbers: Iterable[int]) -> str:
-    """Ascending numbers as ranges."""
+    """Write numbers as ranges, ascending."""
     ranges: list[list[int]] = []
     for number in sorted(set(numbers)):
         if ranges and number == ranges[-1][1] + 1:
@@ -22,10 +22,10 @@ def as_ranges(numbers: Iterable[int]) -> str:
 
 
 def from_ranges(text: str) -> list[int]:
-    """The inverse.
+    """Read what `as_ranges` wrote.
 
     Raises:
-        UsageError: it is no list of numbers and ranges.
+        UsageError: the text is no list of numbers and ranges.
     """
     numbers: list[int] = []
     for piece in text.split(",") if text else []:
@@ -38,10 +38,10 @@ def from_ranges(text: str) -> list[int]:
 
 
 def chosen_shards(workspace: Workspace, run: str, text: str | None) -> set[int] | None:
-    """Score shards of a run that somebody named; None, which stands for all, where nobody did.
+    """Return the score shards of a run that somebody named; None, which stands for all, where nobody did.
 
     Raises:
-        UsageError: none is named, or one that the run does not have.
+        UsageError: no shard is named, or one that the run does not have.
     """
     if text is None:
         return None

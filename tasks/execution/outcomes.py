@@ -1,4 +1,4 @@
-"""How making the parts of a run can end."""
+"""Outcomes of making the parts of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Failure", "Outcome", "PartHangs", "RunCancelled", "RunIncomplete", "
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a part is not there, after all retries."""
+    """A part that is not there after all retries, and why."""
 
     kind: str
     number: int
@@ -30,7 +30,7 @@ class Failure:
 
 @dataclass
 class Outcome:
-    """How a fan-out ended: what failed for good, whether somebody stopped it, whether a worker process died."""
+    """The end of a fan-out: what failed for good, whether somebody stopped it, whether a worker process died."""
 
     failures: dict[int, Failure] = field(default_factory=dict)
     stopped: bool = False
@@ -58,4 +58,4 @@ class RunIncomplete(RuntimeError):
 
 
 class RunCancelled(RuntimeError):
-    """Somebody asked for the run to stop; what is finished is kept."""
+    """The run was stopped as somebody asked; what is finished is kept."""

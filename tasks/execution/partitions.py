@@ -15,7 +15,7 @@ from tasks.progress import console
 
 
 def in_partition(config: PipelineConfig, partition: str) -> PipelineConfig:
-    """The same curation of the queries of one partition, beside those that are published already.
+    """Return the configuration for the queries of one partition, to be published beside what is there already.
 
     Raises:
         UsageError: the configuration's queries come in no partitions.
@@ -27,13 +27,17 @@ def in_partition(config: PipelineConfig, partition: str) -> PipelineConfig:
 
 
 def scheduled_partition(days_back: int) -> str:
-    """The date some days before the flow run's scheduled start, which a late start does not change."""
+    """Return the date some days before the flow run's scheduled start, which a late start does not change."""
     start = flow_run.get_scheduled_start_time() or datetime.now(UTC)
     return (start.date() - timedelta(days=days_back)).isoformat()
 
 
 def partition_names(first: date | None, last: date | None, partitions: Sequence[str] | None) -> list[str]:
-    """Raises UsageError unless either dates or names are given, and some of them."""
+    """Return the days from the first date to the last, or the partitions named.
+
+    Raises:
+        UsageError: dates and names are both given or both missing, or the dates are the wrong way round.
+    """
     if (first is None) == (partitions is None):
         raise UsageError("give either a first date, with or without a last one, or a list of partitions")
     if partitions is not None:
@@ -47,7 +51,7 @@ def partition_names(first: date | None, last: date | None, partitions: Sequence[
 
 @dataclass(frozen=True)
 class PartitionOutcome:
-    """How the curation of one partition ended: its run, or why there is none."""
+    """The end of the curation of one partition: its run, or why there is none."""
 
     partition: str
     run: str = ""

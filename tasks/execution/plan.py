@@ -1,4 +1,4 @@
-"""What a run is to do: which stages it has, where each lies or will, in which parts."""
+"""The plan of a run: its stages, where each is kept, in which parts."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tasks.teaching.run import Run
 
 
 def run_artifacts(context: Context, samples: Artifact, queries: Artifact) -> dict[str, Artifact]:
-    """What leads to scores, by name; keys follow from the inputs, whether or not it is made yet."""
+    """Return the artifacts that lead to scores, by name; keys follow from the inputs, also before they are made."""
     made = family_of(context.config).artifacts(context, samples, queries)
     return {artifact.name: artifact for artifact in (samples, queries, *made)}
 
 
 def run_name(context: Context, artifacts: dict[str, Artifact]) -> str:
-    """The configuration's name and a hash of everything that the run's scores depend on."""
+    """Return the configuration's name with a hash of everything that the run's scores depend on."""
     config = context.config
-    # Where every sample is scored no feature has a say; the head's may then change and the scores stay.
+    # Where every sample is scored the candidates depend on no features: the head's may change, and the scores stay.
     near = candidate_space(context)
     chosen_by = [] if config.candidates.policy == "all" else [features_key(near, artifacts["samples"])]
     science = config.candidates.science(), config.teacher.science()

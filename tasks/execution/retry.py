@@ -32,7 +32,7 @@ def release(location: str, run: str, shards: str | None = None) -> int:
         How many parts will be made again.
 
     Raises:
-        UsageError: a shard named is not one of those.
+        UsageError: a named shard is not one of the run's.
     """
     workspace = Workspace.at(location)
     named = chosen_shards(workspace, run, shards)
@@ -66,7 +66,7 @@ def release(location: str, run: str, shards: str | None = None) -> int:
 
 
 def _given_up(workspace: Workspace, run: str) -> dict[str, set[int]]:
-    """Parts whose last attempt record says failed or quarantined, by kind."""
+    """Return the parts whose last attempt record says failed or quarantined, by kind."""
     given_up: dict[str, set[int]] = {}
     try:
         kinds = list(read_assignment(workspace, run).stages)

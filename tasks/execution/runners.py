@@ -1,4 +1,4 @@
-"""Which Prefect task runner makes a run's parts."""
+"""The Prefect task runner that makes a run's parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from tasks.config.pipeline import PipelineConfig
 
 
 def task_runner(config: PipelineConfig) -> TaskRunner[Any]:
-    """One process per GPU; on a CPU, or with one GPU, a thread of this process, with all cores.
+    """Build the configured task runner.
+
+    By default it has one process per GPU. On a CPU, or with one GPU, it is a thread of this process, with all cores.
 
     Raises:
         UsageError: the package of the runner is not installed.
@@ -33,7 +35,7 @@ def task_runner(config: PipelineConfig) -> TaskRunner[Any]:
 
 
 def submission(config: PipelineConfig) -> AbstractContextManager[object]:
-    """What has to be said where parts are handed to the task runner: in a Ray cluster with GPUs, each takes one."""
+    """Return a context for handing parts to the task runner: in a Ray cluster with GPUs, each part takes one."""
     if config.execution.runner != "ray" or config.device == "cpu":
         return nullcontext()
     import ray
@@ -48,7 +50,7 @@ def _ray(address: str | None, workers: int, gpus: int) -> TaskRunner[Any]:
 
     if address is not None:
         return RayTaskRunner(address=address)
-    # A cluster of this machine's own; its tasks share no core with the coordinator's threads by accident.
+    # A cluster of this machine's own, with room for `workers` tasks at a time.
     options = {"num_cpus": workers, "include_dashboard": False, "configure_logging": False, "log_to_driver": False}
     return RayTaskRunner(init_kwargs=options | ({"num_gpus": gpus} if gpus else {}))
 

@@ -1,4 +1,4 @@
-"""One process that makes parts: its signs of life, its attempt records, and how it is told to stop."""
+"""A process that makes parts: its signs of life, its attempt records, and how it is told to stop."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _coordinated: set[str] = set()
 
 
 def coordinate_here(run: str) -> None:
-    """This process coordinates the run, and outlives the work that it does for it."""
+    """Note that this process coordinates the run, and outlives the parts that it makes itself."""
     _coordinated.add(run)
 
 
@@ -52,7 +52,7 @@ _at_work: dict[str, Worker] = {}  # by the run a part of which is being made in 
 
 
 def raise_if_hung(run: str, timeout: float | None) -> None:
-    """For a coordinator, which looks on while a thread of its own makes a part.
+    """Look at a part that a thread of this coordinator makes.
 
     Raises:
         PartHangs: the part is far beyond its time limit. The process ends once its main thread has, or a minute later:
@@ -94,20 +94,20 @@ class Worker:
 
     @contextmanager
     def at_work(self, context: Context, kind: str, number: int, timeout: float | None) -> Iterator[None]:
-        """Make a part in the block: the attempt is recorded, the process seen at it, and it can be stopped.
+        """Record the attempt at a part that is made in the block, show the process at work, and let it be stopped.
+
+        A micro-batch that never ends cannot look for a wish to stop. This process ends then, with the place where it
+        hangs on standard error, and others make the part again; unless it coordinates the run (`raise_if_hung`).
 
         Raises:
-            TookTooLong: the work asked, between two micro-batches, after more than `timeout` seconds.
-
-        A micro-batch that never ends cannot ask. This process ends then, with the place where it hangs on standard
-        error, and others make the part again; unless it coordinates the run (`raise_if_hung`).
+            TookTooLong: the work looked, between two micro-batches, after more than `timeout` seconds.
         """
         self._since = time.monotonic()
         self._tell(kind=kind, number=number, device=str(context.device), job=flow_run.get_id() or "")
         attempts = self._logs.setdefault(kind, AttemptLog(self.workspace, self.run, kind=kind))
         _at_work[self.run] = self
         if timeout is not None and not coordinator_here(self.run):
-            # By a thread in C, which comes to its turn even where the work holds Python's lock.
+            # A thread in C does this: it comes to its turn even where the work holds Python's lock.
             faulthandler.dump_traceback_later(HUNG_FACTOR * timeout, exit=True, file=2)
         try:
             with (
@@ -133,11 +133,12 @@ class Worker:
             self._tell(kind="", number=-1, out_of_memory=halvings, device_memory=memory)
 
     def finished(self, manifest: Manifest) -> None:
+        """Count a part that was made."""
         state = self._state
         self._tell(parts=state.parts + 1, rows=state.rows + manifest.rows, seconds=state.seconds + manifest.seconds)
 
     def stop_if_asked(self) -> None:
-        """Raises Stopped when the run is to pause or to stop, or what keeps this process from its signs of life."""
+        """Raise Stopped when the run is to pause or to stop; raise the error that keeps signs of life unwritten."""
         if self._beats_failed is not None:
             raise self._beats_failed
         now = time.monotonic()
@@ -173,6 +174,7 @@ class Worker:
                 self.leave()
 
     def raise_if_hung(self, timeout: float) -> None:
+        """Raise PartHangs where the part at hand is far beyond `timeout`, and have the process end soon after."""
         state, seconds = self._state, time.monotonic() - self._since
         if not state.kind or seconds < HUNG_FACTOR * timeout:
             return
@@ -206,5 +208,5 @@ class Worker:
 
 @functools.lru_cache(maxsize=4)
 def worker_on(location: str, run: str) -> Worker:
-    """This process's worker of a run."""
+    """Return this process's worker of a run."""
     return Worker(Workspace.at(location), run)

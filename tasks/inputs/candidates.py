@@ -1,4 +1,4 @@
-"""Which training samples a query is scored against."""
+"""Candidates: the training samples that a query is scored against."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ QUERIES_AT_ONCE = 64
 
 
 def candidate_space(context: Context) -> Context:
-    """The context with the feature space in which candidates are near, for its section `features`."""
+    """Return the context whose section `features` is the space in which candidates are near."""
     return in_space(context, space=context.config.candidates.space or context.config.features.space)
 
 
 def candidate_features(context: Context, samples: Artifact, queries: Artifact) -> list[Made]:
-    """Features of samples and queries in that space; none where it is the head's, whose features are there."""
+    """Extract features of samples and queries in the candidates' space; none where it is the head's own space."""
     near = candidate_space(context)
     if near == context:
         return []
@@ -43,7 +43,7 @@ def candidate_features(context: Context, samples: Artifact, queries: Artifact) -
 
 @task(task_run_name="candidates", cache_policy=NO_CACHE)
 def choose_candidates(context: Context, run: str, samples: Artifact, queries: Artifact) -> Made:
-    """Each query's candidates, by `candidates.policy`, with their place among its neighbours."""
+    """Choose each query's candidates, by `candidates.policy`, with their place among its neighbours."""
     path = context.workspace.candidates(run)
 
     def make(started: float) -> Manifest:
@@ -72,13 +72,13 @@ def choose_candidates(context: Context, run: str, samples: Artifact, queries: Ar
 def _chosen(
     config: CandidatesConfig, queries: NDArray[np.float32], samples: NDArray[np.float32], wanted: Sequence[int | None]
 ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]]:
-    """Number, candidates (nearest first), rank of every sample and similarity to it, query by query.
+    """Yield number, candidates (nearest first), rank of every sample and similarity to it, query by query.
 
     `wanted` is a sample that the query is scored against in any case: its twin.
     """
     pool: NDArray[np.int64] | None = None
     if config.policy == "pooled":
-        # A query of the twin test has no say in whom the others are scored against.
+        # A query of the twin test adds nothing to the pool that the others are scored against.
         near = [order[: config.k] for number, order, _, _ in _neighbors(queries, samples) if wanted[number] is None]
         pool = np.unique(np.concatenate(near))
     for number, order, ranks, similarity in _neighbors(queries, samples):
@@ -95,7 +95,7 @@ def _chosen(
 def _neighbors(
     queries: NDArray[np.float32], samples: NDArray[np.float32]
 ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]]:
-    """Number of each query, all samples nearest first, the rank of each, and the cosines; unit vectors, (., d)."""
+    """Yield each query's number, all samples nearest first, their ranks and cosines; from unit vectors, (., d)."""
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         block = queries[start : start + QUERIES_AT_ONCE] @ samples.T
         for offset, similarity in enumerate(block):

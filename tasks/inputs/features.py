@@ -41,9 +41,9 @@ PART_ITEMS = 1024
 
 @task(task_run_name="features of {items.name}", cache_policy=NO_CACHE)
 def extract_features(context: Context, items: Artifact) -> Made:
-    """Outputs of every encoder of the feature space for samples or queries, in parts of 1,024.
+    """Extract the outputs of every encoder of the feature space for samples or queries, in parts of 1,024.
 
-    Of samples whose features are to be centred also their mean.
+    For samples whose features are to be centred their mean is computed, too.
     """
     key = input_key(str(context.workspace.root), items.name, features_key(context, items))
     return remembered(key, lambda: _extracted(context, items))
@@ -83,14 +83,17 @@ def _extracted(context: Context, items: Artifact) -> Made:
 
 
 def unreadable_items(context: Context, items: Artifact, numbers: list[int]) -> dict[int, str]:
-    """Which of these samples have the features of a grey picture, and why."""
+    """Return which of these samples have the features of a grey picture, and why."""
     folders = [folder for folder, _ in feature_folders(context, items).values()]
     parts = sorted({number // PART_ITEMS for number in numbers})
     return quarantined_in((part(folder, number) for folder in folders for number in parts), numbers)
 
 
 def _commit_mean(context: Context, samples: Artifact, left_out: dict[int, str]) -> tuple[Manifest, bool]:
-    """Commit the mean of phi over all samples but those left out, whose pictures are grey; was it there before?"""
+    """Commit the mean of phi over all samples but those left out, whose pictures are grey.
+
+    Return its manifest, and whether it was there before.
+    """
     path, key = _mean_place(context, samples)
     manifest = committed(path, key)
     # A sample that was left out counts as soon as its tar is restored and its part made again.
@@ -111,7 +114,7 @@ def _commit_mean(context: Context, samples: Artifact, left_out: dict[int, str]) 
 
 
 def _kept(blocks: Iterable[Tensor], left_out: dict[int, str], advance: Callable[[int], None]) -> Iterator[Tensor]:
-    """The rows of consecutive blocks but for those with these numbers."""
+    """Yield the rows of consecutive blocks but for those with these numbers."""
     start = 0
     for block in blocks:
         yield block[torch.tensor([number not in left_out for number in range(start, start + len(block))])]
@@ -120,18 +123,18 @@ def _kept(blocks: Iterable[Tensor], left_out: dict[int, str], advance: Callable[
 
 
 def feature_mean(context: Context, samples: Artifact) -> Tensor | None:
-    """What is taken off phi: the samples' mean, (d,), or None where features are not centred."""
+    """Load the mean that is subtracted from phi, the samples' mean, (d,); None where features are not centred."""
     return load_tensors(_mean_place(context, samples)[0])["mean"] if context.config.features.centre else None
 
 
 def _mean_place(context: Context, samples: Artifact) -> tuple[AnyPath, str]:
-    """Where the mean of the config's feature space lies, and its input key."""
+    """Return the path of the mean of the config's feature space, and its input key."""
     key = input_key("mean of features", _parts_keys(context, samples), context.config.features.unit_length)
     return context.workspace.feature_mean(key), key
 
 
 def load_features(context: Context, items: Artifact, samples: Artifact) -> Tensor:
-    """phi of samples or queries in the config's feature space, (items, d) float32, less the mean of the samples."""
+    """Load phi of samples or queries in the config's space, (items, d) float32, less the mean of the samples."""
     folders = feature_folders(context, items).values()
     parts = [_vectors(tables.read_parts(folder, tables.FEATURES)) for folder, _ in folders]
     mean = feature_mean(context, samples)
@@ -139,7 +142,7 @@ def load_features(context: Context, items: Artifact, samples: Artifact) -> Tenso
 
 
 def map_features(context: Context, samples: Artifact) -> Tensor:
-    """What `load_features` gives of samples, memory-mapped from an Arrow file: for more than there is memory.
+    """Map phi of samples, as `load_features` loads it, from an Arrow file: for more than there is memory.
 
     The file lies in the workspace, or in the folder for temporary files where that is an object store.
     """
@@ -147,7 +150,7 @@ def map_features(context: Context, samples: Artifact) -> Tensor:
     if not path.exists():
         cache = path.parent
         cache.mkdir(parents=True, exist_ok=True)
-        # Named as in the making until it is whole: what a process that died leaves behind is found by `fastgda vacuum`.
+        # Named as unfinished until it is whole, so that `fastgda vacuum` finds what a process that died left behind.
         scratch, temporary = (cache / temporary_name(f"{path.stem}.{kind}") for kind in ("npy", "arrow"))
         try:
             _write_arrow(temporary, _write_rows(scratch, context, samples))
@@ -161,7 +164,7 @@ def map_features(context: Context, samples: Artifact) -> Tensor:
 
 
 def _mapped_path(context: Context, samples: Artifact) -> Path:
-    """Where the mapped file of the samples' phi lies; centred by another mean, phi has another file."""
+    """Return the path of the mapped file of the samples' phi; phi centred by another mean has another file."""
     root, config = context.workspace.root, context.config.features
     cache = root / "features" if isinstance(root, Path) else private_folder("features")
     mean = read_manifest(_mean_place(context, samples)[0]) if config.centre else None
@@ -170,7 +173,7 @@ def _mapped_path(context: Context, samples: Artifact) -> Path:
 
 
 def _write_rows(path: Path, context: Context, samples: Artifact) -> NDArray[np.float32]:
-    """phi, (rows, d), in a mapped file of its own, as an Arrow file of one batch is written from one array."""
+    """Write phi, (rows, d), to a mapped file of its own: an Arrow file of one batch is written from one array."""
     mapped, start = np.empty((0, 0), np.float32), 0
     for phi in _blocks(context, samples, feature_mean(context, samples)):
         if not start:
@@ -181,7 +184,7 @@ def _write_rows(path: Path, context: Context, samples: Artifact) -> NDArray[np.f
 
 
 def _blocks(context: Context, samples: Artifact, mean: Tensor | None = None) -> Iterator[Tensor]:
-    """phi of the samples part by part, (<= 1,024, d) each, less `mean`."""
+    """Yield phi of the samples part by part, (<= 1,024, d) each, less `mean`."""
     folders = [folder for folder, _ in feature_folders(context, samples).values()]
     for number in range(-(-samples.rows // PART_ITEMS)):
         parts = [_vectors(tables.read(part(folder, number), tables.FEATURES)) for folder in folders]
@@ -189,7 +192,7 @@ def _blocks(context: Context, samples: Artifact, mean: Tensor | None = None) -> 
 
 
 def _write_arrow(path: Path, rows: NDArray[np.float32]) -> None:
-    """One column, `phi`, in one batch: one tensor to whoever maps it."""
+    """Write one column, `phi`, in one batch: a process that maps the file sees one tensor."""
     batch = pa.record_batch({"phi": pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write(batch)
@@ -201,24 +204,24 @@ def _vectors(table: pa.Table) -> Tensor:
 
 
 def load_query_features(context: Context, sets: Sequence[Artifact], samples: Artifact) -> Tensor:
-    """phi of the queries of some sets together, (queries, d), in the order of `join_queries`."""
+    """Load phi of the queries of some sets together, (queries, d), in the order of `join_queries`."""
     loaded = [load_features(context, several, samples) for several in sets]
     return torch.stack([loaded[number][row] for number, row in join_queries(sets)])
 
 
 def load_encoders(config: FeaturesConfig, device: torch.device) -> list[Encoder]:
-    """The encoders of a feature space, in order."""
+    """Load the encoders of a feature space, in order."""
     return [load_encoder(name, device, config.weights.get(name)) for name in encoder_names(config.space)]
 
 
 def in_space(context: Context, **changes: Any) -> Context:
-    """The same context with another feature space: fields of the configuration's section `features`."""
+    """Return the same context with another feature space: fields of the configuration's section `features`."""
     features = context.config.features.model_copy(update=changes)
     return dataclasses.replace(context, config=context.config.model_copy(update={"features": features}))
 
 
 def features_key(context: Context, items: Artifact) -> str:
-    """What the features of all encoders together depend on."""
+    """Return the key of what the features of all encoders together depend on."""
     config = context.config.features
     raw = [] if config.unit_length else ["raw"]
     centred = ["centred"] if config.centre else []
@@ -227,7 +230,7 @@ def features_key(context: Context, items: Artifact) -> str:
 
 
 def feature_folders(context: Context, items: Artifact) -> dict[str, tuple[AnyPath, str]]:
-    """Folder and input key of each encoder of the config's feature space."""
+    """Return folder and input key of each encoder of the config's feature space."""
     keys = {
         name: input_key("features", name, items.key, *filter(None, [weights]), table=tables.FEATURES)
         for name, weights in weights_keys(context.config.features).items()
@@ -236,12 +239,12 @@ def feature_folders(context: Context, items: Artifact) -> dict[str, tuple[AnyPat
 
 
 def _parts_keys(context: Context, items: Artifact) -> list[str]:
-    """Input key of each encoder's parts."""
+    """Return the input key of each encoder's parts."""
     return [key for _, key in feature_folders(context, items).values()]
 
 
 def weights_keys(config: FeaturesConfig) -> dict[str, str]:
-    """`weights_key` of each encoder of a feature space; empty where the weights come with a package."""
+    """Return `weights_key` of each encoder of a feature space; empty where the weights come with a package."""
     return {
         name: weights_key(name, config.weights.get(name) or ENCODERS[name].source)
         for name in encoder_names(config.space)
@@ -249,7 +252,7 @@ def weights_keys(config: FeaturesConfig) -> dict[str, str]:
 
 
 def weights_key(name: str, source: str) -> str:
-    """What tells one set of an encoder's weights from another: a hash of the files of a folder, else the hub id."""
+    """Return what tells one set of weights from another: a hash of the files of a folder, else the hub id."""
     if not source or not Path(source).is_dir():
         return source
     files = _files_hash(stamps(sorted(path for path in Path(source).rglob("*") if path.is_file())))
@@ -266,7 +269,7 @@ def _files_hash(files: Stamps) -> str:
 def _encode(
     encoder: Encoder, items: Artifact, numbers: list[int], size: int, advance: Callable[[int], None]
 ) -> tuple[Tensor, dict[int, str]]:
-    """Features of some items, (items, d), and of which samples the image could not be read any more."""
+    """Return features of some items, (items, d), and the samples whose image can no longer be read, with reasons."""
     if encoder.modality == "text":
         return _encode_texts(encoder, _captions(items, numbers), size, advance), {}
     unreadable: dict[int, str] = {}
@@ -279,7 +282,7 @@ def _encode(
 
 
 def _encode_texts(encoder: Encoder, texts: list[str], size: int, advance: Callable[[int], None]) -> Tensor:
-    """Features of some captions, (captions, d); equal ones are encoded once."""
+    """Return features of some captions, (captions, d); equal captions are encoded once."""
     count = Counter(texts)
     distinct, features = list(count), []
     for start in range(0, len(distinct), size):
@@ -297,7 +300,7 @@ def _captions(items: Artifact, numbers: list[int]) -> list[str]:
 
 
 def _images(items: Artifact, numbers: list[int], size: int) -> Iterator[tuple[list[Image.Image], dict[int, str]]]:
-    """Images in batches, and why some of them are grey."""
+    """Yield images in batches, and why some of them are grey."""
     if items.name == "samples":
         return readable_images_ahead(items.path, numbers, size)
     queries = [load_queries(items)[number] for number in numbers]

@@ -57,7 +57,7 @@ class Query:
 
     @property
     def image(self) -> Image.Image:
-        """Decoded anew each time: thousands of images are more than there is memory for."""
+        """The image, decoded anew each time: thousands of images are more than there is memory for."""
         with _READING:
             encoded = _encoded_images(self.path)[self.row].as_py()
         return decode_image(encoded)
@@ -73,9 +73,9 @@ Row = tuple[str, str, str, bytes]  # query_id, split, caption, PNG
 
 @task(task_run_name="queries", cache_policy=NO_CACHE)
 def make_queries(context: Context, samples: Artifact) -> Made:
-    """The query set of the config with its splits, and the queries of the twin test, as one table and as PNG files."""
+    """Make the config's query set, with its splits and the twin test's queries, as one table and as PNG files."""
     config = context.config.queries
-    # Images that exist depend on no setting of their generation.
+    # Queries that are read and not generated depend on no setting of generation.
     settings = config.model_dump(mode="json", include=None if _generates(config) else {"split", "seed", "twins"})
     model_hash = context.model_hash if _generates(config) else None
     twins_of = samples.key if config.twins else None
@@ -104,7 +104,10 @@ def _generates(config: QueriesConfig) -> bool:
 
 
 def _write_image(path: AnyPath, number: int, query_id: str, split: str, caption: str, png: bytes) -> dict[str, object]:
-    """A row of the table, its PNG beside it: named after the query where the name is fit for a file, else numbered."""
+    """Write a query's PNG beside the table, and return the query's row.
+
+    The file is named after the query where the name is fit for a file, else numbered.
+    """
     stem = query_id
     if not _PLAIN_NAME.fullmatch(query_id):
         stem = f"{number:05d}-{hashlib.sha256(query_id.encode()).hexdigest()[:12]}"
@@ -114,7 +117,7 @@ def _write_image(path: AnyPath, number: int, query_id: str, split: str, caption:
 
 
 def queries_artifact(path: AnyPath) -> Artifact:
-    """A committed query set."""
+    """Return the artifact of a committed query set."""
     manifest = read_manifest(path)
     rows = manifest.rows if manifest else tables.read(path, tables.QUERIES).num_rows
     return Artifact("queries", file_sha256(path)[:16], path, rows)
@@ -128,7 +131,7 @@ def _generate(context: Context) -> list[tuple[str, str, bytes]]:
 
 
 def _images_of(context: Context, name: str, captions: list[str], numbers: Sequence[int]) -> list[bytes]:
-    """A PNG generated from each caption; its starting noise depends on its number alone."""
+    """Generate a PNG from each caption; its starting noise depends on its number alone."""
     config, model = context.config.queries, context.model()
     images: list[bytes] = []
     with stage(name, len(captions)) as advance:
@@ -148,7 +151,7 @@ def _images_of(context: Context, name: str, captions: list[str], numbers: Sequen
 
 
 def _twin_queries(context: Context, samples: Artifact, key: str) -> tuple[pa.Table, list[Row]]:
-    """The queries of the twin test: generated ones, then training images; and the twin of each.
+    """Make the queries of the twin test, generated ones and then training images, and the table of their twins.
 
     An id holds a part of the set's key: twins of several sets may stand in one snapshot.
     """
@@ -171,7 +174,7 @@ def _twin_queries(context: Context, samples: Artifact, key: str) -> tuple[pa.Tab
 
 
 def count_queries(config: QueriesConfig) -> int:
-    """How many there will be, at most, without making them."""
+    """Count the queries that there will be, at most, without making them."""
     if config.captions:
         return len(config.captions) + 2 * config.twins
     samples, _ = scan(_shards(config), lambda: None)
@@ -206,7 +209,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def join_queries(sets: Sequence[Artifact]) -> list[tuple[int, int]]:
-    """Number of the set and row in it of every query of some sets; of queries of one name, the last set's."""
+    """Return each query's set and row in it, of some sets together; of queries of one name, the last set's."""
     place: dict[str, tuple[int, int]] = {}
     for number, several in enumerate(sets):
         for row, query in enumerate(load_queries(several)):
@@ -215,13 +218,13 @@ def join_queries(sets: Sequence[Artifact]) -> list[tuple[int, int]]:
 
 
 def joined_queries(sets: Sequence[Artifact]) -> list[Query]:
-    """The queries of some sets together, in the order of `join_queries`."""
+    """Return the queries of some sets together, in the order of `join_queries`."""
     loaded = [load_queries(several) for several in sets]
     return [loaded[number][row] for number, row in join_queries(sets)]
 
 
 def load_queries(queries: Artifact) -> tuple[Query, ...]:
-    """The queries of a query set, in order; their images are read when one is asked for."""
+    """Load the queries of a query set, in order; their images are read when one is asked for."""
     return _queries_in(queries.path)
 
 

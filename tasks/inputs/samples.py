@@ -1,4 +1,4 @@
-"""Make `samples.parquet` from the tars, and the latents and text embeddings of what gets scored."""
+"""Make `samples.parquet` from the tars, and read the images of samples."""
 
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ from tasks.progress import console, stage
 
 @task(task_run_name="samples", cache_policy=NO_CACHE)
 def ingest_samples(context: Context) -> Made:
-    """Index and check every sample of the tars; a tar that changed since is read again."""
+    """Index and check every sample of the tars; a tar that changed since is read again.
+
+    Raises:
+        UsageError: there is no tar, or no usable sample in them.
+    """
     workspace = context.workspace
     shards = find_shards(context.config.data.shards, "data.shards")
     key = input_key("samples", RULES, stamps(shards), table=tables.SAMPLES)
@@ -74,13 +78,13 @@ def ingest_samples(context: Context) -> Made:
 
 
 def samples_artifact(path: AnyPath) -> Artifact:
-    """A committed table of samples."""
+    """Return the artifact of a committed table of samples."""
     table = samples_table(path)
     return Artifact("samples", _content_key(table), path, table.num_rows)
 
 
 def _content_key(samples: pa.Table) -> str:
-    """What later stages depend on: keys, captions and pixels, in order; not where the tars lie.
+    """Hash what later stages depend on: keys, captions and pixels, in order; not where the tars lie.
 
     It is the sha256 of a JSON line [key, captions, image_sha256] for each sample, in UTF-8, which no library's format
     can change.
@@ -92,7 +96,7 @@ def _content_key(samples: pa.Table) -> str:
 
 
 def _json_lines(batch: pa.RecordBatch) -> pa.Array:
-    """Each row as `json.dumps` writes it, for all rows at once: 1.5 s a million, where `json.dumps` takes 5 s."""
+    """Return each row as `json.dumps` writes it, all rows at once: 1.5 s a million, where `json.dumps` takes 5 s."""
     key, captions, image = batch.columns
     offsets = pc.subtract(captions.offsets, captions.offsets[0])
     captions = pc.binary_join(pa.ListArray.from_arrays(offsets, _json_texts(captions.flatten())), ", ")
@@ -100,7 +104,7 @@ def _json_lines(batch: pa.RecordBatch) -> pa.Array:
 
 
 def _json_texts(texts: pa.Array) -> pa.Array:
-    """Each text in quotes, those with something to escape by `json.dumps`."""
+    """Return each text in quotes, those with something to escape by `json.dumps`."""
     quoted = pc.binary_join_element_wise('"', texts, '"', "")
     awkward = pc.match_substring_regex(texts, r'["\\\x00-\x1f]')
     escaped = [json.dumps(text, ensure_ascii=False) for text in texts.filter(awkward).to_pylist()]
@@ -108,17 +112,19 @@ def _json_texts(texts: pa.Array) -> pa.Array:
 
 
 def describe(rejection: Rejection) -> str:
+    """Describe a rejection in one line for a terminal."""
     return printable(f"{rejection.shard}{'/' + rejection.key if rejection.key else ''}: {rejection.reason}")
 
 
 def tell_of_several_pictures(samples: list[ShardSample]) -> None:
-    """Say, once a tar, that of an animation the first picture is used."""
+    """Say, once a tar, that the first picture of an animation is used."""
     for shard, count in Counter(sample.shard for sample in samples if sample.pictures > 1).items():
         said = f"{shard}: the first picture is used of {count} images that are animations or hold several"
         console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def warn_of_rejections(workspace: Workspace, table: pa.Table) -> None:
+    """Print how many samples were rejected, and the first few with their reasons."""
     listing = command(workspace, 'sql "SELECT * FROM rejected_samples"')
     console.print(f"[yellow]{table.num_rows} skipped[/] (all: {escape(listing)}):", highlight=False, soft_wrap=True)
     for row in table.slice(0, 5).to_pylist():
@@ -127,24 +133,29 @@ def warn_of_rejections(workspace: Workspace, table: pa.Table) -> None:
 
 @functools.lru_cache(maxsize=2)
 def samples_table(path: AnyPath) -> pa.Table:
-    """`samples.parquet`, row number = train_id; its folder is named after its inputs, so it may be kept."""
+    """Read `samples.parquet`, row number = train_id; it may be cached, as its folder is named after its inputs."""
     return tables.read(path, tables.SAMPLES)
 
 
 def sample_images(path: AnyPath, train_ids: list[int]) -> list[Image.Image]:
+    """Read the images of some samples, in the order given.
+
+    Raises:
+        BadSample: an image cannot be read any more.
+    """
     rows = samples_table(path).select(["shard", "offset", "size"]).take(train_ids).to_pylist()
     return [read_image(**row) for row in rows]
 
 
 def readable_images(path: AnyPath, train_ids: list[int]) -> tuple[list[Image.Image], dict[int, str]]:
-    """The images of some samples, grey where one is not what it was when its tar was indexed, and why."""
+    """Read the images of some samples; one that changed since its tar was indexed is grey, and the reason is given."""
     return _parted(train_ids, map(_read_or_grey, _places(path, train_ids)))
 
 
 def readable_images_ahead(
     path: AnyPath, train_ids: list[int], size: int
 ) -> Iterator[tuple[list[Image.Image], dict[int, str]]]:
-    """`readable_images` of consecutive batches, which threads decode ahead."""
+    """Yield `readable_images` of consecutive batches, which threads decode ahead."""
     for number, batch in enumerate(in_threads(_read_or_grey, _places(path, train_ids), size)):
         yield _parted(train_ids[size * number : size * (number + 1)], batch)
 
@@ -154,7 +165,7 @@ def _places(path: AnyPath, train_ids: list[int]) -> list[dict[str, Any]]:
 
 
 def _read_or_grey(row: dict[str, Any]) -> tuple[Image.Image, str]:
-    """An image, and what is wrong with it; empty where nothing is."""
+    """Return an image and what is wrong with it; the latter is empty where nothing is."""
     try:
         return read_image(row["shard"], row["offset"], row["size"], row["image_sha256"]), ""
     except BadSample as error:

@@ -37,7 +37,7 @@ _COMPRESSIONS = {
     b"\x28\xb5\x2f\xfd": "zstandard",
     b"PK\x03\x04": "zip",
 }
-# What tarfile raises on headers that were made to hurt, beside its own errors.
+# The errors that tarfile raises on hostile headers, beside its own errors.
 _DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, LookupError, OverflowError, MemoryError, RecursionError)
 
 
@@ -54,7 +54,7 @@ class ShardSample:
     height: int
     image_sha256: str
     pictures: int
-    """In the image's file, of which the first is used."""
+    """Number of pictures in the image's file, of which the first is used."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ def matching_files(pattern: str) -> list[Path]:
 
 
 def find_shards(pattern: str, field: str) -> list[Path]:
-    """The tars that a glob of the config names, sorted.
+    """Return the tars that a glob of the config names, sorted.
 
     Raises:
-        UsageError: none.
+        UsageError: the glob matches no file.
     """
     shards = matching_files(pattern)
     if not shards:
@@ -107,10 +107,10 @@ def scan(shards: list[Path], on_shard: Callable[[], None]) -> tuple[list[ShardSa
 
 
 def read_image(shard: str, offset: int, size: int, sha256: str | None = None) -> Image.Image:
-    """One image by its place in a tar, as RGB on white.
+    """Read one image by its place in a tar, as RGB on white.
 
     Raises:
-        BadSample: its bytes are not those of this digest, or no image.
+        BadSample: the bytes are not those of this digest, or no image.
     """
     with Path(shard).open("rb") as file:
         file.seek(offset)
@@ -141,7 +141,10 @@ def _scan_shard(shard: Path) -> Iterator[ShardSample | Rejection]:
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """tarfile takes a file cut between two members for a whole one, and stops at the first block of zeros."""
+    """Raise ReadError unless the tar ends with its end mark.
+
+    tarfile takes a file cut between two members for a whole one, and stops at the first block of zeros.
+    """
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -188,7 +191,7 @@ def _check_members(
 def _by_key(
     members: list[tarfile.TarInfo],
 ) -> tuple[dict[str, dict[str, tarfile.TarInfo]], dict[str, str], list[str]]:
-    """Images and captions by key and suffix; key and suffix of what occurs again; keys of all other members."""
+    """Return images and captions by key and suffix, key and suffix of what occurs again, and keys of all others."""
     keyed: dict[str, dict[str, tarfile.TarInfo]] = {}
     duplicates: dict[str, str] = {}
     others: list[str] = []
@@ -208,18 +211,18 @@ def _is_complete(parts: dict[str, tarfile.TarInfo]) -> bool:
 
 
 def _printable(name: str) -> str:
-    """Member names are bytes: those that are not UTF-8 show them as escapes."""
+    """Return a member's name as text: names are bytes, and bytes that are not UTF-8 become escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """Key and suffix: what is before and behind the last dot of the file name; `.x` and `..` have no suffix."""
+    """Return key and suffix, before and behind the last dot of the file name; `.x` and `..` have no suffix."""
     stem, _, suffix = name.rpartition(".")
     return (stem, suffix.lower()) if stem.rpartition("/")[2].strip(".") and "/" not in suffix else (name, "")
 
 
 def _shorter_keys(key: str) -> list[str]:
-    """What is before each dot of a key's file name, the shortest first: that is WebDataset's."""
+    """Return what is before each dot of a key's file name, the shortest first, which is WebDataset's key."""
     base = key.rpartition("/")[2].lstrip(".")
     start = len(key) - len(base)
     return [key[: start + number] for number, letter in enumerate(base) if letter == "." and number]
@@ -260,7 +263,7 @@ def _check_sample(shard: Path, key: str, parts: dict[str, tarfile.TarInfo], file
 
 
 def _captions(texts: dict[str, bytes]) -> list[str]:
-    """Captions of a sample: `captions` or `caption` of its .json, else its .txt."""
+    """Return the captions of a sample: `captions` or `caption` of its .json, else its .txt."""
     try:
         decoded = {suffix: text.decode("utf-8-sig") for suffix, text in texts.items()}
         document = json.loads(decoded["json"]) if "json" in decoded else {}

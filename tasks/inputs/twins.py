@@ -34,9 +34,9 @@ class Twin:
 
 
 def draw_twins(samples: Artifact, count: int, seed: int) -> list[Twin]:
-    """Readable samples spread over the whole set, one out of each of `count` equal stretches.
+    """Draw readable samples spread over the whole set, one out of each of `count` equal stretches.
 
-    One whose caption no other sample has is preferred: the twin of a generated query must be one sample alone.
+    A sample whose caption no other one has is preferred: the twin of a generated query must be one sample alone.
     """
     if not count:
         return []
@@ -59,7 +59,7 @@ def draw_twins(samples: Artifact, count: int, seed: int) -> list[Twin]:
 
 
 def _shared(samples: Artifact, captions: list[str]) -> set[str]:
-    """Those of some captions that several samples have."""
+    """Return those of some captions that several samples have."""
     every = samples_table(samples.path)["captions"]
     wanted = pa.array(sorted(set(captions)), pa.string())
     counts = dict.fromkeys(captions, 0)
@@ -71,7 +71,7 @@ def _shared(samples: Artifact, captions: list[str]) -> set[str]:
 
 
 def load_twins(queries: AnyPath) -> dict[str, int]:
-    """train_id of the twin of each query that has one; `queries` is the file of the query set."""
+    """Read the train_id of each query's twin, for queries that have one; `queries` is the file of the query set."""
     path = twins_beside(queries)
     if not path.exists():
         return {}

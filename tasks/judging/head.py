@@ -44,7 +44,7 @@ def measure_head(
     head: Artifact,
     checks: list[Artifact],
 ) -> Made:
-    """How far the untuned and tuned features and chance rank as the teacher does, beside what its checks found."""
+    """Measure how far untuned and tuned features and chance rank as the teacher does; add what its checks found."""
     cutoffs = context.config.evaluation.cutoffs
     exact = next((check for check in checks if check.name == "exact check"), None)
     others = [check for check in checks if check is not exact]
@@ -66,7 +66,7 @@ def measure_head(
 def _head_rows(
     context: Context, samples: Artifact, queries: Sequence[Artifact], ranks: Artifact, head: Artifact
 ) -> Iterator[dict[str, object]]:
-    """How the head, the features alone and the captions alone agree with the teacher on the test queries."""
+    """Measure how the head, the features alone and the captions alone agree with the teacher on the test queries."""
     test, several = rows_of_split(queries, "test"), joined_queries(queries)
     names = [several[row].query_id for row in test.tolist()]
     scores = candidate_scores(context.workspace, ranks, names)
@@ -80,19 +80,19 @@ def _head_rows(
 
 
 def untuned_cosines(scores: CandidateScores, queries: Tensor, samples: Tensor) -> Tensor:
-    """How the features alone rank the candidates of queries, (queries, d), among samples, (samples, d)."""
+    """Return the features' cosine of each query, (queries, d), and its candidates among samples, (samples, d)."""
     return scores.cosines(F.normalize(queries, dim=1), lambda rows: F.normalize(samples[rows], dim=1))
 
 
 def tuned_cosines(scores: CandidateScores, head: RankHead, queries: Tensor, samples: Tensor) -> Tensor:
-    """How a head ranks them."""
+    """Return a head's cosine of each query, (queries, d), and its candidates among samples, (samples, d)."""
     return scores.cosines(head.queries(queries), lambda rows: head(samples[rows]))
 
 
 def _by_captions(
     context: Context, samples: Artifact, queries: Sequence[Artifact], test: Tensor, scores: CandidateScores
 ) -> dict[str, Tensor]:
-    """The cheapest ranking, which any other has to beat: by the captions' features alone, where there are such."""
+    """Rank by the captions' features alone, where there are such: the cheapest ranking, which any has to beat."""
     space = context.config.features.space
     if text_space(space) in ("", space):
         return {}
@@ -120,7 +120,7 @@ def _ranking_rows(
 
 
 def _teacher_rows(workspace: Workspace, ranks: Artifact, exact: Artifact) -> list[dict[str, object]]:
-    """Spearman between exact and first-order scores of each checked query, and their mean."""
+    """Return Spearman between exact and first-order scores of each checked query, and their mean."""
     pair = ["query_id", "train_id"]
     checked = tables.read_parts(exact.path, tables.SCORES).select([*pair, "score"]).rename_columns({"score": "exact"})
     first_order = read_ranks(workspace, ranks.key, pc.unique(checked["query_id"]).to_pylist())

@@ -11,7 +11,7 @@ from tasks.teaching.run import Run
 
 
 def publish_checks(run: Run, checks: list[Artifact]) -> None:
-    """Keep what checks of a run's teacher found beside what earlier ones did, and show checked pairs in SQL."""
+    """Add these checks to the record of a run's teacher, and show the pairs of an exact check in SQL."""
     workspace = run.workspace
     made = {check.name: CheckRecord(check.key, workspace.relative(check.path), check.rows) for check in checks}
     known = read_checks_record(workspace, run.name) | made
@@ -25,6 +25,6 @@ def publish_checks(run: Run, checks: list[Artifact]) -> None:
 
 
 def read_checks(workspace: Workspace, run: str) -> list[Artifact]:
-    """What is known of a run's teacher; nothing before it was judged."""
+    """Return the checks of a run's teacher; none before it was judged."""
     known = read_checks_record(workspace, run)
     return [Artifact(name, check.key, workspace.file(check.path), check.rows) for name, check in known.items()]

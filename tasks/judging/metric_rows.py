@@ -11,13 +11,13 @@ from torch import Tensor
 def metric_rows(
     metric: str, space: str, values: Tensor, query_ids: Sequence[str], *, cutoff: int = 0
 ) -> Iterator[dict[str, object]]:
-    """The mean over the test queries, then one row for each of them; the "mAP" of a single query is its "AP".
+    """Yield the mean over the test queries, then one row for each; the "mAP" of a single query is its "AP".
 
     Args:
         metric: name of the mean.
         space: what is compared with the teacher's scores.
         values: (queries,).
-        query_ids: theirs.
+        query_ids: of the values.
         cutoff: L, where the metric has one.
     """
     yield metric_row(metric, space, values, cutoff=cutoff)
@@ -28,7 +28,7 @@ def metric_rows(
 def metric_row(
     metric: str, space: str, values: Tensor, *, cutoff: int = 0, query_id: str = "", split: str = "test"
 ) -> dict[str, object]:
-    """The mean of some queries' values, with its standard error."""
+    """Return the row of the mean of some queries' values, with its standard error."""
     count = len(values)
     return {
         "metric": metric,
@@ -45,12 +45,12 @@ def metric_row(
 def agreement_rows(
     space: str, measured: Sequence[Mapping[tuple[str, int], Tensor]], query_ids: Sequence[str]
 ) -> Iterator[dict[str, object]]:
-    """Rows of several queries' `agreement`.
+    """Yield the rows of several queries' `agreement`.
 
     Args:
         space: what is compared with the teacher's scores.
         measured: for each query, by (measure, cutoff), (1,) each.
-        query_ids: theirs.
+        query_ids: of these queries.
     """
     for metric, cutoff in measured[0]:
         values = torch.cat([one[metric, cutoff] for one in measured])

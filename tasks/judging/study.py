@@ -1,4 +1,4 @@
-"""What makes a rank head good on a workspace: the questions of FastGDA's Figures 3-6, answered from its own scores."""
+"""A study of what makes a rank head good: the questions of FastGDA's Figures 3-6 on a workspace's own scores."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PAIRS_AT_ONCE = 65_536
 
 @dataclass(frozen=True)
 class Variant:
-    """One head of a study: the question that it belongs to, its value there, how it differs from the configured one.
+    """One head of a study: its question, its value there, how it differs from the configured head.
 
     nearest: share of each query's candidates that it learns from, those nearest in the untuned space; else a random
     share, `candidates`.
@@ -65,7 +65,7 @@ class Variant:
 
 
 def variants(config: PipelineConfig) -> list[Variant]:
-    """All heads of a study, question by question."""
+    """Return all heads of a study, question by question."""
     study, space, loss = config.study, config.features.space, config.head.loss
     spaces = study.spaces or list(dict.fromkeys([*encoder_names(space), space]))
     least = min(study.query_shares)
@@ -86,7 +86,7 @@ def variants(config: PipelineConfig) -> list[Variant]:
 
 @task(task_run_name="study", cache_policy=NO_CACHE)
 def compare_heads(context: Context, labels: Labels) -> Made:
-    """Train every variant and measure it on the test queries; each is committed by itself, and made once."""
+    """Train every variant and measure it on the test queries; each variant is committed by itself, and made once."""
     config = context.config
     several = variants(config)
     measured = config.evaluation.cutoffs, config.evaluation.validation_cutoff
@@ -121,7 +121,7 @@ def _spaces(several: list[Variant]) -> list[str]:
 
 
 class _Laboratory:
-    """What the variants of one feature space share; the space's features are extracted."""
+    """The data that the variants of one feature space share; the space's features have to be extracted before."""
 
     def __init__(self, context: Context, labels: Labels) -> None:
         self.context, self.labels = context, labels
@@ -142,7 +142,7 @@ class _Laboratory:
         return [self.query_ids[row] for row in self.rows[split].tolist()]
 
     def measure(self, variant: Variant) -> Iterator[dict[str, object]]:
-        """Rows of the variant's head; of the untuned features too, where the question is the feature space."""
+        """Yield rows of the variant's head; of the untuned features too, where the question is the feature space."""
         scores, queries = self.scores["test"], self.queries[self.rows["test"]]
         cosines = {"tuned": tuned_cosines(scores, self._head(variant), queries, self.samples)}
         if variant.question == "feature space" and variant.seed == 0:
@@ -152,7 +152,7 @@ class _Laboratory:
             yield from (answered | row for row in self._precision(space, similarity))
 
     def _head(self, variant: Variant) -> RankHead:
-        """The variant's head; several questions have the configured one among their answers, which is trained once."""
+        """Return the variant's head; the configured head, an answer to several questions, is trained once."""
         recipe = dataclasses.replace(variant, question="", value="")
         if recipe not in self.heads:
             self.heads[recipe] = self._train(variant)
@@ -199,7 +199,7 @@ class _Laboratory:
         return thin(pairs, random_priority(pairs, variant.seed), variant.candidates, queries, ranked=not standardised)
 
     def _nearness(self, pairs: RankPairs) -> Tensor:
-        """Cosine of the untuned features of each pair, (pairs,); the same for labels of both kinds."""
+        """Return the cosine of the untuned features of each pair, (pairs,); the same for labels of both kinds."""
         if self.nearness is None:
             queries, samples = F.normalize(self.queries, dim=1), F.normalize(self.samples, dim=1)
             found = [
@@ -213,7 +213,7 @@ class _Laboratory:
 
 
 def _publish(context: Context, labels: Labels, key: str, paths: Sequence[AnyPath]) -> Artifact:
-    """All rows in one file, which SQL shows as `study`."""
+    """Write all rows in one file, which SQL shows as `study`."""
     workspace = context.workspace
     rows = pa.concat_tables([tables.read(path, tables.STUDY) for path in paths])
     whole = input_key("study", key, [path.name for path in paths], table=tables.STUDY)
@@ -232,7 +232,7 @@ def _publish(context: Context, labels: Labels, key: str, paths: Sequence[AnyPath
 
 @task(task_run_name="picture of the study", cache_policy=NO_CACHE)
 def draw_study(context: Context, labels: Labels, study: Artifact) -> Made:
-    """`study.png` beside the report of the run: a panel for each question."""
+    """Draw `study.png` beside the report of the run: a panel for each question."""
     cutoff = context.config.evaluation.validation_cutoff
     path = context.workspace.report(labels.run).with_name("study.png")
     key = input_key("study picture", study.key, cutoff)
@@ -252,6 +252,6 @@ def draw_study(context: Context, labels: Labels, study: Artifact) -> Made:
 
 
 def _ceiling(context: Context, run: str, cutoff: int) -> float | None:
-    """mAP(L) of two whole teachers, where its run was judged."""
+    """Return mAP(L) of two whole teachers; None where the run was not judged."""
     checks = [check for check in read_checks(context.workspace, run) if check.name == "self-consistency"]
     return mean_value(checks[0].path, "mAP", OTHER_TEACHER, cutoff) if checks else None

@@ -1,4 +1,4 @@
-"""What a study found: a figure for each question and value, its table, its picture."""
+"""Results of a study: a figure for each question and value, and a picture of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Answer:
 
 
 def answers(study: pa.Table, cutoff: int) -> list[Answer]:
-    """In the order of the rows; what untuned features have is a question of its own."""
+    """Return the answers in the order of the rows; what untuned features have is a question of its own."""
     found: dict[tuple[str, str], list[float]] = {}
     for row in study.to_pylist():
         if row["metric"] == "mAP" and row["cutoff"] == cutoff and not row["query_id"]:
@@ -38,7 +38,7 @@ def answers(study: pa.Table, cutoff: int) -> list[Answer]:
 
 
 def study_plot(found: list[Answer], cutoff: int, floor: float, ceiling: float | None) -> bytes:
-    """PNG: a panel for each question, with error bars over seeds, the random floor and the teacher's own ceiling."""
+    """Draw a PNG: a panel for each question, with error bars over seeds, the random floor and the teacher's ceiling."""
     from matplotlib.figure import Figure
 
     questions = [each for each in dict.fromkeys(answer.question for answer in found) if each != UNTUNED]

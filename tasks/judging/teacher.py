@@ -1,4 +1,4 @@
-"""How far a teacher can be trusted: against twins, the exact one, itself drawn again, and float64."""
+"""Checks of a teacher: against twins, the exact teacher, itself drawn again, and float64."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ PRECISION_AGREEMENT = 0.999  # design section 4, "First order"
 
 @task(task_run_name="precision check", cache_policy=NO_CACHE)
 def check_precision(run: Run) -> Made:
-    """First-order scores of a few pairs in the teacher's precision and in float64: refused where they rank apart.
+    """Score a few pairs in the teacher's precision and in float64; refuse a precision that ranks them otherwise.
 
     Raises:
         UsageError: their rank correlation is below 0.999.
@@ -99,7 +99,7 @@ def _scores(
     precision: Precision | None = None,
     seed: int | None = None,
 ) -> Tensor:
-    """The configured teacher's scores, (queries, n), on the CPU; under other noise where a seed is given."""
+    """Return the configured teacher's scores, (queries, n), on the CPU; under other noise where a seed is given."""
     teacher, model = unlearning_teacher(context.config), context.teacher_model(precision)
     plan = noise_plan(context.config, seed)
     base = None if teacher.first_order else training_losses(model, plan, block, context.micro_batch("losses"))
@@ -109,10 +109,11 @@ def _scores(
 
 @task(task_run_name="self-consistency", cache_policy=NO_CACHE)
 def check_self_consistency(run: Run, ranks: Artifact) -> Made:
-    """Some pairs again: with other noise, another gradient of the query, another curvature, and all three together.
+    """Score some pairs again: with other noise, another gradient of the query, another curvature, and all three.
 
-    Rank correlation and mAP(L) of the teacher with itself; L is scaled by the share of the candidates that is scored
-    again. The last is that of two whole teachers: no student can be expected to agree with one of them better.
+    The figures are rank correlation and mAP(L) of the teacher with itself; L is scaled by the share of the candidates
+    that is scored again. With all three these are figures of two whole teachers: no student can be expected to agree
+    with one of them better.
     """
     context, score_run, stages = run.context, run.score_run, run.artifacts
     latents, queries, updates = stages["latents"], stages["queries"], stages["unlearning steps"]
@@ -151,7 +152,7 @@ def check_self_consistency(run: Run, ranks: Artifact) -> Made:
 
 
 def _with_other_curvature(context: Context) -> Context:
-    """The context whose Fisher is estimated from other rows."""
+    """Return the context whose Fisher is estimated from other rows."""
     config = context.config
     curvature = config.curvature.model_copy(update={"seed": config.curvature.seed + 1})
     return replace(context, config=config.model_copy(update={"curvature": curvature}))
@@ -160,9 +161,9 @@ def _with_other_curvature(context: Context) -> Context:
 def _other_updates(
     context: Context, queries: list[Query], curvatures: tuple[Artifact, Artifact], samples: int
 ) -> list[dict[str, Tensor]]:
-    """Delta theta of some queries, by layer, (queries, d_out, d_in), three times.
+    """Return Delta theta of some queries, by layer, (queries, d_out, d_in), three times.
 
-    From other Monte-Carlo pairs; from another curvature; from both.
+    They are from other Monte-Carlo pairs, from another curvature, and from both.
     """
     config = context.config.teacher
     found: list[dict[str, Tensor]] = []
@@ -180,7 +181,7 @@ def _other_updates(
 class _Comparison:
     """One query's scores of a share of its candidates, (n,) each: as stored, and again under other noise.
 
-    noise: nothing else is other; gradient, curvature: this is other, besides; whole: all three are.
+    noise: only the noise is other; gradient, curvature: this is other, too; whole: all three are other.
     """
 
     query_id: str
@@ -192,7 +193,7 @@ class _Comparison:
     whole: Tensor
 
     def pair(self, space: str) -> tuple[Tensor, Tensor]:
-        """What is compared, (1, n) each."""
+        """Return the two rankings that are compared, (1, n) each."""
         first, second = {
             OTHER_NOISE: (self.stored, self.noise),
             OTHER_GRADIENT: (self.noise, self.gradient),
@@ -203,7 +204,7 @@ class _Comparison:
 
 
 def _comparison(query_id: str, stored: pa.Table, train_ids: NDArray[np.int64], scores: Sequence[Tensor]) -> _Comparison:
-    """What is known of the query's candidates among `train_ids`, (n,), whose new scores are given, (n,) each."""
+    """Compare stored and new scores, (n,) each, of those samples of `train_ids`, (n,), that are candidates."""
     mine = stored.filter(pc.equal(stored["query_id"], query_id)).sort_by("train_id")
     candidates = mine["train_id"].to_numpy()
     known = np.isin(train_ids, candidates)
@@ -225,7 +226,7 @@ def _consistency_rows(comparisons: list[_Comparison], cutoffs: list[int]) -> lis
 
 @task(task_run_name="twin test", cache_policy=NO_CACHE)
 def check_twins(run: Run, ranks: Artifact) -> Made:
-    """Where the teacher ranks the training samples that it has to rank first; see `fastgda_core.evaluation.twins`."""
+    """Find where the teacher ranks the samples that it has to rank first; see `fastgda_core.evaluation.twins`."""
     context, queries = run.context, run.artifacts["queries"]
     twins = load_twins(queries.path)
 
@@ -243,7 +244,7 @@ def check_twins(run: Run, ranks: Artifact) -> Made:
 
 
 def _twin_place(scored: pa.Table, query_id: str, twin: int) -> tuple[int, int] | None:
-    """Rank of a query's twin, and how many places count as first; None where the run left the twin out."""
+    """Return the rank of a query's twin, and how many places count as first; None where the twin was left out."""
     mine = scored.filter(pc.equal(scored["query_id"], query_id))
     place = pc.index(mine["train_id"], twin).as_py()
     if place < 0:
@@ -268,7 +269,7 @@ def _twin_rows(kind: str, places: dict[str, tuple[int, int]]) -> list[dict[str, 
 
 @task(task_run_name="low-rank error", cache_policy=NO_CACHE)
 def measure_low_rank(run: Run) -> Made:
-    """What `teacher.update_rank` loses of Delta theta, on average over all queries."""
+    """Measure what `teacher.update_rank` loses of Delta theta, on average over all queries."""
     context, queries, updates = run.context, run.artifacts["queries"], run.artifacts["unlearning steps"]
 
     def rows() -> list[dict[str, object]]:
@@ -326,7 +327,7 @@ def _test_queries(queries: Artifact, count: int | None) -> list[int]:
 
 
 def _check(context: Context, name: str, key: str, rows: Callable[[], list[dict[str, object]]]) -> Made:
-    """A check whose outcome is some metrics, committed under its key."""
+    """Make a check whose outcome is some metrics, committed under its key."""
     path = context.workspace.teacher_check(key)
 
     def make(started: float) -> Manifest:

@@ -1,4 +1,4 @@
-"""What is told when a stage is there: an event for those who wait for it, an artifact for those who look."""
+"""Announcements of a finished stage: an event that deployments wait for, an artifact that people look at."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHOWN_QUERIES, SHOWN_SAMPLES = 5, 8
 
 
 def announce_scores(run: Run, snapshot: str) -> None:
-    """Scores are published; what the teacher says of five queries, as a picture."""
+    """Announce published scores, with a picture of what the teacher says of five queries."""
     samples, queries = run.artifacts["samples"], run.artifacts["queries"]
     picture = attribution_sheet(run.workspace, snapshot, samples, queries, SHOWN_QUERIES, SHOWN_SAMPLES)
     publish_image(f"top attributions {run.name}", picture, "The most influential training images of five queries")
@@ -39,7 +39,7 @@ def announce_scores(run: Run, snapshot: str) -> None:
 
 
 def announce_trust(run: Run) -> None:
-    """What is known of the run's teacher, and what to do where it cannot be believed."""
+    """Show what is known of the run's teacher, and what to do where it cannot be believed."""
     trust = trust_in(run.workspace, run.name)
     lines = [f"run `{run.name}`", "", *(f"- {name}: {value}" for name, value in trust.facts)]
     lines += [line for warning in trust.warnings for line in ("", f"**Warning** {warning}")]
@@ -47,7 +47,7 @@ def announce_trust(run: Run) -> None:
 
 
 def announce_head(context: Context, head: Artifact, labels: Labels) -> None:
-    """A head is trained; its loss curve."""
+    """Announce a trained head, with its loss curve."""
     if curve := read_if_there(head.path / LOSS_CURVE):
         publish_image(f"loss {head.key}", curve, f"Training of head {head.key}")
     publish_markdown(
@@ -60,7 +60,7 @@ def announce_head(context: Context, head: Artifact, labels: Labels) -> None:
 
 
 def announce_index(context: Context, index: Artifact, head: Artifact) -> None:
-    """An index is built."""
+    """Announce an index that was built."""
     publish_markdown(
         f"index {index.key}",
         f"index `{index.key}` of head `{head.key}`: {index.rows:,} vectors\n\n"
@@ -71,7 +71,7 @@ def announce_index(context: Context, index: Artifact, head: Artifact) -> None:
 
 
 def announce_metrics(context: Context, evaluation: Evaluation, head: Artifact, labels: Labels) -> None:
-    """An index was measured, and is served or not; how it compares with those before."""
+    """Announce that an index was measured and is served or not, with a history of all evaluations."""
     cutoff = context.config.evaluation.validation_cutoff
     event = events.PROMOTION_REFUSED if evaluation.refused else events.INDEX_PROMOTED
     lines = [
@@ -89,7 +89,7 @@ def announce_metrics(context: Context, evaluation: Evaluation, head: Artifact, l
 
 
 def _history(workspace: Workspace, cutoff: int) -> list[str]:
-    """A row for every evaluation in the workspace, newest first."""
+    """Return a row for every evaluation in the workspace, newest first."""
     return [
         f"| `{made.key}` | {made.tuned:.3f} | {made.untuned:.3f} | {made.queries} | {made.at:%Y-%m-%d %H:%M} |"
         for made in metrics_history(workspace, cutoff)
@@ -97,5 +97,5 @@ def _history(workspace: Workspace, cutoff: int) -> list[str]:
 
 
 def _lineage(workspace: Workspace, version: str) -> str:
-    """The command that tells more, for people in whatever folder."""
+    """Return the command that tells more, for people in whatever folder."""
     return f"`fastgda lineage {version} --workspace {shlex.quote(str(workspace.root))}`"

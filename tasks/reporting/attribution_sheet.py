@@ -1,4 +1,4 @@
-"""Pictures for artifacts: PNG and JPEG bytes."""
+"""A picture of attributions for an artifact."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TILE, GAP, LABEL = 88, 8, 20
 def attribution_sheet(
     workspace: Workspace, snapshot: str, samples: Artifact, queries: Artifact, shown_queries: int, shown_samples: int
 ) -> bytes:
-    """JPEG: a row for each of some queries, spread over the set, with its most influential training images."""
+    """Draw a JPEG: a row for each of some queries, spread over the set, with its most influential images."""
     every = load_queries(queries)
     chosen = [every[number] for number in spread(len(every), shown_queries)]
     ranks = read_ranks(workspace, snapshot, [query.query_id for query in chosen]).to_pylist()
@@ -41,7 +41,7 @@ def attribution_sheet(
 
 
 def spread(items: int, shown: int) -> list[int]:
-    """Numbers of `shown` of some items, evenly spaced from the first on; of all where they are no more."""
+    """Return the numbers of `shown` of some items, evenly spaced from the first on; all where there are not more."""
     return list(range(0, items, max(1, items // shown)))[:shown]
 
 

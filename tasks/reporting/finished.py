@@ -30,7 +30,7 @@ _PACKAGES = ("fastgda_core", "storage_schemas", "tasks", "flows")
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a pipeline made.
+    """The result of a pipeline.
 
     made: in order; trust: what is known of the teacher; refused: why the index is not served, empty where it is.
     """

@@ -61,7 +61,7 @@ class QueryPanel:
 
 @task(task_run_name="report", cache_policy=NO_CACHE)
 def write_report(context: Context, run: str, stages: list[Made]) -> Made:
-    """`reports/<run>/report.html`, written anew when anything that it shows has changed."""
+    """Write `reports/<run>/report.html`, anew when anything that it shows has changed."""
     path = context.workspace.report(run)
     artifacts = {made.artifact.name: made.artifact for made in stages}
     shown = _measures(context.config.evaluation.cutoffs), _TEMPLATE.read_text(), installed("matplotlib")
@@ -117,7 +117,7 @@ def _objective(context: Context) -> Objective | None:
 
 
 def _measures(cutoffs: list[int]) -> list[tuple[str, str, int]]:
-    """(label, metric, cutoff) of the rows of the table."""
+    """Return (label, metric, cutoff) of the rows of the table."""
     least = min(cutoffs)
     rows = [(f"mAP({cutoff})", "mAP", cutoff) for cutoff in cutoffs]
     rows += [(f"NDCG@{cutoff}", "ndcg", cutoff) for cutoff in cutoffs]
@@ -129,7 +129,7 @@ def _measures(cutoffs: list[int]) -> list[tuple[str, str, int]]:
 def _panels(
     context: Context, artifacts: dict[str, Artifact], precision: dict[tuple[str, str], float]
 ) -> list[QueryPanel]:
-    """The shown test queries; `precision` is average precision by (query_id, space)."""
+    """Return the panels of the shown test queries; `precision` is average precision by (query_id, space)."""
     samples, queries, config = artifacts["samples"], artifacts["queries"], context.config.evaluation
     several = load_queries(queries)
     test = rows_of_split([queries], "test")
@@ -170,7 +170,7 @@ def _panels(
 def _pictures(
     samples: Artifact, chosen: Tensor, candidates: Tensor, teacher_rank: Tensor, relevant: Tensor
 ) -> list[Picture]:
-    """Some of a query's candidates, by their places among all, (n,); `relevant` says which of these agree."""
+    """Return some of a query's candidates, by their places among all, (n,); `relevant` says which of these agree."""
     train_ids = candidates[chosen].tolist()
     captions = samples_table(samples.path)["captions"].take(train_ids).to_pylist()
     judged = zip(teacher_rank[chosen].tolist(), relevant[chosen].tolist(), strict=True)

@@ -59,14 +59,14 @@ class AttributionService:
 
     @torch.no_grad()
     def embed(self, image: Image.Image, caption: str) -> Tensor:
-        """The vector that one query is searched by, (1, 768)."""
+        """Return the vector that one query is searched by, (1, width of the head)."""
         parts = [
             encoder.encode([as_rgb(image) if encoder.modality == "image" else caption]) for encoder in self.encoders
         ]
         return self.head.queries(concatenate(parts, unit_length=self.unit_length, mean=self.mean))
 
     def attribute(self, image: Image.Image, caption: str, k: int) -> list[Attribution]:
-        """The k training samples that influenced the image most, by the rank head's estimate."""
+        """Return the k training samples that influenced the image most, by the rank head's estimate."""
         similarity, train_ids = search(self.index, self.embed(image, caption).numpy(), k)
         rows = self.samples.take(train_ids[0]).to_pylist()
         return [

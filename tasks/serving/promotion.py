@@ -1,4 +1,4 @@
-"""Which head and index are served."""
+"""Promotion: a head and an index become those that are served."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("fastgda.serving")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How an index did on the test queries; `refused` says why it is not served, and is empty where it is."""
+    """The result of an index on the test queries; `refused` says why it is not served, and is empty where it is."""
 
     metrics: Made
     index: Artifact
@@ -34,8 +34,10 @@ class Evaluation:
 def promote(
     workspace: Workspace, config: EvaluationConfig, head: Artifact, index: Artifact, metrics: Made
 ) -> Evaluation:
-    """Serve a head, its index and its metrics, together, unless it is below the floors of the configuration or of
-    other training data than what is published.
+    """Serve a head, its index and its metrics together, unless they are refused.
+
+    They are refused below the floors of the configuration, and where they are of other training data than what is
+    published.
     """
     tuned, untuned = (
         mean_value(metrics.artifact.path, "mAP", space, config.validation_cutoff) for space in ("tuned", "untuned")
@@ -59,7 +61,7 @@ def promote(
 
 
 def _serve(workspace: Workspace, head: Artifact, index: Artifact, metrics: Artifact) -> str:
-    """Make them what readers see beside what is published by now; or why that cannot be."""
+    """Serve head, index and metrics beside what is published by now; return why that cannot be, or an empty text."""
     paths = {"head": head.path, "index": index.path, "metrics": metrics.path}
     served = {name: workspace.relative(path) for name, path in paths.items()}
     samples, refused = index_samples(workspace, head.path, index.path), ""

@@ -11,7 +11,7 @@ from fastgda_core.images import decode_image
 
 
 def read_picture(path: Path) -> Image.Image:
-    """The image of a file.
+    """Read the image of a file.
 
     Raises:
         UsageError: it is no file, or holds no image; a pipe or a device is never read, as it may have no end.
@@ -25,6 +25,6 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def check_caption(caption: str) -> None:
-    """Raises UsageError where there is nothing in it, as a training sample without a caption is refused."""
+    """Raise UsageError where the caption is blank, as a training sample without a caption is refused."""
     if not caption.strip():
         raise UsageError("--caption is empty: give the caption that the image was generated from")

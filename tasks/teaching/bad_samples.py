@@ -1,4 +1,4 @@
-"""Samples whose losses are no numbers are left out, and named."""
+"""Leave out samples whose losses are no numbers, and name them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def without_bad_samples(
     compute: Callable[[NDArray[np.int64]], Tensor],
     nothing: Tensor,
 ) -> tuple[NDArray[np.int64], Tensor, dict[int, str]]:
-    """`compute` of those samples whose losses are numbers: which those are, its result, and why the others are not.
+    """Return the samples whose losses are numbers, `compute` of these, and why the others have none.
 
     Args:
         train_ids: ascending.
-        known: some of them that have none, and why.
-        nothing: the result where none of them has one.
+        known: samples that are known to have none, and why.
+        nothing: the result where no sample has a loss.
 
     Raises:
-        NonFiniteLoss: more than half of several have none: the model is to blame, not they.
+        NonFiniteLoss: more than half of several samples have none: the model is to blame, not the samples.
     """
     found: dict[int, str] = {}
     while True:

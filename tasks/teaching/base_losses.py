@@ -23,7 +23,10 @@ BASE_LOSS_PART = 512
 
 
 def base_losses_of(context: Context, latents: Artifact) -> Artifact:
-    """Where L(z_i, theta_0) of every sample under the noise plan lies, or will: what the exact teacher subtracts."""
+    """Return the artifact of all samples' L(z_i, theta_0) under the noise plan, which the exact teacher subtracts.
+
+    The artifact need not be made yet.
+    """
     teacher = context.config.teacher
     noise = noise_plan(context.config)
     key = input_key("base losses", latents.key, noise, teacher.precision, teacher.objective, table=tables.BASE_LOSSES)
@@ -69,7 +72,7 @@ class BaseLossParts(Parts):
 
 
 def load_base_losses(context: Context, base_losses: Artifact) -> Tensor:
-    """L(z_i, theta_0), (samples, f), row number = train_id; NaN of samples that have none. Loaded once a run."""
+    """Load L(z_i, theta_0), (samples, f), row number = train_id; NaN of samples that have none. Loaded once a run."""
 
     def load() -> Tensor:
         flat = tables.read_parts(base_losses.path, tables.BASE_LOSSES)["base_loss"].to_numpy().copy()
@@ -79,5 +82,6 @@ def load_base_losses(context: Context, base_losses: Artifact) -> Tensor:
 
 
 def without_base_loss(context: Context, base_losses: Artifact, train_ids: NDArray[np.int64]) -> dict[int, str]:
+    """Return which of these samples have no base loss, and why."""
     missing = load_base_losses(context, base_losses)[torch.from_numpy(train_ids)].isnan().any(1).numpy()
     return dict.fromkeys(train_ids[missing].tolist(), "it has no base loss")

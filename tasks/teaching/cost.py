@@ -1,4 +1,4 @@
-"""What a run will cost, in forward passes of the denoiser."""
+"""The cost of a run, in forward passes of the denoiser."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tasks.config.pipeline import PipelineConfig
 
 @dataclass(frozen=True)
 class Size:
-    """How much there is: training samples, captions of one, queries, candidates of one query."""
+    """The size of a run: training samples, captions of one, queries, candidates of one query."""
 
     samples: int
     captions: float
@@ -19,7 +19,7 @@ class Size:
 
 @dataclass(frozen=True)
 class KindCost:
-    """One kind of part: how many, what they hold, how many forward passes they take."""
+    """The cost of one kind of part: number of parts, their rows, their forward passes."""
 
     kind: str
     parts: int
@@ -27,17 +27,17 @@ class KindCost:
     forwards: float
 
     def seconds(self, rate: float) -> float:
-        """Of one device that makes so many forward passes a second."""
+        """Return the seconds of one device that makes `rate` forward passes a second."""
         return self.forwards / rate
 
 
 def block_shape(config: PipelineConfig, queries: int) -> tuple[int, int]:
-    """Queries and training samples of a score shard of a teacher that scores many queries in one pass."""
+    """Return queries and training samples of a score shard, for a teacher that scores many queries in one pass."""
     return config.teacher.shard_queries or queries, config.teacher.shard_samples
 
 
 def score_shards(config: PipelineConfig, size: Size) -> tuple[int, int]:
-    """Shards of a block of queries and a block of samples each, and how often a sample is looked at in all of them."""
+    """Return the number of shards, each a block of queries and of samples, and the samples looked at in all of them."""
     queries, samples = block_shape(config, size.queries)
     block = min(queries, size.queries)
     blocks = -(-size.queries // block)

@@ -32,7 +32,7 @@ PILOT_ROWS, PILOT_SHARE = 256, 0.25  # at most, and at most of the rows that the
 
 
 def curvature_of(context: Context, latents: Artifact) -> Artifact:
-    """Where the teacher's Fisher lies, or will."""
+    """Return the artifact of the teacher's Fisher, which need not be made yet."""
     config, teacher = context.config.curvature, context.config.teacher
     key = input_key("curvature", latents.key, config, UNLEARNING_TEACHERS[teacher.name].fisher, teacher.layers)
     folder = CurvatureParts.together(context.workspace, key, config.samples)
@@ -40,7 +40,7 @@ def curvature_of(context: Context, latents: Artifact) -> Artifact:
 
 
 def make_curvature(context: Context, latents: Artifact) -> Artifact:
-    """The Fisher of a context, here and now, unless it is there."""
+    """Make the Fisher of a context, here and now, unless it is there; return its artifact."""
     stage = curvature_of(context, latents)
     parts = CurvatureParts(context, latents, stage)
     if parts.missing():
@@ -49,7 +49,7 @@ def make_curvature(context: Context, latents: Artifact) -> Artifact:
 
 
 def pilot_rows(config: CurvatureConfig) -> int:
-    """Rows that are looked at before the timesteps are drawn."""
+    """Return how many rows are looked at before the timesteps are drawn."""
     return min(PILOT_ROWS, math.ceil(PILOT_SHARE * config.samples)) if config.importance else 0
 
 
@@ -97,7 +97,7 @@ class CurvatureParts(Parts):
 
 @dataclass(frozen=True)
 class _Rows:
-    """(training image, eps, t) triples on the CPU, what each weighs in the mean, and the conditions by name."""
+    """(training image, eps, t) triples on the CPU, the weight of each in the mean, and the conditions by name."""
 
     clean: Tensor
     timesteps: Tensor
@@ -110,7 +110,7 @@ class _Rows:
 
 
 def _draw_rows(context: Context, latents: Artifact, count: int, stream: str, density: Tensor | None) -> _Rows:
-    """Random samples, timesteps spread over the schedule, evenly or by a density."""
+    """Draw random samples, with timesteps spread over the schedule evenly or by a density."""
     config, model = context.config.curvature, context.model()
     block = load_block(context, latents, _some_samples(latents, count, config.seed))
     row = torch.arange(count)
@@ -130,7 +130,7 @@ def _draw_rows(context: Context, latents: Artifact, count: int, stream: str, den
 
 
 def _some_samples(latents: Artifact, count: int, seed: int) -> list[int]:
-    """train_ids drawn at random, each once where there are enough."""
+    """Draw train_ids at random, each once where there are enough."""
     draw = random.Random(seed)
     population = range(latents.rows)
     chosen = draw.sample(population, count) if count <= latents.rows else draw.choices(population, k=count)
@@ -142,7 +142,7 @@ def _some_samples(latents: Artifact, count: int, seed: int) -> list[int]:
 
 
 def _density(context: Context, latents: Artifact) -> Tensor:
-    """Where on the schedule gradients are large, by a pilot of a few hundred rows."""
+    """Estimate where on the schedule gradients are large, by a pilot of a few hundred rows."""
     model = context.model()
     layers = context.layers(model)
     count = pilot_rows(context.config.curvature)

@@ -35,33 +35,33 @@ class BlockScores(NamedTuple):
 
 
 class Family(Protocol):
-    """How the teachers of a family come to their scores."""
+    """The steps by which the teachers of a family come to their scores."""
 
     def check(self, context: Context) -> None:
         """Raise `UsageError` where the configuration cannot be carried out, before any work."""
 
     def artifacts(self, context: Context, samples: Artifact, queries: Artifact) -> list[Artifact]:
-        """What is made before the scores, in order; keys follow from the inputs, whether or not it is there yet."""
+        """Return what is made before the scores, in order; keys follow from the inputs, also before it is made."""
 
     def parts(self, context: Context, artifacts: Artifacts) -> list[Parts]:
-        """The parts of each of these, in the same order."""
+        """Return the parts of each of these artifacts, in the same order."""
 
     def key(self, context: Context, artifacts: Artifacts) -> str:
-        """A hash of what scores depend on, beside candidates and settings."""
+        """Return a hash of what scores depend on, beside candidates and settings."""
 
     def shard_shape(self, config: PipelineConfig, queries: int) -> tuple[int, int | None]:
-        """Queries and training samples of one score shard; None: all that the queries are scored against."""
+        """Return queries and training samples of one score shard; None: all that the queries are scored against."""
 
     def scores(
         self, context: Context, artifacts: Artifacts, query_numbers: list[int], train_ids: NDArray[np.int64]
     ) -> BlockScores:
-        """The scores of a block of queries and training samples, ascending."""
+        """Return the scores of a block of queries and training samples, ascending."""
 
     def costs(self, config: PipelineConfig, size: Size) -> list[KindCost]:
-        """Forward passes of each kind of part, scores last, from the configuration and the numbers alone."""
+        """Return forward passes of each kind of part, scores last, from the configuration and the size alone."""
 
 
 def family_of(config: PipelineConfig) -> Family:
-    """The family of the configured teacher."""
+    """Return the family of the configured teacher."""
     module = importlib.import_module(f"tasks.teaching.{TEACHERS[config.teacher.name].family}")
     return cast(Family, module.FAMILY)

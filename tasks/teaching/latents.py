@@ -26,7 +26,7 @@ _CONDITION = "condition/"
 
 
 def latents_of(context: Context, samples: Artifact) -> Artifact:
-    """Where the latents and caption embeddings of the samples lie, or will."""
+    """Return the artifact of the samples' latents and caption embeddings, which need not be made yet."""
     key = input_key("latents", samples.key, context.model_hash, context.config.model.flips)
     return LatentParts.together(context.workspace, key, samples.rows)
 
@@ -62,7 +62,7 @@ class LatentParts(Parts):
         )
 
     def _encode(self, train_ids: list[int]) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
-        """The tensors of a part; samples that cannot be read any more have latents of NaN, and are named."""
+        """Return the tensors of a part, and why samples cannot be read any more; these have latents of NaN."""
         model = self.context.model()
         captions = samples_table(self.samples.path)["captions"].take(train_ids).to_pylist()
         flat = [caption for several in captions for caption in several]
@@ -84,14 +84,17 @@ class LatentParts(Parts):
 
 
 def unreadable_samples(latents: Artifact, train_ids: Iterable[int]) -> dict[int, str]:
-    """Which of these samples have no latents, and why."""
+    """Return which of these samples have no latents, and why."""
     wanted = list(train_ids)
     numbers = sorted({train_id // LATENT_PART_SAMPLES for train_id in wanted})
     return quarantined_in((part(latents.path, number, "safetensors") for number in numbers), wanted)
 
 
 def load_block(context: Context, latents: Artifact, train_ids: list[int]) -> SampleBlock:
-    """The named samples, ascending, on the context's device."""
+    """Load the named samples on the context's device.
+
+    They come part by part: in the order given where that is ascending; the block's `train_ids` tell in any case.
+    """
     by_part: dict[int, list[int]] = {}
     for train_id in train_ids:
         by_part.setdefault(train_id // LATENT_PART_SAMPLES, []).append(train_id % LATENT_PART_SAMPLES)

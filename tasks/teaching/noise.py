@@ -7,7 +7,7 @@ from tasks.config.pipeline import PipelineConfig
 
 
 def noise_plan(config: PipelineConfig, seed: int | None = None) -> NoisePlan:
-    """The run's noise plan, or the same one with other noise."""
+    """Return the run's noise plan, or the same plan with other noise."""
     teacher = config.teacher
     return NoisePlan(
         seed=teacher.seed if seed is None else seed,

@@ -1,4 +1,4 @@
-"""What a run is made of: files of one kind, each made, committed and tried again alone."""
+"""The parts of a run: files of one kind, each made, committed and tried again alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tasks.artifact import Artifact
 
 
 class RunRefused(RuntimeError):
-    """What was made cannot be right."""
+    """The parts of a run are complete and cannot be right."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Standing:
 class Parts(ABC):
     """The files of one kind that together are an artifact.
 
-    kind: what the run's files call it; title: what people read while it is made.
+    kind: the name in the run's files; title: the name that people read while the parts are made.
     suffix: of a part's file name.
     artifact: the folder of the parts, their key, their rows together.
     """
@@ -46,38 +46,38 @@ class Parts(ABC):
     @property
     @abstractmethod
     def count(self) -> int:
-        """How many parts there are."""
+        """The number of parts."""
 
     def path(self, number: int) -> AnyPath:
-        """Where a part lies, or will."""
+        """Return the path of a part, which need not be made yet."""
         return part(self.artifact.path, number, self.suffix)
 
     def key(self, number: int) -> str:
-        """A hash of everything that the part depends on."""
+        """Return a hash of everything that the part depends on."""
         return self.artifact.key
 
     @abstractmethod
     def rows(self, number: int) -> int:
-        """Rows planned in a part, for progress."""
+        """Return the rows planned in a part, for progress."""
 
     @abstractmethod
     def make(self, number: int) -> Manifest:
         """Compute and commit one part."""
 
     def committed(self) -> dict[int, Manifest]:
-        """The manifests of the parts that are there, by number, from one listing."""
+        """Return the manifests of the parts that are there, by number, from one listing."""
         manifests = committed_parts(self.artifact.path, self.artifact.key)
         paths = {number: self.path(number).name for number in range(self.count)}
         return {number: manifests[name] for number, name in paths.items() if name in manifests}
 
     def standing(self) -> Standing:
-        """How far the parts are, from one listing."""
+        """Return how far the parts are, from one listing."""
         there = self.committed()
         missing = [number for number in range(self.count) if number not in there]
         return Standing(missing, sum(manifest.seconds for manifest in there.values()))
 
     def missing(self) -> list[int]:
-        """Numbers of the parts that are not committed."""
+        """Return the numbers of the parts that are not committed."""
         return self.standing().missing
 
     def check(self) -> None:  # noqa: B027  # most kinds have nothing to check

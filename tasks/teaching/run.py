@@ -43,7 +43,7 @@ class Run:
 
     @functools.cached_property
     def parts(self) -> dict[str, Parts]:
-        """What the run is made of, by kind, in the order in which it is made; scores last."""
+        """The parts that the run is made of, by kind, in the order in which it is made; scores last."""
         family = family_of(self.config)
         made = [*family.parts(self.context, self.artifacts), self.scores]
         return {parts.kind: parts for parts in made}
@@ -58,7 +58,7 @@ class Run:
         return self.scores.score_run
 
     def assignment(self, generation: int, origin: str) -> Assignment:
-        """What workers are to do. The score shards are counted in the run's plan."""
+        """Return the work of the run's workers. The score shards are counted in the run's plan."""
         counts = {kind: parts.count for kind, parts in self.parts.items() if parts is not self.scores}
         stages = {
             name: PartsRecord(

@@ -21,7 +21,7 @@ from tasks.inputs.queries import load_queries
 
 @dataclass(frozen=True, eq=False)
 class ScoreShard:
-    """Some training samples against some queries."""
+    """The pairs of some training samples and some queries."""
 
     number: int
     query_block: int
@@ -31,7 +31,7 @@ class ScoreShard:
 
 @dataclass(frozen=True, eq=False)
 class ScoreRun:
-    """One execution's pairs: which queries, which candidates, in which shards.
+    """The pairs of a run: its queries, their candidates, and the shards.
 
     candidates: of each query, ascending.
     """
@@ -49,13 +49,13 @@ class ScoreRun:
         return sum(int(self.chosen(number, shard.train_ids).sum()) for number in shard.query_numbers)
 
     def chosen(self, number: int, train_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of these samples, ascending, the query is scored against."""
+        """Mark those of these samples, ascending, that the query is scored against, (n,) bool."""
         mine = self.candidates[number]
         place = np.searchsorted(mine, train_ids)
         return np.append(mine, -1)[place] == train_ids
 
     def pool(self, numbers: list[int]) -> NDArray[np.int64]:
-        """The samples that any of these queries is scored against, ascending."""
+        """Return the samples that any of these queries is scored against, ascending."""
         return np.unique(np.concatenate([self.candidates[number] for number in numbers]))
 
     def shard_key(self, shard: ScoreShard) -> str:
@@ -63,7 +63,7 @@ class ScoreRun:
 
 
 def plan_scores(candidates: Artifact, queries: Artifact, shape: tuple[int, int | None]) -> ScoreRun:
-    """The shards of a run.
+    """Plan the shards of a run.
 
     Args:
         shape: queries and training samples of one shard; None: all that the queries are scored against.
@@ -81,7 +81,7 @@ def plan_scores(candidates: Artifact, queries: Artifact, shape: tuple[int, int |
 
 
 def _candidates(candidates: Artifact, query_ids: list[str]) -> list[NDArray[np.int64]]:
-    """The training samples of each query, ascending."""
+    """Return the training samples of each query, ascending."""
     table = tables.read(candidates.path, tables.CANDIDATES)
     numbers = pc.index_in(table["query_id"], pa.array(query_ids)).to_numpy()
     train_ids = table["train_id"].to_numpy()

@@ -66,13 +66,13 @@ class ScoreParts(Parts):
         )
 
     def standing(self) -> Standing:
-        """By plan and ledger alone: shards may lie in large files by now."""
+        """Return how far the shards are, by plan and ledger alone: shards may lie in large files by now."""
         ledger = read_ledger(self.context.workspace, self.artifact.key)
         open_shards = ledger.filter(pc.not_equal(ledger["state"].cast(pa.string()), ShardState.done.value))
         return Standing(sorted(open_shards["shard"].to_pylist()), float(sum(ledger["seconds"].to_pylist())))
 
     def check(self) -> None:
-        """Raises RunRefused where so many samples were left out that they cannot be to blame."""
+        """Raise RunRefused where too many samples were left out for the samples to be to blame."""
         workspace, run = self.context.workspace, self.artifact.key
         path = workspace.quarantined_samples(run)
         if not is_there(path):
@@ -88,13 +88,13 @@ class ScoreParts(Parts):
 def _pair_rows(
     score_run: ScoreRun, shard: ScoreShard, train_ids: NDArray[np.int64], scores: NDArray[np.float64]
 ) -> pa.Table:
-    """The (query, sample) pairs of a shard that are candidates, as score rows."""
+    """Return the (query, sample) pairs of a shard that are candidates, as score rows."""
     chosen = np.stack([score_run.chosen(number, train_ids) for number in shard.query_numbers])
     query, sample = np.nonzero(chosen)
     names = np.array([score_run.query_ids[number] for number in shard.query_numbers], dtype=object)
     chosen_scores = scores[query, sample]
     if not np.isfinite(chosen_scores).all():
-        # They have no rank. Losses were numbers, so what is not comes from the model: trying again is idle.
+        # Such scores have no rank. The losses were numbers, so the model is to blame: trying again does not help.
         where = int(np.flatnonzero(~np.isfinite(chosen_scores))[0])
         raise FloatingPointError(
             f"{np.count_nonzero(~np.isfinite(chosen_scores))} of {len(chosen_scores)} scores are not finite, first "

@@ -20,10 +20,10 @@ from tasks.teaching.parts import Parts
 
 
 class Similarity:
-    """See `tasks.teaching.families.Family`; the space is that of the candidates."""
+    """The family of the similarity teacher, in the candidates' feature space; see `tasks.teaching.families.Family`."""
 
     def check(self, context: Context) -> None:
-        """Whatever is wrong with a feature space is said when its features are extracted."""
+        """Check nothing: a fault of a feature space is reported when its features are extracted."""
 
     def artifacts(self, context: Context, samples: Artifact, queries: Artifact) -> list[Artifact]:
         return []
@@ -53,7 +53,7 @@ class Similarity:
         return [KindCost("scores", shards, size.queries * size.candidates, 0.0)]
 
     def _features(self, context: Context, artifacts: Artifacts) -> tuple[Tensor, Tensor]:
-        """phi of the queries, (queries, d), in memory, and of the training samples, (samples, d), mapped from a file.
+        """Load phi of the queries, (queries, d), in memory, and map phi of the training samples, (samples, d).
 
         They are kept from one shard to the next.
         """

@@ -34,15 +34,15 @@ FISHER_FORWARDS = {"diagonal": 3.0, "ekfac": 3.0 + GRADIENT_FORWARDS}
 
 
 def unlearning_teacher(config: PipelineConfig) -> UnlearningTeacher:
-    """The configured teacher, one of this family."""
+    """Return the configured teacher, one of this family."""
     return UNLEARNING_TEACHERS[config.teacher.name]
 
 
 class Unlearning:
-    """See `tasks.teaching.families.Family`."""
+    """The family of the unlearning teachers; see `tasks.teaching.families.Family`."""
 
     def check(self, context: Context) -> None:
-        """Raises UsageError where the noise plan does not fit the model's schedule."""
+        """Raise UsageError where the noise plan does not fit the model's schedule."""
         noise_plan(context.config).timestep_values(train_timesteps(context.config.model.folder))
 
     def artifacts(self, context: Context, samples: Artifact, queries: Artifact) -> list[Artifact]:
@@ -66,7 +66,7 @@ class Unlearning:
         return artifacts["unlearning steps"].key
 
     def shard_shape(self, config: PipelineConfig, queries: int) -> tuple[int, int | None]:
-        """Exact: one query and all its candidates. First order: a block of queries and a block of samples."""
+        """Return one query and all its candidates where scores are exact, else a block of queries and of samples."""
         if not unlearning_teacher(config).first_order:
             return 1, None
         return block_shape(config, queries)

@@ -1,4 +1,4 @@
-"""One unlearning step per query: how the weights move when the model forgets it."""
+"""One unlearning step per query: the change of the weights when the model forgets it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ERROR = "/relative_error"
 
 
 def updates_of(context: Context, latents: Artifact, curvature: Artifact, queries: Artifact) -> Artifact:
-    """Where every query's Delta theta lies, or will."""
+    """Return the artifact of every query's Delta theta, which need not be made yet."""
     config = context.config.teacher
     training_size = config.training_size or latents.rows
     key = input_key(
@@ -64,7 +64,11 @@ class UpdateParts(Parts):
         return 1
 
     def make(self, number: int) -> Manifest:
-        """Raises UsageError where the query's gradient is no number: no other sample could stand in for it."""
+        """Compute and commit Delta theta of one query.
+
+        Raises:
+            UsageError: the query's gradient is no number; no other sample could stand in for the query.
+        """
         context, config, started = self.context, self.context.config.teacher, time.monotonic()
         query = load_queries(self.queries)[number]
         fisher = device_fisher(context, self.curvature)
@@ -87,7 +91,7 @@ class UpdateParts(Parts):
 
 
 def device_fisher(context: Context, curvature: Artifact) -> Fisher:
-    """The Fisher on the context's device, loaded once a run; two are kept for its self-consistency."""
+    """Return the Fisher on the context's device, loaded once a run; two are kept for its self-consistency."""
     damping, device = context.config.teacher.damping, context.device
 
     def load() -> Fisher:
@@ -97,7 +101,7 @@ def device_fisher(context: Context, curvature: Artifact) -> Fisher:
 
 
 def gradient_of(context: Context, query: Query, seed: int) -> dict[str, Tensor]:
-    """The gradient of one query's objective, by layer; `seed` is that of its Monte-Carlo pairs."""
+    """Return the gradient of one query's objective, by layer; `seed` is that of its Monte-Carlo pairs."""
     config, model = context.config.teacher, context.teacher_model()
     gradient = query_gradient(
         model,
@@ -113,7 +117,7 @@ def gradient_of(context: Context, query: Query, seed: int) -> dict[str, Tensor]:
 
 
 def update_of(context: Context, gradient: dict[str, Tensor], fisher: Fisher, samples: int) -> dict[str, Tensor]:
-    """Delta theta, by layer, from a query's gradient; `samples` are those of the workspace."""
+    """Return Delta theta, by layer, from a query's gradient; `samples` is the number of samples in the workspace."""
     config = context.config.teacher
     assert config.alpha is not None
     return unlearning_update(fisher, gradient, alpha=config.alpha, training_size=config.training_size or samples)
@@ -151,5 +155,5 @@ def _load(updates: Artifact, numbers: tuple[int, ...], device: torch.device) -> 
 
 
 def relative_errors(updates: Artifact, numbers: list[int]) -> list[float]:
-    """What keeping Delta theta at a low rank lost of each query's, relative in the Frobenius norm."""
+    """Return what a low rank lost of each query's Delta theta, relative in the Frobenius norm."""
     return [load_tensors(part(updates.path, number, "safetensors"))[_ERROR].item() for number in numbers]

@@ -16,7 +16,7 @@ VARIABLE = "FASTGDA_ALERT_URLS"
 
 
 def addresses() -> list[str]:
-    """Where alerts go: Apprise URLs."""
+    """Return the Apprise URLs that alerts are sent to."""
     return os.environ.get(VARIABLE, "").split()
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run in Prefect: a live table, what failed, pictures, curves, links."""
+"""Artifacts that show a run in Prefect: a live table, what failed, pictures, curves, links."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ UPDATE_SECONDS = 10.0
 
 
 def artifact_key(*words: str) -> str:
-    """Prefect's keys have lower-case letters, digits and dashes."""
+    """Return a key for Prefect, which takes lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
 def publish_markdown(key: str, text: str, description: str) -> UUID | None:
-    """A new version of an artifact; None where there is no flow run or no server to hear of it."""
+    """Publish a new version of an artifact; None where there is no flow run or no server to hear of it."""
     if flow_run.get_id() is None:
         return None
     with tolerated(f"keep the artifact {artifact_key(key)}"):
@@ -40,7 +40,7 @@ def publish_markdown(key: str, text: str, description: str) -> UUID | None:
 
 
 def publish_image(key: str, picture: bytes, description: str) -> None:
-    """A JPEG or PNG as an artifact; the picture itself, as no store may be reachable from a browser."""
+    """Publish a JPEG or PNG as an artifact that holds it, as no store may be reachable from a browser."""
     if flow_run.get_id() is None:
         return
     kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
@@ -73,7 +73,7 @@ class Board:
             text = status_markdown(run_status(self.workspace, self.run))
         except (StoreError, UsageError, OSError):
             return
-        # Of a large run it takes a while to say how it stands: a twentieth of the time at most.
+        # The status of a large run takes a while to derive: it may cost a twentieth of the time at most.
         self.due = time.monotonic() + max(UPDATE_SECONDS, 20 * (time.monotonic() - started))
         if self.artifact is None:
             self.artifact = publish_markdown(f"progress {self.run}", text, f"Progress of run {self.run}")

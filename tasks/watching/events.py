@@ -1,4 +1,4 @@
-"""Events that others wait for: deployments start on them (`deployments/prefect.yaml`), alerts go out."""
+"""Events: deployments start on them (`deployments/prefect.yaml`), and alerts go out."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ INDEX_BUILT = "fastgda.index.built"
 INDEX_PROMOTED = "fastgda.index.promoted"
 PROMOTION_REFUSED = "fastgda.promotion.refused"
 RUN_INCOMPLETE = "fastgda.run.incomplete"
-FOLLOWED = "fastgda.followed"  # label of every event: "true" where whoever emits it does itself what follows
+FOLLOWED = "fastgda.followed"  # label of every event: "true" where the flow that emits it does itself what follows
 
 _followed: ContextVar[bool] = ContextVar("followed", default=False)
 
 
 @contextmanager
 def followed() -> Iterator[None]:
-    """What follows from events in the block is done by the block itself: no deployment need start on them."""
+    """Label the events in the block as followed: the block does what follows, and no deployment need start."""
     token = _followed.set(True)
     try:
         yield

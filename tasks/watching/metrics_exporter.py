@@ -41,7 +41,7 @@ Series: TypeAlias = Iterable[tuple[tuple[str, ...], float]]  # label values and 
 
 @dataclass(frozen=True)
 class RunFigures:
-    """What the files of one run say."""
+    """Figures from the files of one run."""
 
     status: RunStatus
     retries: dict[str, int]
@@ -49,7 +49,7 @@ class RunFigures:
 
     @property
     def settled(self) -> bool:
-        """Whether they say the same tomorrow if no file changes: nothing hangs on a live process or on the time."""
+        """True if they stay the same while no file changes: none depends on a live process or on the time."""
         return not self.status.workers and not self.status.shards[ShardState.running]
 
 
@@ -99,13 +99,13 @@ class RunCollector(Collector):
 
 
 def exposition(workspace: Workspace) -> str:
-    """All metrics at this moment, in Prometheus' text format."""
+    """Return all metrics at this moment, in Prometheus' text format."""
     return generate_latest(_registry(workspace)).decode()
 
 
 @contextmanager
 def listening(workspace: Workspace, host: str, port: int) -> Iterator[int]:
-    """Answer scrapes while the block runs; yields the port, which the system chooses where it is 0.
+    """Answer scrapes while the block runs, and yield the port, which the system chooses where it is 0.
 
     Raises:
         UsageError: nobody can listen there.
@@ -149,7 +149,7 @@ def _derive(workspace: Workspace, run: str) -> RunFigures:
 
 
 def _stamp(workspace: Workspace, run: str) -> Stamp | None:
-    """Differs once any file that the run's figures come from has changed.
+    """Return a stamp that differs once any file that the run's figures come from has changed.
 
     None where a change could go unseen: just after one, and in an object store, whose folders have no time of change.
     """
@@ -177,7 +177,7 @@ def _changed(path: AnyPath) -> tuple[int, int]:
 
 
 def _retries(attempts: dict[int, list[Attempt]]) -> dict[str, int]:
-    """Failed attempts after which the same shard was started again, by class of the error."""
+    """Count failed attempts after which the same shard was started again, by class of the error."""
     retries: Counter[str] = Counter()
     for of_shard in attempts.values():
         started = False
@@ -284,7 +284,7 @@ def _worker_metrics(runs: list[RunFigures], now: datetime) -> Iterator[Metric]:
         "Seconds since a worker's last sign of life, by the two hosts' clocks; absent an hour after it, or once the "
         "worker has ended.",
         ("run", "worker"),
-        # A clock that is a little ahead is no sign of life from the future.
+        # A worker's clock may be a little ahead of this host's: seconds are not negative.
         (((run, beat.worker), max(0.0, silent)) for run, beat, silent in shown),
     )
     yield _gauge(

@@ -1,4 +1,4 @@
-"""When a Prefect server does not do what is asked of it: it is away for a while, or it refuses."""
+"""Answers of a Prefect server that does not do what it is asked: it is away for a while, or it refuses."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _told: set[str] = set()
 
 
 def away(error: BaseException) -> bool:
-    """Whether to ask again later: a transport error, a 5xx, a 429, or an error that was raised from one of them."""
+    """Return whether to ask again later: a transport error, a 5xx, a 429, or an error raised from one of these."""
     return remedy(error) is Remedy.retry
 
 
 def refusal(error: BaseException, asked: str) -> UsageError:
-    """What to tell a person of a request that will be refused again.
+    """Return the error that tells a person of a request that will be refused again.
 
     Args:
         asked: what was asked of the server, after "refuses to".
@@ -48,7 +48,7 @@ def refusal(error: BaseException, asked: str) -> UsageError:
 
 @contextmanager
 def tolerated(asked: str) -> Iterator[None]:
-    """A block whose request a run can do without: nothing is said of a server that is away, and once of a refusal."""
+    """Tolerate a failed request that a run can do without; log a refusal once, and nothing while the server is away."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""How a run stands, from the files of its workspace alone: with or without a Prefect server, from any machine."""
+"""The status of a run, from its workspace's files alone: with or without a Prefect server, from any machine."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class WorkerStatus:
 
 
 class _DoneShard(TypedDict):
-    """What is read here of a row of the ledger whose shard is done."""
+    """The fields used here of a ledger row whose shard is done."""
 
     rows: int
     seconds: float
@@ -70,9 +70,9 @@ class _DoneShard(TypedDict):
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Counts are of score shards and their rows; seconds are those of devices.
+    """The status of a run: counts are of score shards and their rows; seconds are those of devices.
 
-    stages: those before the scores; failures: of all.
+    stages: those before the scores; failures: of all stages.
     """
 
     run: str
@@ -103,7 +103,11 @@ class RunStatus:
 
 
 def run_status(workspace: Workspace, run: str) -> RunStatus:
-    """Raises UnknownRun, naming those that there are."""
+    """Derive the status of a run from its files.
+
+    Raises:
+        UnknownRun: there is no such run; the message names those that there are.
+    """
     execution = _execution_of(workspace, run)
     record = read_run(workspace, run)
     ledger_rows, left_out, _ = derive(workspace, run)
@@ -153,7 +157,7 @@ def run_status(workspace: Workspace, run: str) -> RunStatus:
 
 
 def latest_run(workspace: Workspace) -> str:
-    """The run that was planned last.
+    """Return the run that was planned last.
 
     Raises:
         StoreError: there is none.
@@ -165,7 +169,7 @@ def latest_run(workspace: Workspace) -> str:
 
 
 def _execution_of(workspace: Workspace, run: str) -> ExecutionConfig:
-    """How the run's last coordinator carried it out."""
+    """Return how the run's last coordinator carried it out; the defaults where that cannot be read."""
     try:
         return lifted(ExecutionConfig, read_assignment(workspace, run).execution, f"run {run}")[0]
     except (StoreError, UsageError):  # imported, or another release's
@@ -190,12 +194,12 @@ def _rows_per_second(done: list[_DoneShard], now: datetime) -> float:
 
 
 def _lives(beat: Beat, now: datetime) -> bool:
-    """Whether the process behind a beat may still be at work."""
+    """Return whether the process behind a beat may still be at work."""
     return not beat.ended and _seconds_since(beat, now) < ALIVE_SECONDS and process_lives(beat.worker)
 
 
 def others_at_work(workspace: Workspace, run: str) -> list[Beat]:
-    """Signs of life of other processes than this one that make parts of the run."""
+    """Return the signs of life of other processes than this one that make parts of the run."""
     now = datetime.now(UTC)
     return [beat for beat in read_beats(workspace, run) if beat.worker != worker_name() and _lives(beat, now)]
 
@@ -226,7 +230,7 @@ def _stragglers(
     now: datetime,
     execution: ExecutionConfig,
 ) -> list[Straggler]:
-    """Of the parts under way, those that take much longer than the median of the finished ones of their kind."""
+    """Return the parts under way that take much longer than the median of the finished parts of their kind."""
     medians = {stage.kind: (stage.done, stage.median) for stage in stages if stage.median is not None}
     if done:
         medians["scores"] = len(done), statistics.median(row["seconds"] for row in done)

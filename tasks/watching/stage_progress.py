@@ -1,4 +1,4 @@
-"""How far a run's stages before the scores are, from the run's assignment, manifests and attempt records alone."""
+"""The progress of a run's stages before the scores, from its assignment, manifests and attempt records alone."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class StageProgress:
 def stages_before_scores(
     workspace: Workspace, run: str, now: datetime, *, alive: bool
 ) -> tuple[list[StageProgress], list[FailedShard]]:
-    """How far each stage is, in the order in which they are made, and what failed in them.
+    """Return how far each stage is, in the order in which they are made, and what failed in them.
 
     Empty for a run of a release that did not write down how many parts a stage has, and for one that was imported.
 
@@ -87,7 +87,10 @@ def stages_before_scores(
 
 
 def recent_speed(ends: list[tuple[datetime, int, float]], now: datetime) -> float:
-    """Of the last minutes, or of as long as it has been going on: a second, from (when, how many, in how long)."""
+    """Return how many were finished a second in the last minutes, from (when, how many, in how long).
+
+    Work that began within these minutes is divided by the time since it began.
+    """
     recent = [(at, count, seconds) for at, count, seconds in ends if now - at < RECENT]
     if not recent:
         return 0.0
@@ -96,7 +99,7 @@ def recent_speed(ends: list[tuple[datetime, int, float]], now: datetime) -> floa
 
 
 def _done(path: AnyPath, record: PartsRecord) -> Iterator[tuple[int, Manifest]]:
-    """The committed parts of a stage by number; the curvature is one file and no folder."""
+    """Yield the committed parts of a stage by number; the curvature is one file and no folder."""
     if record.parts == 1 and (alone := read_manifest(path)) is not None:
         manifests = {path: alone}
     else:

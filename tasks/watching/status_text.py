@@ -17,7 +17,7 @@ SHOWN = 20  # failures, samples: more than that nobody reads
 
 
 def duration(seconds: float | None) -> str:
-    """`2 d 3 h`, `4 h 5 min`, `6 min 7 s`, `8 s`."""
+    """Write seconds as `2 d 3 h`, `4 h 5 min`, `6 min 7 s` or `8 s`."""
     if seconds is None:
         return "unknown"
     whole = round(seconds)
@@ -30,7 +30,7 @@ def duration(seconds: float | None) -> str:
 
 
 def facts(status: RunStatus) -> list[tuple[str, str]]:
-    """What is said of a run, as (name, value)."""
+    """Return what is said of a run, as (name, value)."""
     share = status.rows / status.pairs if status.pairs else 1.0
     filled = round(BAR * share)
     shards = ", ".join(f"{count:,} {state}" for state, count in status.shards.items() if count)
@@ -58,7 +58,7 @@ def _stage(stage: StageProgress) -> str:
 
 
 def slow_parts(status: RunStatus) -> list[str]:
-    """What is said of the parts that take too long, and what to do about those that hang."""
+    """Return a line for each part that takes too long, with what to do about one that hangs."""
     lines, again = [], command(Workspace.at(status.workspace), f"retry {status.run}")
     for s in status.stragglers:
         host, _, process = s.worker.rpartition(":")
@@ -69,7 +69,7 @@ def slow_parts(status: RunStatus) -> list[str]:
 
 
 def remedies(status: RunStatus) -> list[str]:
-    """What to do about what is wrong."""
+    """Return the commands that mend what is wrong."""
     commands, workspace = [], option(Workspace.at(status.workspace))
     if status.failures or (status.left_out and status.state == "done") or status.state in ("stopped", "cancelled"):
         commands.append(f"fastgda retry {status.run}{workspace}")
@@ -79,7 +79,7 @@ def remedies(status: RunStatus) -> list[str]:
 
 
 def status_markdown(status: RunStatus) -> str:
-    """For an artifact."""
+    """Return the status as Markdown, for an artifact."""
     lines = [f"## {status.run}", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in facts(status)]
     if status.workers:
@@ -119,7 +119,7 @@ def _cell(text: str) -> str:
 
 
 def status_table(status: RunStatus) -> RenderableType:
-    """For a terminal."""
+    """Return the status as a table, for a terminal."""
     colors = {"done": "green", "running": "cyan", "incomplete": "red", "paused": "yellow", "cancelled": "yellow"}
     about = Table.grid(padding=(0, 2))
     about.add_column(style="dim")

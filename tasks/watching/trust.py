@@ -1,4 +1,4 @@
-"""What the checks of a run's teacher found, in few words: whether its answers can be believed, and what to do."""
+"""Trust in a run's teacher: what its checks found in few words, whether it can be believed, and what to do."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _NOISY = (
 
 @dataclass(frozen=True)
 class Trust:
-    """What is known of a run's teacher.
+    """The results of the checks of a run's teacher.
 
     twins: the twin test of each kind of query, where it was made.
     agreement: Spearman's between two whole teachers; None where it was not measured.
@@ -60,7 +60,7 @@ class Trust:
 
     @property
     def facts(self) -> list[tuple[str, str]]:
-        """As (name, value)."""
+        """The results as (name, value)."""
         facts = [("twins found", "; ".join(_summary(kind, test) for kind, test in self.twins.items()))]
         if self.agreement is not None:
             facts.append(("two teachers agree", f"Spearman {self.agreement:.3f}"))
@@ -77,13 +77,13 @@ class Trust:
         return [*wrong, *self._disagreement()]
 
     def _advice(self, kind: str) -> str:
-        """How to mend a teacher that does not find the twins of one kind of query."""
+        """Return how to mend a teacher that does not find the twins of one kind of query."""
         if self.objective is None:
             return _OTHER_SPACE
         return _LOST_SIGN if (kind, self.objective) == (TWIN, Objective.loss) else _NOISY
 
     def _disagreement(self) -> list[str]:
-        """What is wrong with a teacher that, drawn again, is another one."""
+        """Return a warning where the teacher, drawn again, is another one; empty where it is not."""
         if self.agreement is not None and self.agreement < LEAST_AGREEMENT:
             what = f"two teachers that differ in their draws alone agree at Spearman {self.agreement:.2f} only"
         elif self.precision is not None and self.precision[0] < self.precision[1]:
@@ -109,7 +109,7 @@ def _summary(kind: str, test: TwinTest) -> str:
 
 
 def trust_in(workspace: Workspace, run: str) -> Trust:
-    """What the checks of a run have found so far; nothing of a run that was never judged."""
+    """Read what the checks of a run have found so far; nothing of a run that was never judged."""
     rows = _of_the_head(workspace, run)
     for name, check in read_checks_record(workspace, run).items():
         if name != "exact check":  # pairs, not metrics
@@ -118,7 +118,7 @@ def trust_in(workspace: Workspace, run: str) -> Trust:
 
 
 def trust_of(rows: list[dict[str, Any]], objective: Objective | None) -> Trust:
-    """The same from rows of `metrics`."""
+    """Return what rows of `metrics` tell of a teacher."""
     twins = {}
     for kind in KINDS:
         of_kind = [row for row in rows if row["metric"] == TWIN_RANK and row["split"] == kind]
@@ -141,7 +141,7 @@ def trust_of(rows: list[dict[str, Any]], objective: Objective | None) -> Trust:
 
 
 def _of_the_head(workspace: Workspace, run: str) -> list[dict[str, Any]]:
-    """The metrics of the head that is published with a run."""
+    """Return the metrics of the head that is published with a run."""
     try:
         published = read_published(workspace)
     except StoreError:
@@ -163,6 +163,6 @@ def _objective(workspace: Workspace, run: str) -> Objective | None:
 
 
 def compared(teacher: object, objective: Objective) -> Objective | None:
-    """Whose gradients a teacher of this name compares; None where it compares none."""
+    """Return the objective whose gradients a teacher of this name compares; None where it compares none."""
     known = TEACHERS.get(teacher) if isinstance(teacher, str) else None  # a run may be another release's
     return None if known is not None and "objective" not in known.settings else objective
