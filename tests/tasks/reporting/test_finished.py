@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from storage_schemas.commit import manifest_path
-from storage_schemas.publishing.publish import publish_runs
+from storage_schemas.publishing.publish import update_published
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Made
 from tasks.config.pipeline import PipelineConfig
@@ -71,8 +71,8 @@ CHANGES: dict[str, Callable[[Path, RunSummary], object]] = {
         artifact(summary, "features of samples").rglob("part-*.parquet")
     ).write_bytes(b""),
     "a manifest is gone": lambda _, summary: manifest_path(artifact(summary, "evaluation")).unlink(),
-    "something is published since": lambda folder, summary: publish_runs(
-        Workspace(folder / "workspace"), [summary.run]
+    "something is published since": lambda folder, _: update_published(
+        Workspace(folder / "workspace"), lambda published: published and published.model_copy(update={"index": None})
     ),
     "the summary is damaged": lambda folder, _: next((folder / "workspace" / "finished").iterdir()).write_text("{"),
 }
