@@ -30,7 +30,7 @@ coverage: $(DEVELOPING)
 # Tests that kill workers and watch clocks come last: they mostly wait, and would wait in vain beside others that count.
 test: $(DEVELOPING)
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --ignore tests/orchestration
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile tests/orchestration
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadgroup tests/orchestration
 
 slow: $(DEVELOPING)
 	$(BIN)/python -m pytest -m slow

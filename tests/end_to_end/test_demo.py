@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from flows.demo import prepare
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
+from tasks.demo import openmoji
 from tasks.demo.openmoji import CONFIG, list_openmoji
 from tests import warm
 from tests.flows.pipeline_case import environment, fastgda, lay_out
@@ -40,19 +40,17 @@ def documented(language: str) -> list[tuple[str, str]]:
 def small_demo(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, home: Path) -> Path:
     """A folder in which `fastgda demo` ran on few samples and queries, with little noise; with `my_config.yaml`."""
     folder = tmp_path_factory.mktemp("user")
-    path = prepare(folder / "demo")
+    with pytest.MonkeyPatch.context() as few:
+        few.setattr(openmoji, "list_openmoji", lambda: list_openmoji()[:FEW])
+        path = prepare(folder / "demo")
     config = yaml.safe_load(path.read_text())
-    config["data"]["shards"] = "shards/few.tar"
-    first = path.parent / "shards" / "openmoji-00000.tar"
-    with tarfile.open(first) as many, tarfile.open(first.with_name("few.tar"), "w") as few:
-        for member in many.getmembers()[: 2 * FEW]:  # an image and its captions
-            few.addfile(member, many.extractfile(member))
     captions = config["queries"]["captions"][::8]
     config["queries"].update(steps=10, captions=captions, split={"train": 6, "validation": 2, "test": 4}, twins=8)
     config["curvature"]["samples"] = 32
     config["evaluation"].update(cutoffs=[50, 100], gain_floor=None)
     config["teacher"].update(gradient_pairs=4)
     config["exact_check"] = {"queries": 1, "candidates": 8}
+    config["self_consistency"] = {"queries": 2}
     config["head"] = {"epochs": 2}
     path.write_text(yaml.safe_dump(config))
     study = {
