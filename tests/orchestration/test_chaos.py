@@ -106,11 +106,12 @@ def test_every_planned_row_but_those_of_quarantined_samples_whatever_dies(
         (faults / "reset-1").touch()  # so that there is one however few shards there are
         chaos = Chaos(server, config, faults, chance)
         coming = list(itertools.islice(itertools.cycle(BLOWS), blows))
+        pause = (2, 10) if shards < 100 else (5, 30)  # so that most of them fall while scores are made
         struck, due = 0, time.monotonic() + 25
         while (code := chaos.ended()) is None:
             if coming and time.monotonic() > due:
                 chaos.strike(coming.pop(0))
-                struck, due = struck + 1, time.monotonic() + chance.uniform(2, 10)
+                struck, due = struck + 1, time.monotonic() + chance.uniform(*pause)
             time.sleep(0.1)
         assert code == 0, server.log(chaos.coordinator)
         assert struck >= blows // 3
