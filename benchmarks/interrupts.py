@@ -22,7 +22,7 @@ from pathlib import Path
 from flows.demo import prepare
 
 LONGEST_WAIT = 60.0  # seconds before the signal
-PROGRESS = re.compile(r"^(.+): \d+/\d+, \d+ s elapsed", flags=re.MULTILINE)
+PROGRESS = re.compile(r"^(?:\S+Z \w+ )?(.+): \d+/\d+, \d+ s elapsed", flags=re.MULTILINE)
 
 
 def interrupted(folder: Path, wait: float, *, at_work: bool) -> tuple[str, float, float, int, str]:
