@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastgda_core.errors import UsageError
 from fastgda_core.extras import require_extra
 
-# Every encoder, with the hub id of its weights: empty where a package of the extra `demo` brings them, or there are none.
+# Every encoder, with the hub id of its weights: empty where it has none or a package of the extra `demo` brings them.
 SOURCES = {
     "pixel": "",
     "efficientnet_lite0": "",
