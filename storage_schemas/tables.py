@@ -181,20 +181,20 @@ METRICS = Table(
 STUDY = Table(
     "study",
     "a figure of a head that a study trained: the question, the choice and the seed that it answers for, the figure",
-    schema(
-        ("question", pa.string(), "what is varied: feature space, loss, queries, candidates, ..."),
-        ("choice", pa.string(), "what the head was trained with: pixel, listwise, a share as text, ..."),
-        ("seed", pa.int32(), "0, 1, ...: which training of this choice; 0 of features alone, which need none"),
-        ("metric", pa.string(), "mAP, or AP of one query"),
-        ("space", pa.string(), "what is compared with the teacher: tuned, or untuned of a feature space"),
-        ("split", pa.string(), "the queries it was measured on: test"),
-        ("cutoff", pa.int32(), "L of mAP(L)"),
-        ("query_id", pa.string(), "one query, or empty for the mean over the split"),
-        ("value", pa.float64(), "the figure"),
-        ("standard_error", pa.float64(), "over queries; 0 for a single query"),
-        ("queries", pa.int32(), "how many queries the figure rests on"),
+    pa.schema(
+        [
+            *schema(
+                ("question", pa.string(), "what is varied: feature space, loss, queries, candidates, ..."),
+                ("choice", pa.string(), "what the head was trained with: pixel, listwise, a share as text, ..."),
+                ("seed", pa.int32(), "0, 1, ...: which training of this choice; 0 of features alone, which need none"),
+            ),
+            *METRICS.schema,
+        ]
     ),
-    dictionary=("question", "choice", "seed", "metric", "space", "split", "cutoff"),
+    dictionary=("question", "choice", "seed", *METRICS.dictionary),
+    version=METRICS.version,
+    oldest=METRICS.oldest,
+    added=METRICS.added,
 )
 
 
