@@ -16,7 +16,7 @@ FAST := "not heavy and not integration and not slow and not gpu"
 demo: $(INSTALLED)
 	$(BIN)/fastgda demo
 
-# What needs neither a server, nor a command, nor half a second: about a minute on 2 cores.
+# What needs neither a server, nor a command, nor half a second: a minute and a half on 2 cores.
 fast: $(DEVELOPING)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m $(FAST) $(UNIT)
 
