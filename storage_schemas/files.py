@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from storage_schemas.errors import StoreError
 
@@ -62,6 +62,11 @@ Stamps: TypeAlias = tuple[tuple[str, int, int], ...]
 def stamps(paths: Iterable[AnyPath]) -> Stamps:
     """Return path, size and time in nanoseconds of each file: as long as they stay the same, so does its content."""
     return tuple((str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths)
+
+
+def folder_stamps(folder: Path) -> Stamps:
+    """Stamp every file below a folder, in order."""
+    return stamps(sorted(path for path in folder.rglob("*") if path.is_file()))
 
 
 def file_sha256(path: AnyPath) -> str:
@@ -190,7 +195,12 @@ def local_files(folder: AnyPath, names: Iterable[str]) -> Path:
 
 def _object_stamp(path: UPath) -> tuple[str, int | None, str]:
     info = path.fs.info(path.path)
-    return str(path), info.get("size"), str(info.get("ETag") or info.get("mtime") or info.get("created"))
+    return str(path), info.get("size"), stamp_of(info)
+
+
+def stamp_of(entry: dict[str, Any]) -> str:
+    """Return what changes with an object's content, from what its store tells of it."""
+    return str(entry.get("ETag") or entry.get("LastModified") or entry.get("mtime") or entry.get("created"))
 
 
 def _evict(copies: Path) -> None:
@@ -214,17 +224,17 @@ def matching(folder: AnyPath, pattern: str) -> list[AnyPath]:
     if isinstance(folder, Path) or "/" in pattern:
         paths: Iterator[AnyPath] = folder.glob(pattern)
     else:  # a glob asks an object store four times where one listing tells as much
-        paths = _listed(folder, pattern)
+        paths = (folder / name for name in remote_entries(folder) if fnmatchcase(name, pattern))
     return sorted((path for path in paths if not path.name.startswith(".")), key=str)
 
 
-def _listed(folder: UPath, pattern: str) -> Iterator[UPath]:
+def remote_entries(folder: UPath) -> dict[str, dict[str, Any]]:
+    """Return what an object store tells of each entry of a folder, by name, from one listing; none without a folder."""
     try:
-        places = folder.fs.ls(folder.path, detail=False, refresh=True)
+        entries = folder.fs.ls(folder.path, detail=True, refresh=True)
     except FileNotFoundError:
-        return
-    names = (place.rsplit("/", 1)[-1] for place in places)
-    yield from (folder / name for name in names if fnmatchcase(name, pattern))
+        return {}
+    return {entry["name"].rsplit("/", 1)[-1]: entry for entry in entries}
 
 
 def leftovers(folder: Path, below: Collection[str] | None = None) -> Iterator[Path]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 from pydantic import ValidationError
 
 from storage_schemas.commit import MANIFEST, Manifest, manifest_path, read_manifest
-from storage_schemas.files import AnyPath
+from storage_schemas.files import AnyPath, remote_entries, stamp_of
 
 
 class Entry(NamedTuple):
@@ -36,15 +36,11 @@ def list_folder(folder: AnyPath) -> Listing:
                 return {entry.name: _local(entry.stat()) for entry in entries}
         except FileNotFoundError:
             return {}
-    try:
-        listed = folder.fs.ls(folder.path, detail=True, refresh=True)
-    except FileNotFoundError:
-        return {}
-    return {entry["name"].rsplit("/", 1)[-1]: _remote(entry) for entry in listed}
+    return {name: _remote(entry) for name, entry in remote_entries(folder).items()}
 
 
 def list_tree(folder: AnyPath) -> Listing:
-    """Every file below a folder by its path from there; nothing where there is no folder."""
+    """List every file below a folder by its path from there; nothing where there is no folder."""
     if isinstance(folder, Path):
         paths = (path for path in folder.rglob("*") if path.is_file())
         return {path.relative_to(folder).as_posix(): _local(path.stat()) for path in paths}
@@ -57,7 +53,7 @@ def _local(stat: os.stat_result) -> Entry:
 
 
 def _remote(entry: dict[str, Any]) -> Entry:
-    return Entry(entry["size"], str(entry.get("ETag") or entry.get("LastModified") or entry.get("created")))
+    return Entry(entry["size"], stamp_of(entry))
 
 
 def committed_parts(folder: AnyPath, key: str) -> dict[str, Manifest]:
