@@ -18,7 +18,7 @@ from fastgda_core.diffusion.model import DiffusionModel, load_model, model_hash
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.diffusion.weights import check_weights
 from fastgda_core.teachers.micro_batch import MicroBatch
-from storage_schemas.files import AnyPath, Stamps, stamps
+from storage_schemas.files import AnyPath, Stamps, folder_stamps
 from storage_schemas.workspace import Workspace
 from tasks.config.pipeline import PipelineConfig
 from tasks.devices import pick_device
@@ -124,8 +124,7 @@ def open_context(config: PipelineConfig) -> Context:
         UsageError: the model or its weights cannot be used; this is found before any work.
     """
     check_weights(config.model.folder)
-    files = sorted(path for path in config.model.folder.rglob("*") if path.is_file())
-    return Context(config, _model_hash(config.model.folder, stamps(files)))
+    return Context(config, _model_hash(config.model.folder, folder_stamps(config.model.folder)))
 
 
 @functools.lru_cache(maxsize=4)

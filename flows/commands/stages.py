@@ -265,12 +265,12 @@ def run_pipeline(config: PipelineConfig) -> None:
     """Run the pipeline of a checked configuration, unless it is finished, and print what it made."""
     from tasks.reporting.finished import inputs_stamp, keep_summary, kept_summary
 
+    inputs = inputs_stamp(config)
     # A server that is configured is to show each run, also one with nothing to do.
-    if not server_is_configured() and (kept := kept_summary(config)) is not None:
+    if not server_is_configured() and (kept := kept_summary(config, inputs)) is not None:
         print_summary(kept)
         say("nothing to do: it was finished before, and no input has changed since")
         return
-    inputs = inputs_stamp(config)
     start_server()
     from flows.pipeline import attribution_pipeline
 

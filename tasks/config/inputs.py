@@ -115,6 +115,11 @@ class QueriesConfig(Section):
     steps: int = Field(default=25, ge=1, description="DDIM steps")
     guidance_scale: float = Field(default=3.0, ge=0, description="classifier-free guidance")
 
+    @property
+    def pattern(self) -> str:
+        """The glob of `shards`, with the partition in its place; empty where images are generated."""
+        return (self.shards or "").replace("{partition}", self.partition)
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.captions is None) == (not self.shards):

@@ -26,7 +26,7 @@ from fastgda_core.features.encoders import USUAL, preprocessing_of
 from fastgda_core.images import in_threads
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit, commit_table, committed, input_key, read_manifest
-from storage_schemas.files import AnyPath, Stamps, file_sha256, private_folder, stamps, temporary_name
+from storage_schemas.files import AnyPath, Stamps, file_sha256, folder_stamps, private_folder, temporary_name
 from storage_schemas.listings import committed_parts, quarantined_in
 from storage_schemas.workspace import part
 from tasks.artifact import Artifact, Made, remembered
@@ -255,7 +255,7 @@ def weights_key(name: str, source: str) -> str:
     """Return what tells one set of weights from another: a hash of the files of a folder, else the hub id."""
     if not source or not Path(source).is_dir():
         return source
-    files = _files_hash(stamps(sorted(path for path in Path(source).rglob("*") if path.is_file())))
+    files = _files_hash(folder_stamps(Path(source)))
     # By the files alone where images are prepared as usual: so are features of before a folder's processor was read.
     usual = name not in USUAL or (own := preprocessing_of(name, source)) == USUAL[name]
     return files if usual else input_key(files, own)

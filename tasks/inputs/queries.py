@@ -186,7 +186,7 @@ def _shards(config: QueriesConfig) -> list[Path]:
         return []
     if "{partition}" in config.shards and not config.partition:
         raise UsageError("queries.shards asks for a {partition}: set queries.partition, or run `fastgda backfill`")
-    return find_shards(config.shards.replace("{partition}", config.partition), "queries.shards")
+    return find_shards(config.pattern, "queries.shards")
 
 
 def _collect(config: QueriesConfig) -> list[tuple[str, str, bytes]]:

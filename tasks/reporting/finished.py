@@ -11,12 +11,11 @@ import sysconfig
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from fastgda_core.feature_spaces import SOURCES, encoder_names
 from storage_schemas.commit import input_key, manifest_path
-from storage_schemas.files import AnyPath, read_if_there, stamps, write_atomically
+from storage_schemas.files import AnyPath, folder_stamps, stamps
 from storage_schemas.listings import list_tree
+from storage_schemas.runs.finished import FinishedRecord, MadeRecord, read_finished, write_finished
 from storage_schemas.snapshots.published import NotPublished, read_published
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made
@@ -45,31 +44,6 @@ class RunSummary:
         return self.made[-1].artifact
 
 
-class _KeptArtifact(BaseModel):
-    """An artifact, with a hash of the listing of its files."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    key: str
-    path: str
-    rows: int
-    seconds: float
-    listing: str
-
-
-class _Kept(BaseModel):
-    """`finished/<configuration's name>.json`: the newest summary of a pipeline, and what it holds for."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    inputs: str
-    published: int
-    run: str
-    made: list[_KeptArtifact]
-    refused: str
-
-
 def inputs_stamp(config: PipelineConfig) -> str | None:
     """Hash everything that a pipeline reads and runs on: configuration, stamps of files, packages.
 
@@ -81,13 +55,11 @@ def inputs_stamp(config: PipelineConfig) -> str | None:
     sources = {weights[name] for space in spaces for name in encoder_names(space)} - {""}
     if not all(Path(source).is_dir() for source in sources):
         return None
-    tars = [config.data.shards, (config.queries.shards or "").replace("{partition}", config.queries.partition or "")]
-    read = [path for pattern in tars for path in matching_files(pattern)]
+    tars = [path for pattern in (config.data.shards, config.queries.pattern) for path in matching_files(pattern)]
     code = (path for package in _PACKAGES for path in (_CODE / package).rglob("*.[ph]*") if path.suffix != ".pyc")
-    folders = (config.model.folder, *map(Path, sorted(sources)))
-    read += sorted({*code, *(path for folder in folders for path in folder.rglob("*") if path.is_file())})
+    folders = [folder_stamps(folder) for folder in (config.model.folder, *map(Path, sorted(sources)))]
     installed = sorted(path.name for path in Path(sysconfig.get_path("purelib")).glob("*.dist-info"))
-    return input_key("finished", config, stamps(read), installed)
+    return input_key("finished", config, stamps([*tars, *sorted(code)]), folders, installed)
 
 
 def keep_summary(config: PipelineConfig, inputs: str | None, summary: RunSummary) -> None:
@@ -100,36 +72,39 @@ def keep_summary(config: PipelineConfig, inputs: str | None, summary: RunSummary
         return
     workspace = Workspace.at(config.workspace)
     made = [
-        _KeptArtifact(
+        MadeRecord(
             **{**asdict(each.artifact), "path": workspace.relative(each.artifact.path)},
             seconds=each.seconds,
-            listing=_listing(each.artifact.path),
         )
         for each in summary.made
     ]
-    kept = _Kept(
+    record = FinishedRecord(
         inputs=inputs,
         published=read_published(workspace).version,
+        listings={path: _listing(workspace.file(path)) for path in {each.path for each in made}},
         run=summary.run,
         made=made,
         refused=summary.refused,
     )
-    write_atomically(workspace.finished(config.name), kept.model_dump_json(indent=2).encode())
+    write_finished(workspace, config.name, record)
 
 
-def kept_summary(config: PipelineConfig) -> RunSummary | None:
-    """The summary of the same pipeline, where starting it again would change nothing."""
+def kept_summary(config: PipelineConfig, inputs: str | None) -> RunSummary | None:
+    """Return the summary of the same pipeline, where starting it again would change nothing.
+
+    Args:
+        inputs: their stamp now.
+    """
     workspace = Workspace.at(config.workspace)
-    content = read_if_there(workspace.finished(config.name))
-    if content is None:
+    kept = read_finished(workspace, config.name)
+    if kept is None or kept.inputs != inputs:
         return None
     try:
-        kept, published = _Kept.model_validate_json(content), read_published(workspace).version
-    except (ValidationError, NotPublished):
+        published = read_published(workspace).version
+    except NotPublished:
         return None
-    if (kept.inputs, kept.published) != (inputs_stamp(config), published):
-        return None
-    if any(_listing(workspace.file(each.path)) != each.listing for each in kept.made):
+    listings = kept.listings.items()
+    if published != kept.published or any(_listing(workspace.file(path)) != listing for path, listing in listings):
         return None
     made = [
         Made(Artifact(each.name, each.key, workspace.file(each.path), each.rows), each.seconds, reused=True)

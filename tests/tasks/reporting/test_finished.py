@@ -47,7 +47,7 @@ def kept(run: WholeRun, folder: Path) -> tuple[PipelineConfig, RunSummary]:
 
 def test_a_finished_pipeline_is_known_by_its_inputs_and_by_what_it_made(similar: WholeRun, tmp_path: Path) -> None:
     config, summary = kept(similar, tmp_path)
-    assert kept_summary(config) == summary
+    assert kept_summary(config, inputs_stamp(config)) == summary
 
 
 def touch(path: Path) -> None:
@@ -84,13 +84,14 @@ def test_a_pipeline_is_started_again_where(
 ) -> None:
     config, summary = kept(similar, tmp_path)
     change(tmp_path, summary)
-    assert kept_summary(config) is None
+    assert kept_summary(config, inputs_stamp(config)) is None
 
 
 def test_a_pipeline_is_started_again_with_another_setting(similar: WholeRun, tmp_path: Path) -> None:
     config, _ = kept(similar, tmp_path)
     head = config.head.model_copy(update={"seed": config.head.seed + 1})
-    assert kept_summary(config.model_copy(update={"head": head})) is None
+    changed = config.model_copy(update={"head": head})
+    assert kept_summary(changed, inputs_stamp(changed)) is None
 
 
 def test_nothing_is_kept_of_what_may_be_incomplete_or_changed_meanwhile(similar: WholeRun, tmp_path: Path) -> None:
