@@ -13,10 +13,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import httpx
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 WAIT = 120.0
+
+
+def ask(url: str, path: str, **wanted: Any) -> Any:
+    """What a Prefect server answers; it takes its time on a machine whose cores are all at work."""
+    return httpx.post(f"{url}/{path}", json=wanted, timeout=WAIT).raise_for_status().json()
 
 
 def free_port() -> int:

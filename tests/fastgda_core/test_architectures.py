@@ -112,6 +112,7 @@ def test_sdxl_captions(load: Load) -> None:
     torch.testing.assert_close(condition["added_cond_kwargs.time_ids"], ids.expand(4, 6), rtol=0, atol=0)
 
 
+@pytest.mark.heavy
 def test_sdxl_says_nothing_with_zeros_unless_its_index_forbids_it(tmp_path: Path) -> None:
     """As the pipeline: where the index is silent its default holds."""
     folder = save_sdxl(tmp_path / "model")
@@ -379,7 +380,7 @@ def test_compiled_gradients_are_the_plain_ones(load: Load, monkeypatch: pytest.M
 def test_code_compiled_for_one_precision_does_not_serve_another(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
-    model = load("sd")
+    model = load("dit")
     layers = select_layers(model.denoiser, "attn")
     compiled = model.compiled()
     output_gradients(compiled, layers, *rows(model))

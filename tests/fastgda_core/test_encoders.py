@@ -136,6 +136,7 @@ def test_a_folders_image_processor_says_how_images_are_prepared(
     assert preprocessing_of(name, str(tmp_path)) == expected  # to the last bit
 
 
+@pytest.mark.heavy
 def test_a_clip_of_other_sizes_mean_and_std_sees_what_its_own_processor_makes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {**TINY, "image_size": 256, "patch_size": 64, "projection_dim": 24}

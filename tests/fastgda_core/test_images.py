@@ -235,6 +235,7 @@ def test_the_first_picture_of_several_is_used_and_they_are_counted(kind: str) ->
     assert decode_first(encode(red))[1] == 1
 
 
+@pytest.mark.heavy
 def test_decoding_leaves_the_warnings_of_other_threads_alone() -> None:
     content = encode(Image.new("RGB", (4000, 4000)))
     before, seen = list(warnings.filters), []

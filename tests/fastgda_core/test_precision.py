@@ -150,6 +150,7 @@ def test_tf32_is_off_in_forward_and_backward_while_float32_runs(
     assert tf32_flags() == ambient
 
 
+@pytest.mark.heavy
 def test_bf16_runs_products_in_bf16_and_hands_out_float32(
     tiny_model: DiffusionModel, plan: NoisePlan, block: SampleBlock
 ) -> None:

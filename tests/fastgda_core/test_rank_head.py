@@ -126,6 +126,7 @@ def test_head_stays_near_chance_on_shuffled_labels() -> None:
     assert max(score for _, score in trained.history) == pytest.approx(chance, abs=0.04)
 
 
+@pytest.mark.heavy
 def test_training_leaves_the_log_levels_of_the_process_alone() -> None:
     log = logging.getLogger("lightning.pytorch")
     before = log.level
@@ -372,6 +373,7 @@ def pairs_in(batch: RankBatch) -> list[tuple[int, int, float]]:
     return list(zip(batch.queries[row].tolist(), batch.samples[column].tolist(), labels, strict=True))
 
 
+@pytest.mark.heavy
 @settings(max_examples=80, deadline=None)
 @given(some_pairs(), st.integers(1, 60), st.integers(0, 3))
 def test_every_pair_occurs_exactly_once_an_epoch(pairs: RankPairs, batch_size: int, seed: int) -> None:

@@ -25,7 +25,10 @@ NEIGHBORS = {"candidates": {"policy": "top_k", "k": 20}}
             "model__flips": True,
             **NEIGHBORS,
         },
-        {"candidates": {"policy": "top_k", "k": 30, "scored": 20}, "teacher__shard_queries": 3},
+        pytest.param(
+            {"candidates": {"policy": "top_k", "k": 30, "scored": 20}, "teacher__shard_queries": 3},
+            marks=pytest.mark.slow,
+        ),
         {
             "candidates": {"policy": "pooled", "k": 12},
             "teacher__loaded_queries": 3,

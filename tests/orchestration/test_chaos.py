@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 from storage_schemas.runs.ledger import run_names
 from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
-from tests import tiny
+from tests import tiny, warm
 from tests.orchestration.chaos_case import FAULTS, QUERIES, SAMPLES, lay_out, mend, rot
 from tests.prefect_processes import BIN, ROOT, Prefect, marked, prefect_server
 
@@ -73,6 +72,11 @@ class Chaos:
             self.start_worker(name)
 
 
+def run_to_its_end(*arguments: str, environment: dict[str, str]) -> None:
+    done = warm.run(arguments, environment)
+    assert done.returncode == 0, done.stderr
+
+
 def scores(folder: Path) -> dict[tuple[str, int], float]:
     rows = query(folder / "workspace", "SELECT query_id, train_id, score FROM scores").to_pylist()
     found = {(row["query_id"], row["train_id"]): row["score"] for row in rows}
@@ -94,12 +98,7 @@ def test_every_planned_row_but_those_of_quarantined_samples_whatever_dies(
     config = lay_out(user, model_folder, shards=shards, job_minutes=0.1, forwards_per_second=rate, **patience)
     with prefect_server(tmp_path / "server") as server:
         server.deploy(config, "process")  # all that a coordinator starts
-        fastgda = [str(BIN / "fastgda")]
-        planned_by = {**server.environment, "PYTHONFAULTHANDLER": "1"}
-        plan = subprocess.run(
-            [*fastgda, "plan", str(config)], check=False, capture_output=True, text=True, env=planned_by
-        )
-        assert plan.returncode == 0, plan.stderr
+        run_to_its_end("plan", str(config), environment=server.environment)  # which reads the tars
         whole = rot(user / "data" / "shapes-0.tar", tiny.draw(ROTTEN)[0])
         likely = {"out_of_memory": 0.1, "connection": 0.03, "device": 0.004, "slow": 0.1, "slow_seconds": 0.5}
         (faults / "faults.json").write_text(json.dumps({**likely, "nan": NOT_A_NUMBER}))
@@ -129,15 +128,10 @@ def test_every_planned_row_but_those_of_quarantined_samples_whatever_dies(
         mend(user / "data" / "shapes-0.tar", whole)
         (faults / "faults.json").write_text("{}")
         (run,) = run_names(Workspace(user / "workspace"))
-        workspace = ["--workspace", str(user / "workspace")]
-        retried = subprocess.run(
-            [*fastgda, "retry", run, *workspace], check=False, capture_output=True, text=True, env=server.environment
-        )
-        assert retried.returncode == 0, retried.stderr
+        run_to_its_end("retry", run, "--workspace", str(user / "workspace"), environment=server.environment)
+        calm = lay_out(tmp_path / "calm", model_folder, shards=shards, runner="local")
+        run_to_its_end("curate", str(calm), environment=server.environment)
 
-    calm = lay_out(tmp_path / "calm", model_folder, shards=shards, runner="local")
-    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "home")}
-    subprocess.run([*fastgda, "curate", str(calm)], check=True, capture_output=True, env=environment)
     found, expected = scores(user), scores(tmp_path / "calm")
     assert found.keys() == expected.keys() == planned
     # A halved micro-batch rounds otherwise in the last digits of float32.

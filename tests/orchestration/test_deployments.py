@@ -10,7 +10,6 @@ from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import httpx
 import pytest
 import yaml
 
@@ -20,7 +19,7 @@ from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
 from tests import tiny
 from tests.orchestration.chaos_case import lay_out
-from tests.prefect_processes import ROOT, Prefect, prefect_server
+from tests.prefect_processes import ROOT, Prefect, ask, prefect_server
 
 CHAIN = ("curate partition", "curate", "make parts", "train rank head", "rebuild index", "evaluate", "alert")
 TODAY = datetime.now(UTC).date()
@@ -80,13 +79,13 @@ def server(
 
 def flow_runs(server: Prefect) -> list[tuple[str, str, str]]:
     """(flow, name, state) of every run."""
-    flows = {flow["id"]: flow["name"] for flow in httpx.post(f"{server.url}/flows/filter", json={}).json()}
-    found = httpx.post(f"{server.url}/flow_runs/filter", json={}).json()
+    flows = {flow["id"]: flow["name"] for flow in ask(server.url, "flows/filter")}
+    found = ask(server.url, "flow_runs/filter")
     return [(flows[run["flow_id"]], run["name"], run["state"]["name"]) for run in found]
 
 
 def test_everything_is_deployed_with_the_forms_of_its_configuration(server: Prefect, config: Path) -> None:
-    found = httpx.post(f"{server.url}/deployments/filter", json={}).json()
+    found = ask(server.url, "deployments/filter")
     declared = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
     assert {deployment["name"] for deployment in found} == {deployment["name"] for deployment in declared}
     by_name = {deployment["name"]: deployment for deployment in found}
@@ -100,7 +99,7 @@ def test_everything_is_deployed_with_the_forms_of_its_configuration(server: Pref
     )
     (schedule,) = by_name["nightly"]["schedules"]
     assert schedule["schedule"]["cron"] == "30 2 * * *" and schedule["active"]
-    automations = httpx.post(f"{server.url}/automations/filter", json={}).json()
+    automations = ask(server.url, "automations/filter")
     expected = {word for automation in automations for word in automation["trigger"].get("expect", [])}
     assert {
         "fastgda.scores.published",
@@ -138,7 +137,7 @@ def test_a_scheduled_curation_starts_by_itself_and_the_rest_follows_from_events(
         time.sleep(0.5)
     assert "fastgda.promotion.refused" in mailbox[1][0]["title"]
     assert "below evaluation.floor 0.99" in mailbox[1][0]["message"]
-    artifacts = httpx.post(f"{server.url}/artifacts/latest/filter", json={}).json()
+    artifacts = ask(server.url, "artifacts/latest/filter")
     kinds = {artifact["key"].split("-")[0]: artifact for artifact in artifacts}
     assert {"progress", "top", "published", "loss", "head", "index", "map"} <= kinds.keys()
     assert kinds["top"]["data"].startswith("data:image/jpeg;base64,")

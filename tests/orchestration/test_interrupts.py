@@ -10,12 +10,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
-from tests.flows.pipeline_case import environment
+from tests.flows.pipeline_case import environment, fastgda
 from tests.orchestration.test_runs import SHARDS, shard_files, small, wait_for, with_faults
-from tests.prefect_processes import free_port, kill_marked, marked
+from tests.prefect_processes import ask, free_port, kill_marked, marked
 
 SOON = 20.0  # seconds on a loaded machine; a micro-batch of these runs takes 0.5 s, and without an answer it is minutes
 BIN = Path(sys.executable).parent
@@ -66,9 +65,7 @@ def test_ctrl_c_ends_a_run_at_once_and_the_same_command_goes_on(
     assert not list(tmp_path.glob("fastgda-prefect-*")) and not (tmp_path / "prefect" / "prefect.db").exists()
     kept = shard_files(tmp_path)
     assert 2 <= len(kept) < SHARDS
-    done = start(config, home, {}, own_server=False)
-    _, errors_again = done.communicate(timeout=120)
-    assert done.returncode == 0, errors_again
+    fastgda("curate", config, home=home)
     assert len(shard_files(tmp_path)) == SHARDS and shard_files(tmp_path).items() >= kept.items()
 
 
@@ -90,8 +87,7 @@ def test_a_signal_to_the_process_alone_ends_the_flow_runs_on_a_server_too(
     _, errors = ended(process)
     assert process.returncode == code and errors == [go_on(config).replace("interrupted", word)]
     url = (home / "server_url").read_text()
-    found = httpx.post(f"{url}/flow_runs/filter", json={"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}).json()
-    assert not found
+    assert not ask(url, "flow_runs/filter", flow_runs={"state": {"type": {"any_": ["RUNNING"]}}})
 
 
 @pytest.mark.parametrize("seconds", [0.3, 2.0])

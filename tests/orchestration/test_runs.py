@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from flows.commands import own_server
 from storage_schemas.commit import read_manifest
@@ -207,6 +206,7 @@ def test_a_cancelled_run_keeps_what_is_finished_and_retry_goes_on(
     assert shard_files(tmp_path) == shard_files(calm)
 
 
+@pytest.mark.slow  # with parts of a test's own: tests/tasks/execution/test_coordinator.py
 def test_a_shard_that_kills_its_workers_is_quarantined_and_its_neighbours_are_done(
     calm: Path, tmp_path: Path, model_folder: Path, home: Path
 ) -> None:
@@ -225,27 +225,6 @@ def test_a_shard_that_kills_its_workers_is_quarantined_and_its_neighbours_are_do
     assert again.returncode == 1 and "WorkerLost" in again.stderr, "it is not tried again by itself"
     fastgda("retry", run, "--shard", "0", "--workspace", tmp_path / "workspace", home=home)
     assert shard_files(tmp_path) == shard_files(calm)
-
-
-def test_a_bug_fails_its_shard_at_once_and_nothing_is_published_unless_asked(
-    tmp_path: Path, model_folder: Path, home: Path
-) -> None:
-    bug = with_faults(tmp_path / "faults", bug=21)
-    done = fastgda("curate", small(tmp_path, model_folder), home=home, check=False, extra=bug)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "scores 00005: KeyError: 'a bug'" in done.stderr
-    workspace = tmp_path / "workspace"
-    found = query(workspace, "SELECT state, max(attempts) AS tries, count(*) AS n FROM shards GROUP BY 1").to_pylist()
-    assert {row["state"]: row["n"] for row in found} == {"done": SHARDS - 1, "failed": 1}
-    assert {row["tries"] for row in found} == {1}, "a bug is not tried again"
-    with pytest.raises(NotPublished):
-        read_published(Workspace(workspace))
-    config = small(tmp_path, model_folder, publish_incomplete=True)
-    fastgda("curate", config, home=home, extra=bug)
-    rows = query(workspace, "SELECT count(*) AS n, max(rank) AS worst, max(rank_label) AS label FROM ranks").to_pylist()
-    assert rows == [{"n": QUERIES * (SAMPLES - 4), "worst": SAMPLES - 4, "label": 1.0}]
-    unknown = fastgda("retry", the_run(tmp_path), "--shard", "99", "--workspace", workspace, home=home, check=False)
-    assert unknown.returncode == 2 and "has no shard 99: it has 15" in unknown.stderr.replace("\n", " ")
 
 
 def test_a_failure_that_passes_is_retried_with_backoff(
@@ -271,28 +250,3 @@ def test_a_sample_whose_loss_is_no_number_is_named_and_the_rest_goes_on(
     assert shard_files(tmp_path) == shard_files(calm)
     assert query(workspace, "SELECT count(*) AS n FROM scores").to_pylist() == [{"n": QUERIES * SAMPLES}]
     assert status(tmp_path, home)["left_out"] == []
-
-
-def test_a_shard_of_one_bad_sample_is_empty_and_a_model_at_fault_is_told_from_its_samples(
-    tmp_path: Path, model_folder: Path, home: Path
-) -> None:
-    config = small(tmp_path, model_folder)
-    document = yaml.safe_load(config.read_text())
-    document["teacher"]["shard_samples"] = 1
-    config.write_text(yaml.safe_dump(document))
-    fastgda("curate", config, home=home, extra=with_faults(tmp_path / "faults", nan=21))
-    workspace = tmp_path / "workspace"
-    empty = query(workspace, "SELECT shard, rows, state FROM shards WHERE rows = 0").to_pylist()
-    assert empty == [{"shard": 21, "rows": 0, "state": "done"}]
-    assert query(workspace, "SELECT count(*) AS n FROM scores").to_pylist() == [{"n": QUERIES * (SAMPLES - 1)}]
-    broken = small(tmp_path / "broken", model_folder)
-    document["workspace"] = "workspace"
-    broken.write_text(yaml.safe_dump(document))
-    done = fastgda(
-        "curate", broken, home=home, check=False, extra=with_faults(tmp_path / "faults", nan=list(range(30)))
-    )
-    for again in (done, fastgda("curate", broken, home=home, check=False)):
-        assert again.returncode == 1
-        assert "30 of 60 samples had to be left out" in again.stderr.replace("\n", " ")
-    with pytest.raises(NotPublished):
-        read_published(Workspace(tmp_path / "broken" / "workspace"))

@@ -103,6 +103,7 @@ def test_the_first_of_two_that_finish_a_shard_wins(root: AnyPath) -> None:
     assert len(won) == 1 and path.read_bytes() == str(won[0]).encode() * 100
 
 
+@pytest.mark.heavy
 def test_what_several_change_at_once_of_what_is_published_is_all_there(root: AnyPath) -> None:
     workspace = Workspace.at(root)
     for run in ("old-0", "old-1", "new-0", "new-1"):
@@ -175,6 +176,7 @@ def test_a_damaged_object_is_quarantined_and_made_again(root: AnyPath) -> None:
     assert counts(root) == dict.fromkeys(QUERIES, (SAMPLES, 3.0))
 
 
+@pytest.mark.heavy
 def test_sql_reads_the_workspace_and_nothing_else(root: AnyPath, tmp_path: Path) -> None:
     finish_run(root, RUN, queries=QUERIES)
     publish_runs(Workspace.at(root), [RUN])

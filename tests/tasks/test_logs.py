@@ -168,6 +168,7 @@ def test_a_quarantined_part_and_a_halved_micro_batch_are_told(
     assert halved["level"] == "info" and "2 rows at a time" in halved["message"]
 
 
+@pytest.mark.heavy
 def test_prefect_keeps_records_of_a_command_which_imports_it_late() -> None:
     handlers = "logging.getLogger('fastgda').handlers"
     code = f"import logging, flows, prefect.main; print(*(type(each).__name__ for each in {handlers}))"

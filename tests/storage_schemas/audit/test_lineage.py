@@ -404,6 +404,7 @@ def test_damaged_and_missing_files_are_facts(served: Workspace) -> None:
         lineage(served, "q0:1")
 
 
+@pytest.mark.heavy
 def test_no_file_sends_a_reader_out_of_the_workspace(served: Workspace, tmp_path: Path) -> None:
     outside = tmp_path.parent / f"{tmp_path.name}-outside"
     outside.mkdir()
@@ -460,6 +461,7 @@ def test_what_is_no_name_gets_one_line_that_says_what_is(untouched: Workspace, i
     assert sorted(os.walk(untouched.root)) == before
 
 
+@pytest.mark.heavy
 def test_unknown_names_come_with_those_that_are_near(served: Workspace) -> None:
     with pytest.raises(UnknownName, match="near: run-1"):
         lineage(served, "run-l")

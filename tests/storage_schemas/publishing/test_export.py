@@ -188,6 +188,7 @@ def load_dataset(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return loaded["train"].data.table.combine_chunks()
 
 
+@pytest.mark.heavy
 def test_datasets_loads_the_folder_with_any_caption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workspace = scored_run(tmp_path / "w", captions=list(CAPTIONS.values()))
     expected = sql_ranks(workspace)

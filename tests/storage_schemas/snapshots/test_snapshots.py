@@ -82,6 +82,7 @@ def test_a_part_without_replaced_queries_can_be_made_when_the_shards_are_gone(tm
     assert scores(tmp_path) == {"q0": OLD, "q1": NEW, "q2": OLD}
 
 
+@pytest.mark.heavy
 def test_publishing_the_same_rows_again_changes_nothing_and_keeps_what_stands_on_them(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     publish_run(tmp_path)
@@ -262,6 +263,7 @@ def test_a_writer_that_slept_while_its_number_was_vacuumed_loses_nothing(
     assert published_versions(workspace) == [5, 6, 7]
 
 
+@pytest.mark.heavy
 def test_a_pointer_to_a_version_that_is_vacuumed_misleads_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

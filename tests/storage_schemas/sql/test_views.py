@@ -78,6 +78,7 @@ def test_every_table_is_counted_by_sql(published_root: Path, view: str, count: i
     assert rows(published_root, f"SELECT count(*) FROM {view}") == [(count,)]
 
 
+@pytest.mark.heavy
 def test_tables_are_joined_by_sql(published_root: Path) -> None:
     statement = """
         SELECT r.query_id, s.key, q.caption, r.score, s.captions[2]
@@ -95,6 +96,7 @@ def test_a_run_without_metrics_has_empty_tables_in_their_place(tmp_path: Path) -
         assert rows(tmp_path, f"SELECT * FROM {view}") == []
 
 
+@pytest.mark.heavy
 def test_a_study_of_an_earlier_release_stays_among_the_metrics(tmp_path: Path) -> None:
     publish_run(tmp_path, extras=True)
     workspace = Workspace(tmp_path)
@@ -127,12 +129,14 @@ def test_every_column_of_every_view_is_explained(tmp_path: Path, extras: bool) -
         assert all(comment for _, comment in rows(tmp_path, statement))
 
 
+@pytest.mark.heavy
 def test_an_absent_table_has_the_types_of_a_present_one(tmp_path: Path, published_root: Path) -> None:
     publish_run(tmp_path)
     statement = "SELECT column_name, data_type FROM duckdb_columns() WHERE table_name = 'metrics' ORDER BY column_index"
     assert rows(tmp_path, statement) == rows(published_root, statement)
 
 
+@pytest.mark.heavy
 def test_the_ledger_stands_in_sql(tmp_path: Path) -> None:
     publish_run(tmp_path)
     workspace = Workspace(tmp_path)
@@ -322,6 +326,7 @@ def test_a_workspace_given_by_a_relative_path_works(tmp_path: Path, monkeypatch:
     assert rows(Path("workspace"), "SELECT count(*) FROM scores") == [(12,)]
 
 
+@pytest.mark.heavy
 def test_hostile_ids_and_captions_survive(tmp_path: Path) -> None:
     ids = ["'; DROP VIEW scores; --", 'a "b"\n\tc', "../../etc/passwd", "🎈", "%s {x} $1 \\", "nul \x00"]
     captions = ["'); DELETE FROM samples; --", "two\nlines 👩🏽‍🚀", "x" * 100_000]

@@ -49,6 +49,7 @@ def test_a_head_and_an_index_are_found_by_version_and_as_the_newest(similar: Who
     assert not (head.path / "checkpoints").exists(), "they are for a training that was cut short"
 
 
+@pytest.mark.heavy
 def test_a_version_that_is_not_there_is_named_with_where_to_look(similar: WholeRun, tmp_path) -> None:
     with pytest.raises(UsageError, match=r"no rank head 'h': .*SELECT head FROM heads"):
         read_head(similar.workspace, "h")

@@ -45,6 +45,7 @@ def test_an_estimate_counts_what_the_run_then_made(unlearned: WholeRun) -> None:
     assert "EUR, at 100.0 forward passes a second (execution.forwards_per_second)" in captured.get()
 
 
+@pytest.mark.heavy
 def test_the_speed_is_that_of_earlier_runs_of_the_model_here(unlearned: WholeRun, similar: WholeRun) -> None:
     found = known_rate(unlearned.context)
     assert found is not None and found.source == "earlier runs of this model here"

@@ -29,6 +29,7 @@ def test_one_device_is_a_thread_of_this_process_and_several_are_processes(monkey
     assert isinstance(task_runner(configured()), ThreadPoolTaskRunner), "the configuration says cpu"
 
 
+@pytest.mark.heavy
 def test_a_cluster_is_the_one_that_is_named_or_one_of_this_machines_own() -> None:
     ray_there, dask_there = (
         task_runner(configured(runner=name, address=address))

@@ -199,6 +199,7 @@ def assert_accounted(names: list[str], keys: set[str]) -> None:
             assert stem in keys
 
 
+@pytest.mark.heavy
 @settings(max_examples=100, deadline=None)
 @given(shards())
 def test_any_tar_is_accounted_for(shard: tuple[bytes, bytes]) -> None:

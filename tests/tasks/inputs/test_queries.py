@@ -39,6 +39,7 @@ def test_names_are_read_without_decoding_an_image(tmp_path: Path) -> None:
         _ = found[0].image
 
 
+@pytest.mark.heavy
 def test_names_are_read_without_reading_the_images(tmp_path: Path) -> None:
     path = tmp_path / "a" / "queries.parquet"
     stage = query_set(path, {str(number): hashlib.shake_128(bytes([number])).digest(2**22) for number in range(16)})

@@ -45,6 +45,7 @@ def kept(run: WholeRun, folder: Path) -> tuple[PipelineConfig, RunSummary]:
     return config, summary
 
 
+@pytest.mark.heavy
 def test_a_finished_pipeline_is_known_by_its_inputs_and_by_what_it_made(similar: WholeRun, tmp_path: Path) -> None:
     config, summary = kept(similar, tmp_path)
     assert kept_summary(config, inputs_stamp(config)) == summary

@@ -33,6 +33,7 @@ def stages(run: WholeRun) -> list[Made]:
     return [*run.curation.made, *run.checks, run.head, run.index, run.evaluation.metrics]
 
 
+@pytest.mark.heavy
 def test_a_report_shows_the_figures_and_the_pictures_of_the_test_queries(unlearned: WholeRun) -> None:
     made = write_report.fn(unlearned.context, unlearned.run.name, stages(unlearned))
     page = made.artifact.path.read_text()

@@ -51,6 +51,7 @@ def promoted(root: Path, head: Path, index: Path) -> Evaluation:
     return promote.fn(context.workspace, context.config.evaluation, trained, built, Made(measured, 0.0, True))
 
 
+@pytest.mark.heavy
 def test_an_index_of_other_training_data_is_refused(tmp_path: Path) -> None:
     published = publish_run(tmp_path, "first")
     other = finish_run(tmp_path, "second", samples=5)

@@ -90,6 +90,7 @@ def pairs_of_shards(run: ScoreRun) -> list[list[tuple[str, int]]]:
     ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("teacher", TEACHERS)
 @settings(max_examples=25, deadline=None)
 @given(
