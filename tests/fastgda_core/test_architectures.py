@@ -20,7 +20,7 @@ from diffusers import (
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fastgda_core.curvature.fisher import DiagonalFisher, fit_fisher
+from fastgda_core.curvature.fisher import DiagonalFisher, EkfacFisher, LayerFactors, fit_fisher
 from fastgda_core.curvature.layers import Layer, matrix_shape, select_layers
 from fastgda_core.diffusion.captions import PIXART_TOKENS
 from fastgda_core.diffusion.loss import denoise, per_sample_loss, take
@@ -30,11 +30,14 @@ from fastgda_core.diffusion.objective import Objective
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.diffusion.sampling import generate
 from fastgda_core.errors import UsageError
+from fastgda_core.sketches.eigen import EigenSketch, second_moments
+from fastgda_core.sketches.factored import FactoredSketch, caption_inputs
 from fastgda_core.teachers.gradients import output_gradients, steady_layers
 from fastgda_core.teachers.micro_batch import MicroBatch
+from fastgda_core.teachers.sample_gradients import sample_gradients
 from fastgda_core.teachers.scores import first_order_scores
 from fastgda_core.teachers.training_loss import SampleBlock, training_losses
-from fastgda_core.teachers.unlearning import moved
+from fastgda_core.teachers.unlearning import moved, unlearning_update
 from tests.model_folders import LABELS, SAVE, change_json, save_sd3, save_sdxl
 
 CAPTIONS = ["red circle", "goldfish", "goldfish"]
@@ -322,6 +325,48 @@ def test_first_order_scores_equal_a_float64_finite_difference(
     assert (scores - slope).norm() / slope.norm() < 1e-6
 
 
+def any_fisher(layers: dict[str, Layer]) -> EkfacFisher:
+    """Some orthogonal bases and positive eigenvalues."""
+    generator = torch.Generator().manual_seed(7)
+
+    def basis(size: int) -> Tensor:
+        return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator)).Q.float()
+
+    return EkfacFisher(
+        {
+            name: LayerFactors(basis(d_in), basis(d_out), torch.rand(d_out, d_in, generator=generator))
+            for name, layer in layers.items()
+            for d_out, d_in in [matrix_shape(layer)]
+        }
+    )
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("name", "selection"), [*((name, "cross-attn-kv") for name in ("sd", "sdxl", "pixart", "sd3")), ("dit", "attn")]
+)
+def test_sketches_give_the_first_order_scores(load: Load, name: str, selection: str) -> None:
+    """Eigen sketches of all coordinates, and factored ones where all layers see the caption alone."""
+    model = load(name)
+    layers, block = select_layers(model.denoiser, selection), two_samples(model)
+    fisher = any_fisher(layers)
+    query = {name: change.float() for name, change in random_update(layers).items()}
+    update = {name: change[None] for name, change in unlearning_update(fisher, query, alpha=1, training_size=1).items()}
+    (expected,) = first_order_scores(model, layers, PLAN, block, [update], MicroBatch(4))
+    (gradients,) = sample_gradients(model, layers, PLAN, block, MicroBatch(4))
+    sketch = EigenSketch.of_most_energy(fisher, second_moments(fisher, [gradients]), 10**9)
+    found = (sketch.of_samples(gradients)[:, 0].double() @ sketch.of_query(query).double()).float()
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+    if gradients.moving:
+        assert name in ("sd3", "dit")
+        with pytest.raises(UsageError, match="changes with the timestep"):
+            FactoredSketch.of_samples(gradients)
+    else:
+        inputs = caption_inputs(model, layers, block.condition, MicroBatch(2))
+        (exact,) = FactoredSketch.of_samples(gradients).scores(inputs, [update])
+        assert (exact - expected).norm() < 1e-5 * expected.norm()
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize(("name", "selection"), SELECTED)
 def test_output_norm_gradients_equal_float64_autograd(load: Load, name: str, selection: str) -> None:
@@ -354,10 +399,8 @@ def test_output_norm_gradients_equal_float64_autograd(load: Load, name: str, sel
     assert (scores - expected).norm() < 1e-8 * expected.norm()
 
 
-@pytest.mark.integration
-@pytest.mark.parametrize(
-    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("sd", "pixart-sized", "dit")), "sd3"]
-)
+@pytest.mark.slow  # a smaller one: test_teacher_protocol.py, test_compiled_model_scores_as_the_plain_one
+@pytest.mark.parametrize("name", ["sd", "pixart-sized", "dit", "sd3"])
 def test_compiled_gradients_are_the_plain_ones(load: Load, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Of all layers, some called twice in a forward."""
     torch._dynamo.reset()

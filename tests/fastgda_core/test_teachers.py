@@ -12,7 +12,8 @@ from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.noise import NoisePlan
 from fastgda_core.errors import NonFiniteLoss, UsageError
 from fastgda_core.teachers.micro_batch import MicroBatch
-from fastgda_core.teachers.scores import CONTRACTED_SAMPLES, exact_scores, first_order_scores
+from fastgda_core.teachers.sample_gradients import CONTRACTED_SAMPLES
+from fastgda_core.teachers.scores import exact_scores, first_order_scores
 from fastgda_core.teachers.training_loss import SampleBlock, training_losses
 from fastgda_core.teachers.unlearning import moved, query_gradient
 from tests.fastgda_core.blocks import (

@@ -1,0 +1,159 @@
+"""Gradients of training samples' losses, summed over a noise plan: what first-order scores and sketches are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgda_core.curvature.fisher import LayerFactors
+from fastgda_core.curvature.layers import Layer, input_rows, matrix_shape
+from fastgda_core.diffusion.model import DiffusionModel
+from fastgda_core.diffusion.noise import NoisePlan
+from fastgda_core.teachers.gradients import output_gradients, steady_layers, weight_gradient
+from fastgda_core.teachers.micro_batch import MicroBatch
+from fastgda_core.teachers.training_loss import SampleBlock, check_finite, plan_rows, row_inputs
+
+CONTRACTED_SAMPLES = 64  # at a time: with few of them the product only waits for the updates to be read
+CONTRACTED_BYTES = 2**30  # of gradients at a time
+GATHERED = 8  # a coordinate by itself costs so much more than one of all
+
+
+@dataclass(frozen=True)
+class SampleGradients:
+    """Weight gradients of some samples' losses, one for each (sample, flip), ready to be contracted.
+
+    moving: (n, d_out, d_in) by layer. Of the steady layers, whose input is a function of the caption: output gradients
+    (captions and flips, positions, d_out) by layer, inputs (captions, positions, d_in) by the first layer that
+    sees them, and the place of each (caption, flip) among the n.
+    """
+
+    moving: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+    seen_by: Mapping[str, str]
+    place: Tensor
+    flips: int
+    count: int
+
+    def names(self) -> list[str]:
+        return [*self.moving, *self.outputs]
+
+    def of(self, name: str) -> Tensor:
+        """Return the gradients of one layer, (n, d_out * d_in)."""
+        if name in self.moving:
+            return self.moving[name].flatten(1)
+        return self._by_sample(weight_gradient(self.outputs[name], self.seen(name)).flatten(1))
+
+    def rotated(self, name: str, factors: LayerFactors, places: Tensor) -> Tensor:
+        """Return coordinates of U_B^T G U_A of one layer's gradients G, (n, k).
+
+        Args:
+            name: of the layer.
+            factors: its eigenbases.
+            places: (k,) in the flattened (d_out, d_in).
+        """
+        d_in = len(factors.input_basis)
+        if name in self.moving:
+            rotated = factors.output_basis.T @ self.moving[name].to(factors.output_basis.dtype) @ factors.input_basis
+            return rotated.flatten(1)[:, places]
+        outputs = self.outputs[name].to(factors.output_basis.dtype) @ factors.output_basis
+        inputs = self.seen(name).to(factors.input_basis.dtype) @ factors.input_basis
+        if len(places) * GATHERED < outputs.shape[2] * d_in:
+            few = (outputs[:, :, places // d_in] * inputs[:, :, places % d_in]).sum(1)
+            return self._by_sample(few)
+        return self._by_sample(weight_gradient(outputs, inputs).flatten(1)[:, places])
+
+    def seen(self, name: str) -> Tensor:
+        """Return the inputs of a steady layer, (captions and flips, positions, d_in)."""
+        return self.inputs[self.seen_by[name]].repeat_interleave(self.flips, dim=0)
+
+    def _by_sample(self, values: Tensor) -> Tensor:
+        """Sum what there is of each (caption, flip) to one row for each (sample, flip)."""
+        if len(values) == self.count:
+            return values
+        return values.new_zeros(self.count, values.shape[1]).index_add_(0, self.place, values)
+
+
+@torch.no_grad()
+def sample_gradients(
+    model: DiffusionModel, layers: Mapping[str, Layer], plan: NoisePlan, block: SampleBlock, micro_batch: MicroBatch
+) -> Iterator[SampleGradients]:
+    """Yield grad L(z_i, theta_0) of the samples of a block, some at a time, in order.
+
+    One forward and backward per row of the plan.
+
+    Args:
+        model: the frozen model at theta_0.
+        layers: those whose gradients are wanted.
+        plan: the noise plan.
+        block: the training samples.
+        micro_batch: forwards at a time.
+    """
+    steady = steady_layers(model, layers, block.condition, micro_batch)
+    step = _samples_at_once(layers, steady, block)
+    for start in range(0, len(block.train_ids), step):
+        yield _sum_gradients(model, layers, steady, plan, block.samples(slice(start, start + step)), micro_batch)
+
+
+def _sum_gradients(
+    model: DiffusionModel,
+    layers: Mapping[str, Layer],
+    steady: Mapping[str, str],
+    plan: NoisePlan,
+    block: SampleBlock,
+    micro_batch: MicroBatch,
+) -> SampleGradients:
+    """Run one forward and backward per row of the plan; sum over timesteps before any outer product where possible."""
+    rows = plan_rows(model, plan, block)
+    count, captions = len(block.train_ids) * block.flips, len(block.owner) * block.flips
+    # Every caption has its rows flip by flip, so (caption, flip) and (sample, flip) are stretches of rows.
+    of_caption = torch.arange(captions, device=model.device)
+    place = block.owner[of_caption // block.flips] * block.flips + of_caption % block.flips
+    moving: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
+
+    def gradients_of(stretch: slice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        losses, seen, gradients = output_gradients(model, layers, *row_inputs(plan, block, rows, stretch))
+        check_finite(losses, block.train_ids[rows.sample[stretch]], rows.timestep[stretch])
+        share = rows.share[stretch][:, None, None]
+        scaled = {name: (gradient * share).to(model.precision.dtype) for name, gradient in gradients.items()}
+        wanted = [name for name in layers if steady.get(name, name) == name]
+        return {name: input_rows(layers[name], seen[name]).to(model.precision.dtype) for name in wanted}, scaled
+
+    for stretch, (seen, gradients) in micro_batch.run(len(rows), gradients_of):
+        caption = rows.caption[stretch]
+        segment = caption * block.flips + rows.flip[stretch]
+        for name, values in seen.items():
+            if name in steady:
+                inputs.setdefault(name, values.new_empty(len(block.owner), *values.shape[1:]))[caption] = values
+        for name, gradient in gradients.items():
+            if name in steady:
+                sums = outputs.setdefault(name, gradient.new_zeros(captions, *gradient.shape[1:]))
+                sums.index_add_(0, segment, gradient)
+            else:
+                sums = moving.setdefault(name, gradient.new_zeros(count, *matrix_shape(layers[name])))
+                _add_outer_products(sums, place, segment, gradient, seen[name])
+    return SampleGradients(moving, outputs, inputs, steady, place, block.flips, count)
+
+
+def _add_outer_products(sums: Tensor, place: Tensor, segment: Tensor, gradient: Tensor, seen: Tensor) -> None:
+    """Add gradient^T seen, summed over the rows of each segment and over positions, at the segment's place."""
+    segments, lengths = torch.unique_consecutive(segment, return_counts=True)
+    first = 0
+    for target, length in zip(place[segments].tolist(), lengths.tolist(), strict=True):
+        stretch = slice(first, first + length)
+        sums[target].addmm_(gradient[stretch].flatten(0, 1).T, seen[stretch].flatten(0, 1))
+        first += length
+
+
+def _samples_at_once(layers: Mapping[str, Layer], steady: Mapping[str, str], block: SampleBlock) -> int:
+    """Return how many samples' gradients are held at a time."""
+    captions = int(block.captions_of().max())
+    sizes = {name: 4 * matrix_shape(layer)[0] * matrix_shape(layer)[1] for name, layer in layers.items()}
+    held = sum(size for name, size in sizes.items() if name not in steady)
+    made = max((captions * size for name, size in sizes.items() if name in steady), default=0)
+    return max(1, min(CONTRACTED_SAMPLES, CONTRACTED_BYTES // ((held + made) * block.flips)))
