@@ -21,22 +21,21 @@ NEIGHBORS = {"candidates": {"policy": "top_k", "k": 20}}
             "teacher__name": "abu_plus",
             "teacher__objective": "output_norm",
             "teacher__negatives": "tie",
+            "teacher__update_rank": 4,
             "exact_check": None,
             "model__flips": True,
+            "head": {"epochs": 2, "resident": False, "loss": "regression", "input_norm": True, "patience": 1},
             **NEIGHBORS,
         },
         pytest.param(
             {"candidates": {"policy": "top_k", "k": 30, "scored": 20}, "teacher__shard_queries": 3},
             marks=pytest.mark.slow,
         ),
-        {
-            "candidates": {"policy": "pooled", "k": 12},
-            "teacher__loaded_queries": 3,
-            "teacher__update_rank": 4,
-            "head": {"epochs": 2, "resident": False, "loss": "regression", "input_norm": True, "patience": 1},
-        },
+        pytest.param(
+            {"candidates": {"policy": "pooled", "k": 12}, "teacher__loaded_queries": 3}, marks=pytest.mark.slow
+        ),
     ],
-    ids=["diagonal Fisher", "exact teacher of the output norm, mirrored images", "M of K", "pooled, low rank"],
+    ids=["diagonal Fisher", "exact teacher of the output norm, mirrored images, low rank", "M of K", "pooled"],
 )
 def test_other_teachers_and_candidates_give_the_planned_rows(
     tmp_path: Path, model_folder: Path, home: Path, changes: dict[str, object]

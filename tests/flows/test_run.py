@@ -395,6 +395,7 @@ def test_a_study_answers_every_question_and_trains_only_what_is_missing(finished
     assert query(workspace, tuned).equals(before), "the metrics of the published head stay"
 
 
+@pytest.mark.slow  # smaller ones: tests/storage_schemas/test_kills.py, tests/orchestration/test_interrupts.py
 def test_killed_at_any_stage_and_started_again_it_finishes_with_the_same_scores(
     tmp_path: Path, model_folder: Path, home: Path, finished: Path
 ) -> None:

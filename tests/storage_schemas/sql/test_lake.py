@@ -227,6 +227,7 @@ def test_several_processes_that_add_the_same_run_register_each_shard_once(tmp_pa
                 counts.append(len(rows(lake)))
             except LakeUnavailable:  # nothing there yet
                 assert not counts
+            time.sleep(0.1)
         added = [int(process.communicate()[0]) for process in processes]
     finally:
         for process in processes:

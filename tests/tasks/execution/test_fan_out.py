@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from datetime import UTC, date, datetime
 from http import HTTPStatus
@@ -32,7 +31,6 @@ from tasks.config.execution import ExecutionConfig, PoolConfig
 from tasks.config.files import load_config
 from tasks.config.inputs import QueriesConfig
 from tasks.config.pipeline import PipelineConfig
-from tasks.devices import claim_slot
 from tasks.execution.fan_out import WorkOrder, quarantine_deadly
 from tasks.execution.jobs import JobPool
 from tasks.execution.number_ranges import as_ranges, from_ranges
@@ -42,6 +40,7 @@ from tasks.teaching.cost import Size
 from tasks.teaching.families import family_of
 from tests.storage_schemas.workspaces import plan_run
 from tests.tasks.configs import document
+from tests.tasks.execution.claims import claim
 
 
 @given(st.sets(st.integers(0, 10_000)))
@@ -131,14 +130,6 @@ def test_work_stops_between_two_micro_batches_and_not_within_one() -> None:
     checkpoint()  # outside of the block nobody is asked
 
 
-def _claim(count: int, claimed: multiprocessing.Queue[object], leave: threading.Event) -> None:
-    try:
-        claimed.put(claim_slot("test", count))
-    except UsageError as error:
-        claimed.put(str(error))
-    leave.wait(30)
-
-
 @pytest.mark.integration
 def test_each_process_has_a_device_of_its_own_and_gives_it_back_when_it_dies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -146,7 +137,7 @@ def test_each_process_has_a_device_of_its_own_and_gives_it_back_when_it_dies(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     context = multiprocessing.get_context("spawn")
     claimed, after, leave = context.Queue(), context.Queue(), context.Event()
-    workers = [context.Process(target=_claim, args=(2, claimed, leave)) for _ in range(3)]
+    workers = [context.Process(target=claim, args=(2, claimed, leave)) for _ in range(3)]
     for worker in workers:
         worker.start()
     found = [claimed.get(timeout=60) for _ in workers]
@@ -156,7 +147,7 @@ def test_each_process_has_a_device_of_its_own_and_gives_it_back_when_it_dies(
         worker.kill()
         worker.join()
     # In a queue of its own: a killed process may still hold the lock of the other one.
-    later = context.Process(target=_claim, args=(2, after, leave))
+    later = context.Process(target=claim, args=(2, after, leave))
     later.start()
     assert after.get(timeout=60) == 0
     later.kill()
