@@ -17,6 +17,8 @@ from torch import Tensor
 from fastgda_core.curvature.fisher import EkfacFisher
 from fastgda_core.teachers.sample_gradients import SampleGradients
 
+Moments = Mapping[str, Tensor]  # mean squared coordinates by layer, (d_out * d_in,) float64
+
 
 @dataclass(frozen=True)
 class EigenSketch:
@@ -37,19 +39,19 @@ class EigenSketch:
     energy_kept: float
 
     @classmethod
-    def of_most_energy(cls, fisher: EkfacFisher, second_moments: Mapping[str, Tensor], size: int) -> Self:
-        """Choose the coordinates with most energy E[u_p^2] E[g_p^2], u = (F + damping)^-1 g (design section 4).
-
-        Both means are those of training samples, taken as queries and as samples, so that no query is looked at.
+    def of_most_energy(cls, fisher: EkfacFisher, samples: Moments, queries: Moments, size: int) -> Self:
+        """Choose the coordinates with most energy E[u_p^2] E[g_p^2], u = (F + damping)^-1 q (design section 4).
 
         Args:
             fisher: whose eigenbasis it is.
-            second_moments: E[g_p^2] by layer, as of `second_moments`.
+            samples: E[g_p^2] over training samples.
+            queries: E[q_p^2] over queries that no figure is reported of: training queries, or samples taken as queries.
             size: K, or fewer where the layers have fewer coordinates.
         """
         names = tuple(fisher.layers)
         damped = torch.cat([_damped(fisher, name) for name in names])
-        energy = (torch.cat([second_moments[name].flatten().double() for name in names]) / damped).square()
+        seen, asked = (torch.cat([moments[name] for name in names]) for moments in (samples, queries))
+        energy = seen * asked / damped.square()
         size = min(size, len(energy))
         chosen = energy.argsort(descending=True, stable=True)[:size]
         ends = torch.tensor([fisher.layers[name].eigenvalues.numel() for name in names], device=chosen.device).cumsum(0)
@@ -74,16 +76,14 @@ class EigenSketch:
         """Return the sketch of a gradient given by layer, each (d_out, d_in): (K,) float32."""
         found = torch.empty_like(self.scale)
         for number, name in enumerate(self.names):
-            factors = self.fisher.layers[name]
-            rotated = factors.output_basis.T @ gradient[name].to(factors.output_basis.dtype) @ factors.input_basis
             mine = self.layer == number
-            found[mine] = rotated.flatten()[self.place[mine]].float()
+            found[mine] = _rotated(self.fisher, name, gradient[name])[self.place[mine]].float()
         return found * self.scale
 
 
 @torch.no_grad()
-def second_moments(fisher: EkfacFisher, gradients: Iterable[SampleGradients]) -> dict[str, Tensor]:
-    """Return E[(U_B^T G U_A)^2] over samples and flips, (d_out * d_in,) float64 by layer.
+def sample_moments(fisher: EkfacFisher, gradients: Iterable[SampleGradients]) -> dict[str, Tensor]:
+    """Return E[(U_B^T G U_A)^2] over samples and flips.
 
     The eigenvalues of the Fisher are the same of gradients at one noise; here the gradients are means over a plan.
     """
@@ -96,6 +96,25 @@ def second_moments(fisher: EkfacFisher, gradients: Iterable[SampleGradients]) ->
             squares = some.rotated(name, factors, every).double().square().sum(0)
             sums[name] = sums[name] + squares if name in sums else squares
     return {name: total / count for name, total in sums.items()}
+
+
+@torch.no_grad()
+def query_moments(fisher: EkfacFisher, gradients: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return E[(U_B^T G U_A)^2] over gradients given by layer, each (d_out, d_in)."""
+    sums: dict[str, Tensor] = {}
+    count = 0
+    for gradient in gradients:
+        count += 1
+        for name in fisher.layers:
+            squares = _rotated(fisher, name, gradient[name]).double().square()
+            sums[name] = sums[name] + squares if name in sums else squares
+    return {name: total / count for name, total in sums.items()}
+
+
+def _rotated(fisher: EkfacFisher, name: str, gradient: Tensor) -> Tensor:
+    """Return U_B^T G U_A of a gradient (d_out, d_in), flat."""
+    factors = fisher.layers[name]
+    return (factors.output_basis.T @ gradient.to(factors.output_basis.dtype) @ factors.input_basis).flatten()
 
 
 def _damped(fisher: EkfacFisher, name: str) -> Tensor:

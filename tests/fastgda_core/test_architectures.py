@@ -30,7 +30,7 @@ from fastgda_core.diffusion.objective import Objective
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.diffusion.sampling import generate
 from fastgda_core.errors import UsageError
-from fastgda_core.sketches.eigen import EigenSketch, second_moments
+from fastgda_core.sketches.eigen import EigenSketch, sample_moments
 from fastgda_core.sketches.factored import FactoredSketch, caption_inputs
 from fastgda_core.teachers.gradients import output_gradients, steady_layers
 from fastgda_core.teachers.micro_batch import MicroBatch
@@ -354,7 +354,8 @@ def test_sketches_give_the_first_order_scores(load: Load, name: str, selection: 
     update = {name: change[None] for name, change in unlearning_update(fisher, query, alpha=1, training_size=1).items()}
     (expected,) = first_order_scores(model, layers, PLAN, block, [update], MicroBatch(4))
     (gradients,) = sample_gradients(model, layers, PLAN, block, MicroBatch(4))
-    sketch = EigenSketch.of_most_energy(fisher, second_moments(fisher, [gradients]), 10**9)
+    moments = sample_moments(fisher, [gradients])
+    sketch = EigenSketch.of_most_energy(fisher, moments, moments, 10**9)
     found = (sketch.of_samples(gradients)[:, 0].double() @ sketch.of_query(query).double()).float()
     assert (found - expected).norm() < 1e-5 * expected.norm()
     if gradients.moving:

@@ -12,7 +12,7 @@ from fastgda_core.curvature.fisher import EkfacFisher, Fisher, LayerFactors
 from fastgda_core.curvature.layers import Layer
 from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.noise import NoisePlan
-from fastgda_core.sketches.eigen import EigenSketch, second_moments
+from fastgda_core.sketches.eigen import EigenSketch, query_moments, sample_moments
 from fastgda_core.sketches.factored import FactoredSketch, caption_inputs
 from fastgda_core.sketches.int8 import BLOCK, Int8Vectors
 from fastgda_core.teachers.micro_batch import MicroBatch
@@ -60,8 +60,10 @@ def test_all_coordinates_give_the_teachers_scores_of_samples_taken_as_queries(
     queries = as_queries(gradients, layers)
     updates = [unlearning_update(ekfac, query, alpha=ALPHA, training_size=SAMPLES) for query in queries]
     expected = first_order_scores(tiny_model, layers, plan, some, [stack(updates)], MicroBatch(24))
-    sketch = EigenSketch.of_most_energy(ekfac, second_moments(ekfac, [gradients]), EVERY)
-    assert len(sketch) == sum(layer.weight.numel() for layer in layers.values()) and sketch.energy_kept == 1
+    moments = sample_moments(ekfac, [gradients])
+    sketch = EigenSketch.of_most_energy(ekfac, moments, moments, EVERY)
+    assert len(sketch) == sum(layer.weight.numel() for layer in layers.values())
+    assert sketch.energy_kept == pytest.approx(1)
     found = sketch.of_samples(gradients)
     assert found.shape == (len(some.train_ids), some.flips, len(sketch))
     asked = torch.stack([sketch.of_query(query) for query in queries])
@@ -90,7 +92,8 @@ def test_a_sketch_is_the_same_alone_and_in_any_batch(
     tiny_model: DiffusionModel, layers: dict[str, Layer], plan: NoisePlan, block: SampleBlock, ekfac: EkfacFisher
 ) -> None:
     gradients = gradients_of(tiny_model, layers, plan, block)
-    sketch = EigenSketch.of_most_energy(ekfac, second_moments(ekfac, [gradients]), 200)
+    moments = sample_moments(ekfac, [gradients])
+    sketch = EigenSketch.of_most_energy(ekfac, moments, moments, 200)
     together = sketch.of_samples(gradients)
     for samples in ([6, 2, 0], [4], [3]):
         (alone,) = sample_gradients(tiny_model, layers, plan, pick(block, samples), MicroBatch(5))
@@ -103,13 +106,22 @@ def test_few_coordinates_are_those_of_all(
 ) -> None:
     """A few are gathered token by token, many are taken out of the whole product."""
     gradients = gradients_of(tiny_model, layers, plan, some)
-    moments = second_moments(ekfac, [gradients])
-    whole, few = (EigenSketch.of_most_energy(ekfac, moments, size) for size in (EVERY, 50))
+    moments = sample_moments(ekfac, [gradients])
+    whole, few = (EigenSketch.of_most_energy(ekfac, moments, moments, size) for size in (EVERY, 50))
     assert torch.equal(few.place, whole.place[:50]) and torch.equal(few.layer, whole.layer[:50])
     expected = whole.of_samples(gradients)
     torch.testing.assert_close(
         few.of_samples(gradients), expected[..., :50], rtol=1e-4, atol=1e-6 * expected.abs().max().item()
     )
+
+
+def test_moments_of_samples_are_those_of_their_gradients(
+    tiny_model: DiffusionModel, layers: dict[str, Layer], plan: NoisePlan, some: SampleBlock, ekfac: EkfacFisher
+) -> None:
+    gradients = gradients_of(tiny_model, layers, plan, some)
+    found, expected = sample_moments(ekfac, [gradients]), query_moments(ekfac, as_queries(gradients, layers))
+    for name, moments in expected.items():
+        torch.testing.assert_close(found[name], moments, rtol=1e-3, atol=1e-6 * moments.max().item())
 
 
 def test_the_coordinates_with_most_energy_are_kept() -> None:
@@ -121,14 +133,17 @@ def test_the_coordinates_with_most_energy_are_kept() -> None:
         },
         damping=0.5,
     )
-    moments = {name: torch.rand(6, generator=generator, dtype=torch.float64) for name in fisher.layers}
-    sketch = EigenSketch.of_most_energy(fisher, moments, 5)
+    samples, queries = (
+        {name: torch.rand(6, generator=generator, dtype=torch.float64) for name in fisher.layers} for _ in range(2)
+    )
+    sketch = EigenSketch.of_most_energy(fisher, samples, queries, 5)
     energies = {}
     for name, factors in fisher.layers.items():
         eigenvalues = factors.eigenvalues.flatten().tolist()
         damping = 0.5 * sum(eigenvalues) / 6
-        for place, (value, moment) in enumerate(zip(eigenvalues, moments[name].tolist(), strict=True)):
-            energies[name, place] = moment * moment / (value + damping) ** 2  # E[u^2] E[g^2]
+        both = zip(eigenvalues, samples[name].tolist(), queries[name].tolist(), strict=True)
+        for place, (value, seen, asked) in enumerate(both):
+            energies[name, place] = seen * asked / (value + damping) ** 2  # E[g^2] E[u^2]
     best = sorted(energies, key=lambda where: -energies[where])[:5]
     chosen = zip((sketch.names[number] for number in sketch.layer.tolist()), sketch.place.tolist(), strict=True)
     assert list(chosen) == best
