@@ -38,10 +38,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where Prefect keeps its state during the tests, with a server that commands share, as its start takes seconds."""
+    from flows.commands.own_server import SETTINGS
     from tests.prefect_processes import prefect_server
 
     folder = tmp_path_factory.mktemp("home")
-    with prefect_server(folder / "server") as server:
+    with prefect_server(folder / "server", settings=SETTINGS) as server:
         (folder / "server_url").write_text(server.url)
         yield folder
 

@@ -35,13 +35,14 @@ def free_port() -> int:
 
 @dataclass
 class Prefect:
-    """A server with its own database, and the processes that were started beside it."""
+    """A server with its own database, and the processes that were started beside it; `settings` are its own."""
 
     folder: Path
     host: str = "127.0.0.1"
     port: int = field(default_factory=free_port)
     database: str | None = None
     prefix: tuple[str, ...] = ()  # before each command: `ip netns exec HOST`
+    settings: Mapping[str, str] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -78,7 +79,7 @@ class Prefect:
     def start_server(self) -> None:
         extra = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": self.database} if self.database else {}
         arguments = ("server", "start", "--host", self.host, "--port", str(self.port))
-        self.start("server", str(BIN / "prefect"), *arguments, extra=extra)
+        self.start("server", str(BIN / "prefect"), *arguments, extra={**self.settings, **extra})
         deadline = time.monotonic() + WAIT
         while True:
             if self._answers():
@@ -135,11 +136,16 @@ class Prefect:
 
 @contextmanager
 def prefect_server(
-    folder: Path, *, database: str | None = None, host: str = "127.0.0.1", prefix: tuple[str, ...] = ()
+    folder: Path,
+    *,
+    database: str | None = None,
+    host: str = "127.0.0.1",
+    prefix: tuple[str, ...] = (),
+    settings: Mapping[str, str] | None = None,
 ) -> Iterator[Prefect]:
     """A running server; everything that was started through it is gone afterwards."""
     folder.mkdir(parents=True, exist_ok=True)
-    server = Prefect(folder, host=host, database=database, prefix=prefix)
+    server = Prefect(folder, host=host, database=database, prefix=prefix, settings=settings or {})
     server.start_server()
     try:
         yield server

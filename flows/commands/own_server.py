@@ -49,7 +49,7 @@ sys.argv = ["uvicorn", *sys.argv[3:]]
 runpy.run_module("uvicorn", run_name="__main__")
 """
 # No other program uses this server: it needs no event services and no web page.
-_SETTINGS = {
+SETTINGS = {
     "PREFECT__SERVER_EPHEMERAL": "1",
     "PREFECT__SERVER_FINAL": "1",
     "PREFECT_UI_ENABLED": "0",
@@ -104,7 +104,7 @@ def start_server() -> None:
         _server = _Server(
             subprocess.Popen(
                 [sys.executable, "-c", _SERVER, str(os.getpid()), str(folder), *arguments, *options],
-                env={**os.environ, **_SETTINGS, "PREFECT_SERVER_DATABASE_CONNECTION_URL": _new_database(folder)},
+                env={**os.environ, **SETTINGS, "PREFECT_SERVER_DATABASE_CONNECTION_URL": _new_database(folder)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,

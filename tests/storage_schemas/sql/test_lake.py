@@ -49,6 +49,12 @@ def server() -> Iterator[str]:
         yield connection
 
 
+# What several processes do at once is tried with both where there is time.
+in_both = pytest.mark.parametrize(
+    "catalog", [pytest.param("sqlite", marks=pytest.mark.slow), "postgres"], indirect=True
+)
+
+
 @pytest.fixture(params=["sqlite", "postgres"])
 def catalog(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """An empty catalog."""
@@ -214,6 +220,7 @@ def go(process: subprocess.Popen[str]) -> None:
     process.stdin.flush()
 
 
+@in_both
 def test_several_processes_that_add_the_same_run_register_each_shard_once(tmp_path: Path, catalog: str) -> None:
     finish_run(tmp_path, RUN, queries=MANY)
     lake = Lake(Workspace(tmp_path), catalog)
@@ -238,6 +245,7 @@ def test_several_processes_that_add_the_same_run_register_each_shard_once(tmp_pa
     assert rows(lake) == expected(RUN, MANY)
 
 
+@in_both
 def test_a_writer_killed_at_any_instant_leaves_whole_batches(tmp_path: Path, catalog: str) -> None:
     finish_run(tmp_path, RUN, queries=MANY)
     lake = Lake(Workspace(tmp_path), catalog)

@@ -316,7 +316,9 @@ def test_a_port_in_use_is_said_in_one_line_with_the_mend(tmp_path: Path) -> None
 
 @pytest.mark.integration
 def test_the_server_serves_until_it_is_interrupted_and_then_ends_well(tmp_path: Path) -> None:
-    code = "import sys; from storage_schemas.workspace import Workspace; "
+    # Whoever starts the tests may have them ignore Ctrl-C, as a shell does with what it runs in the background.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from storage_schemas.workspace import Workspace; "
     code += "from tasks.watching.metrics_exporter import serve; serve(Workspace.at(sys.argv[1]), '127.0.0.1', 0)"
     server = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
