@@ -37,11 +37,11 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 def _patch() -> None:
     import torch
 
-    from fastgda_core.teachers import scores
+    from fastgda_core.teachers import sample_gradients
 
     folder = Path(os.environ["FAULTS"])
     chance = random.Random(os.getpid())
-    gradients, check = scores.output_gradients, scores.check_finite
+    gradients, check = sample_gradients.output_gradients, sample_gradients.check_finite
 
     def settings() -> dict:
         try:
@@ -86,7 +86,7 @@ def _patch() -> None:
         nan = torch.tensor(settings().get("nan", -1)).flatten()
         return check(losses.masked_fill(torch.isin(owners, nan), torch.nan), owners, timesteps)
 
-    scores.output_gradients, scores.check_finite = output_gradients, check_finite
+    sample_gradients.output_gradients, sample_gradients.check_finite = output_gradients, check_finite
 
 
 def _die_in_company(folder: Path) -> None:
