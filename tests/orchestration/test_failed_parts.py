@@ -48,6 +48,8 @@ def test_a_shard_of_one_bad_sample_is_empty_and_a_model_at_fault_is_told_from_it
     assert empty == [{"shard": 21, "rows": 0, "state": "done"}]
     assert query(workspace, "SELECT count(*) AS n FROM scores").to_pylist() == [{"n": QUERIES * (SAMPLES - 1)}]
     broken = small(tmp_path / "broken", model_folder)
+    document["workspace"] = "workspace"
+    broken.write_text(yaml.safe_dump(document))
     done = fastgda(
         "curate", broken, home=home, check=False, extra=with_faults(tmp_path / "faults", nan=list(range(30)))
     )
