@@ -53,7 +53,8 @@ UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python
 $(INSTALLED): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) $(TORCH) "uv>=0.9,<1"
+	$(PIP_INSTALL) $(TORCH)
+	-$(PIP_INSTALL) "uv>=0.9,<1"
 	$(UV_INSTALL) --no-deps -r requirements.lock || $(PIP_INSTALL) --no-deps -r requirements.lock
 	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
