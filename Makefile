@@ -49,19 +49,19 @@ lint: $(DEVELOPING)
 # are imported are compiled, by the first import. uv does in ten seconds what takes pip two minutes; pip comes after it
 # where uv cannot, as it does not read pip's settings.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
-UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python
+INSTALL_LOCK = $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r $(1) || $(PIP_INSTALL) --no-deps -r $(1)
 $(INSTALLED): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) $(TORCH)
 	-$(PIP_INSTALL) "uv>=0.9,<1"
-	$(UV_INSTALL) --no-deps -r requirements.lock || $(PIP_INSTALL) --no-deps -r requirements.lock
+	$(call INSTALL_LOCK,requirements.lock)
 	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
 
 # What develops: all extras and the tools, beside what runs.
 $(DEVELOPING): $(INSTALLED) requirements-dev.lock
-	$(UV_INSTALL) --no-deps -r requirements-dev.lock || $(PIP_INSTALL) --no-deps -r requirements-dev.lock
+	$(call INSTALL_LOCK,requirements-dev.lock)
 	touch $@
 
 # Both locks from pyproject.toml, after a change there; `make lock UPGRADE=--upgrade` takes newer releases as well. The

@@ -27,7 +27,7 @@ from fastgda_core.curvature.fisher import EkfacFisher, load_fisher
 from fastgda_core.evaluation.ranking_metrics import average_precision, spearman, top_mask
 from fastgda_core.features import cosines
 from fastgda_core.sketches.eigen import EigenSketch, query_moments, sample_moments
-from fastgda_core.sketches.factored import FactoredSketch, caption_inputs
+from fastgda_core.sketches.factored import FactoredSketch
 from fastgda_core.sketches.int8 import Int8Vectors
 from fastgda_core.teachers.sample_gradients import SampleGradients, sample_gradients
 from storage_schemas.files import local_copy
@@ -112,20 +112,15 @@ def run(context: Context) -> None:
     stacked = {name: torch.stack([update[name] for update in updates]) for name in updates[0]}
     kept, exact, rounded, filled, contracting = [], [], [], 0, 0.0
     for train_ids in bench.blocks():
-        block = load_block(context, bench.latents, train_ids)
-        inputs, first = caption_inputs(bench.model, bench.layers, block.condition, context.micro_batch("losses")), 0
         for some in bench.gradients(train_ids, SKETCH_SEED):
             kept.append(sketch.of_samples(some)[:, 0])
             factored = FactoredSketch.of_samples(some)
-            captions = len(factored.deltas)
-            mine = {name: values[first : first + captions] for name, values in inputs.items()}
-            first += captions
-            exact.append(factored.scores(mine, [stacked]))
+            exact.append(factored.scores(some.inputs, [stacked]))
             packed = Int8Vectors.of(factored.deltas.flatten(0, 1))
             filled += int((packed.scales.amax(1) > 0).sum()) * packed.bytes_each
             short = replace(factored, deltas=packed.dense().view_as(factored.deltas))
             started = time.monotonic()
-            rounded.append(short.scores(mine, [stacked]))
+            rounded.append(short.scores(some.inputs, [stacked]))
             contracting += (time.monotonic() - started) / len(gradients)
     sketches, asked = torch.cat(kept), torch.stack([sketch.of_query(gradient) for gradient in gradients])
 

@@ -89,6 +89,14 @@ class LayerFactors:
     output_basis: Tensor
     eigenvalues: Tensor
 
+    def rotate(self, gradient: Tensor) -> Tensor:
+        """Return U_B^T G U_A of gradients, (..., d_out, d_in)."""
+        return self.output_basis.T @ gradient @ self.input_basis
+
+    def damped(self, damping: float) -> Tensor:
+        """Return Lambda + damping, (d_out, d_in); `damping` is x the mean of Lambda."""
+        return self.eigenvalues + damping * self.eigenvalues.mean()
+
 
 @dataclass(frozen=True)
 class EkfacFisher(Fisher):
@@ -100,9 +108,8 @@ class EkfacFisher(Fisher):
 
     def solve(self, name: str, gradient: Tensor) -> Tensor:
         factors = self.layers[name]
-        rotated = factors.output_basis.T @ gradient @ factors.input_basis
-        damped = factors.eigenvalues + self.damping * factors.eigenvalues.mean()
-        return factors.output_basis @ (rotated / damped) @ factors.input_basis.T
+        solved = factors.rotate(gradient) / factors.damped(self.damping)
+        return factors.output_basis @ solved @ factors.input_basis.T
 
     def tensors(self) -> dict[str, Tensor]:
         return {

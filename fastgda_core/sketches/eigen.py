@@ -7,14 +7,15 @@ g_p / sqrt(lambda_p + damping), and the score is an inner product of two sketche
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from fastgda_core.curvature.fisher import EkfacFisher
+from fastgda_core.curvature.fisher import EkfacFisher, LayerFactors
 from fastgda_core.teachers.sample_gradients import SampleGradients
 
 Moments = Mapping[str, Tensor]  # mean squared coordinates by layer, (d_out * d_in,) float64
@@ -49,7 +50,7 @@ class EigenSketch:
             size: K, or fewer where the layers have fewer coordinates.
         """
         names = tuple(fisher.layers)
-        damped = torch.cat([_damped(fisher, name) for name in names])
+        damped = torch.cat([fisher.layers[name].damped(fisher.damping).flatten().double() for name in names])
         seen, asked = (torch.cat([moments[name] for name in names]) for moments in (samples, queries))
         energy = seen * asked / damped.square()
         size = min(size, len(energy))
@@ -66,58 +67,50 @@ class EigenSketch:
     def of_samples(self, gradients: SampleGradients) -> Tensor:
         """Return the sketches of samples, (n, flips, K) float32."""
         found = self.scale.new_empty(gradients.count, len(self))
-        for number, name in enumerate(self.names):
-            mine = (self.layer == number).nonzero().flatten()
-            if len(mine):
-                found[:, mine] = gradients.rotated(name, self.fisher.layers[name], self.place[mine]).float()
+        for name, mine in self._by_layer():
+            found[:, mine] = gradients.rotated(name, self.fisher.layers[name], self.place[mine]).float()
         return (found * self.scale).view(-1, gradients.flips, len(self))
 
     def of_query(self, gradient: Mapping[str, Tensor]) -> Tensor:
         """Return the sketch of a gradient given by layer, each (d_out, d_in): (K,) float32."""
         found = torch.empty_like(self.scale)
-        for number, name in enumerate(self.names):
-            mine = self.layer == number
-            found[mine] = _rotated(self.fisher, name, gradient[name])[self.place[mine]].float()
+        for name, mine in self._by_layer():
+            found[mine] = self.fisher.layers[name].rotate(gradient[name]).flatten()[self.place[mine]].float()
         return found * self.scale
 
+    def _by_layer(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the layers that have coordinates, each with their numbers."""
+        for number, name in enumerate(self.names):
+            mine = (self.layer == number).nonzero().flatten()
+            if len(mine):
+                yield name, mine
 
-@torch.no_grad()
+
 def sample_moments(fisher: EkfacFisher, gradients: Iterable[SampleGradients]) -> dict[str, Tensor]:
     """Return E[(U_B^T G U_A)^2] over samples and flips.
 
     The eigenvalues of the Fisher are the same of gradients at one noise; here the gradients are means over a plan.
     """
-    sums: dict[str, Tensor] = {}
-    count = 0
-    for some in gradients:
-        count += some.count
-        for name, factors in fisher.layers.items():
-            every = torch.arange(factors.eigenvalues.numel(), device=factors.eigenvalues.device)
-            squares = some.rotated(name, factors, every).double().square().sum(0)
-            sums[name] = sums[name] + squares if name in sums else squares
-    return {name: total / count for name, total in sums.items()}
+    return _mean_squares(fisher, (some.rotated for some in gradients))
+
+
+def query_moments(fisher: EkfacFisher, gradients: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return E[(U_B^T G U_A)^2] over gradients given by layer, each (d_out, d_in)."""
+
+    def row(gradient: Mapping[str, Tensor], name: str, factors: LayerFactors) -> Tensor:
+        return factors.rotate(gradient[name]).flatten()[None]
+
+    return _mean_squares(fisher, (functools.partial(row, gradient) for gradient in gradients))
 
 
 @torch.no_grad()
-def query_moments(fisher: EkfacFisher, gradients: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return E[(U_B^T G U_A)^2] over gradients given by layer, each (d_out, d_in)."""
+def _mean_squares(fisher: EkfacFisher, batches: Iterable[Callable[[str, LayerFactors], Tensor]]) -> dict[str, Tensor]:
+    """Return the mean square of each column by layer; a batch gives the rows (n, d_out * d_in) of a layer."""
     sums: dict[str, Tensor] = {}
     count = 0
-    for gradient in gradients:
-        count += 1
-        for name in fisher.layers:
-            squares = _rotated(fisher, name, gradient[name]).double().square()
-            sums[name] = sums[name] + squares if name in sums else squares
+    for rows_of in batches:
+        for name, factors in fisher.layers.items():
+            rows = rows_of(name, factors).double()
+            sums[name] = sums.get(name, 0) + rows.square().sum(0)
+        count += len(rows)
     return {name: total / count for name, total in sums.items()}
-
-
-def _rotated(fisher: EkfacFisher, name: str, gradient: Tensor) -> Tensor:
-    """Return U_B^T G U_A of a gradient (d_out, d_in), flat."""
-    factors = fisher.layers[name]
-    return (factors.output_basis.T @ gradient.to(factors.output_basis.dtype) @ factors.input_basis).flatten()
-
-
-def _damped(fisher: EkfacFisher, name: str) -> Tensor:
-    """Return lambda + damping of a layer, flat, float64."""
-    eigenvalues = fisher.layers[name].eigenvalues.double().flatten()
-    return eigenvalues + fisher.damping * eigenvalues.mean()

@@ -7,17 +7,17 @@ input is a function of the caption: the sketch is the output gradients alone, (t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from fastgda_core.curvature.layers import Layer, input_rows
-from fastgda_core.curvature.taps import tapped
 from fastgda_core.diffusion.loss import Condition, take
 from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.errors import UsageError
+from fastgda_core.teachers.gradients import layer_inputs
 from fastgda_core.teachers.micro_batch import MicroBatch
 from fastgda_core.teachers.sample_gradients import SampleGradients
 
@@ -88,15 +88,13 @@ def caption_inputs(
         micro_batch: forwards at a time.
     """
     captions = len(next(iter(condition.values())))
-    as_it_is = replace(model, compiled_denoisers=None)  # compiled code does not see hooks that came after it
     zeros = torch.zeros(captions, *model.latent_shape, device=model.device)
     timesteps = torch.zeros(captions, dtype=torch.long, device=model.device)
 
     def look(stretch: slice) -> dict[str, Tensor]:
-        clean = zeros[stretch]
-        with tapped(layers, len(clean)) as taps:
-            as_it_is.losses(clean, take(condition, stretch), timesteps[stretch], clean)
-        return {name: input_rows(layer, taps.inputs[name]) for name, layer in layers.items()}
+        rows = (zeros[stretch], take(condition, stretch), timesteps[stretch], zeros[stretch])
+        seen = layer_inputs(model, layers, rows)
+        return {name: input_rows(layer, seen[name]) for name, layer in layers.items()}
 
     looks = [inputs for _, inputs in micro_batch.run(captions, look)]
     return {name: torch.cat([inputs[name] for inputs in looks]) for name in layers}

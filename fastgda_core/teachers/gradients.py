@@ -139,6 +139,15 @@ class _CompiledTaps:
 
 
 @torch.no_grad()
+def layer_inputs(model: DiffusionModel, layers: Mapping[str, Layer], rows: Rows) -> dict[str, list[Tensor]]:
+    """Return the inputs of layers in one forward, by name, one tensor a call."""
+    as_it_is = replace(model, compiled_denoisers=None)  # compiled code does not see hooks that came after it
+    with tapped(layers, len(rows[0])) as taps:
+        as_it_is.losses(*rows)
+    return taps.inputs
+
+
+@torch.no_grad()
 def steady_layers(
     model: DiffusionModel, layers: Mapping[str, Layer], condition: Condition, micro_batch: MicroBatch
 ) -> dict[str, str]:
@@ -154,12 +163,11 @@ def steady_layers(
     clean, noise = (torch.randn(2, *model.latent_shape, generator=generator).to(model.device) for _ in range(2))
     timesteps = torch.tensor([0, model.schedule.train_timesteps - 1], device=model.device)
     captions = take(condition, torch.zeros(2, dtype=torch.long, device=model.device))
-    as_it_is = replace(model, compiled_denoisers=None)  # compiled code does not see hooks that came after it
 
     def look(stretch: slice) -> dict[str, list[Tensor]]:
-        with tapped(layers, len(clean[stretch])) as taps:
-            as_it_is.losses(clean[stretch], take(captions, stretch), timesteps[stretch], noise[stretch])
-        return taps.inputs
+        return layer_inputs(
+            model, layers, (clean[stretch], take(captions, stretch), timesteps[stretch], noise[stretch])
+        )
 
     looks = [inputs for _, inputs in micro_batch.run(2, look)]
     first_with: dict[tuple[int, bool], str] = {}

@@ -47,24 +47,23 @@ class SampleGradients:
             return self.moving[name].flatten(1)
         return self._by_sample(weight_gradient(self.outputs[name], self.seen(name)).flatten(1))
 
-    def rotated(self, name: str, factors: LayerFactors, places: Tensor) -> Tensor:
+    def rotated(self, name: str, factors: LayerFactors, places: Tensor | None = None) -> Tensor:
         """Return coordinates of U_B^T G U_A of one layer's gradients G, (n, k).
 
         Args:
             name: of the layer.
             factors: its eigenbases.
-            places: (k,) in the flattened (d_out, d_in).
+            places: (k,) in the flattened (d_out, d_in); None: all.
         """
-        d_in = len(factors.input_basis)
+        every = slice(None) if places is None else places
         if name in self.moving:
-            rotated = factors.output_basis.T @ self.moving[name].to(factors.output_basis.dtype) @ factors.input_basis
-            return rotated.flatten(1)[:, places]
+            return factors.rotate(self.moving[name].to(factors.output_basis.dtype)).flatten(1)[:, every]
         outputs = self.outputs[name].to(factors.output_basis.dtype) @ factors.output_basis
         inputs = self.seen(name).to(factors.input_basis.dtype) @ factors.input_basis
-        if len(places) * GATHERED < outputs.shape[2] * d_in:
-            few = (outputs[:, :, places // d_in] * inputs[:, :, places % d_in]).sum(1)
-            return self._by_sample(few)
-        return self._by_sample(weight_gradient(outputs, inputs).flatten(1)[:, places])
+        d_in = inputs.shape[2]
+        if places is not None and len(places) * GATHERED < outputs.shape[2] * d_in:
+            return self._by_sample((outputs[:, :, places // d_in] * inputs[:, :, places % d_in]).sum(1))
+        return self._by_sample(weight_gradient(outputs, inputs).flatten(1)[:, every])
 
     def seen(self, name: str) -> Tensor:
         """Return the inputs of a steady layer, (captions and flips, positions, d_in)."""
