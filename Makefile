@@ -31,6 +31,7 @@ coverage: $(DEVELOPING)
 	$(BIN)/python -m tests.coverage_floors .coverage.json
 
 # Tests that kill workers and watch clocks come last: they mostly wait, and would wait in vain beside others that count.
+# Each is handed out by itself: no group of them, as pytest-xdist 3.8 forms none with pytest 9.2.
 test: $(DEVELOPING)
 	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder --ignore tests/orchestration
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadgroup tests/orchestration

@@ -23,7 +23,6 @@ from tests.prefect_processes import ROOT, Prefect, ask, prefect_server
 
 CHAIN = ("curate partition", "curate", "make parts", "train rank head", "rebuild index", "evaluate", "alert")
 TODAY = datetime.now(UTC).date()
-pytestmark = pytest.mark.xdist_group("deployments")  # one process, which has their server
 DAYS = [(TODAY - timedelta(days=back)).isoformat() for back in (1, 0)]
 
 

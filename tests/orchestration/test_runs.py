@@ -24,7 +24,6 @@ from tests.orchestration.chaos_case import FAULTS
 from tests.prefect_processes import ROOT, free_port
 
 SHARDS = 15  # of four samples
-pytestmark = pytest.mark.xdist_group("runs")  # one process, which has their calm run
 
 
 @pytest.fixture(scope="module")
