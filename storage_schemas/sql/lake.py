@@ -394,7 +394,14 @@ def _in_the_way(error: duckdb.Error) -> bool:
     text = str(error).lower()
     return any(
         sign in text
-        for sign in ("conflict", "database is locked", "unique constraint", "duplicate key", "could not serialize")
+        for sign in (
+            "conflict",
+            "database is locked",
+            "unique constraint",
+            "duplicate key",
+            "could not serialize",
+            '"ducklake_metadata" already exists',  # two processes that make a catalog's tables, found missing by both
+        )
     )
 
 
