@@ -138,7 +138,9 @@ def prepare(path: Path) -> dict[str, float]:
 
     @flow
     def before_scores() -> None:
-        begin_run(plan_run(load_config(path))).make_all_before("scores")
+        coordinator = begin_run(plan_run(load_config(path)))
+        for kind in coordinator.before("scores"):
+            coordinator.make(kind)
 
     before_scores()
     return {}

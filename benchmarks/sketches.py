@@ -26,9 +26,9 @@ from torch import Tensor
 from fastgda_core.curvature.fisher import EkfacFisher, load_fisher
 from fastgda_core.evaluation.ranking_metrics import average_precision, spearman, top_mask
 from fastgda_core.features import cosines
-from fastgda_core.sketches.eigen import EigenSketch, query_moments, sample_moments
+from fastgda_core.sketches.eigen import EigenSketch, sample_moments, step_moments
 from fastgda_core.sketches.factored import FactoredSketch
-from fastgda_core.sketches.int8 import Int8Vectors
+from fastgda_core.sketches.int8 import Int8Vectors, bytes_of
 from fastgda_core.teachers.sample_gradients import SampleGradients, sample_gradients
 from storage_schemas.files import local_copy
 from storage_schemas.snapshots.published import read_published
@@ -37,7 +37,7 @@ from tasks.config.files import load_config
 from tasks.context import Context, open_context
 from tasks.distilling.ranks import candidate_scores
 from tasks.inputs.features import load_features
-from tasks.inputs.queries import load_queries, make_queries
+from tasks.inputs.queries import Query, load_queries, make_queries
 from tasks.inputs.samples import ingest_samples
 from tasks.teaching.curvature import make_curvature
 from tasks.teaching.latents import load_block
@@ -86,8 +86,14 @@ class Bench:
     def eigen(self, size: int) -> EigenSketch:
         pilot = np.random.default_rng(0).choice(self.samples.rows, min(PILOT, self.samples.rows), replace=False)
         seen = sample_moments(self.fisher, self.gradients(np.sort(pilot).tolist(), CHOICE_SEED))
-        asked = query_moments(self.fisher, (gradient_of(self.context, query, CHOICE_SEED) for query in self.train))
-        return EigenSketch.of_most_energy(self.fisher, seen, asked, size)
+        steps = step_moments(self.fisher, (self.steps([query], CHOICE_SEED) for query in self.train))
+        return EigenSketch.of_most_energy(self.fisher, seen, steps, size)
+
+    def steps(self, queries: list[Query], seed: int) -> dict[str, Tensor]:
+        """Return the unlearning steps of some queries by layer, (queries, d_out, d_in)."""
+        gradients = [gradient_of(self.context, query, seed) for query in queries]
+        updates = [update_of(self.context, gradient, self.fisher, self.samples.rows) for gradient in gradients]
+        return {name: torch.stack([update[name] for update in updates]) for name in updates[0]}
 
     def row(self, name: str, scores: Tensor, bytes_each: float, seconds: float) -> str:
         precision = average_precision(scores.double(), top_mask(self.labels.double(), CUTOFF))
@@ -117,7 +123,7 @@ def run(context: Context) -> None:
             factored = FactoredSketch.of_samples(some)
             exact.append(factored.scores(some.inputs, [stacked]))
             packed = Int8Vectors.of(factored.deltas.flatten(0, 1))
-            filled += int((packed.scales.amax(1) > 0).sum()) * packed.bytes_each
+            filled += int((packed.scales.amax(1) > 0).sum()) * bytes_of(packed.values.shape[1])
             short = replace(factored, deltas=packed.dense().view_as(factored.deltas))
             started = time.monotonic()
             rounded.append(short.scores(some.inputs, [stacked]))
@@ -131,7 +137,7 @@ def run(context: Context) -> None:
         packed, started = Int8Vectors.of(sketches[:, :size]), time.monotonic()
         scores = asked[:, :size] @ packed.dense().T
         seconds = (time.monotonic() - started) / len(asked)
-        print(bench.row(f"eigen sketch, {size:,} numbers of one byte", scores, packed.bytes_each, seconds))
+        print(bench.row(f"eigen sketch, {size:,} numbers of one byte", scores, bytes_of(size), seconds))
         print(bench.row(f"the same in float32, {size:,}", asked[:, :size] @ sketches[:, :size].T, 4 * size, seconds))
     weights = sum(layer.weight.numel() for layer in bench.layers.values())
     bytes_each = filled / bench.samples.rows

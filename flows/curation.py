@@ -79,17 +79,18 @@ def curate(config: PipelineConfig) -> Curation:
     """
     run = plan_run(config)
     with begin_run(run) as coordinator:
-        made = [*run.planned, *coordinator.make_all_before("scores")]
+        made = [*run.planned, *map(coordinator.make, coordinator.before("scores"))]
         if not config.teacher.precision.exact:
             made.append(check_precision(run))
         make = coordinator.make_unless_incomplete if config.execution.publish_incomplete else coordinator.make
         scores = make("scores")
+        after = list(map(make, coordinator.after("scores")))
     ranks = publish_scores(run, incomplete=scores is None)
     announce_scores(run, ranks.artifact.key)
     checks = [check_twins(run, ranks.artifact)] if config.queries.twins else []
     publish_checks(run, [check.artifact for check in checks])
     announce_trust(run)
-    return Curation(run, [*made, *([scores] if scores else []), ranks, *checks], ranks.artifact)
+    return Curation(run, [*made, *filter(None, [scores, *after]), ranks, *checks], ranks.artifact)
 
 
 @flow(name="curate partition", flow_run_name=named("curate", "partition"))

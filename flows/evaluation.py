@@ -16,6 +16,7 @@ from tasks.distilling.versions import latest_index, read_head, read_index, space
 from tasks.inputs.features import extract_features
 from tasks.judging.head import measure_head
 from tasks.judging.kept_checks import publish_checks, read_checks
+from tasks.judging.sketches import check_sketches
 from tasks.judging.teacher import check_against_exact, check_self_consistency, measure_low_rank
 from tasks.reporting.announcements import announce_metrics, announce_trust
 from tasks.serving.promotion import Evaluation, promote
@@ -38,6 +39,8 @@ def judge_run(run: Run) -> list[Made]:
         checks.append(check_against_exact(run, ranks))
     if config.self_consistency is not None and TEACHERS[config.teacher.name].redrawn:
         checks.append(check_self_consistency(run, ranks))
+    if config.sketches is not None:
+        checks.append(check_sketches(run, ranks))
     publish_checks(run, [check.artifact for check in checks])
     announce_trust(run)
     return checks

@@ -303,6 +303,24 @@ INDEXES = Table(
     ),
 )
 
+SKETCHES = Table(
+    "sketches",
+    "the sketches that a run keeps of its samples' gradients",
+    schema(
+        ("run", pa.string(), "the run"),
+        ("kind", pa.string(), "principal: directions among coordinates of the Fisher's eigenbasis"),
+        ("size", pa.int32(), "numbers of one sketch, a byte each beside their scales"),
+        ("coordinates", pa.int32(), "of the eigenbasis, that sketches are made from"),
+        ("coordinates_energy", pa.float64(), "share of all coordinates' energy that these hold"),
+        ("directions_energy", pa.float64(), "share of the pilot's squared length in these that the sketches hold"),
+        ("samples", pa.int64(), "training samples to sketch"),
+        ("parts", pa.int32(), "parts planned"),
+        ("done", pa.int32(), "of these, committed"),
+        ("bytes", pa.int64(), "of the committed parts"),
+        ("path", pa.string(), "their folder, relative to the workspace"),
+    ),
+)
+
 EXACT_CHECK = Table("exact_check", "a pair that the exact teacher scored too", SCORES.schema)
 
 RANKS_VIEW = Table(

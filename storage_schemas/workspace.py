@@ -25,13 +25,15 @@ class Workspace:
         *("samples", "latents", "features", "queries", "curvature", "updates", "base_losses", "candidates"),
         *("scores", "exact_checks", "teacher_checks", "ranks", "runs", "snapshots", "published", "leases"),
         *("heads", "indexes", "metrics", "studies", "reports", "finished", "quarantine", "parts"),
+        "sketches",
     )
-    # Of kinds of parts that are older than `parts`.
+    # Of kinds of parts that are older than `parts`, or are asked for by themselves.
     OWN_FOLDERS: ClassVar[Mapping[str, str]] = {
         "latents": "latents",
         "curvature": "curvature",
         "unlearning steps": "updates",
         "base losses": "base_losses",
+        "sketches": "sketches",
     }
 
     @classmethod

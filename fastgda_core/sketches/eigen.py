@@ -40,19 +40,20 @@ class EigenSketch:
     energy_kept: float
 
     @classmethod
-    def of_most_energy(cls, fisher: EkfacFisher, samples: Moments, queries: Moments, size: int) -> Self:
+    def of_most_energy(cls, fisher: EkfacFisher, samples: Moments, steps: Moments, size: int) -> Self:
         """Choose the coordinates with most energy E[u_p^2] E[g_p^2], u = (F + damping)^-1 q (design section 4).
 
         Args:
             fisher: whose eigenbasis it is.
             samples: E[g_p^2] over training samples.
-            queries: E[q_p^2] over queries that no figure is reported of: training queries, or samples taken as queries.
+            steps: E[u_p^2], up to a factor, over queries that no figure is reported of: training queries, or samples
+                taken as queries.
             size: K, or fewer where the layers have fewer coordinates.
         """
-        names = tuple(fisher.layers)
+        names = tuple(sorted(fisher.layers))
         damped = torch.cat([fisher.layers[name].damped(fisher.damping).flatten().double() for name in names])
-        seen, asked = (torch.cat([moments[name] for name in names]) for moments in (samples, queries))
-        energy = seen * asked / damped.square()
+        seen, asked = (torch.cat([moments[name] for name in names]) for moments in (samples, steps))
+        energy = seen * asked
         size = min(size, len(energy))
         chosen = energy.argsort(descending=True, stable=True)[:size]
         ends = torch.tensor([fisher.layers[name].eigenvalues.numel() for name in names], device=chosen.device).cumsum(0)
@@ -72,11 +73,29 @@ class EigenSketch:
         return (found * self.scale).view(-1, gradients.flips, len(self))
 
     def of_query(self, gradient: Mapping[str, Tensor]) -> Tensor:
-        """Return the sketch of a gradient given by layer, each (d_out, d_in): (K,) float32."""
-        found = torch.empty_like(self.scale)
+        """Return the sketches of gradients given by layer, each (..., d_out, d_in): (..., K) float32."""
+        found = self.scale.new_empty(*gradient[self.names[0]].shape[:-2], len(self))
         for name, mine in self._by_layer():
-            found[mine] = self.fisher.layers[name].rotate(gradient[name]).flatten()[self.place[mine]].float()
+            rotated = self.fisher.layers[name].rotate(gradient[name]).flatten(-2)
+            found[..., mine] = rotated[..., self.place[mine]].float()
         return found * self.scale
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what `of_tensors` builds the sketch from."""
+        return {
+            "layer": self.layer.int(),
+            "place": self.place.int(),
+            "scale": self.scale,
+            "energy": torch.tensor(self.energy_kept, dtype=torch.float64),
+        }
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], fisher: EkfacFisher) -> Self:
+        """Build the sketch of what `tensors` returned, on the device of the Fisher."""
+        names = tuple(sorted(fisher.layers))
+        device = fisher.layers[names[0]].eigenvalues.device
+        layer, place = (tensors[name].long().to(device) for name in ("layer", "place"))
+        return cls(fisher, names, layer, place, tensors["scale"].to(device), tensors["energy"].item())
 
     def _by_layer(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the layers that have coordinates, each with their numbers."""
@@ -94,13 +113,13 @@ def sample_moments(fisher: EkfacFisher, gradients: Iterable[SampleGradients]) ->
     return _mean_squares(fisher, (some.rotated for some in gradients))
 
 
-def query_moments(fisher: EkfacFisher, gradients: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return E[(U_B^T G U_A)^2] over gradients given by layer, each (d_out, d_in)."""
+def step_moments(fisher: EkfacFisher, steps: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return E[(U_B^T D U_A)^2] over unlearning steps D, some at a time by layer, (queries, d_out, d_in)."""
 
-    def row(gradient: Mapping[str, Tensor], name: str, factors: LayerFactors) -> Tensor:
-        return factors.rotate(gradient[name]).flatten()[None]
+    def rows(some: Mapping[str, Tensor], name: str, factors: LayerFactors) -> Tensor:
+        return factors.rotate(some[name]).flatten(1)
 
-    return _mean_squares(fisher, (functools.partial(row, gradient) for gradient in gradients))
+    return _mean_squares(fisher, (functools.partial(rows, some) for some in steps))
 
 
 @torch.no_grad()

@@ -41,10 +41,10 @@ class Int8Vectors:
         """Return the rounded vectors, (n, K) float32."""
         return (_blocks(self.values.float()) * self.scales[:, :, None]).flatten(1)[:, : self.values.shape[1]]
 
-    @property
-    def bytes_each(self) -> int:
-        """Bytes of one vector."""
-        return self.values.shape[1] + 4 * self.scales.shape[1]
+
+def bytes_of(size: int) -> int:
+    """Return the bytes of one vector of `size` numbers with its scales."""
+    return size + 4 * -(-size // BLOCK)
 
 
 def _blocks(vectors: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # a configuration looks teachers up, and is checked before to
     from fastgda_core.diffusion.model import DiffusionModel
     from fastgda_core.diffusion.noise import NoisePlan
     from fastgda_core.teachers.micro_batch import MicroBatch
-    from fastgda_core.teachers.scores import Update
+    from fastgda_core.teachers.scores import Look, Update
     from fastgda_core.teachers.training_loss import SampleBlock
 
 
@@ -83,15 +83,20 @@ class UnlearningTeacher:
         updates: Iterable[Update],
         base_losses: Tensor | None,
         micro_batch: MicroBatch,
+        look: Look = lambda gradients: None,
     ) -> Tensor:
-        """Return (queries, n) float64; `updates` hold some queries at a time, `base_losses` are (n, f) where needed."""
+        """Return (queries, n) float64.
+
+        `updates` hold some queries at a time. Exact scores need `base_losses`, (n, f); of the others `look` sees the
+        gradients that they are made of.
+        """
         import torch
 
         from fastgda_core.teachers.scores import exact_scores, first_order_scores
 
         self.check_precision(model.precision)
         if self.first_order:
-            return first_order_scores(model, layers, plan, block, updates, micro_batch)
+            return first_order_scores(model, layers, plan, block, updates, micro_batch, look)
         assert base_losses is not None
         return torch.stack(
             [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from fastgda_core.teachers.training_loss import SampleBlock, training_losses
 from fastgda_core.teachers.unlearning import moved
 
 Update = Mapping[str, Tensor]
+Look = Callable[[SampleGradients], None]
 
 
 def exact_scores(
@@ -53,6 +54,7 @@ def first_order_scores(
     block: SampleBlock,
     updates: Iterable[Update],
     micro_batch: MicroBatch,
+    look: Look = lambda gradients: None,
 ) -> Tensor:
     """Return <grad L(z_i, theta_0), Delta theta> of a block of samples against all queries at once.
 
@@ -64,12 +66,14 @@ def first_order_scores(
         updates: Delta theta of some queries at a time, by layer, (queries, d_out, d_in); gone through once for every
             `CONTRACTED_SAMPLES`.
         micro_batch: forwards at a time.
+        look: called with the gradients of some samples at a time, in order, which no other pass need make then.
 
     Returns:
         (queries, n) float64; higher is more influential, the larger of the two flips. Design section 4, "First order".
     """
     scores = []
     for gradients in sample_gradients(model, layers, plan, block, micro_batch):
+        look(gradients)
         by_flip = torch.cat([_inner_products(gradients, update) for update in updates])
         scores.append(by_flip.view(len(by_flip), -1, gradients.flips).amax(2))
     return torch.cat(scores, dim=1)

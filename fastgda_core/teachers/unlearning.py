@@ -18,7 +18,6 @@ from fastgda_core.teachers.micro_batch import MicroBatch
 from fastgda_core.teachers.training_loss import check_finite
 
 
-@torch.no_grad()
 def query_gradient(
     model: DiffusionModel,
     layers: Mapping[str, Layer],
@@ -30,10 +29,30 @@ def query_gradient(
     pairs: int,
     micro_batch: MicroBatch,
 ) -> dict[str, Tensor]:
-    """Return grad L(z_hat, theta_0): the mean over `pairs` Monte-Carlo (eps, t) pairs.
+    """Return grad L(z_hat, theta_0), the mean over all pairs of `query_gradients`: by layer name, (d_out, d_in)."""
+    together = query_gradients(
+        model, layers, latent, condition, owner=owner, seed=seed, pairs=pairs, groups=1, micro_batch=micro_batch
+    )
+    return {name: gradient[0] for name, gradient in together.items()}
+
+
+@torch.no_grad()
+def query_gradients(
+    model: DiffusionModel,
+    layers: Mapping[str, Layer],
+    latent: Tensor,
+    condition: Condition,
+    *,
+    owner: int,
+    seed: int,
+    pairs: int,
+    groups: int,
+    micro_batch: MicroBatch,
+) -> dict[str, Tensor]:
+    """Return grad L(z_hat, theta_0) in groups of Monte-Carlo (eps, t) pairs, whose spread tells how sure their mean is.
 
     Timesteps are stratified, t_i uniform in the i-th of `pairs` equal parts of [0, T): unbiased, with less variance
-    than independent draws.
+    than independent draws. Pair i is in group i mod `groups`, so each group is spread over the schedule.
 
     Args:
         model: the frozen model.
@@ -43,11 +62,14 @@ def query_gradient(
         owner: a number that stands for the query in the noise stream, in [0, 2^48).
         seed: of the noise stream.
         pairs: how many (eps, t) pairs.
+        groups: how many means; it divides `pairs`.
         micro_batch: pairs per forward.
 
     Returns:
-        gradient by layer name, each (d_out, d_in).
+        the mean of each group by layer name, each (groups, d_out, d_in).
     """
+    if pairs % groups:
+        raise ValueError(f"{pairs} pairs cannot be split into {groups} groups of one size")
     steps = model.schedule.train_timesteps
     strata = (torch.arange(pairs) + uniform(stream_key(seed, "query timesteps"), owner, pairs)) / pairs
     timesteps = (strata * steps).long().clamp_(max=steps - 1).to(model.device)
@@ -67,15 +89,19 @@ def query_gradient(
             noise,
         )
         check_finite(losses, owners, timesteps[stretch])
+        members = [slice((group - stretch.start) % groups, None, groups) for group in range(groups)]
+        inputs = {name: input_rows(layers[name], seen[name]) for name in gradients}
         return {
-            name: _summed_weight_gradient(gradient, input_rows(layers[name], seen[name]), model.precision.dtype)
+            name: torch.stack(
+                [_summed_weight_gradient(gradient[mine], inputs[name][mine], model.precision.dtype) for mine in members]
+            )
             for name, gradient in gradients.items()
         }
 
     total: dict[str, Tensor] = {}
     for _, gradients in micro_batch.run(pairs, gradients_of):
         total = {name: total.get(name, 0) + gradient for name, gradient in gradients.items()}
-    return {name: gradient / pairs for name, gradient in total.items()}
+    return {name: gradient / (pairs // groups) for name, gradient in total.items()}
 
 
 def _summed_weight_gradient(gradient: Tensor, seen: Tensor, dtype: torch.dtype) -> Tensor:

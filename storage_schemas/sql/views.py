@@ -41,6 +41,7 @@ from storage_schemas.heads.records import HEAD_FILE, read_head_record
 from storage_schemas.indexed_samples import Indexed, read_indexed
 from storage_schemas.runs.ledger import read_compaction, read_run, run_names
 from storage_schemas.runs.records import Part
+from storage_schemas.runs.sketches import sketch_rows
 from storage_schemas.snapshots.published import NotPublished, OtherRelease, Published, read_published
 from storage_schemas.snapshots.snapshots import Snapshot, read_snapshot
 from storage_schemas.sql.answers import Answer
@@ -267,7 +268,7 @@ def _create_view(connection: duckdb.DuckDBPyConnection, table: Table, selects: I
 
 
 def _load(connection: duckdb.DuckDBPyConnection, workspace: Workspace, state: _State) -> None:
-    """Load the small tables: ledger, quarantined samples, runs, heads, indexes."""
+    """Load the small tables: ledger, quarantined samples, runs, heads, indexes, sketches."""
     ledgers = [workspace.ledger(run) for run in state.runs if workspace.ledger(run).exists()]
     shards = [tables.read(path, tables.SHARDS) for path in ledgers]
     left_out = [workspace.quarantined_samples(run) for run in state.runs]
@@ -278,6 +279,7 @@ def _load(connection: duckdb.DuckDBPyConnection, workspace: Workspace, state: _S
         tables.RUNS: _run_rows(workspace, state, shards),
         tables.HEADS: _head_rows(workspace, state),
         tables.INDEXES: _index_rows(workspace, state),
+        tables.SKETCHES: pa.Table.from_pylist(list(sketch_rows(workspace, state.runs)), schema=tables.SKETCHES.schema),
     }
     for table, rows in loaded.items():
         connection.register("given", rows.cast(table.schema))

@@ -14,7 +14,14 @@ from tasks.config.distilling import EvaluationConfig, HeadConfig, StudyConfig
 from tasks.config.execution import ExecutionConfig
 from tasks.config.inputs import CandidatesConfig, DataConfig, FeaturesConfig, QueriesConfig, SplitConfig
 from tasks.config.section import Section
-from tasks.config.teaching import CurvatureConfig, ExactCheckConfig, ModelConfig, SelfConsistencyConfig, TeacherConfig
+from tasks.config.teaching import (
+    CurvatureConfig,
+    ExactCheckConfig,
+    ModelConfig,
+    SelfConsistencyConfig,
+    SketchesConfig,
+    TeacherConfig,
+)
 
 
 class PipelineConfig(Section):
@@ -32,6 +39,10 @@ class PipelineConfig(Section):
     curvature: CurvatureConfig = CurvatureConfig()
     candidates: CandidatesConfig
     teacher: TeacherConfig
+    sketches: SketchesConfig | None = Field(
+        default=None,
+        description="keep a sketch of every sample's gradient, from which `attribute --tier sketch` answers",
+    )
     exact_check: ExactCheckConfig | None = Field(default=None, description="audit the first-order scores")
     self_consistency: SelfConsistencyConfig | None = Field(
         default=SelfConsistencyConfig(), description="score some pairs under other noise: does the teacher agree?"
@@ -43,6 +54,15 @@ class PipelineConfig(Section):
         default="alone", description="a finished run replaces what is published, or joins it"
     )
     execution: ExecutionConfig = ExecutionConfig()
+
+    @model_validator(mode="after")
+    def _sketches_have_first_order(self) -> Self:
+        if self.sketches is not None and self.teacher.name != "abu_plus_first_order":
+            raise ValueError(
+                "sketches are of the gradients that teacher abu_plus_first_order makes: remove them or change "
+                "teacher.name"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_has_first_order(self) -> Self:

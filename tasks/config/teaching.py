@@ -137,6 +137,15 @@ class TeacherConfig(Section):
         return self
 
 
+class SketchesConfig(Section):
+    size: int = Field(default=1024, ge=1, description="numbers of a sketch, a byte each and a half for their scales")
+    coordinates: int = Field(
+        default=65_536, ge=1, description="of the gradient in the Fisher's eigenbasis, from which sketches are made"
+    )
+    pilot: int = Field(default=2048, ge=1, description="samples by whose gradients the sketch is chosen")
+    seed: int = Field(default=0, ge=0, description="of the pilot")
+
+
 class ExactCheckConfig(Section):
     queries: int = Field(ge=1, description="test queries that are also scored by the exact teacher")
     candidates: int = Field(ge=3, description="candidates of each, evenly spaced over the first-order ranking")

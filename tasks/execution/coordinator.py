@@ -88,10 +88,15 @@ class Coordinator:
         if runner is not None:
             runner.__exit__(None, None, None)
 
-    def make_all_before(self, kind: str) -> list[Made]:
-        """Make all parts that lead to this kind of parts, in order."""
+    def before(self, kind: str) -> list[str]:
+        """Return the kinds of parts that lead to this one, in order."""
         kinds = list(self.run.parts)
-        return [self.make(each) for each in kinds[: kinds.index(kind)]]
+        return kinds[: kinds.index(kind)]
+
+    def after(self, kind: str) -> list[str]:
+        """Return the kinds of parts that come after this one, in order."""
+        kinds = list(self.run.parts)
+        return kinds[kinds.index(kind) + 1 :]
 
     def make(self, kind: str) -> Made:
         """Make the missing parts of this kind, and return the complete stage.

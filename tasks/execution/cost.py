@@ -21,7 +21,7 @@ from tasks.config.pipeline import PipelineConfig
 from tasks.config.stored import lifted
 from tasks.context import Context
 from tasks.inputs.samples import samples_table
-from tasks.teaching.cost import Size
+from tasks.teaching.cost import Size, scores_of
 from tasks.teaching.families import family_of
 
 TRIAL_SECONDS = 1.0
@@ -71,7 +71,7 @@ def _measured(workspace: Workspace, model_hash: str) -> Rate | None:
         samples = assignment.stages["samples"]
         captions = mean_captions(workspace.file(samples.path))
         size = Size(samples.rows, captions, queries, record.pairs // queries)
-        run_forwards = family_of(config).costs(config, size)[-1].forwards * len(done) / record.shards
+        run_forwards = scores_of(family_of(config).costs(config, size)).forwards * len(done) / record.shards
         if run_forwards:  # else it never ran the model
             forwards += run_forwards
             seconds += sum(done)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from rich.console import RenderableType
+from rich.filesize import decimal
 from rich.table import Table
 
 from tasks.config.inputs import CandidatesConfig
@@ -14,7 +15,7 @@ from tasks.context import open_context
 from tasks.execution.cost import Rate, mean_captions, rate
 from tasks.inputs.queries import count_queries
 from tasks.inputs.samples import ingest_samples
-from tasks.teaching.cost import KindCost, Size
+from tasks.teaching.cost import KindCost, Size, scores_of
 from tasks.teaching.families import family_of
 from tasks.watching.status_text import duration
 
@@ -55,6 +56,9 @@ class Estimate:
             rows = f"{kind.rows:,}"
             table.add_row(kind.kind, f"{kind.parts:,}", rows, f"{kind.forwards:,.0f}", duration(seconds), one)
         yield table
+        for kind in self.kinds:
+            if kind.kept_bytes:
+                yield f"{kind.kind} take {decimal(kind.kept_bytes)}, {kind.kept_bytes // kind.rows:,} bytes a sample"
         money = f", {self.device_hours * self.price:,.2f} {self.currency}" if self.price is not None else ""
         yield (
             f"{self.device_hours:.2f} device-hours{money}, at {self.rate.forwards_per_second:,.1f} forward passes a "
@@ -64,7 +68,7 @@ class Estimate:
 
     def advice(self) -> Iterator[str]:
         """Yield advice on the size of score shards."""
-        scores = self.kinds[-1]
+        scores = scores_of(self.kinds)
         seconds = scores.seconds(self.rate.forwards_per_second) / scores.parts
         if seconds < CHEAP_SECONDS and scores.parts > 100:
             yield "score shards are short: a larger teacher.shard_samples would spend less on their overhead"

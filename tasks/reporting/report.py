@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import torch
 from PIL import Image
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -28,7 +29,9 @@ from tasks.inputs.features import load_features
 from tasks.inputs.queries import Query, load_queries
 from tasks.inputs.samples import sample_images, samples_table
 from tasks.judging.head import CAPTIONS, tuned_cosines, untuned_cosines
+from tasks.judging.sketches import BYTES, SECONDS, SKETCH, by_sketches
 from tasks.reporting.attribution_sheet import spread
+from tasks.teaching.sketch_scores import StoredSketches
 from tasks.watching.trust import KINDS, OTHER_CURVATURE, OTHER_GRADIENT, OTHER_NOISE, OTHER_TEACHER, compared, trust_of
 
 THUMBNAIL = 96
@@ -89,6 +92,8 @@ def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: 
         if row["metric"] == "AP" and row["cutoff"] == cutoff
     }
     curve = loss_curve(head, cutoff, format="svg")
+    spaces = [space for space in ("untuned", "tuned", SKETCH) if ("mAP", space, cutoff) in means]
+    took, size = (means.get((figure, SKETCH, 0)) for figure in (SECONDS, BYTES))
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_TEMPLATE.read_text())
     return template.render(
         run=run,
@@ -99,13 +104,15 @@ def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: 
         parts=[OTHER_NOISE, OTHER_GRADIENT, OTHER_CURVATURE],
         other_teacher=OTHER_TEACHER,
         captions=CAPTIONS,
+        spaces=spaces,
+        sketched={"seconds": took["value"], "bytes": size["value"]} if took and size else None,
         ceiling=means.get(("spearman", OTHER_TEACHER, 0)),
         trust=trust_of(metrics, _objective(context)),
         kinds=KINDS,
         objective=_WHOSE[_objective(context)],
         agreement=means.get(("spearman", "exact vs first order", 0)),
         loss_curve=curve[curve.index(b"<svg") :].decode() if curve else NO_CURVE,
-        panels=_panels(context, artifacts, precision),
+        panels=_panels(context, run, artifacts, precision, spaces),
         stages=stages,
         samples=artifacts["samples"].rows,
         queries=sum(query.split not in KINDS for query in load_queries(artifacts["queries"])),
@@ -127,9 +134,18 @@ def _measures(cutoffs: list[int]) -> list[tuple[str, str, int]]:
 
 
 def _panels(
-    context: Context, artifacts: dict[str, Artifact], precision: dict[tuple[str, str], float]
+    context: Context,
+    run: str,
+    artifacts: dict[str, Artifact],
+    precision: dict[tuple[str, str], float],
+    spaces: list[str],
 ) -> list[QueryPanel]:
-    """Return the panels of the shown test queries; `precision` is average precision by (query_id, space)."""
+    """Return the panels of the shown test queries.
+
+    Args:
+        precision: average precision by (query_id, space).
+        spaces: the rankings that were measured, beside the teacher's.
+    """
     samples, queries, config = artifacts["samples"], artifacts["queries"], context.config.evaluation
     several = load_queries(queries)
     test = rows_of_split([queries], "test")
@@ -146,12 +162,16 @@ def _panels(
             "nearest by the rank head: FastGDA's answer",
             tuned_cosines(scores, load_trained_head(artifacts["rank head"].path), *phi),
         ),
-        (
-            "Teacher",
-            f"the truth it learned from, by {score}",
-            scores.scores,
-        ),
     ]
+    if SKETCH in spaces:
+        stored = StoredSketches(context, artifacts, run)
+        sketched = [
+            by_sketches(stored, several[number], train_ids[known])
+            for number, train_ids, known in zip(test.tolist(), scores.train_ids, scores.known, strict=True)
+        ]
+        found = torch.nn.utils.rnn.pad_sequence(sketched, batch_first=True, padding_value=-torch.inf)
+        rankings.append(("Sketches", "highest by the query's own gradient: FastGDA's slower, better answer", found))
+    rankings.append(("Teacher", f"the truth it learned from, by {score}", scores.scores))
     cutoff = config.validation_cutoff
     teacher_rank, relevant = descending_ranks(scores.scores), top_mask(scores.scores, cutoff)
     panels = []
@@ -162,7 +182,7 @@ def _panels(
             Row(title, note, _pictures(samples, ranking[row].topk(config.neighbors).indices, *judged))
             for title, note, ranking in rankings
         ]
-        mine = {space: precision[query.query_id, space] for space in ("untuned", "tuned")}
+        mine = {space: precision[query.query_id, space] for space in spaces}
         panels.append(QueryPanel(query, _data_url(query.image), mine, rows))
     return panels
 

@@ -54,8 +54,8 @@ class AttributionService:
         index = workspace.file(published.index)
         self.mean = read_index_mean(index) if space.centre else None
         self.index = read_index(local_copy(index / "index.faiss"))
-        samples = published.index_samples or index_samples(workspace, head, index)
-        self.samples = samples_table(workspace.file(samples))
+        self.samples_path = workspace.file(published.index_samples or index_samples(workspace, head, index))
+        self.samples = samples_table(self.samples_path)
 
     @torch.no_grad()
     def embed(self, image: Image.Image, caption: str) -> Tensor:

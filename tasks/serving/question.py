@@ -8,6 +8,8 @@ from PIL import Image
 
 from fastgda_core.errors import BadSample, UsageError
 from fastgda_core.images import decode_image
+from storage_schemas.runs.liveness import read_assignment
+from storage_schemas.workspace import Workspace
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -22,6 +24,15 @@ def read_picture(path: Path) -> Image.Image:
         return decode_image(path.read_bytes())
     except (OSError, BadSample) as error:
         raise UsageError(f"{path}: {error}") from error
+
+
+def check_sketched(workspace: Workspace, run: str) -> None:
+    """Raise UsageError where a run keeps no sketches, StoreError where it was imported."""
+    if "sketches" not in read_assignment(workspace, run).stages:
+        raise UsageError(
+            f"run {run} keeps no sketches: give its configuration a section sketches (`sketches: {{}}` takes the "
+            "defaults) and start it again, which scores nothing anew"
+        )
 
 
 def check_caption(caption: str) -> None:

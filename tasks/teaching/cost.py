@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tasks.config.pipeline import PipelineConfig
@@ -19,16 +20,22 @@ class Size:
 
 @dataclass(frozen=True)
 class KindCost:
-    """The cost of one kind of part: number of parts, their rows, their forward passes."""
+    """The cost of one kind of part: number of parts, their rows, their forward passes, what they keep for answers."""
 
     kind: str
     parts: int
     rows: int
     forwards: float
+    kept_bytes: int = 0
 
     def seconds(self, rate: float) -> float:
         """Return the seconds of one device that makes `rate` forward passes a second."""
         return self.forwards / rate
+
+
+def scores_of(costs: Sequence[KindCost]) -> KindCost:
+    """Return the cost of the score shards among those of a run."""
+    return next(cost for cost in costs if cost.kind == "scores")
 
 
 def block_shape(config: PipelineConfig, queries: int) -> tuple[int, int]:

@@ -112,7 +112,7 @@ class _Rows:
 def _draw_rows(context: Context, latents: Artifact, count: int, stream: str, density: Tensor | None) -> _Rows:
     """Draw random samples, with timesteps spread over the schedule evenly or by a density."""
     config, model = context.config.curvature, context.model()
-    block = load_block(context, latents, _some_samples(latents, count, config.seed))
+    block = load_block(context, latents, some_samples(latents, count, config.seed))
     row = torch.arange(count)
     flip = row % block.flips
     steps = model.schedule.train_timesteps
@@ -129,7 +129,7 @@ def _draw_rows(context: Context, latents: Artifact, count: int, stream: str, den
     return _Rows(block.latents.cpu()[row, flip], timesteps, noise, weights, on_cpu)
 
 
-def _some_samples(latents: Artifact, count: int, seed: int) -> list[int]:
+def some_samples(latents: Artifact, count: int, seed: int) -> list[int]:
     """Draw train_ids at random, each once where there are enough."""
     draw = random.Random(seed)
     population = range(latents.rows)

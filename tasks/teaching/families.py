@@ -41,7 +41,7 @@ class Family(Protocol):
         """Raise `UsageError` where the configuration cannot be carried out, before any work."""
 
     def artifacts(self, context: Context, samples: Artifact, queries: Artifact) -> list[Artifact]:
-        """Return what is made before the scores, in order; keys follow from the inputs, also before it is made."""
+        """Return what is made beside the scores, in order; keys follow from the inputs, also before it is made."""
 
     def parts(self, context: Context, artifacts: Artifacts) -> list[Parts]:
         """Return the parts of each of these artifacts, in the same order."""
@@ -58,7 +58,7 @@ class Family(Protocol):
         """Return the scores of a block of queries and training samples, ascending."""
 
     def costs(self, config: PipelineConfig, size: Size) -> list[KindCost]:
-        """Return forward passes of each kind of part, scores last, from the configuration and the size alone."""
+        """Return forward passes of each kind of part from the configuration and the size alone."""
 
 
 def family_of(config: PipelineConfig) -> Family:

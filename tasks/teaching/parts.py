@@ -30,12 +30,14 @@ class Parts(ABC):
 
     kind: the name in the run's files; title: the name that people read while the parts are made.
     suffix: of a part's file name.
+    after_scores: score shards make most of these parts as they go; what they leave is made when they are done.
     artifact: the folder of the parts, their key, their rows together.
     """
 
     kind: ClassVar[str]
     title: ClassVar[str]
     suffix: ClassVar[str] = "parquet"
+    after_scores: ClassVar[bool] = False
     artifact: Artifact
 
     @classmethod

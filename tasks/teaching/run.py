@@ -43,10 +43,9 @@ class Run:
 
     @functools.cached_property
     def parts(self) -> dict[str, Parts]:
-        """The parts that the run is made of, by kind, in the order in which it is made; scores last."""
-        family = family_of(self.config)
-        made = [*family.parts(self.context, self.artifacts), self.scores]
-        return {parts.kind: parts for parts in made}
+        """The parts that the run is made of, by kind, in the order in which it is made."""
+        made = [*family_of(self.config).parts(self.context, self.artifacts), self.scores]
+        return {parts.kind: parts for parts in sorted(made, key=lambda parts: parts.after_scores)}
 
     @functools.cached_property
     def scores(self) -> ScoreParts:
@@ -96,10 +95,15 @@ def load_run(location: str, name: str, assignment: str) -> Run:
     Raises:
         StoreError: the run has no assignment.
     """
-    return _held.get((location, assignment)) or hold(location, _read_run(location, name), assignment)
+    return _held.get((location, assignment)) or hold(location, read_run_anew(location, name), assignment)
 
 
-def _read_run(location: str, name: str) -> Run:
+def read_run_anew(location: str, name: str) -> Run:
+    """The run as of its newest assignment.
+
+    Raises:
+        StoreError: the run has no assignment, as one that was imported.
+    """
     workspace = Workspace.at(location)
     assignment = read_assignment(workspace, name)
     # The workspace as this process sees it: it may be mounted elsewhere here.

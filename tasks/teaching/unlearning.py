@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgda_core.diffusion.model import train_timesteps
+from fastgda_core.sketches.int8 import bytes_of
 from fastgda_core.teachers.registry import UNLEARNING_TEACHERS, UnlearningTeacher
 from tasks.artifact import Artifact
 from tasks.config.pipeline import PipelineConfig
@@ -26,6 +27,7 @@ from tasks.teaching.families import Artifacts, BlockScores
 from tasks.teaching.latents import LatentParts, latents_of, load_block, unreadable_samples
 from tasks.teaching.noise import noise_plan
 from tasks.teaching.parts import Parts
+from tasks.teaching.sketches import BasisParts, SketchParts, basis_of, sketches_of
 from tasks.teaching.updates import QueryUpdates, UpdateParts, updates_of
 
 GRADIENT_FORWARDS = 2.1  # one forward and backward to the chosen layers, in forwards (benchmarks/RESULTS.md)
@@ -48,8 +50,14 @@ class Unlearning:
     def artifacts(self, context: Context, samples: Artifact, queries: Artifact) -> list[Artifact]:
         latents = latents_of(context, samples)
         curvature = curvature_of(context, latents)
-        made = [latents, curvature, updates_of(context, latents, curvature, queries)]
-        return made if unlearning_teacher(context.config).first_order else [*made, base_losses_of(context, latents)]
+        updates = updates_of(context, latents, curvature, queries)
+        made = [latents, curvature, updates]
+        if not unlearning_teacher(context.config).first_order:
+            made.append(base_losses_of(context, latents))
+        if context.config.sketches is not None:
+            basis = basis_of(context, updates)
+            made += [basis, sketches_of(context, latents, basis)]
+        return made
 
     def parts(self, context: Context, artifacts: Artifacts) -> list[Parts]:
         latents, curvature, updates = (artifacts[name] for name in ("latents", "curvature", "unlearning steps"))
@@ -60,6 +68,10 @@ class Unlearning:
         ]
         if "base losses" in artifacts:
             parts.append(BaseLossParts(context, latents, artifacts["base losses"]))
+        sketches = _sketch_parts(context, artifacts)
+        if sketches is not None:
+            parts.append(BasisParts(context, latents, curvature, artifacts["queries"], updates, sketches.basis))
+            parts.append(sketches)
         return parts
 
     def key(self, context: Context, artifacts: Artifacts) -> str:
@@ -79,12 +91,16 @@ class Unlearning:
         known = unreadable_samples(latents, train_ids.tolist())
         if base_losses is not None:
             known |= without_base_loss(context, base_losses, train_ids)
+        sketches = _sketch_parts(context, artifacts)
+        beside = sketches.beside(train_ids) if sketches else None
 
         def of_samples(chosen: NDArray[np.int64]) -> Tensor:
             model, block = context.teacher_model(), load_block(context, latents, chosen.tolist())
             base = None
             if base_losses is not None:
                 base = load_base_losses(context, base_losses)[block.train_ids.cpu()].to(context.device)
+            if beside is not None:
+                beside.begin()
             scores = unlearning_teacher(context.config).scores(
                 model,
                 context.layers(model),
@@ -93,11 +109,15 @@ class Unlearning:
                 QueryUpdates(context, updates, query_numbers, context.config.teacher.loaded_queries),
                 base,
                 context.micro_batch("gradients" if base is None else "losses"),
+                *([beside.look] if beside is not None else []),
             )
             return scores.cpu()
 
         nothing = torch.empty(len(query_numbers), 0, dtype=torch.float64)
-        return BlockScores(*without_bad_samples(train_ids, known, of_samples, nothing))
+        block = BlockScores(*without_bad_samples(train_ids, known, of_samples, nothing))
+        if beside is not None:
+            beside.commit(block.train_ids, block.left_out)
+        return block
 
     def costs(self, config: PipelineConfig, size: Size) -> list[KindCost]:
         teacher, method, queries = config.teacher, unlearning_teacher(config), size.queries
@@ -114,7 +134,29 @@ class Unlearning:
             costs.append(KindCost("base losses", parts, samples, samples * noises))
             return [*costs, KindCost("scores", queries, pairs, pairs * noises)]
         shards, seen = score_shards(config, size)
-        return [*costs, KindCost("scores", shards, pairs, seen * noises * GRADIENT_FORWARDS)]
+        one = noises * GRADIENT_FORWARDS
+        scores = KindCost("scores", shards, pairs, seen * one)
+        if config.sketches is None:
+            return [*costs, scores]
+        pilot, samples = min(config.sketches.pilot, size.samples), size.samples
+        parts = -(-samples // config.teacher.shard_samples)
+        # Where all samples are scored sketches are made of the gradients that scores are made of.
+        forwards = 0.0 if config.candidates.policy == "all" else samples * one
+        kept = samples * (2 if config.model.flips else 1) * bytes_of(config.sketches.size)
+        return [
+            *costs,
+            KindCost("sketch basis", 1, pilot, pilot * one),
+            scores,
+            KindCost("sketches", parts, samples, forwards, kept),
+        ]
+
+
+def _sketch_parts(context: Context, artifacts: Artifacts) -> SketchParts | None:
+    """Return the parts of the run's sketches; None where it keeps none."""
+    if "sketches" not in artifacts:
+        return None
+    names = ("latents", "curvature", "sketch basis", "sketches")
+    return SketchParts(context, *(artifacts[name] for name in names))
 
 
 FAMILY = Unlearning()

@@ -7,12 +7,13 @@ import time
 from collections.abc import Iterator
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgda_core.curvature.fisher import Fisher, load_fisher
 from fastgda_core.errors import NonFiniteLoss, UsageError
-from fastgda_core.teachers.unlearning import compress, expand, query_gradient, unlearning_update
+from fastgda_core.teachers.unlearning import compress, expand, query_gradients, unlearning_update
 from storage_schemas.commit import Manifest, commit, input_key
 from storage_schemas.files import local_copy
 from storage_schemas.workspace import part
@@ -102,18 +103,27 @@ def device_fisher(context: Context, curvature: Artifact) -> Fisher:
 
 def gradient_of(context: Context, query: Query, seed: int) -> dict[str, Tensor]:
     """Return the gradient of one query's objective, by layer; `seed` is that of its Monte-Carlo pairs."""
-    config, model = context.config.teacher, context.teacher_model()
-    gradient = query_gradient(
+    together = gradients_of(context, query.image, query.caption, owner=query.owner, seed=seed, groups=1)
+    return {name: gradient[0] for name, gradient in together.items()}
+
+
+def gradients_of(
+    context: Context, image: Image.Image, caption: str, *, owner: int, seed: int, groups: int
+) -> dict[str, Tensor]:
+    """Return the gradient of an image's objective in groups of its pairs, by layer; see `query_gradients`."""
+    model = context.teacher_model()
+    gradients = query_gradients(
         model,
         context.layers(model),
-        model.encode_images([query.image])[0],
-        model.encode_captions([query.caption]),
-        owner=query.owner,
+        model.encode_images([image])[0],
+        model.encode_captions([caption]),
+        owner=owner,
         seed=seed,
-        pairs=config.gradient_pairs,
+        pairs=context.config.teacher.gradient_pairs,
+        groups=groups,
         micro_batch=context.micro_batch("gradients"),
     )
-    return {name: layer.float() for name, layer in gradient.items()}
+    return {name: layer.float() for name, layer in gradients.items()}
 
 
 def update_of(context: Context, gradient: dict[str, Tensor], fisher: Fisher, samples: int) -> dict[str, Tensor]:

@@ -15,7 +15,13 @@ from fastgda_core.diffusion.noise import NoisePlan, gaussian_noise, stream_key, 
 from fastgda_core.teachers.micro_batch import MicroBatch
 from fastgda_core.teachers.scores import exact_scores, first_order_scores
 from fastgda_core.teachers.training_loss import SampleBlock, training_losses
-from fastgda_core.teachers.unlearning import compress, expand, query_gradient, unlearning_update
+from fastgda_core.teachers.unlearning import (
+    compress,
+    expand,
+    query_gradient,
+    query_gradients,
+    unlearning_update,
+)
 from tests.fastgda_core.blocks import (
     TRAIN_IDS,
     TRAIN_TIMESTEPS,
@@ -92,6 +98,25 @@ def test_query_gradient_does_not_depend_on_the_micro_batch(
     )
     for name, gradient in whole.items():
         assert (parts[name] - gradient).norm() < 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("size", [20, 3])
+def test_groups_of_pairs_hold_every_so_manieth_pair(
+    tiny_model: DiffusionModel, block: SampleBlock, layers: dict[str, Layer], size: int
+) -> None:
+    def by_groups(groups: int) -> dict[str, Tensor]:
+        condition, micro_batch = take(block.condition, slice(0, 1)), MicroBatch(size)
+        latent = block.latents[0, 0]
+        return query_gradients(
+            tiny_model, layers, latent, condition, owner=1, seed=0, pairs=20, groups=groups, micro_batch=micro_batch
+        )
+
+    alone, grouped = by_groups(20), by_groups(4)
+    for name, pairs in alone.items():
+        expected = torch.stack([pairs[group::4].double().mean(0) for group in range(4)])
+        assert (grouped[name] - expected).norm() < 1e-5 * expected.norm()
+    with pytest.raises(ValueError, match="20 pairs cannot be split into 3 groups"):
+        by_groups(3)
 
 
 @pytest.mark.heavy

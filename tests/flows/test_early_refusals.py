@@ -64,6 +64,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("attribute", "text.jpg", "--caption", "x"), "text.jpg: image does not decode"),
     (("attribute", "pipe.jpg", "--caption", "x"), "pipe.jpg: is no file"),
     (("attribute", ".", "--caption", "x"), ".: is no file"),
+    ((*ATTRIBUTE, "x", "--first", "9"), "--first and --relative are of tier sketch: add --tier sketch"),
     ((*ATTRIBUTE, ""), "--caption is empty"),
     ((*ATTRIBUTE, " \n"), "--caption is empty"),
     ((*ATTRIBUTE, "x"), "has no published run"),

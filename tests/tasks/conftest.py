@@ -23,7 +23,7 @@ def similar(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Who
 
 @pytest.fixture(scope="session")
 def unlearned(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> WholeRun:
-    """Taught by first-order unlearning steps of low rank, and judged by every check."""
+    """Taught by first-order unlearning steps of low rank, sketched, and judged by every check."""
     from tests.tasks.whole_runs import configuration, whole_run
 
     teacher = {"name": "abu_plus_first_order", "alpha": 1e-4, "timesteps": 2, "gradient_pairs": 4, "shard_samples": 16}
@@ -33,6 +33,7 @@ def unlearned(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> W
             model_folder,
             teacher={**teacher, "update_rank": 4},
             curvature={"samples": 16},
+            sketches={},
             exact_check={"queries": 2, "candidates": 6},
             self_consistency={"queries": 2, "samples": 12},
         )

@@ -34,7 +34,7 @@ VIEWS = (
     "metrics",
     "study",
 )
-LOADED = ("shards", "quarantined_samples", "runs", "heads", "indexes")
+LOADED = ("shards", "quarantined_samples", "runs", "heads", "indexes", "sketches")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,7 @@ def files_of(root: Path) -> dict[Path, bytes]:
         ("runs", 1),
         ("heads", 0),
         ("indexes", 0),
+        ("sketches", 0),
     ],
 )
 def test_every_table_is_counted_by_sql(published_root: Path, view: str, count: int) -> None:

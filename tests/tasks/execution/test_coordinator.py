@@ -41,7 +41,7 @@ def test_a_run_is_planned_once_and_makes_what_is_missing_in_order(
     run.parts["letters"].make(1)
     letters.begun.clear()
     with begin_run.fn(run) as makers:
-        (made,) = makers.make_all_before("scores")
+        (made,) = map(makers.make, makers.before("scores"))
         scores = makers.make("scores")
     assert begun(letters) == [0, 2, 3, 4] and begun(letters, "scores") == [0, 1, 2]
     assert (made.reused, made.artifact.name, made.artifact.rows) == (False, "all letters", LETTERS)
@@ -55,7 +55,7 @@ def test_a_run_is_planned_once_and_makes_what_is_missing_in_order(
 
     planned, letters.begun[:] = read_run(run.workspace, RUN), []
     with begin_run.fn(run) as makers:
-        again = [*makers.make_all_before("scores"), makers.make("scores")]
+        again = [*map(makers.make, makers.before("scores")), makers.make("scores")]
     assert all(each.reused for each in again) and letters.begun == [] and len(runners) == 1
     assert again[1].seconds == pytest.approx(scores.seconds)
     assert read_run(run.workspace, RUN) == planned

@@ -31,8 +31,10 @@ def test_an_estimate_counts_what_the_run_then_made(unlearned: WholeRun) -> None:
     for kind in found.kinds:
         assert kind.parts == parts[kind.kind].count
         assert kind.rows == sum(parts[kind.kind].rows(number) for number in range(kind.parts))
-    scores = found.kinds[-1]
+    scores, sketches = found.kinds[-2:]
     assert scores.forwards == pytest.approx(SAMPLES * 2 * 2.1), "each sample once, at two timesteps, with its gradient"
+    size = parts["sketches"].context.config.sketches.size
+    assert (sketches.forwards, sketches.kept_bytes) == (0, SAMPLES * (size + size // 64 * 4)), "made beside the scores"
     forwards = sum(kind.forwards for kind in found.kinds)
     assert found.device_hours == pytest.approx(forwards / 100 / 3600)
     told = found.as_json()
@@ -42,6 +44,7 @@ def test_an_estimate_counts_what_the_run_then_made(unlearned: WholeRun) -> None:
         for line in found.shown():
             console.print(line)
     assert "24 training samples (1.0 captions each), 12 queries, 24 candidates each" in captured.get()
+    assert "sketches take 26.1 kB, 1,088 bytes a sample" in captured.get()
     assert "EUR, at 100.0 forward passes a second (execution.forwards_per_second)" in captured.get()
 
 

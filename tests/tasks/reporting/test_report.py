@@ -41,10 +41,10 @@ def test_a_report_shows_the_figures_and_the_pictures_of_the_test_queries(unlearn
     assert 'src="http' not in page and "<link" not in page, "self-contained"
     rows = tables.read(unlearned.evaluation.metrics.artifact.path, tables.METRICS).to_pylist()
     means = {(row["metric"], row["space"], row["cutoff"]): row["value"] for row in rows if not row["query_id"]}
-    for space in ("tuned", "untuned", "chance"):
+    for space in ("tuned", "untuned", "sketch", "chance"):
         assert f"{means['mAP', space, CUTOFFS[0]]:.3f}" in page
     pictures = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
-    assert len(pictures) == 2 * (1 + 3 * 3), "each test query, and three samples by each of three rankings"
+    assert len(pictures) == 2 * (1 + 4 * 3), "each test query, and three samples by each of four rankings"
     assert Image.open(io.BytesIO(base64.b64decode(pictures[0]))).format == "PNG"
     queries = load_queries(unlearned.run.artifacts["queries"])
     panels = [query.query_id for query in queries if f">{query.query_id}<br>AP(" in page]
