@@ -35,6 +35,7 @@ from storage_schemas.files import (
     create,
     file_sha256,
     read_if_there,
+    read_whole,
     remove,
     replace,
     replace_through,
@@ -270,7 +271,7 @@ def _adopted(item: TableCommit) -> Manifest | None:
     if manifest is not None:
         return manifest
     try:
-        content = item.path.read_bytes()
+        content = read_whole(item.path)
         found = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
     except (FileNotFoundError, pa.ArrowException, OSError):
         return None

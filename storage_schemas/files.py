@@ -323,16 +323,22 @@ def _temporary(path: Path) -> Path:
 _HOST = os.uname().nodename[:32]
 
 
-def read_if_there(path: AnyPath) -> bytes | None:
-    """Return the content of a file, None where there is none.
+def read_whole(path: AnyPath) -> bytes:
+    """Return the content of a file as it is at one moment.
 
-    It takes one request of an object store; opening the file takes more.
+    It takes one request of an object store. To open the file there takes more, and fails where the object is replaced
+    in between.
     """
+    if isinstance(path, Path):
+        return path.read_bytes()
+    # By several requests at a time s3fs would ask for the size first, and, where there is none, for a listing.
+    return bytes(path.fs.cat_file(path.path, max_concurrency=1))
+
+
+def read_if_there(path: AnyPath) -> bytes | None:
+    """Return what `read_whole` returns, None where there is no file."""
     try:
-        if isinstance(path, Path):
-            return path.read_bytes()
-        # By several requests at a time s3fs would ask for the size first, and, where there is none, for a listing.
-        return bytes(path.fs.cat_file(path.path, max_concurrency=1))
+        return read_whole(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from storage_schemas.files import AnyPath, write_changed
+from storage_schemas.files import AnyPath, read_whole, write_changed
 from storage_schemas.workspace import Workspace
 
 
@@ -26,7 +26,7 @@ def write_indexed(workspace: Workspace, samples: AnyPath, rejected_samples: AnyP
 def read_indexed(workspace: Workspace) -> Indexed | None:
     """Read which samples were indexed last; None where no release that notes it indexed any, or they are gone."""
     try:
-        indexed = Indexed.model_validate_json(workspace.newest_samples.read_bytes())
+        indexed = Indexed.model_validate_json(read_whole(workspace.newest_samples))
     except (FileNotFoundError, NotADirectoryError, ValidationError):
         return None
     there = all(workspace.file(path).exists() for path in (indexed.samples, indexed.rejected_samples))

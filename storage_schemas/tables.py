@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage_schemas.files import AnyPath, matching
+from storage_schemas.files import AnyPath, matching, read_whole
 from storage_schemas.table import DamagedTable, Table, damaged, schema
 
 INSTANT = pa.timestamp("us", tz="UTC")
@@ -360,7 +360,7 @@ def read(
     """
     # A stream: no name of a folder is taken for a partition, and one way serves disk and object store. All bytes at
     # once, except where columns that are not asked for would be most of them.
-    with io.BytesIO(path.read_bytes()) if columns is None else path.open("rb") as source:
+    with io.BytesIO(read_whole(path)) if columns is None else path.open("rb") as source:
         try:
             stored = pq.read_schema(source)
             absent = _absent(path, table, stored)

@@ -18,7 +18,7 @@ from fastgda_core.diffusion.model import DiffusionModel, load_model, model_hash
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.diffusion.weights import check_weights
 from fastgda_core.teachers.micro_batch import MicroBatch
-from storage_schemas.files import AnyPath, Stamps, folder_stamps
+from storage_schemas.files import AnyPath, Stamps, folder_stamps, read_whole
 from storage_schemas.workspace import Workspace
 from tasks.config.pipeline import PipelineConfig
 from tasks.devices import pick_device
@@ -96,7 +96,7 @@ _workspace = functools.lru_cache(maxsize=8)(Workspace.at)
 
 def load_tensors(path: AnyPath) -> dict[str, torch.Tensor]:
     """Load a safetensors file, on disk or in an object store."""
-    return load_file(path) if isinstance(path, Path) else load_bytes(path.read_bytes())
+    return load_file(path) if isinstance(path, Path) else load_bytes(read_whole(path))
 
 
 @functools.lru_cache(maxsize=1)

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from storage_schemas import tables
 from storage_schemas.commit import MANIFEST, read_manifest
 from storage_schemas.errors import StoreError
-from storage_schemas.files import AnyPath, matching
+from storage_schemas.files import AnyPath, matching, read_whole
 from storage_schemas.heads.records import HEAD_FILE, INDEX_FILE
 from storage_schemas.runs.attempts import ShardState
 from storage_schemas.runs.ledger import ledger_as_written, read_labelling, read_run
@@ -106,7 +106,7 @@ def committed_facts(path: AnyPath, rows: str = "rows") -> Facts:
 
 
 def _json(path: AnyPath) -> dict[str, Any]:
-    return dict(json.loads(path.read_bytes()))
+    return dict(json.loads(read_whole(path)))
 
 
 def checked_name(value: object) -> str:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from storage_schemas.commit import MANIFEST, manifest_path, read_manifest
 from storage_schemas.database import file_list, open_database
-from storage_schemas.files import AnyPath, file_sha256, matching, move
+from storage_schemas.files import AnyPath, file_sha256, matching, move, read_whole
 from storage_schemas.runs.attempts import AttemptLog, ShardState
 from storage_schemas.runs.ledger import done_shards, read_labelling, read_run, run_names, write_ledger
 from storage_schemas.runs.records import Negatives, Part
@@ -122,5 +122,5 @@ def _mend(workspace: Workspace, run: str, found: list[Damage]) -> None:
 def _labellings(workspace: Workspace, paths: set[str]) -> set[Negatives]:
     """Return the labellings by which these parts were made, where a snapshot names the parts."""
     snapshots = matching(workspace.root / "snapshots", "*.json")
-    named = (part for path in snapshots for part in json.loads(path.read_bytes())["parts"])
+    named = (part for path in snapshots for part in json.loads(read_whole(path))["parts"])
     return {Part.model_validate(part).negatives for part in named if part["path"] in paths}

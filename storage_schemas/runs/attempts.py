@@ -21,7 +21,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from storage_schemas.commit import worker_name
-from storage_schemas.files import matching, replace
+from storage_schemas.files import matching, read_whole, replace
 from storage_schemas.workspace import Workspace
 
 
@@ -132,7 +132,7 @@ def read_attempts(workspace: Workspace, run: str, kind: str = "scores") -> dict[
     """
     found: dict[int, list[Attempt]] = {}
     for path in matching(workspace.attempts(run, kind), "*.jsonl"):
-        for line in path.read_bytes().splitlines():
+        for line in read_whole(path).splitlines():
             try:
                 attempt = Attempt.model_validate_json(line)
             except ValidationError:

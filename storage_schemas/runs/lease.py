@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict, Field
 
 from storage_schemas.commit import worker_name
-from storage_schemas.files import AnyPath, create, matching, remove, replace
+from storage_schemas.files import AnyPath, create, matching, read_whole, remove, replace
 from storage_schemas.runs.liveness import BEAT_SECONDS
 from storage_schemas.workspace import Workspace
 
@@ -89,7 +89,7 @@ def _last(folder: AnyPath) -> tuple[int, Lease | None]:
     """Return number and content of the lease that counts; 0 and None where there is none."""
     files = matching(folder, "*.json")
     try:
-        return (int(files[-1].stem), Lease.model_validate_json(files[-1].read_bytes())) if files else (0, None)
+        return (int(files[-1].stem), Lease.model_validate_json(read_whole(files[-1]))) if files else (0, None)
     except FileNotFoundError:  # its maker cleared up this instant
         return 0, None
 

@@ -32,7 +32,16 @@ import pyarrow as pa
 from storage_schemas import tables
 from storage_schemas.commit import Manifest
 from storage_schemas.errors import StoreError
-from storage_schemas.files import AnyPath, is_there, matching, read_if_there, remove, write_atomically, write_changed
+from storage_schemas.files import (
+    AnyPath,
+    is_there,
+    matching,
+    read_if_there,
+    read_whole,
+    remove,
+    write_atomically,
+    write_changed,
+)
 from storage_schemas.listings import Listing, folder_manifests, list_folder, listed_manifest, listed_manifests
 from storage_schemas.runs.attempts import Attempt, ShardState, read_attempts
 from storage_schemas.runs.liveness import read_assignment
@@ -64,7 +73,7 @@ def read_run(workspace: Workspace, run: str) -> RunRecord:
         UnknownRun: there is no such run; the message names those that were planned last.
     """
     try:
-        return RunRecord.model_validate_json(workspace.run(run).read_bytes())
+        return RunRecord.model_validate_json(read_whole(workspace.run(run)))
     except (FileNotFoundError, NotADirectoryError):
         planned = sorted(map(partial(read_run, workspace), run_names(workspace)), key=lambda record: record.created_at)
         known = ", ".join(record.run for record in planned[-5:]) or "none"

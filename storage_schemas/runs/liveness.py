@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from storage_schemas.commit import input_key
 from storage_schemas.errors import StoreError
-from storage_schemas.files import is_there, matching, read_if_there, remove, write_atomically, write_changed
+from storage_schemas.files import is_there, matching, read_if_there, read_whole, remove, write_atomically, write_changed
 from storage_schemas.workspace import Workspace
 
 BEAT_SECONDS = 5.0  # between two signs of life of a worker
@@ -135,7 +135,7 @@ def read_beats(workspace: Workspace, run: str) -> list[Beat]:
     found = []
     for path in matching(workspace.beats(run), "*.json"):
         try:
-            found.append(Beat.model_validate_json(path.read_bytes()))
+            found.append(Beat.model_validate_json(read_whole(path)))
         except (FileNotFoundError, ValidationError):
             continue
     return found

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from storage_schemas import tables
 from storage_schemas.commit import input_key
-from storage_schemas.files import write_changed
+from storage_schemas.files import read_whole, write_changed
 from storage_schemas.runs.ledger import derive, put_ledger, read_run
 from storage_schemas.runs.records import Part, RunRecord
 from storage_schemas.snapshots.compaction import compact
@@ -40,7 +40,7 @@ def read_snapshot(workspace: Workspace, snapshot: str) -> Snapshot:
         NotPublished: there is no such snapshot.
     """
     try:
-        return Snapshot.model_validate_json(workspace.snapshot(snapshot).read_bytes())
+        return Snapshot.model_validate_json(read_whole(workspace.snapshot(snapshot)))
     except FileNotFoundError:
         raise NotPublished(f"{workspace.root} has no snapshot {snapshot}") from None
 

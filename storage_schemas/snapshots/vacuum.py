@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from storage_schemas.commit import manifest_path
-from storage_schemas.files import AnyPath, file_sha256, leftovers, matching, remove
+from storage_schemas.files import AnyPath, file_sha256, leftovers, matching, read_whole, remove
 from storage_schemas.runs.ledger import (
     published_versions,
     read_compaction,
@@ -55,7 +55,7 @@ def _unreferenced(workspace: Workspace) -> Iterator[AnyPath]:
     # From the lowest number on, as `update_published` relies on.
     yield from (workspace.published(number) for number in published_versions(workspace)[:-VERSIONS_KEPT])
     for path in matching(workspace.root / "snapshots", "*.json"):
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_whole(path))
         if isinstance(content, dict) and "snapshot" in content:  # else another program's
             named |= {part["path"] for part in content["parts"]}
     for run in run_names(workspace):

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,9 @@ from storage_schemas.files import AnyPath, any_path, create, file_sha256, is_the
 from storage_schemas.publishing.export import export_parquet
 from storage_schemas.publishing.publish import publish_runs, retract_run, update_published
 from storage_schemas.runs import lease
-from storage_schemas.runs.attempts import AttemptLog, ShardState
+from storage_schemas.runs.attempts import AttemptLog, ShardState, read_attempts
 from storage_schemas.runs.ledger import done_shards, read_ledger, rebuild_ledgers
+from storage_schemas.runs.liveness import Beat, read_beats, write_beat
 from storage_schemas.snapshots.published import Published, read_published
 from storage_schemas.snapshots.snapshots import read_snapshot
 from storage_schemas.snapshots.vacuum import vacuum
@@ -101,6 +102,32 @@ def test_the_first_of_two_that_finish_a_shard_wins(root: AnyPath) -> None:
 
     at_once(put, 8)
     assert len(won) == 1 and path.read_bytes() == str(won[0]).encode() * 100
+
+
+def test_what_is_replaced_while_it_is_read_is_read_whole(root: AnyPath) -> None:
+    """An object that is opened and replaced before it is read is gone for s3fs."""
+    workspace, done = Workspace.at(root), threading.Event()
+    plan_run(root, RUN, queries=QUERIES)
+    log = AttemptLog(workspace, RUN, worker="elsewhere:1")
+
+    def replace() -> None:
+        number = 0
+        while not done.is_set():
+            number += 1
+            write_beat(workspace, RUN, Beat(worker="elsewhere:1", beat=number, at=datetime.now(UTC)))
+            log.record(0, ShardState.running)
+            rebuild_ledgers(workspace)
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        for _ in range(40):
+            assert len(read_beats(workspace, RUN)) <= 1 and set(read_attempts(workspace, RUN)) <= {0}
+            assert read_ledger(workspace, RUN).num_rows == len(QUERIES)
+    finally:
+        done.set()
+        writer.join()
+    assert [beat.worker for beat in read_beats(workspace, RUN)] == ["elsewhere:1"]
 
 
 @pytest.mark.heavy
