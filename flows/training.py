@@ -8,6 +8,7 @@ from flows.names import named
 from tasks.artifact import Made
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import open_context
+from tasks.distilling.gradient_heads import fit_gradient_head
 from tasks.distilling.heads import fit_rank_head
 from tasks.distilling.labels import extract_query_features, read_labels
 from tasks.inputs.features import extract_features
@@ -21,6 +22,9 @@ def train_rank_head(config: PipelineConfig, snapshot: str | None = None) -> Made
     labels = read_labels(context.workspace, snapshot)
     features = extract_features(context, labels.samples).artifact
     extract_query_features(context, labels)
-    head = fit_rank_head(context, labels.samples, labels.queries, features, labels.ranks)
+    if config.head.kind == "gradient":
+        head = fit_gradient_head(context, labels, features)
+    else:
+        head = fit_rank_head(context, labels.samples, labels.queries, features, labels.ranks)
     announce_head(context, head.artifact, labels)
     return head

@@ -9,11 +9,17 @@ query need be generated and no teacher asked.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastgda_core.errors import UsageError
 from fastgda_core.teachers.gradients import weight_gradient
@@ -91,6 +97,62 @@ class QueryTower:
             outputs = (rows[self.seen_by[name]] @ weight).view(*seen.shape[:2], -1)
             found[name] = weight_gradient(outputs, seen)
         return found
+
+
+@dataclass(frozen=True)
+class GradientHead:
+    """What answers from vectors of samples that are exact, and of queries that the tower predicts.
+
+    A sample's vector is its sketch beside its features' principal axes, a query's the predicted sketch of its gradient,
+    at length 1, beside its own, times `cosine`.
+
+    tower: the regression.
+    axes: (d, a) principal axes of the samples' features at length 1.
+    cosine: weight of the features' inner product.
+    size: numbers of a sketch that count.
+    """
+
+    tower: QueryTower
+    axes: Tensor
+    cosine: float
+    size: int
+
+    def queries(self, sketches: Tensor, features: Tensor) -> Tensor:
+        """Return the vectors of queries, (q, size + a), from predicted sketches, (q, R), and features, (q, d)."""
+        predicted = F.normalize(sketches[:, : self.size], dim=1)
+        return torch.cat([predicted, self.cosine * (F.normalize(features, dim=1) @ self.axes)], dim=1)
+
+    def samples(self, sketches: Tensor, features: Tensor) -> Tensor:
+        """Return the vectors of samples, (n, size + a), from their sketches, (n, R), and features, (n, d)."""
+        return torch.cat([sketches[:, : self.size], F.normalize(features, dim=1) @ self.axes], dim=1)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file that `load` reads."""
+        tensors = {"axes": self.axes, **{f"weight/{name}": weight for name, weight in self.tower.weights.items()}}
+        record = json.dumps({"seen_by": dict(self.tower.seen_by), "cosine": self.cosine, "size": self.size})
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, {"head": record})
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> Self:
+        """Read a file that `save` wrote.
+
+        Raises:
+            UsageError: the file holds no such head.
+        """
+        with safe_open(path, "pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if "head" not in metadata:
+                raise UsageError(f"{path} is no head of kind gradient: train it again")
+            record = json.loads(metadata["head"])
+            weights = {name: file.get_tensor(f"weight/{name}") for name in record["seen_by"]}
+            axes = file.get_tensor("axes")
+        return cls(QueryTower(weights, record["seen_by"]), axes, record["cosine"], record["size"])
+
+
+def principal_axes(features: Tensor, most: int) -> Tensor:
+    """Return the first principal axes of features, (n, d) of length 1, without taking their mean off: (d, axes)."""
+    _, vectors = torch.linalg.eigh((features.T @ features).double())
+    return vectors.flip(1)[:, :most].float()
 
 
 def _rows(inputs: Tensor, features: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from fastgda_core.errors import UsageError
 from fastgda_core.sketches.eigen import EigenSketch
 from fastgda_core.teachers.sample_gradients import SampleGradients
 
-_AT_ONCE = 8192  # coordinates of a product that is summed in float64
+_AT_ONCE = 8192  # coordinates of a product; the products are summed in float64
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class PrincipalSketch:
             sketches: (m, K), of more samples than there are directions, as far as possible.
             size: R, or fewer where there are fewer samples or coordinates.
         """
-        gram = sum(block.double() @ block.double().T for block in sketches.split(_AT_ONCE, dim=1))
+        gram = sum((block @ block.T).double() for block in sketches.split(_AT_ONCE, dim=1))
         assert isinstance(gram, Tensor)
         squares, vectors = torch.linalg.eigh(gram)
         size = min(size, sketches.shape[1], int((squares > squares[-1] * 1e-10).sum()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
@@ -33,6 +33,9 @@ class HeadRecord(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     feature_space: str
+    kind: Literal["symmetric", "gradient"] = Field(
+        default="symmetric", description="gradient: queries' gradients are predicted, samples' sketches are the run's"
+    )
     features: int | None = Field(default=None, description="width of phi")
     feature_weights: dict[str, str] = Field(default_factory=dict, description="of an encoder: folder or hub id")
     feature_weights_keys: dict[str, str] = Field(default_factory=dict, description="what tells these from others")
@@ -43,6 +46,7 @@ class HeadRecord(BaseModel):
     snapshot: str | None = None
     best_epoch: int | None = Field(default=None, description="the epoch kept, from 0")
     history: list[Epoch] = Field(default_factory=list)
+    solved: dict[str, float] = Field(default_factory=dict, description="validation mAP by choice")
     imported_from: str | None = Field(default=None, description="file name of a checkpoint of FastGDA's release")
     sha256: str | None = Field(default=None, description="of that file")
     origin: str = Field(default="", description="the Prefect flow run that it was made in")
@@ -50,8 +54,10 @@ class HeadRecord(BaseModel):
 
     @property
     def validation_map(self) -> float | None:
-        """mAP on the validation queries of the epoch kept."""
-        return None if self.best_epoch is None else self.history[self.best_epoch].validation_map
+        """mAP on the validation queries of the epoch kept, or of the best choice where nothing is trained."""
+        if self.best_epoch is None:
+            return max(self.solved.values(), default=None)
+        return self.history[self.best_epoch].validation_map
 
 
 class IndexRecord(BaseModel):

@@ -16,7 +16,21 @@ from fastgda_core.ranking.loss_names import LossName
 from tasks.config.section import Section
 
 
+class GradientHeadConfig(Section):
+    size: int = Field(default=768, ge=1, description="numbers of a sketch that an index holds, at most sketches.size")
+    axes: int = Field(default=256, ge=0, description="of the features, beside them")
+    queries: int = Field(default=2048, ge=1, description="training samples that stand for queries, at most")
+    timesteps: int = Field(default=4, ge=1, description="of the gradient of one, evenly spaced")
+    seed: int = Field(default=1, ge=0, description="of their noise, another than teacher.seed")
+
+
 class HeadConfig(Section):
+    kind: Literal["symmetric", "gradient"] = Field(
+        default="symmetric",
+        description="symmetric: one network for both sides, as published; gradient: samples' sketches against the "
+        "predicted gradient of the query, which needs `sketches` and reads no field but `gradient`",
+    )
+    gradient: GradientHeadConfig = GradientHeadConfig()
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=4096, ge=1, description="pairs")
     learning_rate: float = Field(default=1e-3, gt=0)
@@ -41,9 +55,14 @@ class HeadConfig(Section):
     seed: int = Field(default=0, ge=0)
 
     @property
+    def training(self) -> dict[str, Any]:
+        """The settings of the training of a symmetric head."""
+        return self.model_dump(exclude={"kind", "gradient"})
+
+    @property
     def learned(self) -> dict[str, Any]:
-        """The settings on which the head depends."""
-        return self.model_dump(exclude={"strategy", "resident"})
+        """Those of them on which the head depends."""
+        return {name: value for name, value in self.training.items() if name not in ("strategy", "resident")}
 
 
 class EvaluationConfig(Section):

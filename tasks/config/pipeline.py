@@ -65,6 +65,12 @@ class PipelineConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _gradient_heads_have_sketches(self) -> Self:
+        if self.head.kind == "gradient" and self.sketches is None:
+            raise ValueError("head.kind gradient answers from sketches: add a section sketches, or make it symmetric")
+        return self
+
+    @model_validator(mode="after")
     def _check_has_first_order(self) -> Self:
         split = self.queries.split
         tests = split.test if isinstance(split, SplitConfig) else None

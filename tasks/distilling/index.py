@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
@@ -18,11 +19,11 @@ from fastgda_core.search.index import build_index, write_index
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, code_version, commit, commit_table, input_key
 from storage_schemas.files import AnyPath
-from storage_schemas.heads.records import INDEX_FILE, IndexRecord, as_json, read_index_record
+from storage_schemas.heads.records import INDEX_FILE, IndexRecord, as_json, read_head_record, read_index_record
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made, once
 from tasks.context import Context, load_tensors
-from tasks.distilling.versions import load_trained_head
+from tasks.distilling.answering import answering_head
 from tasks.inputs.features import (
     feature_mean,
     load_features,
@@ -54,8 +55,11 @@ def build_search_index(context: Context, samples: Artifact, features: Artifact, 
 
     def make(started: float) -> Manifest:
         with stage("index", samples.rows) as advance:
-            embeddings = load_trained_head(head.path)(load_features(context, samples, samples)).numpy()
-            index = build_index(embeddings)
+            answering = answering_head(context.workspace, head.path)
+            rows = torch.arange(samples.rows)
+            vectors = answering.samples(rows, load_features(context, samples, samples)).numpy()
+            # Of sketches a byte a number would do; cosines that differ in the fourth digit keep theirs.
+            index = build_index(vectors, half=read_head_record(head.path).kind == "gradient")
             advance(samples.rows)
         rows = tables.INDEX_IDS.rows(train_id=np.arange(samples.rows))
         commit_table(folder / "ids.parquet", rows, tables.INDEX_IDS, key=key, started=started)

@@ -26,8 +26,8 @@ from storage_schemas.snapshots.snapshots import read_ranks
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made, once
 from tasks.context import Context
+from tasks.distilling.answering import Answering, answering_head
 from tasks.distilling.ranks import candidate_scores, rows_of_split, sample_features
-from tasks.distilling.versions import load_trained_head
 from tasks.inputs.features import extract_features, in_space, load_query_features
 from tasks.inputs.queries import joined_queries
 from tasks.judging.metric_rows import agreement_rows, metric_row, metric_rows
@@ -70,10 +70,11 @@ def _head_rows(
     test, several = rows_of_split(queries, "test"), joined_queries(queries)
     names = [several[row].query_id for row in test.tolist()]
     scores = candidate_scores(context.workspace, ranks, names)
+    captions = [several[row].caption for row in test.tolist()]
     phi = load_query_features(context, queries, samples)[test], sample_features(context, samples)
     rankings = {
         "untuned": untuned_cosines(scores, *phi),
-        "tuned": tuned_cosines(scores, load_trained_head(head.path), *phi),
+        "tuned": answers(scores, answering_head(context.workspace, head.path), captions, *phi),
         **_by_captions(context, samples, queries, test, scores),
     }
     return _ranking_rows(scores, rankings, context.config.evaluation.cutoffs, names)
@@ -87,6 +88,13 @@ def untuned_cosines(scores: CandidateScores, queries: Tensor, samples: Tensor) -
 def tuned_cosines(scores: CandidateScores, head: RankHead, queries: Tensor, samples: Tensor) -> Tensor:
     """Return a head's cosine of each query, (queries, d), and its candidates among samples, (samples, d)."""
     return scores.cosines(head.queries(queries), lambda rows: head(samples[rows]))
+
+
+def answers(
+    scores: CandidateScores, head: Answering, captions: Sequence[str], queries: Tensor, samples: Tensor
+) -> Tensor:
+    """Return how a head ranks each query's candidates, from captions and phi of queries and phi of samples."""
+    return scores.cosines(head.queries(queries, captions), lambda rows: head.samples(rows, samples[rows]))
 
 
 def _by_captions(

@@ -22,13 +22,13 @@ from storage_schemas.commit import Manifest, commit, input_key
 from storage_schemas.heads.records import read_head_record
 from tasks.artifact import Artifact, Made, once
 from tasks.context import Context
+from tasks.distilling.answering import answering_head
 from tasks.distilling.loss_curve import NO_CURVE, loss_curve
 from tasks.distilling.ranks import candidate_scores, rows_of_split, sample_features
-from tasks.distilling.versions import load_trained_head
 from tasks.inputs.features import load_features
 from tasks.inputs.queries import Query, load_queries
 from tasks.inputs.samples import sample_images, samples_table
-from tasks.judging.head import CAPTIONS, tuned_cosines, untuned_cosines
+from tasks.judging.head import CAPTIONS, answers, untuned_cosines
 from tasks.judging.sketches import BYTES, SECONDS, SKETCH, by_sketches
 from tasks.reporting.attribution_sheet import spread
 from tasks.teaching.sketch_scores import StoredSketches
@@ -91,7 +91,7 @@ def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: 
         for row in metrics
         if row["metric"] == "AP" and row["cutoff"] == cutoff
     }
-    curve = loss_curve(head, cutoff, format="svg")
+    curve = loss_curve(head, cutoff, format="svg") if head.history else None
     spaces = [space for space in ("untuned", "tuned", SKETCH) if ("mAP", space, cutoff) in means]
     took, size = (means.get((figure, SKETCH, 0)) for figure in (SECONDS, BYTES))
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_TEMPLATE.read_text())
@@ -111,7 +111,8 @@ def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: 
         kinds=KINDS,
         objective=_WHOSE[_objective(context)],
         agreement=means.get(("spearman", "exact vs first order", 0)),
-        loss_curve=curve[curve.index(b"<svg") :].decode() if curve else NO_CURVE,
+        loss_curve=curve[curve.index(b"<svg") :].decode() if curve else "" if head.solved else NO_CURVE,
+        solved=head.solved,
         panels=_panels(context, run, artifacts, precision, spaces),
         stages=stages,
         samples=artifacts["samples"].rows,
@@ -153,6 +154,7 @@ def _panels(
     scores = candidate_scores(
         context.workspace, artifacts["rank labels"], [several[number].query_id for number in test.tolist()]
     )
+    captions = [several[number].caption for number in test.tolist()]
     phi = load_features(context, queries, samples)[test], sample_features(context, samples)
     score = "AbU+ score" if _objective(context) else "cosine"
     rankings = [
@@ -160,7 +162,7 @@ def _panels(
         (
             "Tuned features",
             "nearest by the rank head: FastGDA's answer",
-            tuned_cosines(scores, load_trained_head(artifacts["rank head"].path), *phi),
+            answers(scores, answering_head(context.workspace, artifacts["rank head"].path), captions, *phi),
         ),
     ]
     if SKETCH in spaces:

@@ -17,9 +17,9 @@ from storage_schemas.heads.records import index_samples, read_head_record
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.workspace import Workspace
 from tasks.devices import pick_device
+from tasks.distilling.answering import answering_head
 from tasks.distilling.head_space import recorded_space
 from tasks.distilling.index import read_index_mean
-from tasks.distilling.versions import load_trained_head
 from tasks.inputs.features import load_encoders
 from tasks.inputs.samples import samples_table
 
@@ -50,7 +50,7 @@ class AttributionService:
         space = recorded_space(read_head_record(head), workspace)
         self.unit_length = space.unit_length
         self.encoders = load_encoders(space, self.device)
-        self.head = load_trained_head(head)
+        self.head = answering_head(workspace, head)
         index = workspace.file(published.index)
         self.mean = read_index_mean(index) if space.centre else None
         self.index = read_index(local_copy(index / "index.faiss"))
@@ -63,7 +63,7 @@ class AttributionService:
         parts = [
             encoder.encode([as_rgb(image) if encoder.modality == "image" else caption]) for encoder in self.encoders
         ]
-        return self.head.queries(concatenate(parts, unit_length=self.unit_length, mean=self.mean))
+        return self.head.queries(concatenate(parts, unit_length=self.unit_length, mean=self.mean), [caption])
 
     def attribute(self, image: Image.Image, caption: str, k: int) -> list[Attribution]:
         """Return the k training samples that influenced the image most, by the rank head's estimate."""

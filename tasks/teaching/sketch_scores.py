@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastgda_core.errors import UsageError
 from fastgda_core.sketches.int8 import Int8Vectors
+from fastgda_core.sketches.principal import PrincipalSketch
 from storage_schemas.files import local_copy
 from storage_schemas.which_workspace import command
 from tasks.context import Context, load_tensors
@@ -62,6 +63,28 @@ class StoredSketches:
         return SketchParts(self.context, *(self.artifacts[name] for name in names))
 
     @property
+    def sketch(self) -> PrincipalSketch:
+        """What makes the sketch of a query's gradient."""
+        return load_sketch(self.context, self.artifacts["curvature"], self.artifacts["sketch basis"])
+
+    @property
+    def train_ids(self) -> NDArray[np.int64]:
+        """The samples that have sketches, ascending."""
+        return self._loaded[0]
+
+    def dense(self, train_ids: Tensor) -> Tensor:
+        """Return the sketches of some samples, (n, size) on the model's device: zeros where a sample was left out.
+
+        Of mirrored images the first one's.
+        """
+        ids, values, scales = self._loaded
+        place = torch.searchsorted(torch.from_numpy(ids), train_ids).clamp_max(len(ids) - 1)
+        there = torch.from_numpy(ids)[place] == train_ids
+        mine = place.to(values.device)
+        found = Int8Vectors(values[mine, 0], scales[mine, 0]).dense()
+        return found * there.to(found.device)[:, None]
+
+    @property
     def samples(self) -> int:
         """How many training samples there are, left-out ones among them."""
         return self.artifacts["latents"].rows
@@ -81,9 +104,8 @@ class StoredSketches:
         groups = max(count for count in range(1, GROUPS + 1) if config.gradient_pairs % count == 0)
         owner = _owner(image, caption)
         gradients = gradients_of(self.context, image, caption, owner=owner, seed=config.seed, groups=groups)
-        sketch = load_sketch(self.context, self.artifacts["curvature"], self.artifacts["sketch basis"])
         assert config.alpha is not None
-        return sketch.of_query(gradients) * (config.alpha / (config.training_size or self.samples))
+        return self.sketch.of_query(gradients) * (config.alpha / (config.training_size or self.samples))
 
     def scores(self, asked: Tensor, train_ids: NDArray[np.int64] | None = None) -> SketchScores:
         """Return the scores of all samples, or of some, in ascending order; left-out ones have none.

@@ -1,0 +1,102 @@
+"""The vectors by which a head of either kind answers, of queries and of training samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgda_core.ranking.head import RankHead
+from fastgda_core.ranking.query_tower import GradientHead, QueryTower
+from fastgda_core.sketches.factored import caption_inputs
+from storage_schemas.files import AnyPath, local_copy
+from storage_schemas.heads.records import HeadRecord, read_head_record
+from storage_schemas.workspace import Workspace
+from tasks.distilling.versions import load_trained_head
+from tasks.teaching.run import read_run_anew
+from tasks.teaching.sketch_scores import StoredSketches
+
+AT_ONCE = 32  # queries whose gradients are predicted together
+
+
+class Answering(Protocol):
+    """A head that answers: the inner product of a query's vector and a sample's grows with the sample's influence."""
+
+    def queries(self, features: Tensor, captions: Sequence[str]) -> Tensor:
+        """Return vectors of queries, (q, width) on the CPU, from phi, (q, d), and captions."""
+
+    def samples(self, train_ids: Tensor, features: Tensor) -> Tensor:
+        """Return vectors of training samples, (n, width) on the CPU, from train_ids, (n,), and their phi, (n, d)."""
+
+
+@dataclass(frozen=True)
+class Symmetric:
+    """Both sides through one network: cosines of its outputs."""
+
+    head: RankHead
+
+    @torch.no_grad()
+    def queries(self, features: Tensor, captions: Sequence[str]) -> Tensor:
+        return self.head.queries(features)
+
+    @torch.no_grad()
+    def samples(self, train_ids: Tensor, features: Tensor) -> Tensor:
+        return self.head(features)
+
+
+@dataclass(frozen=True)
+class ByGradients:
+    """Exact sketches of samples' gradients against predicted ones of queries'."""
+
+    head: GradientHead
+    stored: StoredSketches
+
+    def queries(self, features: Tensor, captions: Sequence[str]) -> Tensor:
+        sketches = predicted_sketches(self.stored, self.head.tower, features, captions)
+        return self.head.queries(sketches, features.to(sketches.device)).cpu()
+
+    def samples(self, train_ids: Tensor, features: Tensor) -> Tensor:
+        sketches = self.stored.dense(train_ids)
+        return self.head.samples(sketches, features.to(sketches.device)).cpu()
+
+
+@torch.no_grad()
+def predicted_sketches(stored: StoredSketches, tower: QueryTower, features: Tensor, captions: Sequence[str]) -> Tensor:
+    """Return the sketches of queries' gradients as a tower predicts them, (q, R), on the model's device."""
+    context = stored.context
+    model = context.teacher_model()
+    layers = context.layers(model)
+    first = {name: layers[name] for name in set(tower.seen_by.values())}
+    found = []
+    for start in range(0, len(captions), AT_ONCE):
+        some = slice(start, start + AT_ONCE)
+        condition = model.encode_captions(list(captions[some]))
+        inputs = caption_inputs(model, first, condition, context.micro_batch("gradients"))
+        phi = F.normalize(features[some], dim=1).to(context.device)
+        found.append(stored.sketch.of_query(tower.gradients(inputs, phi)))
+    return torch.cat(found)
+
+
+def answering_head(workspace: Workspace, folder: AnyPath) -> Answering:
+    """Load a head version as what answers.
+
+    Raises:
+        StoreError: the run whose sketches it answers from is gone.
+    """
+    record = read_head_record(folder)
+    if record.kind == "symmetric":
+        return Symmetric(load_trained_head(folder))
+    stored = sketches_behind(workspace, record)
+    head = GradientHead.load(local_copy(folder / "head.safetensors"), stored.context.device)
+    return ByGradients(head, stored)
+
+
+def sketches_behind(workspace: Workspace, record: HeadRecord) -> StoredSketches:
+    """Return the sketches that a head of kind gradient answers from: those of the run that it learned from."""
+    assert record.run is not None
+    run = read_run_anew(str(workspace.root), record.run)
+    return StoredSketches(run.context, run.artifacts, run.name)
