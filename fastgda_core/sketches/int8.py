@@ -50,4 +50,4 @@ def bytes_of(size: int) -> int:
 def _blocks(vectors: Tensor) -> Tensor:
     """Return (n, blocks, BLOCK), the last block filled up with zeros."""
     padded = torch.nn.functional.pad(vectors, (0, -vectors.shape[1] % BLOCK))
-    return padded.view(len(vectors), -1, BLOCK)
+    return padded.view(len(vectors), padded.shape[1] // BLOCK, BLOCK)

@@ -157,11 +157,12 @@ def _panels(
     captions = [several[number].caption for number in test.tolist()]
     phi = load_features(context, queries, samples)[test], sample_features(context, samples)
     score = "AbU+ score" if _objective(context) else "cosine"
+    gradient = read_head_record(artifacts["rank head"].path).kind == "gradient"
     rankings = [
         ("Untuned features", "nearest by the frozen encoders", untuned_cosines(scores, *phi)),
         (
-            "Tuned features",
-            "nearest by the rank head: FastGDA's answer",
+            "Gradient head" if gradient else "Tuned features",
+            f"{'highest by a predicted gradient' if gradient else 'nearest by the rank head'}: FastGDA's answer",
             answers(scores, answering_head(context.workspace, artifacts["rank head"].path), captions, *phi),
         ),
     ]

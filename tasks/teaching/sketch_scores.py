@@ -145,11 +145,10 @@ class StoredSketches:
             with safe_open(local_copy(self.parts.path(number)), "pt") as file:
                 there = file.get_tensor("train_ids").numpy()
                 rows = np.flatnonzero(np.isin(there, train_ids))
-                if not len(rows):
-                    continue
                 slices = {name: file.get_slice(name) for name in ("values", "scales")}
                 read = {
-                    name: torch.cat([each[row : row + 1] for row in rows.tolist()]) for name, each in slices.items()
+                    name: torch.cat([each[0:0], *(each[row : row + 1] for row in rows.tolist())])
+                    for name, each in slices.items()
                 }
             yield there[rows], read["values"].to(device), read["scales"].to(device)
 
@@ -161,7 +160,7 @@ def _inner_products(asked: Tensor, values: Tensor, scales: Tensor) -> tuple[Tens
     """
     samples, flips = values.shape[:2]
     sketches = Int8Vectors(values.flatten(0, 1), scales.flatten(0, 1)).dense()
-    products = (asked @ sketches.T).double().view(-1, samples, flips)
+    products = (asked @ sketches.T).double().view(len(asked), samples, flips)
     larger = products.mean(0).argmax(1)
     each = torch.arange(samples, device=values.device)
     return products[:, each, larger].cpu(), sketches.norm(dim=1).view(samples, flips)[each, larger].double().cpu()

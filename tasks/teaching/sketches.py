@@ -95,12 +95,13 @@ class BasisParts(Parts):
         eigen = EigenSketch.of_most_energy(fisher, seen, self._steps(fisher), config.coordinates)
         pilot = np.unique(some_samples(self.latents, self.rows(number), config.seed))
         step = context.config.teacher.shard_samples
-        # Who is left out now is not asked again: the basis rests on some samples, and sketches on one basis.
-        found = [
-            _sketched(context, self.latents, train_ids, eigen.of_samples).sketches.flatten(0, 1)
-            for train_ids in np.split(pilot, range(step, len(pilot), step))
-        ]
-        sketch = PrincipalSketch.of_samples_like(eigen, torch.cat(found), config.size)
+        # Gigabytes, held once. Who is left out now is not asked again: all sketches rest on one basis.
+        sketches, filled = torch.empty(len(pilot) * _flips(context), len(eigen)), 0
+        for train_ids in np.split(pilot, range(step, len(pilot), step)):
+            found = _sketched(context, self.latents, train_ids, eigen).sketches.flatten(0, 1)
+            sketches[filled : filled + len(found)] = found
+            filled += len(found)
+        sketch = PrincipalSketch.of_samples_like(eigen, sketches[:filled], config.size)
         record = SketchRecord(
             kind="principal",
             size=len(sketch),
@@ -148,8 +149,13 @@ class _Sketched(NamedTuple):
     left_out: dict[int, str]
 
 
+def _flips(context: Context) -> int:
+    """Return the sketches of one sample: two where its mirrored image counts too."""
+    return 2 if context.config.model.flips else 1
+
+
 def _sketched(
-    context: Context, latents: Artifact, train_ids: NDArray[np.int64], sketch: Callable[[SampleGradients], Tensor]
+    context: Context, latents: Artifact, train_ids: NDArray[np.int64], sketch: EigenSketch | PrincipalSketch
 ) -> _Sketched:
     """Run the model on some samples, ascending, and sketch their gradients under the run's noise plan."""
 
@@ -157,9 +163,9 @@ def _sketched(
         model, block = context.teacher_model(), load_block(context, latents, chosen.tolist())
         plan, micro_batch = noise_plan(context.config), context.micro_batch("gradients")
         gradients = sample_gradients(model, context.layers(model), plan, block, micro_batch)
-        return torch.cat([sketch(some).cpu() for some in gradients])
+        return torch.cat([sketch.of_samples(some).cpu() for some in gradients])
 
-    known, nothing = unreadable_samples(latents, train_ids.tolist()), torch.empty(0, 1, 0)
+    known, nothing = unreadable_samples(latents, train_ids.tolist()), torch.empty(0, _flips(context), len(sketch))
     return _Sketched(*without_bad_samples(train_ids, known, of_samples, nothing))
 
 
@@ -191,9 +197,7 @@ class SketchParts(Parts):
     def make(self, number: int) -> Manifest:
         started = time.monotonic()
         sketch = load_sketch(self.context, self.curvature, self.basis)
-        return self._commit(
-            number, _sketched(self.context, self.latents, self.train_ids(number), sketch.of_samples), started
-        )
+        return self._commit(number, _sketched(self.context, self.latents, self.train_ids(number), sketch), started)
 
     def beside(self, train_ids: NDArray[np.int64]) -> SketchBeside | None:
         """Return what makes the part of these samples while their scores are made; None where no part is missing."""
@@ -201,15 +205,15 @@ class SketchParts(Parts):
         if not np.array_equal(train_ids, self.train_ids(number)) or committed(self.path(number), self.key(number)):
             return None
         sketch = load_sketch(self.context, self.curvature, self.basis)
-        return SketchBeside(sketch, functools.partial(self._commit, number))
+        return SketchBeside(self.context, sketch, functools.partial(self._commit, number))
 
     def _commit(self, number: int, made: _Sketched, started: float) -> Manifest:
         packed = Int8Vectors.of(made.sketches.flatten(0, 1))
         shape = made.sketches.shape[:2]
         tensors = {
             "train_ids": torch.from_numpy(made.train_ids),
-            "values": packed.values.view(*shape, -1),
-            "scales": packed.scales.view(*shape, -1),
+            "values": packed.values.unflatten(0, shape),
+            "scales": packed.scales.unflatten(0, shape),
         }
         return commit(
             self.path(number),
@@ -226,6 +230,7 @@ class SketchParts(Parts):
 class SketchBeside:
     """Sketches gradients that somebody else has made."""
 
+    context: Context
     sketch: PrincipalSketch
     _commit: Callable[[_Sketched, float], Manifest]
     _found: list[Tensor] = field(default_factory=list)
@@ -243,5 +248,7 @@ class SketchBeside:
 
     def commit(self, train_ids: NDArray[np.int64], left_out: dict[int, str]) -> None:
         """Commit the part; the seconds behind it are those that it took beside the scores."""
-        sketches = torch.cat(self._found) if self._found else torch.empty(0, 1, len(self.sketch))
-        self._commit(_Sketched(train_ids, sketches, left_out), time.monotonic() - self._seconds)
+        nothing = torch.empty(0, _flips(self.context), len(self.sketch))
+        self._commit(
+            _Sketched(train_ids, torch.cat([nothing, *self._found]), left_out), time.monotonic() - self._seconds
+        )

@@ -152,7 +152,7 @@ def mean_precision(workspace: Path) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_full_demo_finds_its_twins_and_tuning_gains(tmp_path: Path, home: Path) -> None:
+def test_full_demo_finds_its_twins_and_its_head_comes_close_to_the_teacher(tmp_path: Path, home: Path) -> None:
     fastgda("demo", "--folder", tmp_path / "demo", home=home)
     workspace = tmp_path / "demo" / "workspace"
     counted = query(workspace, "SELECT count(*) AS n, count(DISTINCT (query_id, train_id)) AS d FROM scores")
@@ -166,7 +166,8 @@ def test_full_demo_finds_its_twins_and_tuning_gains(tmp_path: Path, home: Path) 
     assert query(workspace, whole.format("another teacher")).to_pylist()[0]["value"] >= 0.9
     assert query(workspace, whole.format("exact vs first order")).to_pylist()[0]["value"] >= 0.99
     precision = mean_precision(workspace)
-    assert 0.5 <= precision["untuned"] <= precision["tuned"]
+    ceiling = precision["another teacher"]
+    assert precision["untuned"] >= 0.5 and precision["tuned"] >= 0.9 * ceiling and precision["sketch"] >= 0.98 * ceiling
     before = read_published(Workspace(workspace))
     again = fastgda("demo", "--folder", tmp_path / "demo", home=home)
     assert " new " not in again.stdout

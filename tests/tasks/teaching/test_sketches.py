@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastgda_core.errors import UsageError
+from fastgda_core.errors import NonFiniteLoss, UsageError
+from fastgda_core.teachers.sample_gradients import sample_gradients
 from fastgda_core.teachers.scores import first_order_scores
 from storage_schemas.commit import read_manifest
 from storage_schemas.runs.attempts import read_attempts
@@ -102,6 +103,44 @@ def test_some_samples_are_read_row_by_row_and_score_as_among_all(run: Run, store
     assert some.train_ids.tolist() == [3, 15, 16, 23]
     for mine, all_of_them in zip(some[1:], whole[1:], strict=True):
         torch.testing.assert_close(mine, all_of_them[[3, 15, 16, 23]])
+
+
+def test_a_sample_whose_loss_is_no_number_is_left_out_and_named(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In either way of making a part; a part may lose all its samples."""
+    bad = {3, *range(16, 24)}
+
+    def gradients(model, layers, plan, block, micro_batch):  # type: ignore[no-untyped-def]
+        if found := bad & set(block.train_ids.tolist()):
+            raise NonFiniteLoss("loss of a sample is nan", sorted(found)[:2])
+        return sample_gradients(model, layers, plan, block, micro_batch)
+
+    monkeypatch.setattr("tasks.teaching.sketches.sample_gradients", gradients)
+    monkeypatch.setattr("tasks.teaching.bad_samples.FEW_SAMPLES", 100)
+    alone = elsewhere(run, tmp_path)
+    made = [alone.make(number) for number in range(alone.count)]
+    assert [manifest.rows for manifest in made] == [15, 0]
+    assert [set(manifest.quarantined) for manifest in made] == [{3}, set(range(16, 24))]
+
+    beside = elsewhere(run, tmp_path / "beside").beside(np.arange(16))
+    assert beside is not None
+    block = load_block(run.context, run.artifacts["latents"], [each for each in range(16) if each != 3])
+    model = run.context.teacher_model()
+    plan, micro_batch = noise_plan(run.config), run.context.micro_batch("gradients")
+    for _ in range(2):  # as where the first time another sample was found to be bad
+        beside.begin()
+        for some in sample_gradients(model, run.context.layers(model), plan, block, micro_batch):
+            beside.look(some)
+    beside.commit(block.train_ids.numpy(), {3: "loss of a sample is nan"})
+    mine, other = (load_file(part(folder, 0, "safetensors")) for folder in (tmp_path, tmp_path / "beside"))
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+    stored = StoredSketches(run.context, {**run.artifacts, "sketches": replace(alone.artifact)}, run.name)
+    asked = stored.ask(load_queries(run.artifacts["queries"])[0].image, CAPTION)
+    assert stored.scores(asked).train_ids.tolist() == [each for each in range(16) if each != 3]
+    assert stored.scores(asked, np.array([3, 17])).train_ids.tolist() == []
+    assert stored.dense(torch.tensor([3, 4, 20])).norm(dim=1).tolist()[::2] == [0, 0]
 
 
 def test_a_query_that_a_figure_is_reported_of_has_no_say_in_the_basis(run: Run, tmp_path: Path) -> None:
