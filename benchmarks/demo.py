@@ -19,7 +19,7 @@ from storage_schemas.sql.views import query
 
 PRECISION = "SELECT space, value FROM metrics WHERE metric = 'mAP' AND query_id = '' AND cutoff = 100"
 TWINS = "SELECT split, value FROM metrics WHERE metric = '{}' ORDER BY split DESC"
-RANKINGS = ("chance", "captions alone", "untuned", "tuned", "another teacher")
+RANKINGS = ("chance", "captions alone", "untuned", "tuned", "sketch", "another teacher")
 
 
 def timed_demo(folder: Path) -> tuple[float, str]:
