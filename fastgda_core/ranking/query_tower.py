@@ -47,11 +47,10 @@ class TowerMoments:
         Raises:
             UsageError: the input of a layer moves with the timestep.
         """
-        if gradients.moving:
-            raise UsageError(
-                f"the input of layer {min(gradients.moving)} changes with the timestep, so the gradient of a query is "
-                "more than its caption's tokens tell: use head.kind symmetric, or teacher.layers cross-attn-kv"
-            )
+        gradients.check_steady(
+            "so the gradient of a query is more than its caption's tokens tell: use head.kind symmetric, or "
+            "teacher.layers cross-attn-kv"
+        )
         sample = gradients.place[:: gradients.flips] // gradients.flips
         captions = torch.bincount(sample, minlength=len(features))[sample]
         rows = {name: _rows(inputs, features[sample]) for name, inputs in gradients.inputs.items()}

@@ -16,7 +16,6 @@ from torch import Tensor
 from fastgda_core.curvature.layers import Layer, input_rows
 from fastgda_core.diffusion.loss import Condition, take
 from fastgda_core.diffusion.model import DiffusionModel
-from fastgda_core.errors import UsageError
 from fastgda_core.teachers.gradients import layer_inputs
 from fastgda_core.teachers.micro_batch import MicroBatch
 from fastgda_core.teachers.sample_gradients import SampleGradients
@@ -45,11 +44,10 @@ class FactoredSketch:
         Raises:
             UsageError: the input of a layer moves with the timestep.
         """
-        if gradients.moving:
-            raise UsageError(
-                f"the input of layer {min(gradients.moving)} changes with the timestep, and a factored sketch is exact "
-                "for layers that see the caption alone: use an eigen sketch, or teacher.layers cross-attn-kv"
-            )
+        gradients.check_steady(
+            "and a factored sketch is exact for layers that see the caption alone: use an eigen sketch, or "
+            "teacher.layers cross-attn-kv"
+        )
         widths = {name: values.shape[2] for name, values in gradients.outputs.items()}
         deltas = torch.cat(list(gradients.outputs.values()), dim=2)
         return cls(deltas, widths, gradients.seen_by, gradients.place, gradients.flips)

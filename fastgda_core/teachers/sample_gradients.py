@@ -12,6 +12,7 @@ from fastgda_core.curvature.fisher import LayerFactors
 from fastgda_core.curvature.layers import Layer, input_rows, matrix_shape
 from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.noise import NoisePlan
+from fastgda_core.errors import UsageError
 from fastgda_core.teachers.gradients import output_gradients, steady_layers, weight_gradient
 from fastgda_core.teachers.micro_batch import MicroBatch
 from fastgda_core.teachers.training_loss import SampleBlock, check_finite, plan_rows, row_inputs
@@ -37,6 +38,11 @@ class SampleGradients:
     place: Tensor
     flips: int
     count: int
+
+    def check_steady(self, consequence: str) -> None:
+        """Raise UsageError, with what follows from it, where the input of a layer moves with the timestep."""
+        if self.moving:
+            raise UsageError(f"the input of layer {min(self.moving)} changes with the timestep, {consequence}")
 
     def names(self) -> list[str]:
         return [*self.moving, *self.outputs]

@@ -59,13 +59,14 @@ class StoredSketches:
 
     @functools.cached_property
     def parts(self) -> SketchParts:
-        names = ("latents", "curvature", "sketch basis", "sketches")
-        return SketchParts(self.context, *(self.artifacts[name] for name in names))
+        found = SketchParts.of_run(self.context, self.artifacts)
+        assert found is not None, "asked of a run that keeps none: see check_sketched"
+        return found
 
     @property
     def sketch(self) -> PrincipalSketch:
         """What makes the sketch of a query's gradient."""
-        return load_sketch(self.context, self.artifacts["curvature"], self.artifacts["sketch basis"])
+        return load_sketch(self.context, self.parts.curvature, self.parts.basis)
 
     @property
     def train_ids(self) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from tasks.context import Context, load_tensors
 from tasks.inputs.queries import load_queries
 from tasks.teaching.bad_samples import without_bad_samples
 from tasks.teaching.curvature import some_samples
+from tasks.teaching.families import Artifacts
 from tasks.teaching.latents import load_block, unreadable_samples
 from tasks.teaching.noise import noise_plan
 from tasks.teaching.parts import Parts
@@ -182,6 +183,14 @@ class SketchParts(Parts):
         self.context, self.latents, self.curvature = context, latents, curvature
         self.basis, self.artifact = basis, sketches
         self.step = context.config.teacher.shard_samples
+
+    @classmethod
+    def of_run(cls, context: Context, artifacts: Artifacts) -> Self | None:
+        """Return the parts of a run's sketches; None where it keeps none."""
+        if cls.kind not in artifacts:
+            return None
+        names = ("latents", "curvature", BasisParts.kind, cls.kind)
+        return cls(context, *(artifacts[name] for name in names))
 
     @property
     def count(self) -> int:

@@ -68,7 +68,7 @@ class Unlearning:
         ]
         if "base losses" in artifacts:
             parts.append(BaseLossParts(context, latents, artifacts["base losses"]))
-        sketches = _sketch_parts(context, artifacts)
+        sketches = SketchParts.of_run(context, artifacts)
         if sketches is not None:
             parts.append(BasisParts(context, latents, curvature, artifacts["queries"], updates, sketches.basis))
             parts.append(sketches)
@@ -91,7 +91,7 @@ class Unlearning:
         known = unreadable_samples(latents, train_ids.tolist())
         if base_losses is not None:
             known |= without_base_loss(context, base_losses, train_ids)
-        sketches = _sketch_parts(context, artifacts)
+        sketches = SketchParts.of_run(context, artifacts)
         beside = sketches.beside(train_ids) if sketches else None
 
         def of_samples(chosen: NDArray[np.int64]) -> Tensor:
@@ -149,14 +149,6 @@ class Unlearning:
             scores,
             KindCost("sketches", parts, samples, forwards, kept),
         ]
-
-
-def _sketch_parts(context: Context, artifacts: Artifacts) -> SketchParts | None:
-    """Return the parts of the run's sketches; None where it keeps none."""
-    if "sketches" not in artifacts:
-        return None
-    names = ("latents", "curvature", "sketch basis", "sketches")
-    return SketchParts(context, *(artifacts[name] for name in names))
 
 
 FAMILY = Unlearning()
