@@ -110,7 +110,7 @@ def attribute(
 def print_answers(answers: list[Attribution]) -> None:
     """Print the training samples of an answer, best first."""
     rows = [_row(answer, f"{answer.similarity:.4f}") for answer in answers]
-    print_rows(["#", "train_id", "cosine", "key", "caption", "shard"], rows, sys.stdout)
+    print_rows(["#", "train_id", "similarity", "key", "caption", "shard"], rows, sys.stdout)
 
 
 def print_influence(answer: InfluenceAnswer) -> None:
