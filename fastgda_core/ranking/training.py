@@ -40,8 +40,8 @@ class HeadTraining:
     rank_offset: weighs a pair by 1 / (pi + rank_offset), so that the top of the ranking counts most; None weighs all
         alike.
     patience: epochs without a better validation mAP after which training ends; None: never.
-    devices, strategy: as in Lightning; several devices are spawned processes ("ddp_spawn") unless `strategy` says
-        otherwise. Each process draws its own batches, so that the head depends on the number of devices.
+    accelerator, devices, strategy: as in Lightning; several devices are spawned processes ("ddp_spawn") unless
+        `strategy` says otherwise. Each process draws its own batches, so that the head depends on how many there are.
     resident: features are copied to the device at once; else they stay where they are, a memory map say, and the rows
         of the next batches are fetched ahead.
     """
@@ -57,6 +57,7 @@ class HeadTraining:
     rank_offset: float | None = None
     patience: int | None = None
     seed: int = 0
+    accelerator: str = "auto"
     devices: int | str = 1
     strategy: str | None = None
     resident: bool = True
@@ -255,7 +256,7 @@ def train_head(
         stop = [EarlyStopping("validation_map", mode="max", patience=training.patience)] if training.patience else []
         trainer = lightning.Trainer(
             max_epochs=training.epochs,
-            accelerator="auto",
+            accelerator=training.accelerator,
             devices=training.devices,
             strategy=training.strategy or ("auto" if training.devices == 1 else "ddp_spawn"),
             logger=False,

@@ -114,7 +114,7 @@ def _train(
         relevant=top_mask(scores.scores, config.evaluation.validation_cutoff),
     )
     with stage("rank head", config.head.epochs) as advance:
-        training = HeadTraining(**config.head.training)
+        training = HeadTraining(**config.head.training, accelerator=context.device.type)
         return data, train_head(data, training, lambda: advance(1), checkpoints)
 
 

@@ -170,7 +170,7 @@ class _Laboratory:
             validation_scores=validation,
             relevant=top_mask(validation.scores, config.evaluation.validation_cutoff),
         )
-        training = HeadTraining(**config.head.training)
+        training = HeadTraining(**config.head.training, accelerator=self.context.device.type)
         training = dataclasses.replace(training, loss=variant.loss, seed=config.head.seed + variant.seed)
         if variant.outside is not None:
             training = dataclasses.replace(training, outside_probability=variant.outside)
