@@ -212,7 +212,8 @@ def fit_fisher(
             factors = analyzer.load_eigendecomposition("fisher")
     if kind == "diagonal":
         counts = factors["num_lambda_processed"]
-        return DiagonalFisher({name: (factors["lambda_matrix"][name] / counts[name]).float() for name in layer_names})
+        means = {name: factors["lambda_matrix"][name] / counts[name] for name in layer_names}
+        return DiagonalFisher({name: mean.float().to(device) for name, mean in means.items()})
     bases = {
         name: tuple(
             factors[which][name].float().to(device) for which in ("gradient_eigenvectors", "activation_eigenvectors")
