@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 INSTALLED := $(VENV)/.installed
 DEVELOPING := $(VENV)/.developing
 
-.PHONY: demo fast test coverage lint slow lock clean
+.PHONY: demo fast test coverage lint slow gpu lock clean
 
 # Thousands of processes import ours: each would compile it anew where the environment keeps no compiled files.
 export PYTHONDONTWRITEBYTECODE :=
@@ -38,6 +38,10 @@ test: $(DEVELOPING)
 
 slow: $(DEVELOPING)
 	$(BIN)/python -m pytest -m slow
+
+# On a machine with a GPU, with the torch that is its own.
+gpu: $(DEVELOPING)
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 lint: $(DEVELOPING)
 	$(BIN)/ruff check .

@@ -22,19 +22,28 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastgda_core.curvature.fisher import EkfacFisher, LayerFactors
 from fastgda_core.curvature.layers import Layer, matrix_shape, select_layers
 from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.noise import NoisePlan
 from fastgda_core.diffusion.precision import Precision, multiplying
 from fastgda_core.diffusion.schedule import DiffusionSchedule
+from fastgda_core.sketches.eigen import EigenSketch
+from fastgda_core.sketches.int8 import Int8Vectors, bytes_of
+from fastgda_core.sketches.principal import PrincipalSketch
 from fastgda_core.teachers.micro_batch import MicroBatch
+from fastgda_core.teachers.sample_gradients import SampleGradients
 from fastgda_core.teachers.scores import exact_scores, first_order_scores
 from fastgda_core.teachers.training_loss import SampleBlock, plan_rows, row_inputs, training_losses
+from fastgda_core.teachers.unlearning import query_gradients
 
 PRECISIONS = (Precision.float32, Precision.tf32, Precision.bf16)
 PLAN = NoisePlan(seed=0, timesteps=10, draws=1)  # the published one
 REPEATS = 3
 STEP = 1e-5  # of a random update: cost does not depend on it
+PAIRS = (16, 64)  # of a query's gradient
+GROUPS = 4  # of pairs, for standard errors
+MSCOCO = 118_287  # training images of 2017
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,9 @@ class Size:
     samples: int
     queries: int
     matmul: int  # rows of the square matrices whose product stands for the card's rate
+    coordinates: int  # of the eigenbasis, and numbers of a sketch
+    numbers: int
+    sketched: int  # samples that a query is compared with
 
     @property
     def rows(self) -> int:
@@ -68,6 +80,9 @@ SIZES = {
         samples=16,
         queries=48,
         matmul=8192,
+        coordinates=131_072,
+        numbers=1024,
+        sketched=MSCOCO,
     ),
     # For a look at the logic on a CPU.
     "tiny": Size(
@@ -86,6 +101,9 @@ SIZES = {
         samples=4,
         queries=3,
         matmul=64,
+        coordinates=128,
+        numbers=16,
+        sketched=1000,
     ),
 }
 
@@ -238,8 +256,72 @@ def measured(
     return Row(precision, matmul, forwards, compiled, exact, size.rows / seconds, memory)
 
 
-def print_sd_unet(size: Size, device: torch.device) -> None:
-    """Everything, one precision after the other on the same weights."""
+def random_sketch(layers: dict[str, Layer], size: Size, device: torch.device) -> PrincipalSketch:
+    """A sketch in a random eigenbasis, of random coordinates and directions: its cost does not depend on them."""
+
+    def basis(rows: int) -> Tensor:
+        return torch.linalg.qr(torch.randn(rows, rows, device=device))[0]
+
+    factors = {}
+    for name, layer in layers.items():
+        d_out, d_in = matrix_shape(layer)
+        factors[name] = LayerFactors(basis(d_in), basis(d_out), torch.rand(d_out, d_in, device=device))
+    energy = {name: torch.rand(each.eigenvalues.numel(), device=device) for name, each in factors.items()}
+    fisher = EkfacFisher(factors, damping=1.0)
+    eigen = EigenSketch.of_most_energy(fisher, energy, energy, size.coordinates)
+    directions = torch.randn(size.coordinates, size.numbers, device=device) / size.coordinates**0.5
+    return PrincipalSketch(eigen, directions, torch.ones(size.numbers))
+
+
+def print_sketches(
+    models: list[DiffusionModel], layers: dict[str, Layer], block: SampleBlock, updates: dict[str, Tensor], size: Size
+) -> None:
+    """What a sample's sketch costs beside its scores, and what an answer costs."""
+    device, batch = models[0].device, MicroBatch(size.micro_batch)
+    sketch = random_sketch(layers, size, device)
+    condition = {name: rows[:1] for name, rows in block.condition.items()}
+
+    def keep(gradients: SampleGradients) -> None:
+        Int8Vectors.of(sketch.of_samples(gradients).flatten(0, 1))
+
+    def asked(model: DiffusionModel, pairs: int) -> dict[str, Tensor]:
+        options = {"owner": 0, "seed": 0, "pairs": pairs, "groups": GROUPS, "micro_batch": batch}
+        return query_gradients(model, layers, block.latents[0, 0], condition, **options)  # type: ignore[arg-type]
+
+    weights = sum(layer.weight.numel() for layer in layers.values())
+    print(
+        f"\nSketches of {size.numbers:,} numbers out of {size.coordinates:,} coordinates of {weights:,} weights, "
+        f"{bytes_of(size.numbers):,} bytes a sample: {bytes_of(size.numbers) * size.sketched / 1e9:.2f} GB for "
+        f"{size.sketched:,} samples. Not compiled; a sample is {PLAN.timesteps} forwards.\n"
+    )
+    columns = "".join(f" | gradient of {pairs} pairs, s" for pairs in PAIRS)
+    print(f"| | scores, ms a sample | and its sketch{columns} | its sketch, ms |")
+    print("| --- | ---: | ---: |" + " ---: |" * len(PAIRS) + " ---: |")
+    for model in models:
+        works: list[Callable[[], object]] = [
+            lambda model=model: first_order_scores(model, layers, PLAN, block, [updates], batch),  # type: ignore[misc]
+            lambda model=model: first_order_scores(model, layers, PLAN, block, [updates], batch, keep),  # type: ignore[misc]
+            *(lambda model=model, pairs=pairs: asked(model, pairs) for pairs in PAIRS),  # type: ignore[misc]
+        ]
+        gradient = asked(model, GROUPS)
+        plain, both, *gradients = timed(device, *works)
+        (turned,) = timed(device, lambda gradient=gradient: sketch.of_query(gradient))  # type: ignore[misc]
+        cells = " | ".join(f"{seconds:.2f}" for seconds in gradients)
+        each = 1e3 / size.samples
+        print(f"| {model.precision} | {plain * each:.1f} | {both * each:.1f} | {cells} | {turned * 1e3:.1f} |")
+    kept = Int8Vectors.of(torch.randn(size.sketched, size.numbers))
+    there = Int8Vectors(kept.values.to(device), kept.scales.to(device))
+    question = torch.randn(GROUPS, size.numbers)
+    (near,) = timed(device, lambda: question.to(device) @ there.dense().T)
+    (far,) = timed(torch.device("cpu"), lambda: question @ kept.dense().T)
+    print(
+        f"\nInner products of {GROUPS} groups with {size.sketched:,} sketches: {near * 1e3:.1f} ms on the device, "
+        f"{far * 1e3:.0f} ms on {torch.get_num_threads()} cores beside it."
+    )
+
+
+def print_sd_unet(size: Size, device: torch.device, table: str | None = None) -> None:
+    """Everything, or one table, one precision after the other on the same weights."""
     model = random_model(size, device)
     layers = select_layers(model.denoiser, "cross-attn-kv")
     block, updates = random_block(size, model), random_updates(layers, size.queries, device)
@@ -253,9 +335,13 @@ def print_sd_unet(size: Size, device: torch.device) -> None:
         "stay float32."
     )
     possible = [one for one in PRECISIONS if one is not Precision.tf32 or device.type == "cuda"]
-    measurements = [measured(replace(model, precision=one), layers, block, updates, size) for one in possible]
-    print_rates(measurements, flops)
-    print_scores(measurements)
+    models = [replace(model, precision=one) for one in possible]
+    if table != "rates":
+        print_sketches(models, layers, block, updates, size)
+    if table != "sketches":
+        measurements = [measured(model, layers, block, updates, size) for model in models]
+        print_rates(measurements, flops)
+        print_scores(measurements)
 
 
 def print_rates(measurements: list[Row], flops: int) -> None:
@@ -288,6 +374,7 @@ def device_name(device: torch.device) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="measure; needs a CUDA device")
+    parser.add_argument("--table", choices=("sketches", "rates"), help="one alone; compiling, for rates, takes minutes")
     parser.add_argument("--size", choices=SIZES, default="sd", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     cuda = arguments.gpu and torch.cuda.is_available()
@@ -295,7 +382,7 @@ def main() -> None:
         parser.error("it takes --gpu and a CUDA device")
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
     print(f"Python {platform.python_version()}, {packages}.")
-    print_sd_unet(SIZES[arguments.size], torch.device("cuda" if cuda else "cpu"))
+    print_sd_unet(SIZES[arguments.size], torch.device("cuda" if cuda else "cpu"), arguments.table)
 
 
 if __name__ == "__main__":
