@@ -8,7 +8,7 @@ g_p / sqrt(lambda_p + damping), and the score is an inner product of two sketche
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -68,16 +68,16 @@ class EigenSketch:
     def of_samples(self, gradients: SampleGradients) -> Tensor:
         """Return the sketches of samples, (n, flips, K) float32."""
         found = self.scale.new_empty(gradients.count, len(self))
-        for name, mine in self._by_layer():
-            found[:, mine] = gradients.rotated(name, self.fisher.layers[name], self.place[mine]).float()
+        for name, mine, places in self._by_layer:
+            found[:, mine] = gradients.rotated(name, self.fisher.layers[name], places).float()
         return (found * self.scale).view(-1, gradients.flips, len(self))
 
     def of_query(self, gradient: Mapping[str, Tensor]) -> Tensor:
         """Return the sketches of gradients given by layer, each (..., d_out, d_in): (..., K) float32."""
         found = self.scale.new_empty(*gradient[self.names[0]].shape[:-2], len(self))
-        for name, mine in self._by_layer():
+        for name, mine, places in self._by_layer:
             rotated = self.fisher.layers[name].rotate(gradient[name]).flatten(-2)
-            found[..., mine] = rotated[..., self.place[mine]].float()
+            found[..., mine] = rotated[..., places].float()
         return found * self.scale
 
     def tensors(self) -> dict[str, Tensor]:
@@ -97,12 +97,15 @@ class EigenSketch:
         layer, place = (tensors[name].long().to(device) for name in ("layer", "place"))
         return cls(fisher, names, layer, place, tensors["scale"].to(device), tensors["energy"].item())
 
-    def _by_layer(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the layers that have coordinates, each with their numbers."""
+    @functools.cached_property
+    def _by_layer(self) -> list[tuple[str, Tensor, Tensor]]:
+        """The layers that have coordinates, each with their numbers and places."""
+        found = []
         for number, name in enumerate(self.names):
             mine = (self.layer == number).nonzero().flatten()
             if len(mine):
-                yield name, mine
+                found.append((name, mine, self.place[mine]))
+        return found
 
 
 def sample_moments(fisher: EkfacFisher, gradients: Iterable[SampleGradients]) -> dict[str, Tensor]:

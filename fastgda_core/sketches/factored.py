@@ -20,6 +20,9 @@ from fastgda_core.teachers.gradients import layer_inputs
 from fastgda_core.teachers.micro_batch import MicroBatch
 from fastgda_core.teachers.sample_gradients import SampleGradients
 
+# Nothing, a word, and more than any model reads.
+PROBES = ["", "dog", "a bright red kite over the grey sea, painted in oil on a large canvas, " * 40]
+
 
 @dataclass(frozen=True)
 class FactoredSketch:
@@ -71,6 +74,32 @@ class FactoredSketch:
             by_place = total.new_zeros(len(total), count).index_add_(1, self.place, total)
             scores.append(by_place.view(len(total), -1, self.flips).amax(2))
         return torch.cat(scores)
+
+
+class CaptionInputs:
+    """`caption_inputs` of one model and some layers, for captions as they come.
+
+    Cross-attention mostly projects the caption's embedding as it is. Where three unlike captions show that, the
+    denoiser is not run for any more.
+    """
+
+    def __init__(self, model: DiffusionModel, layers: Mapping[str, Layer], micro_batch: MicroBatch) -> None:
+        self.model, self.layers, self.micro_batch = model, layers, micro_batch
+        condition = model.encode_captions(PROBES)
+        found = caption_inputs(model, layers, condition, micro_batch)
+        # By layer, the part of the condition that its input is.
+        self.as_it_is = {
+            name: field
+            for name, inputs in found.items()
+            for field, rows in condition.items()
+            if torch.equal(inputs, rows.to(inputs.dtype))
+        }
+
+    def of(self, condition: Condition) -> dict[str, Tensor]:
+        """Return the inputs, (captions, tokens, d_in) by layer name, for one row of the condition each."""
+        if self.as_it_is.keys() == self.layers.keys():
+            return {name: condition[field] for name, field in self.as_it_is.items()}
+        return caption_inputs(self.model, self.layers, condition, self.micro_batch)
 
 
 @torch.no_grad()

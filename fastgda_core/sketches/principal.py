@@ -9,7 +9,7 @@ inner products the most that R numbers can, in the mean square over them and ove
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +23,7 @@ from fastgda_core.sketches.eigen import EigenSketch
 from fastgda_core.teachers.sample_gradients import SampleGradients
 
 _AT_ONCE = 8192  # coordinates of a product; the products are summed in float64
+_STRETCHES = 8  # of rows, so that little more than half of a symmetric product is made
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,15 @@ class PrincipalSketch:
 
         Args:
             eigen: that made the sketches.
-            sketches: (m, K), of more samples than there are directions, as far as possible.
+            sketches: (m, K), of more samples than there are directions, as far as possible; in any precision, as they
+                are many and their rounding is independent.
             size: R, or fewer where there are fewer samples or coordinates.
         """
-        gram = sum((block @ block.T).double() for block in sketches.split(_AT_ONCE, dim=1))
-        assert isinstance(gram, Tensor)
-        squares, vectors = torch.linalg.eigh(gram)
+        squares, vectors = torch.linalg.eigh(_gram(sketches))
         size = min(size, sketches.shape[1], int((squares > squares[-1] * 1e-10).sum()))
         squares, vectors = squares.flip(0), vectors.flip(1)[:, :size]
-        directions = sketches.T @ (vectors / squares[:size].sqrt()).float()
+        weights = (vectors / squares[:size].sqrt()).float()
+        directions = torch.cat([block.float().T @ weights for block in sketches.split(_AT_ONCE, dim=1)])
         return cls(eigen, directions, squares[:size].cumsum(0) / squares.clamp_min(0).sum())
 
     def __len__(self) -> int:
@@ -65,6 +66,10 @@ class PrincipalSketch:
     def of_query(self, gradient: Mapping[str, Tensor]) -> Tensor:
         """Return the sketches of gradients given by layer, each (..., d_out, d_in): (..., R) float32."""
         return self.eigen.of_query(gradient) @ self.directions
+
+    def shortened(self, size: int) -> Self:
+        """Return the sketch of the first `size` directions, laid out for queries that come one by one."""
+        return replace(self, directions=self.directions[:, :size].T.contiguous().T, energy_kept=self.energy_kept[:size])
 
     def save(self, path: Path) -> None:
         """Write a safetensors file that `load` reads; directions in half precision."""
@@ -93,3 +98,14 @@ class PrincipalSketch:
         except KeyError as error:
             raise UsageError(f"the sketch lacks {error}: make it again") from None
         return cls(eigen, directions, energy)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Return all inner products of rows, (m, K): (m, m) float64. Each pair of rows is multiplied out once."""
+    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    stretches = [(int(some[0]), int(some[-1]) + 1) for some in torch.arange(len(rows)).chunk(_STRETCHES)]
+    for columns in rows.split(_AT_ONCE, dim=1):
+        block = columns.float()
+        for first, last in stretches:
+            gram[first:last, :last] += block[first:last] @ block[:last].T
+    return gram.tril() + gram.tril(-1).T

@@ -19,7 +19,7 @@ from fastgda_core.teachers.training_loss import SampleBlock, check_finite, plan_
 
 CONTRACTED_SAMPLES = 64  # at a time: with few of them the product only waits for the updates to be read
 CONTRACTED_BYTES = 2**30  # of gradients at a time
-GATHERED = 8  # a coordinate by itself costs so much more than one of all
+GATHERED = 64  # a coordinate by itself costs so much more than one of all
 
 
 @dataclass(frozen=True)

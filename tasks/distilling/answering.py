@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastgda_core.ranking.head import RankHead
 from fastgda_core.ranking.query_tower import GradientHead, QueryTower
-from fastgda_core.sketches.factored import caption_inputs
+from fastgda_core.sketches.factored import CaptionInputs
 from storage_schemas.files import AnyPath, local_copy
 from storage_schemas.heads.records import HeadRecord, read_head_record
 from storage_schemas.workspace import Workspace
@@ -56,7 +56,7 @@ class ByGradients:
     stored: StoredSketches
 
     def queries(self, features: Tensor, captions: Sequence[str]) -> Tensor:
-        sketches = predicted_sketches(self.stored, self.head.tower, features, captions)
+        sketches = predicted_sketches(self.stored, self.head.tower, self.head.size, features, captions)
         return self.head.queries(sketches, features.to(sketches.device)).cpu()
 
     def samples(self, train_ids: Tensor, features: Tensor) -> Tensor:
@@ -65,19 +65,25 @@ class ByGradients:
 
 
 @torch.no_grad()
-def predicted_sketches(stored: StoredSketches, tower: QueryTower, features: Tensor, captions: Sequence[str]) -> Tensor:
-    """Return the sketches of queries' gradients as a tower predicts them, (q, R), on the model's device."""
+def predicted_sketches(
+    stored: StoredSketches, tower: QueryTower, size: int, features: Tensor, captions: Sequence[str]
+) -> Tensor:
+    """Return the sketches of queries' gradients as a tower predicts them, (q, size), on the model's device."""
     context = stored.context
     model = context.teacher_model()
-    layers = context.layers(model)
-    first = {name: layers[name] for name in set(tower.seen_by.values())}
-    found = []
+
+    def look() -> CaptionInputs:
+        layers = context.layers(model)
+        first = {name: layers[name] for name in sorted(set(tower.seen_by.values()))}
+        return CaptionInputs(model, first, context.micro_batch("gradients"))
+
+    inputs = context.loaded.once("caption inputs", tuple(sorted(set(tower.seen_by.values()))), look)
+    sketch, found = stored.shortened(size), []
     for start in range(0, len(captions), AT_ONCE):
         some = slice(start, start + AT_ONCE)
-        condition = model.encode_captions(list(captions[some]))
-        inputs = caption_inputs(model, first, condition, context.micro_batch("gradients"))
+        seen = inputs.of(model.encode_captions(list(captions[some])))
         phi = F.normalize(features[some], dim=1).to(context.device)
-        found.append(stored.sketch.of_query(tower.gradients(inputs, phi)))
+        found.append(sketch.of_query(tower.gradients(seen, phi)))
     return torch.cat(found)
 
 

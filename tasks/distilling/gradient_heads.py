@@ -122,8 +122,8 @@ def _best(
     solved: dict[str, float] = {}
     for ridge in RIDGES:
         tower = moments.tower(ridge)
-        predicted = predicted_sketches(stored, tower, of_queries, [query.caption for query in asked]).cpu()
-        answers = F.normalize(predicted[:, : config.size], dim=1)
+        captions = [query.caption for query in asked]
+        answers = F.normalize(predicted_sketches(stored, tower, config.size, of_queries, captions).cpu(), dim=1)
         found = scores.cosines(answers, lambda ids: stored.dense(ids)[:, : config.size].cpu())
         unit = _deviation(found, scores.known) / _deviation(near, scores.known) if len(axes.T) else 0.0
         for share in COSINES:

@@ -96,8 +96,8 @@ class BasisParts(Parts):
         eigen = EigenSketch.of_most_energy(fisher, seen, self._steps(fisher), config.coordinates)
         pilot = np.unique(some_samples(self.latents, self.rows(number), config.seed))
         step = context.config.teacher.shard_samples
-        # Gigabytes, held once. Who is left out now is not asked again: all sketches rest on one basis.
-        sketches, filled = torch.empty(len(pilot) * _flips(context), len(eigen)), 0
+        # A gigabyte, held once. Who is left out now is not asked again: all sketches rest on one basis.
+        sketches, filled = torch.empty(len(pilot) * _flips(context), len(eigen), dtype=torch.bfloat16), 0
         for train_ids in np.split(pilot, range(step, len(pilot), step)):
             found = _sketched(context, self.latents, train_ids, eigen).sketches.flatten(0, 1)
             sketches[filled : filled + len(found)] = found
