@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from stages import make_latents
@@ -32,7 +33,7 @@ from fastgda_core.evaluation.ranking_metrics import average_precision, spearman,
 from fastgda_core.features import cosines
 from fastgda_core.ranking.query_tower import QueryTower, TowerMoments
 from fastgda_core.sketches.eigen import EigenSketch, step_moments
-from fastgda_core.sketches.factored import FactoredSketch, caption_inputs
+from fastgda_core.sketches.factored import CaptionInputs, FactoredSketch
 from fastgda_core.sketches.int8 import Int8Vectors, bytes_of
 from fastgda_core.sketches.principal import PrincipalSketch
 from fastgda_core.teachers.sample_gradients import SampleGradients, sample_gradients
@@ -56,7 +57,29 @@ FAST = 768  # numbers that the tower answers with
 CUTOFF = 100
 TIMESTEPS = 4  # of a pseudo-query's gradient
 RIDGES, COSINES = (1.0, 10.0, 100.0), (0.0, 0.25, 0.5)
+FIRST = (200, 400, 1000, 2000)  # samples that the fast tier hands to the second stage
 BLOCK = 256
+
+
+class Label(NamedTuple):
+    """How a row stands in the plot: its text, and where that is seen from the dot."""
+
+    text: str
+    color: str
+    place: tuple[int, int] = (10, 0)
+    side: str = "left"
+
+
+FLOOR = 0.002  # seconds, for what takes none
+LABELS = {
+    "untuned features, centred": Label("untuned features, 6.7 KB", "0.55"),
+    "eigen sketch, 2,048 numbers": Label("eigen sketch, 2.2 KB", "tab:orange", (12, 0)),
+    "eigen sketch, 16,384 numbers": Label("eigen sketch, 17 KB", "tab:orange", (18, 0)),
+    "principal sketch, 256 numbers": Label("principal sketch, 0.3 KB", "tab:blue", (-10, 4), "right"),
+    "principal sketch, 1,024 numbers": Label("principal sketch, 1.1 KB", "tab:blue", (-12, 2), "right"),
+    "query tower and centred features": Label("query tower and features, 2.6 KB", "tab:green", (-14, 6), "right"),
+    "two stages, the tower's first 400": Label("two stages, first 400, 3.7 KB", "tab:red", (18, 2)),
+}
 
 
 class Bench:
@@ -118,11 +141,36 @@ class Table:
 
     def __init__(self, bench: Bench) -> None:
         self.bench, self.rows = bench, defaultdict[str, list[tuple[Tensor, Tensor, float, float]]](list)
+        self.recalls = defaultdict[int, list[Tensor]](list)
 
     def add(self, name: str, scores: Tensor, bytes_each: float, seconds: float) -> None:
         test = slice(len(self.bench.validation), None)
         rho = spearman(self.bench.labels[test].double(), scores[test].double())
         self.rows[name].append((self.bench.precision(scores)[test], rho, bytes_each, seconds))
+
+    def plot(self, path: Path, ceiling: float) -> None:
+        """Draw quality against the seconds of an answer; a dot is as large as what is stored of a sample."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8.5, 4.6), layout="constrained")
+        axes = figure.subplots()
+        for name, seeds in self.rows.items():
+            if (label := LABELS.get(name)) is None:
+                continue
+            precisions, _, sizes, seconds = zip(*seeds, strict=True)
+            quality, took, size = torch.stack(precisions).mean(), sum(seconds) / len(seconds), sum(sizes) / len(sizes)
+            # Features are there already when the first answer begins.
+            axes.scatter(max(took, FLOOR), quality, s=size**0.5 * 3, color=label.color, alpha=0.75)
+            beside = {"xytext": label.place, "textcoords": "offset points"}
+            axes.annotate(label.text, (max(took, FLOOR), quality), **beside, ha=label.side, va="center", fontsize=9)
+        axes.axhline(ceiling, color="0.4", linestyle="--", linewidth=1)
+        axes.text(FLOOR * 0.72, ceiling + 0.008, "two whole teachers", color="0.35", fontsize=9)
+        axes.set_xscale("log")
+        axes.set(xlabel="seconds of one answer, 2 cores (log)", ylabel=f"mAP({CUTOFF}) against the teacher")
+        axes.set(xlim=(FLOOR * 0.7, 1.0), ylim=(0.5, 1.0))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, dpi=130)
 
     def show(self) -> None:
         print("\n| | bytes a sample | s a query | mAP(100) | Spearman |")
@@ -133,6 +181,11 @@ class Table:
             error = mean.std() / len(mean) ** 0.5
             size, took = sum(sizes) / len(sizes), sum(seconds) / len(seconds)
             print(f"| {name} | {size:,.0f} | {took:.3f} | {mean.mean():.3f} ± {error:.3f} | {rho:.3f} |")
+        print(f"\n| the teacher's first {CUTOFF} among the tower's first | recall | lowest of a query |")
+        print("| ---: | ---: | ---: |")
+        for count, seeds in self.recalls.items():
+            mean = torch.stack(seeds).mean(0)
+            print(f"| {count:,} | {mean.mean():.3f} ± {mean.std() / len(mean) ** 0.5:.3f} | {mean.min():.2f} |")
 
 
 def timed(compute: Callable[[], Tensor], queries: int) -> tuple[Tensor, float]:
@@ -180,11 +233,25 @@ def draw(bench: Bench, table: Table, seed: int) -> None:
     table.add("factored sketch", torch.cat(rounded, 1), filled / bench.samples.rows, of_gradient + contracting)
     weights = sum(layer.weight.numel() for layer in bench.layers.values())
     table.add("the whole gradient", torch.cat(exact, dim=1), 4 * weights, of_gradient + contracting)
-    answer_by_tower(bench, table, principal, Int8Vectors.of(turned[:, :FAST]).dense(), tower_seed)
+    fast, seconds = answer_by_tower(bench, table, principal, Int8Vectors.of(turned[:, :FAST]).dense(), tower_seed)
+    whole = turned_asked @ Int8Vectors.of(turned).dense().T
+    relevant = top_mask(bench.labels.double(), CUTOFF)
+    test = slice(len(bench.validation), None)
+    for count in FIRST:
+        first = top_mask(fast.double(), count)
+        table.recalls[count].append(((first & relevant).sum(1) / relevant.sum(1))[test])
+        size = bytes_of(turned.shape[1]) + bytes_of(FAST) + bytes_of(bench.phi.shape[1])
+        scores = whole.masked_fill(~first, -torch.inf)
+        table.add(f"two stages, the tower's first {count:,}", scores, size, seconds + of_gradient)
 
 
-def answer_by_tower(bench: Bench, table: Table, principal: PrincipalSketch, items: Tensor, seed: int) -> None:
-    """Learn the query tower from samples as queries, choose its ridge on validation queries, and measure it."""
+def answer_by_tower(
+    bench: Bench, table: Table, principal: PrincipalSketch, items: Tensor, seed: int
+) -> tuple[Tensor, float]:
+    """Learn the query tower from samples as queries, choose its ridge on validation queries, and measure it.
+
+    Returns its scores with the features' beside them, and the seconds of a query that comes alone.
+    """
     moments = TowerMoments()
     for mine, some in bench.gradients(NoisePlan(seed=seed, timesteps=TIMESTEPS, draws=1, first_timestep=125)):
         moments.add(some, bench.phi[mine])
@@ -193,24 +260,36 @@ def answer_by_tower(bench: Bench, table: Table, principal: PrincipalSketch, item
     def chosen(found: list[Tensor]) -> Tensor:
         return max(found, key=lambda scores: float(bench.precision(scores)[validation].mean()))
 
-    answers = []
+    answers, short = [], principal.shortened(FAST)
     for tower in map(moments.tower, RIDGES):
-        scores, seconds = timed(lambda tower=tower: tower_sketches(bench, tower, principal) @ items.T, len(bench.asked))
+        inputs = inputs_of(bench, tower)
+
+        def asked_alone(tower: QueryTower = tower, inputs: CaptionInputs = inputs) -> Tensor:
+            each = [tower_sketch(bench, tower, inputs, short, number) for number in range(len(bench.asked))]
+            return torch.cat(each) @ items.T
+
+        scores, seconds = timed(asked_alone, len(bench.asked))
         answers.append(scores)
     best = chosen(answers)
     table.add(f"query tower, {FAST} numbers", best, bytes_of(FAST), seconds)
     mixed = chosen([standard(best) + weight * standard(bench.untuned) for weight in COSINES])
     width = bench.phi.shape[1]
     table.add("query tower and centred features", mixed, bytes_of(FAST) + bytes_of(width), seconds)
+    return mixed, seconds
 
 
-def tower_sketches(bench: Bench, tower: QueryTower, principal: PrincipalSketch) -> Tensor:
-    """Return the sketches of the queries by their captions and features alone, (queries, FAST)."""
-    condition = bench.model.encode_captions([query.caption for query in bench.asked])
+def inputs_of(bench: Bench, tower: QueryTower) -> CaptionInputs:
     first = {name: bench.layers[name] for name in set(tower.seen_by.values())}
-    inputs = caption_inputs(bench.model, first, condition, bench.context.micro_batch("gradients"))
-    gradients = tower.gradients(inputs, bench.phi_asked)
-    return principal.of_query(gradients)[:, :FAST]
+    return CaptionInputs(bench.model, first, bench.context.micro_batch("gradients"))
+
+
+def tower_sketch(
+    bench: Bench, tower: QueryTower, inputs: CaptionInputs, sketch: PrincipalSketch, number: int
+) -> Tensor:
+    """Return the sketch of one query by its caption and features alone, (1, FAST)."""
+    condition = bench.model.encode_captions([bench.asked[number].caption])
+    gradients = tower.gradients(inputs.of(condition), bench.phi_asked[number : number + 1])
+    return sketch.of_query(gradients)
 
 
 def standard(scores: Tensor) -> Tensor:
@@ -221,6 +300,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--plot", type=Path, help="where to draw quality against seconds")
+    parser.add_argument("--ceiling", type=float, default=0.956, help="mAP of two whole teachers, for the plot")
     arguments = parser.parse_args()
     bench = Bench(open_context(load_config(arguments.config)))
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
@@ -232,6 +313,8 @@ def main() -> None:
     for seed in range(arguments.seeds):
         draw(bench, table, seed)
     table.show()
+    if arguments.plot:
+        table.plot(arguments.plot, arguments.ceiling)
 
 
 if __name__ == "__main__":

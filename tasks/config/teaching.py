@@ -31,6 +31,11 @@ class ModelConfig(Section):
     flips: bool = Field(default=False, description="it was trained with mirrored images too: the larger score counts")
     compile: bool = Field(default=False, description="compile the denoiser: a minute or more per process, then faster")
 
+    @property
+    def images(self) -> int:
+        """How many images of a sample count: 2 with the mirrored one."""
+        return 2 if self.flips else 1
+
 
 class CurvatureConfig(Section):
     samples: int = Field(default=2048, ge=1, description="(training image, eps, t) triples of the Fisher")

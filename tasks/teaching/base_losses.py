@@ -58,7 +58,7 @@ class BaseLossParts(Parts):
             model, plan = context.teacher_model(), noise_plan(context.config)
             return training_losses(model, plan, block, context.micro_batch("losses")).cpu()
 
-        known, flips = unreadable_samples(self.latents, train_ids.tolist()), 2 if context.config.model.flips else 1
+        known, flips = unreadable_samples(self.latents, train_ids.tolist()), context.config.model.images
         good, losses, bad = without_bad_samples(train_ids, known, losses_of, torch.empty(0, flips, dtype=torch.float64))
         whole = torch.full((len(train_ids), losses.shape[1]), torch.nan, dtype=torch.float64)
         whole[torch.from_numpy(np.isin(train_ids, good))] = losses

@@ -97,7 +97,7 @@ class BasisParts(Parts):
         pilot = np.unique(some_samples(self.latents, self.rows(number), config.seed))
         step = context.config.teacher.shard_samples
         # A gigabyte, held once. Who is left out now is not asked again: all sketches rest on one basis.
-        sketches, filled = torch.empty(len(pilot) * _flips(context), len(eigen), dtype=torch.bfloat16), 0
+        sketches, filled = torch.empty(len(pilot) * context.config.model.images, len(eigen), dtype=torch.bfloat16), 0
         for train_ids in np.split(pilot, range(step, len(pilot), step)):
             found = _sketched(context, self.latents, train_ids, eigen).sketches.flatten(0, 1)
             sketches[filled : filled + len(found)] = found
@@ -150,11 +150,6 @@ class _Sketched(NamedTuple):
     left_out: dict[int, str]
 
 
-def _flips(context: Context) -> int:
-    """Return the sketches of one sample: two where its mirrored image counts too."""
-    return 2 if context.config.model.flips else 1
-
-
 def _sketched(
     context: Context, latents: Artifact, train_ids: NDArray[np.int64], sketch: EigenSketch | PrincipalSketch
 ) -> _Sketched:
@@ -166,7 +161,8 @@ def _sketched(
         gradients = sample_gradients(model, context.layers(model), plan, block, micro_batch)
         return torch.cat([sketch.of_samples(some).cpu() for some in gradients])
 
-    known, nothing = unreadable_samples(latents, train_ids.tolist()), torch.empty(0, _flips(context), len(sketch))
+    known = unreadable_samples(latents, train_ids.tolist())
+    nothing = torch.empty(0, context.config.model.images, len(sketch))
     return _Sketched(*without_bad_samples(train_ids, known, of_samples, nothing))
 
 
@@ -257,7 +253,7 @@ class SketchBeside:
 
     def commit(self, train_ids: NDArray[np.int64], left_out: dict[int, str]) -> None:
         """Commit the part; the seconds behind it are those that it took beside the scores."""
-        nothing = torch.empty(0, _flips(self.context), len(self.sketch))
+        nothing = torch.empty(0, self.context.config.model.images, len(self.sketch))
         self._commit(
             _Sketched(train_ids, torch.cat([nothing, *self._found]), left_out), time.monotonic() - self._seconds
         )

@@ -122,7 +122,7 @@ class Unlearning:
     def costs(self, config: PipelineConfig, size: Size) -> list[KindCost]:
         teacher, method, queries = config.teacher, unlearning_teacher(config), size.queries
         timesteps = len(teacher.timestep_list) if teacher.timestep_list is not None else teacher.timesteps
-        noises = timesteps * teacher.draws * (2 if config.model.flips else 1) * size.captions
+        noises = timesteps * teacher.draws * config.model.images * size.captions
         rows, pilot = config.curvature.samples, pilot_rows(config.curvature) * GRADIENT_FORWARDS
         costs = [
             KindCost("curvature", 1, rows, rows * FISHER_FORWARDS[method.fisher] + pilot),
@@ -138,14 +138,14 @@ class Unlearning:
         scores = KindCost("scores", shards, pairs, seen * one)
         if config.sketches is None:
             return [*costs, scores]
-        pilot, samples = min(config.sketches.pilot, size.samples), size.samples
+        chosen, samples = min(config.sketches.pilot, size.samples), size.samples
         parts = -(-samples // config.teacher.shard_samples)
         # Where all samples are scored sketches are made of the gradients that scores are made of.
         forwards = 0.0 if config.candidates.policy == "all" else samples * one
-        kept = samples * (2 if config.model.flips else 1) * bytes_of(config.sketches.size)
+        kept = samples * config.model.images * bytes_of(config.sketches.size)
         return [
             *costs,
-            KindCost("sketch basis", 1, pilot, pilot * one),
+            KindCost("sketch basis", 1, chosen, chosen * one),
             scores,
             KindCost("sketches", parts, samples, forwards, kept),
         ]

@@ -208,7 +208,7 @@ def assert_exactly_the_plan(root: Path) -> None:
     assert not [path for path in root.rglob("*") if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_run_whose_processes_are_killed_at_random_ends_with_every_pair_once(tmp_path: Path, kills: int) -> None:
     chance = random.Random(kills)
     killed = 0
