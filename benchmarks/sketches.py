@@ -280,7 +280,7 @@ def answer_by_tower(
 
 def inputs_of(bench: Bench, tower: QueryTower) -> CaptionInputs:
     first = {name: bench.layers[name] for name in set(tower.seen_by.values())}
-    return CaptionInputs(bench.model, first, bench.context.micro_batch("gradients"))
+    return CaptionInputs(bench.model, first, bench.context.micro_batch("gradients"), bench.asked[0].caption)
 
 
 def tower_sketch(

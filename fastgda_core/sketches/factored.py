@@ -20,9 +20,6 @@ from fastgda_core.teachers.gradients import layer_inputs
 from fastgda_core.teachers.micro_batch import MicroBatch
 from fastgda_core.teachers.sample_gradients import SampleGradients
 
-# Nothing, a word, and more than any model reads.
-PROBES = ["", "dog", "a bright red kite over the grey sea, painted in oil on a large canvas, " * 40]
-
 
 @dataclass(frozen=True)
 class FactoredSketch:
@@ -79,13 +76,15 @@ class FactoredSketch:
 class CaptionInputs:
     """`caption_inputs` of one model and some layers, for captions as they come.
 
-    Cross-attention mostly projects the caption's embedding as it is. Where three unlike captions show that, the
+    Cross-attention mostly projects the caption's embedding as it is. Where no caption and an example show that, the
     denoiser is not run for any more.
     """
 
-    def __init__(self, model: DiffusionModel, layers: Mapping[str, Layer], micro_batch: MicroBatch) -> None:
+    def __init__(
+        self, model: DiffusionModel, layers: Mapping[str, Layer], micro_batch: MicroBatch, example: str
+    ) -> None:
         self.model, self.layers, self.micro_batch = model, layers, micro_batch
-        condition = model.encode_captions(PROBES)
+        condition = model.encode_captions(["", example])
         found = caption_inputs(model, layers, condition, micro_batch)
         # By layer, the part of the condition that its input is.
         self.as_it_is = {

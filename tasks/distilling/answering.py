@@ -75,7 +75,7 @@ def predicted_sketches(
     def look() -> CaptionInputs:
         layers = context.layers(model)
         first = {name: layers[name] for name in sorted(set(tower.seen_by.values()))}
-        return CaptionInputs(model, first, context.micro_batch("gradients"))
+        return CaptionInputs(model, first, context.micro_batch("gradients"), captions[0])
 
     inputs = context.loaded.once("caption inputs", tuple(sorted(set(tower.seen_by.values()))), look)
     sketch, found = stored.shortened(size), []

@@ -31,7 +31,7 @@ from fastgda_core.diffusion.precision import Precision
 from fastgda_core.diffusion.sampling import generate
 from fastgda_core.errors import UsageError
 from fastgda_core.sketches.eigen import EigenSketch, sample_moments
-from fastgda_core.sketches.factored import FactoredSketch, caption_inputs
+from fastgda_core.sketches.factored import CaptionInputs, FactoredSketch, caption_inputs
 from fastgda_core.teachers.gradients import output_gradients, steady_layers
 from fastgda_core.teachers.micro_batch import MicroBatch
 from fastgda_core.teachers.sample_gradients import sample_gradients
@@ -366,6 +366,26 @@ def test_sketches_give_the_first_order_scores(load: Load, name: str, selection: 
         inputs = caption_inputs(model, layers, block.condition, MicroBatch(2))
         (exact,) = FactoredSketch.of_samples(gradients).scores(inputs, [update])
         assert (exact - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize(("name", "forwards"), [("sd", 0), ("sdxl", 0), ("pixart", 1)])
+def test_where_layers_see_the_caption_as_it_is_the_denoiser_is_asked_once(load: Load, name: str, forwards: int) -> None:
+    """PixArt projects captions before all its layers."""
+    model = load(name)
+    layers = select_layers(model.denoiser, "cross-attn-kv")
+    inputs = CaptionInputs(model, layers, MicroBatch(4), "a red circle")
+    condition = model.encode_captions(["teal", "two crossed green lines on white", ""])
+    expected = caption_inputs(model, layers, condition, MicroBatch(4))
+    calls = []
+    handle = model.denoiser.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        found = inputs.of(condition)
+    finally:
+        handle.remove()
+    assert len(calls) == forwards
+    assert found.keys() == layers.keys()
+    for layer, seen in expected.items():
+        assert torch.equal(found[layer], seen), layer
 
 
 @pytest.mark.integration

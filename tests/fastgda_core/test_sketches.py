@@ -190,6 +190,10 @@ def test_directions_are_the_right_singular_vectors_of_the_samples_sketches(ekfac
     assert sketch.energy_kept.tolist() == pytest.approx(
         (values.square().cumsum(0) / values.square().sum())[:6].tolist()
     )
+    rounded = PrincipalSketch.of_samples_like(eigen, sketches.bfloat16(), 6).directions.double()
+    assert (rounded @ rounded.T - projector).norm() < 0.05  # of sqrt(12) at most
+    few = sketch.shortened(2)
+    assert len(few) == 2 and torch.equal(few.directions, sketch.directions[:, :2])
 
 
 def test_a_sketch_is_loaded_as_it_was_saved(
