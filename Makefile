@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 INSTALLED := $(VENV)/.installed
 DEVELOPING := $(VENV)/.developing
 
-.PHONY: demo fast test test-orchestration test-core coverage lint slow gpu lock clean
+.PHONY: demo fast test coverage lint slow gpu lock clean
 
 # Thousands of processes import ours: each would compile it anew where the environment keeps no compiled files.
 export PYTHONDONTWRITEBYTECODE :=
@@ -31,18 +31,10 @@ coverage: $(DEVELOPING)
 	$(BIN)/python -m tests.coverage_floors .coverage.json
 
 # Tests that kill workers and watch clocks come last: they mostly wait, and would wait in vain beside others that count.
-# The core's tests, which do nothing but count, have the cores that they leave idle, at the lowest priority.
 # Each is handed out by itself: no group of them, as pytest-xdist 3.8 forms none with pytest 9.2.
 test: $(DEVELOPING)
-	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder $(WITHOUT_LAST) tests
-	$(MAKE) --jobs 2 --output-sync=target --no-print-directory $(LAST)
-
-LAST := test-orchestration test-core
-WITHOUT_LAST := --ignore tests/orchestration --ignore tests/fastgda_core
-test-orchestration:
+	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder --ignore tests/orchestration
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadgroup tests/orchestration
-test-core:
-	nice -n 19 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/fastgda_core
 
 slow: $(DEVELOPING)
 	$(BIN)/python -m pytest -m slow

@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("patient", deadline=None)  # machines are noisy
+settings.load_profile("patient")
 
 # torch and diffusers take seconds to import: the process that hands tests out to others is spared them.
 if TYPE_CHECKING:

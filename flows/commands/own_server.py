@@ -22,12 +22,16 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, ParamSpec, TypeVar
 
 from fastgda_core.errors import UsageError
 from flows.commands import interruption
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 STARTUP_SECONDS = 300.0  # the first one makes its tables
 RESTART_SECONDS = 60.0  # a configured server may be on its way up again
@@ -56,6 +60,8 @@ SETTINGS = {
     "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
 }
+# Prefect's first words where it finds no server; it asks once a process, before the first flow begins.
+_GONE = "Failed to reach API"
 SHOWN_LINES = 5  # of what a server that failed wrote
 
 
@@ -87,7 +93,7 @@ _server: _Server | None = None
 
 
 def start_server() -> None:
-    """Begin to start a server, unless one is configured; call `wait_for_server` before the first flow."""
+    """Begin to start a server, unless one is configured; call `run_flow` for the first flow."""
     global _server  # noqa: PLW0603  # one a process
     interruption.starting(stop_server)
     from prefect.context import refresh_global_settings_context
@@ -131,6 +137,22 @@ def stop_server() -> None:
     """End the server of this process, if it has one."""
     if _server is not None:
         _server.stop()
+
+
+def run_flow(flow: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    """Run a flow once the Prefect server answers; once more where the server went away before the flow began.
+
+    Raises:
+        UsageError: no server answers in time.
+    """
+    wait_for_server()
+    try:
+        return flow(*arguments, **options)
+    except RuntimeError as error:
+        if not str(error).startswith(_GONE):
+            raise
+    wait_for_server()
+    return flow(*arguments, **options)
 
 
 def wait_for_server() -> None:

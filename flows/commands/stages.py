@@ -22,7 +22,7 @@ from flows.commands.options import (
     WorkspaceOption,
     read_config,
 )
-from flows.commands.own_server import server_is_configured, start_server, wait_for_server
+from flows.commands.own_server import run_flow, server_is_configured, start_server
 from flows.commands.terminal import out, say, warn
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
@@ -87,8 +87,7 @@ def curate(config: ConfigArgument, runner: RunnerOption = None) -> None:
     checked = _begin(config, runner)
     from flows.curation import curate as curation
 
-    wait_for_server()
-    done = curation(checked)
+    done = run_flow(curation, checked)
     print_made(done.run.name, done.made, done.trust)
     say(f"published: {done.ranks.key}")
 
@@ -104,8 +103,7 @@ def train(
     checked = _begin(config)
     from flows.training import train_rank_head
 
-    wait_for_server()
-    head = train_rank_head(checked, snapshot)
+    head = run_flow(train_rank_head, checked, snapshot)
     _say_head(head, config)
 
 
@@ -133,8 +131,7 @@ def index(
     checked = _begin(config)
     from flows.indexing import rebuild_index
 
-    wait_for_server()
-    built = rebuild_index(checked, head)
+    built = run_flow(rebuild_index, checked, head)
     again = f"`fastgda evaluate {shlex.quote(str(config))}`"
     say(f"index {built.artifact.key}{' (was there)' if built.reused else ''}: {again} measures and promotes it")
 
@@ -150,8 +147,7 @@ def evaluate(
     checked = _begin(config)
     from flows.evaluation import evaluate as evaluation
 
-    wait_for_server()
-    evaluated = evaluation(checked, index)
+    evaluated = run_flow(evaluation, checked, index)
     say(f"index {evaluated.index.key}: mAP {evaluated.tuned:.3f} tuned, {evaluated.untuned:.3f} untuned")
     asking = command(Workspace.at(checked.workspace), "attribute IMAGE --caption CAPTION")
     say(evaluated.refused or f"promoted: {asking} answers from it")
@@ -169,8 +165,7 @@ def study(config: ConfigArgument, as_json: JsonOption = False) -> None:
     from storage_schemas import tables
     from tasks.judging.study_results import answers
 
-    wait_for_server()
-    compared = compare(checked)
+    compared = run_flow(compare, checked)
     cutoff = checked.evaluation.validation_cutoff
     rows = answers(tables.read(compared.metrics.artifact.path, tables.STUDY), cutoff)
     if as_json:
@@ -194,8 +189,7 @@ def judge(config: ConfigArgument) -> None:
     from flows.evaluation import judge as judgement
     from storage_schemas import tables
 
-    wait_for_server()
-    for made in judgement(checked):
+    for made in run_flow(judgement, checked):
         check = made.artifact
         say(f"{check.name}: {check.rows:,} rows")
         if check.name != "exact check":
@@ -218,9 +212,8 @@ def backfill(
     checked = _begin(config)
     from flows.curation import backfill as backfilling
 
-    wait_for_server()
-    dates = first.date() if first else None, last.date() if last else None
-    for outcome in backfilling(checked, *dates, partition):
+    begin, end = first.date() if first else None, last.date() if last else None
+    for outcome in run_flow(backfilling, checked, begin, end, partition):
         say(f"{outcome.partition}: run {outcome.run}")
 
 
@@ -248,9 +241,8 @@ def retry(
     from flows.pipeline import attribution_pipeline
     from tasks.execution.retry import release
 
-    wait_for_server()
     release(workspace, run, shards)
-    summary = attribution_pipeline(config)
+    summary = run_flow(attribution_pipeline, config)
     print_summary(summary)
     if summary.run != run:
         warn(f"the data or the model of run {run} changed since it was planned: run {summary.run} was made instead")
@@ -274,8 +266,7 @@ def run_pipeline(config: PipelineConfig) -> None:
     start_server()
     from flows.pipeline import attribution_pipeline
 
-    wait_for_server()
-    summary = attribution_pipeline(config)
+    summary = run_flow(attribution_pipeline, config)
     keep_summary(config, inputs, summary)
     print_summary(summary)
 

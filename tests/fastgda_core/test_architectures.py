@@ -443,7 +443,7 @@ def test_compiled_gradients_are_the_plain_ones(load: Load, monkeypatch: pytest.M
 @pytest.mark.integration
 def test_code_compiled_for_one_precision_does_not_serve_another(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
     model = load("dit")
     layers = select_layers(model.denoiser, "attn")
     compiled = model.compiled()

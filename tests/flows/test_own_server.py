@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,3 +54,37 @@ def test_a_new_database_has_the_tables_of_the_one_before_and_no_row(tmp_path: Pa
     own_server._new_database(second)
     with sqlite3.connect(second / "prefect.db") as database:
         assert database.execute("SELECT * FROM flow_run").fetchall() == []
+
+
+def test_a_flow_is_begun_again_where_the_server_went_away_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(own_server, "wait_for_server", lambda: asked.append("server"))
+
+    def flow(failures: list[str], *, answer: int) -> int:
+        asked.append("flow")
+        if failures:
+            raise RuntimeError(failures.pop(0))
+        return answer
+
+    gone = "Failed to reach API at http://127.0.0.1:1/api/"
+    assert own_server.run_flow(flow, [gone], answer=3) == 3
+    assert asked == ["server", "flow"] * 2
+    for failures, said in (([gone, gone], "Failed to reach"), (["something else"], "something else")):
+        with pytest.raises(RuntimeError, match=said):
+            own_server.run_flow(flow, failures, answer=3)
+
+
+def test_prefect_says_so_before_the_first_line_of_a_flow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a process of its own, as Prefect asks once a process."""
+    program = (
+        "from prefect import flow\nfrom flows.commands import own_server\n"
+        "own_server.wait_for_server = lambda: print('waited')\n"
+        "own_server.run_flow(flow(lambda: print('begun'), name='any'))"
+    )
+    with socket.socket() as nobody:  # bound, and nobody listens
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{nobody.getsockname()[1]}/api")
+        monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["waited", "waited"], done.stderr
+    assert own_server._GONE in done.stderr
