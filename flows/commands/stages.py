@@ -22,7 +22,7 @@ from flows.commands.options import (
     WorkspaceOption,
     read_config,
 )
-from flows.commands.own_server import run_flow, server_is_configured, start_server
+from flows.commands.own_server import run_flow, server_is_configured, start_server, wait_for_server
 from flows.commands.terminal import out, say, warn
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
@@ -241,6 +241,7 @@ def retry(
     from flows.pipeline import attribution_pipeline
     from tasks.execution.retry import release
 
+    wait_for_server()  # before anything is changed
     release(workspace, run, shards)
     summary = run_flow(attribution_pipeline, config)
     print_summary(summary)
