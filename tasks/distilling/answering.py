@@ -70,14 +70,14 @@ def predicted_sketches(
 ) -> Tensor:
     """Return the sketches of queries' gradients as a tower predicts them, (q, size), on the model's device."""
     context = stored.context
-    model = context.teacher_model()
+    model, first = context.teacher_model(), frozenset(tower.seen_by.values())
 
     def look() -> CaptionInputs:
         layers = context.layers(model)
-        first = {name: layers[name] for name in sorted(set(tower.seen_by.values()))}
-        return CaptionInputs(model, first, context.micro_batch("gradients"), captions[0])
+        wanted = {name: layers[name] for name in first}
+        return CaptionInputs(model, wanted, context.micro_batch("gradients"), captions[0])
 
-    inputs = context.loaded.once("caption inputs", tuple(sorted(set(tower.seen_by.values()))), look)
+    inputs = context.loaded.once("caption inputs", first, look)
     sketch, found = stored.shortened(size), []
     for start in range(0, len(captions), AT_ONCE):
         some = slice(start, start + AT_ONCE)

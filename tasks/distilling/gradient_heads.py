@@ -113,6 +113,7 @@ def _best(
     config, cutoff = context.config.head.gradient, context.config.evaluation.validation_cutoff
     several, rows = joined_queries(labels.queries), rows_of_split(labels.queries, "validation")
     asked = [several[row] for row in rows.tolist()]
+    captions = [query.caption for query in asked]
     scores = candidate_scores(context.workspace, labels.ranks, [query.query_id for query in asked])
     relevant = top_mask(scores.scores, cutoff)
     of_queries = load_query_features(context, labels.queries, labels.samples)[rows]
@@ -122,7 +123,6 @@ def _best(
     solved: dict[str, float] = {}
     for ridge in RIDGES:
         tower = moments.tower(ridge)
-        captions = [query.caption for query in asked]
         answers = F.normalize(predicted_sketches(stored, tower, config.size, of_queries, captions).cpu(), dim=1)
         found = scores.cosines(answers, lambda ids: stored.dense(ids)[:, : config.size].cpu())
         unit = _deviation(found, scores.known) / _deviation(near, scores.known) if len(axes.T) else 0.0
