@@ -77,7 +77,7 @@ def test_plan_with_more_than_can_be_told_apart_is_refused() -> None:
 
 
 @pytest.mark.heavy
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(row, min_size=1, max_size=9), st.randoms(use_true_random=False))
 def test_noise_is_the_same_alone_in_any_batch_and_in_any_order(rows: list[tuple[int, ...]], random: Random) -> None:
     together = noise_of(rows)
@@ -88,7 +88,7 @@ def test_noise_is_the_same_alone_in_any_batch_and_in_any_order(rows: list[tuple[
         assert torch.equal(noise_of([one])[0], together[number])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(row, min_size=2, max_size=9, unique=True))
 def test_noise_of_different_rows_differs(rows: list[tuple[int, ...]]) -> None:
     noise = noise_of(rows).flatten(1)
@@ -166,7 +166,7 @@ def test_plan_that_the_schedule_cannot_hold_is_refused(timesteps: int, first: in
 
 
 @pytest.mark.heavy
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(row, min_size=1, max_size=9), st.booleans())
 def test_noise_of_a_plan_is_the_same_alone_and_in_any_batch(rows: list[tuple[int, ...]], antithetic: bool) -> None:
     plan = NoisePlan(seed=3, timesteps=4, draws=2, antithetic=antithetic)

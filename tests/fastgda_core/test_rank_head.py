@@ -374,7 +374,7 @@ def pairs_in(batch: RankBatch) -> list[tuple[int, int, float]]:
 
 
 @pytest.mark.heavy
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(some_pairs(), st.integers(1, 60), st.integers(0, 3))
 def test_every_pair_occurs_exactly_once_an_epoch(pairs: RankPairs, batch_size: int, seed: int) -> None:
     expected = sorted(zip(pairs.query.tolist(), pairs.sample.tolist(), pairs.label.tolist(), strict=True))
@@ -388,7 +388,7 @@ def test_every_pair_occurs_exactly_once_an_epoch(pairs: RankPairs, batch_size: i
         assert sorted(seen) == expected
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(some_pairs())
 def test_pairs_are_found_among_all_that_there_might_be(pairs: RankPairs) -> None:
     query, sample = torch.cartesian_prod(torch.arange(pairs.queries), torch.arange(pairs.samples)).T

@@ -224,7 +224,7 @@ def test_a_layer_whose_input_moves_has_no_factored_sketch(
         FactoredSketch.of_samples(moving)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 5), st.integers(1, 3 * BLOCK), st.floats(-30, 30), st.integers(0, 2**31))
 def test_int8_is_off_by_half_a_scale_at_most(count: int, size: int, power: float, seed: int) -> None:
     vectors = torch.randn(count, size, generator=torch.Generator().manual_seed(seed)) * 10**power

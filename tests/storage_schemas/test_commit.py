@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -199,20 +199,17 @@ def typed(value: object) -> object:
     return (type(value).__name__, value)
 
 
-@settings(deadline=None)
 @given(JSON, JSON)
 def test_keys_are_equal_exactly_when_the_inputs_are(one: object, other: object) -> None:
     assert (input_key(one) == input_key(other)) == (typed(one) == typed(other))
 
 
-@settings(deadline=None)
 @given(st.lists(JSON, max_size=4))
 def test_a_key_tells_how_its_inputs_were_grouped(parts: list[object]) -> None:
     assert input_key(*parts) != input_key(parts)
     assert input_key(*parts) != input_key(*parts, None)
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=4), JSON, min_size=2, max_size=5))
 def test_the_order_of_a_mapping_does_not_change_its_key(mapping: dict[str, object]) -> None:
     backwards = dict(reversed(mapping.items()))

@@ -88,7 +88,7 @@ def test_awkward_captions_survive_the_disk(tmp_path: Path, caption: str) -> None
     assert tables.read(path, tables.SAMPLES)["captions"].to_pylist() == [["plain", caption], [caption]]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.text(), min_size=1, max_size=3), min_size=1, max_size=4))
 def test_any_caption_survives_the_disk(tmp_path_factory: pytest.TempPathFactory, captions: list[list[str]]) -> None:
     path = tmp_path_factory.mktemp("captions") / "samples.parquet"

@@ -403,14 +403,14 @@ def outcome(folder: Path, content: bytes) -> list[tuple[str, int, float]] | None
     return rows_of(workspace, run)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(length=st.integers(0, len(GOOD) - 1))
 def test_cut_file_is_refused(tmp_path_factory: pytest.TempPathFactory, length: int) -> None:
     assert outcome(tmp_path_factory.mktemp("cut"), GOOD[:length]) is None
 
 
 @pytest.mark.integration
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(flips=st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(1, 255)), min_size=1, max_size=3))
 def test_flipped_bytes_are_refused_or_leave_a_whole_release(
     tmp_path_factory: pytest.TempPathFactory, flips: list[tuple[int, int]]
@@ -424,7 +424,7 @@ def test_flipped_bytes_are_refused_or_leave_a_whole_release(
         assert all(np.isfinite(score) and train >= 0 for _, train, score in rows)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(content=st.binary(max_size=60))
 def test_any_bytes_are_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     assert outcome(tmp_path_factory.mktemp("any"), b"\x80\x04" + content) is None

@@ -102,7 +102,7 @@ SCORES = st.dictionaries(
 
 
 @pytest.mark.integration
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(SCORES, st.integers(1, 4), st.integers(1, 30))
 @example({"q": {3: 0.0, 1: -0.0, 2: 0.0}, "p": {1: 1.0}}, 2, 2)
 def test_ranks_are_those_of_plain_sorting(
@@ -120,7 +120,7 @@ def test_ranks_are_those_of_plain_sorting(
 
 
 @pytest.mark.integration
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(SCORES, st.integers(1, 3), st.integers(1, 30))
 @example(
     {"q": {3: 0.0, 1: -0.0, 2: 0.0, 4: 5e-324}, "p": {1: 1.0, 2: 2.0}, "r": {1: -1.0}, "s": {2: -2.0, 1: -1.0}}, 2, 2

@@ -200,7 +200,7 @@ def assert_accounted(names: list[str], keys: set[str]) -> None:
 
 
 @pytest.mark.heavy
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(shards())
 def test_any_tar_is_accounted_for(shard: tuple[bytes, bytes]) -> None:
     check(shard)
@@ -210,7 +210,7 @@ def test_any_tar_is_accounted_for(shard: tuple[bytes, bytes]) -> None:
 def test_five_thousand_tars_are_accounted_for() -> None:
     total: Counter[str] = Counter()
 
-    @settings(max_examples=5000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=5000, database=None, suppress_health_check=list(HealthCheck))
     @given(shards())
     def fuzz(shard: tuple[bytes, bytes]) -> None:
         total.update(check(shard), tars=1)

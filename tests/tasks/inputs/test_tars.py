@@ -100,7 +100,7 @@ def test_captions_come_from_json_or_text(tmp_path: Path, captions: dict[str, byt
     assert [sample.captions for sample in samples] == [expected]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), st.sampled_from(["txt", "json"])
 )
@@ -445,7 +445,7 @@ def test_other_formats_are_refused_whatever_their_suffix(kind: str) -> None:
         decode_image(encode(Image.new("RGB", (8, 8)), kind))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.sampled_from([encode(Image.new("RGB", (9, 9), "teal"), kind) for kind in ("PNG", "JPEG", "WEBP")]),
     st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=6),

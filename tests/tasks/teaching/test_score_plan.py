@@ -92,7 +92,7 @@ def pairs_of_shards(run: ScoreRun) -> list[list[tuple[str, int]]]:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("teacher", TEACHERS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     candidates=st.lists(st.sets(st.integers(0, SAMPLES - 1), min_size=1), min_size=1, max_size=5),
     shard_samples=st.integers(1, SAMPLES + 1),
