@@ -57,6 +57,7 @@ class Prefect:
             "PREFECT_API_URL": self.url,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "3",  # a minute by default
+            "PREFECT_WORKER_QUERY_SECONDS": "3",  # 10 by default
             "DO_NOT_TRACK": "1",
             "OMP_NUM_THREADS": "1",
             "PATH": f"{BIN}:{os.environ['PATH']}",

@@ -48,6 +48,12 @@ def postgres_server() -> Iterator[str]:
         shutil.rmtree(folder)
 
 
+def prefect_url(connection: str) -> str:
+    """The database `postgres` of a server, as a Prefect server is told of its own."""
+    at = dict(word.split("=") for word in connection.split())
+    return f"postgresql+asyncpg://{at['user']}@{at['host']}:{at['port']}/postgres"
+
+
 def _programs() -> Path:
     found = shutil.which("initdb")
     folders = [Path(found).resolve().parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
