@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, any_path
 
 
@@ -38,8 +39,16 @@ class Workspace:
 
     @classmethod
     def at(cls, location: str | AnyPath) -> Workspace:
-        """Return the workspace at a path or URL; a local path is made absolute."""
+        """Return the workspace at a path or URL; a local path is made absolute.
+
+        Raises:
+            StoreError: there is no such kind of store, its package is not installed, or nothing can be written there.
+        """
         root = any_path(location)
+        if getattr(root, "protocol", "") in ("http", "https"):
+            raise StoreError(
+                f"{location}: a workspace is written to: name a folder, or a store as s3://bucket/workspace"
+            )
         return cls(root.resolve() if isinstance(root, Path) else root)
 
     def relative(self, path: AnyPath) -> str:

@@ -14,15 +14,12 @@ not yet for 2.0.0, so the extra holds DuckDB at 1.5.5, while everything else her
 from __future__ import annotations
 
 import importlib.util
-import random
 import re
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -38,32 +35,21 @@ from storage_schemas.database import (
     location,
     new_connection,
 )
-from storage_schemas.errors import StoreError
 from storage_schemas.files import remove, write_atomically
 from storage_schemas.runs.attempts import ShardState
 from storage_schemas.runs.ledger import read_ledger
 from storage_schemas.sql.answers import Answer
+from storage_schemas.sql.lake_writers import LakeConflict, LakeUnavailable, catalog_fault, patiently, without_password
 from storage_schemas.sql.views import RefusedStatement, single_query
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 
-T = TypeVar("T")
-
 SHARDS_AT_ONCE = 500  # of one transaction
-PATIENCE = 120.0  # seconds that a transaction is tried again while others are in its way
 _OWN_NAMES = {"sqlite": "sqlite_scanner", "postgres": "postgres_scanner"}  # by which DuckDB knows extensions
 # Words by which a statement would reach the catalog itself or other databases. They are refused in quoted texts, too:
 # nothing is lost by that, and no way around is left.
 _REFUSED = re.compile(r"\w*(sqlite|postgres|ducklake)_\w*|\bquery(_table)?\b", re.IGNORECASE)
 _CATALOG = re.compile(r"(sqlite|postgres):(.+)", re.DOTALL)
-
-
-class LakeUnavailable(StoreError):
-    """DuckLake cannot be used here, or its catalog cannot be opened."""
-
-
-class LakeConflict(StoreError):
-    """The lake does not hold what the workspace holds, or other writers left no room."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +68,7 @@ class Lake:
         if not _CATALOG.fullmatch(self.catalog):
             raise LakeUnavailable(
                 "a catalog is sqlite:FILE or postgres:CONNECTION, as in sqlite:/data/lake.sqlite or "
-                f"'postgres:host=db dbname=lake', not {_without_password(self.catalog)!r}"
+                f"'postgres:host=db dbname=lake', not {without_password(self.catalog)!r}"
             )
 
     @property
@@ -102,9 +88,9 @@ class Lake:
             data = literal(location(self.workspace.root / "lake") + "/")
             attach = f"ATTACH {literal('ducklake:' + self.catalog)} AS lake (DATA_PATH {data}{options})"
             try:
-                _patiently(lambda: connection.execute(attach))  # the first process makes the catalog's tables
+                patiently(lambda: connection.execute(attach))  # the first process makes the catalog's tables
             except duckdb.Error as error:
-                raise LakeUnavailable(_catalog_fault(self.catalog, error)) from None
+                raise LakeUnavailable(catalog_fault(self.catalog, error)) from None
             yield connection
         finally:
             connection.close()
@@ -192,7 +178,7 @@ class Lake:
         options = ", READ_ONLY" + (f", SNAPSHOT_VERSION {int(at)}" if at is not None else "")
         limits = {"memory_gigabytes": memory_gigabytes or half_the_memory(), "threads": threads}
         with self._attached(options, **limits) as connection:
-            _patiently(lambda: _create_views(connection))
+            patiently(lambda: _create_views(connection))
             connection.execute(f"SET allowed_directories = {allowed_folders(self.workspace.root)}")
             connection.execute("SET enable_external_access = false")
             connection.execute("SET lock_configuration = true")
@@ -200,7 +186,7 @@ class Lake:
             if refused:
                 raise RefusedStatement(f"{refused[0]!r} is refused: only the views of the lake are read")
             checked = single_query(connection, statement)
-            yield Answer(connection, checked, _patiently(lambda: connection.sql(checked)), _patiently)
+            yield Answer(connection, checked, patiently(lambda: connection.sql(checked)), patiently)
 
     def _committed(self, run: str) -> dict[int, Manifest]:
         ledger = read_ledger(self.workspace, run).to_pydict()
@@ -266,9 +252,9 @@ class Lake:
                 raise
 
         try:
-            return _patiently(once)
+            return patiently(once)
         except duckdb.Error as error:
-            raise LakeUnavailable(_catalog_fault(self.catalog, error)) from None
+            raise LakeUnavailable(catalog_fault(self.catalog, error)) from None
 
 
 def _load_extension(connection: duckdb.DuckDBPyConnection, name: str) -> None:
@@ -369,47 +355,3 @@ def _roll_back(connection: duckdb.DuckDBPyConnection) -> None:
         connection.execute("ROLLBACK")
     except duckdb.Error:
         return  # a commit that failed has ended the transaction
-
-
-def _patiently(attempt: Callable[[], T]) -> T:
-    """Call `attempt` again while other writers are in its way; raise any other error at once."""
-    deadline = time.monotonic() + PATIENCE
-    wait = 0.01
-    while True:
-        try:
-            return attempt()
-        except duckdb.Error as error:
-            if not _in_the_way(error):
-                raise
-            if time.monotonic() > deadline:
-                raise LakeConflict(
-                    f"other writers kept the lake busy for {PATIENCE:.0f} s: start the same command again"
-                ) from None
-        time.sleep(wait * random.uniform(0.5, 1.5))
-        wait = min(2 * wait, 2.0)
-
-
-def _in_the_way(error: duckdb.Error) -> bool:
-    """Return whether another writer was first, so that trying again helps."""
-    text = str(error).lower()
-    return any(
-        sign in text
-        for sign in (
-            "conflict",
-            "database is locked",
-            "unique constraint",
-            "duplicate key",
-            "could not serialize",
-            '"ducklake_metadata" already exists',  # two processes that make a catalog's tables, found missing by both
-        )
-    )
-
-
-def _catalog_fault(catalog: str, error: duckdb.Error) -> str:
-    first = _without_password(str(error).strip().splitlines()[0])
-    return f"the lake's catalog {_without_password(catalog)} cannot be used: {first}"
-
-
-def _without_password(text: str) -> str:
-    text = re.sub(r"(password\s*=\s*)('[^']*'|[^\s\"]+)", r"\1***", text, flags=re.IGNORECASE)
-    return re.sub(r"(://[^:/@\s]*:)[^@\s]*@", r"\1***@", text)

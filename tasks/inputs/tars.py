@@ -28,6 +28,7 @@ from fastgda_core.images import decode_first, decode_image
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_SUFFIXES = ("txt", "json")
 MAX_MEMBER_BYTES = 256 * 2**20
+MAX_CAPTIONS = 2**15  # which noise plans tell apart
 MAX_NAME = 4096  # characters: what a path may have on Linux
 RULES = 2  # of what is a sample: a tar that was read by other rules is read again
 _COMPRESSIONS = {
@@ -276,4 +277,7 @@ def _captions(texts: dict[str, bytes]) -> list[str]:
         raise BadSample(f"caption does not decode ({error}): write it as UTF-8") from error
     if not captions:
         raise BadSample("has no caption: add a .txt, or a .json with caption or captions")
-    return list(dict.fromkeys(captions))
+    different = list(dict.fromkeys(captions))
+    if len(different) > MAX_CAPTIONS:
+        raise BadSample(f"has {len(different):,} captions: a sample may have {MAX_CAPTIONS:,}")
+    return different

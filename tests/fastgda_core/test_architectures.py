@@ -32,6 +32,7 @@ from fastgda_core.diffusion.sampling import generate
 from fastgda_core.errors import UsageError
 from fastgda_core.sketches.eigen import EigenSketch, sample_moments
 from fastgda_core.sketches.factored import CaptionInputs, FactoredSketch, caption_inputs
+from fastgda_core.sketches.principal import PrincipalSketch
 from fastgda_core.teachers.gradients import output_gradients, steady_layers
 from fastgda_core.teachers.micro_batch import MicroBatch
 from fastgda_core.teachers.sample_gradients import sample_gradients
@@ -346,7 +347,7 @@ def any_fisher(layers: dict[str, Layer]) -> EkfacFisher:
     ("name", "selection"), [*((name, "cross-attn-kv") for name in ("sd", "sdxl", "pixart", "sd3")), ("dit", "attn")]
 )
 def test_sketches_give_the_first_order_scores(load: Load, name: str, selection: str) -> None:
-    """Eigen sketches of all coordinates, and factored ones where all layers see the caption alone."""
+    """Eigen sketches of all coordinates, all their directions, factored ones where layers see the caption alone."""
     model = load(name)
     layers, block = select_layers(model.denoiser, selection), two_samples(model)
     fisher = any_fisher(layers)
@@ -358,6 +359,9 @@ def test_sketches_give_the_first_order_scores(load: Load, name: str, selection: 
     sketch = EigenSketch.of_most_energy(fisher, moments, moments, 10**9)
     found = (sketch.of_samples(gradients)[:, 0].double() @ sketch.of_query(query).double()).float()
     assert (found - expected).norm() < 1e-5 * expected.norm()
+    principal = PrincipalSketch.of_samples_like(sketch, sketch.of_samples(gradients).flatten(0, 1), 10**9)
+    found = (principal.of_samples(gradients)[:, 0].double() @ principal.of_query(query).double()).float()
+    assert (found - expected).norm() < 1e-4 * expected.norm()
     if gradients.moving:
         assert name in ("sd3", "dit")
         with pytest.raises(UsageError, match="changes with the timestep"):

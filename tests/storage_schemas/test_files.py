@@ -9,6 +9,7 @@ import pytest
 
 from storage_schemas.errors import StoreError
 from storage_schemas.files import any_path, local_copy, local_files, private_folder
+from storage_schemas.workspace import Workspace
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +35,11 @@ def test_a_folder_that_somebody_prepared_is_not_trusted(temporary: Path, prepare
 def test_a_url_of_no_known_kind_of_store_is_refused_in_a_line() -> None:
     with pytest.raises(StoreError, match=r"^nonsense://x: .*'nonsense': name a folder, or a store as s3://[\w/]+$"):
         any_path("nonsense://x")
+
+
+def test_where_nothing_can_be_written_there_is_no_workspace() -> None:
+    with pytest.raises(StoreError, match=r"^https://example.org/w: a workspace is written to: name a folder, or a "):
+        Workspace.at("https://example.org/w")
 
 
 def test_copies_of_objects_that_nobody_asks_for_any_more_go() -> None:

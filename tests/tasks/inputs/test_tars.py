@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fastgda_core.diffusion.noise import MAX_CAPTIONS
 from fastgda_core.errors import BadSample, UsageError
 from fastgda_core.images import decode_image
 from tasks.inputs.samples import tell_of_several_pictures
@@ -24,6 +25,7 @@ from tests.tiny import draw, sample_members, write_tar
 
 Members = list[tuple[str, bytes]]
 JPEG, CAPTION = draw(7)
+MANY = [f"caption {number}" for number in range(MAX_CAPTIONS + 1)]
 GOOD = [f"s{number:04d}" for number in range(3)]
 
 
@@ -125,6 +127,7 @@ def test_any_caption_survives(tmp_path_factory: pytest.TempPathFactory, caption:
         ([("bad.jpg", JPEG), ("bad.txt", b" \n\t")], "no caption"),
         ([("bad.jpg", JPEG), ("bad.json", b'{"captions": []}')], "no caption"),
         ([("bad.jpg", JPEG), ("bad.json", b'{"caption": 3}')], "no caption"),
+        ([("bad.jpg", JPEG), ("bad.json", json.dumps({"captions": MANY}).encode())], "has 32,769 captions"),
         ([("bad.jpg", JPEG), ("bad.txt", b"caf\xe9")], "UTF-8"),
         ([("bad.jpg", JPEG), ("bad.json", b'{"caption": "a cat"')], "does not decode"),
         ([("bad.jpg", JPEG), ("bad.json", b"[" * 200_000)], "does not decode"),
@@ -147,6 +150,7 @@ def test_any_caption_survives(tmp_path_factory: pytest.TempPathFactory, caption:
         "blank caption",
         "empty caption list",
         "caption of a wrong type",
+        "more captions than noise is made for",
         "caption not UTF-8",
         "broken JSON",
         "deep JSON",
