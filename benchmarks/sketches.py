@@ -51,6 +51,7 @@ from tasks.teaching.latents import load_block
 from tasks.teaching.noise import noise_plan
 from tasks.teaching.updates import gradient_of, update_of
 
+DECOUPLED = (1024, 16384)
 EIGEN, PRINCIPAL = (2048, 8192, 16384), (256, 512, 768, 1024)
 COORDINATES = 131_072
 FAST = 768  # numbers that the tower answers with
@@ -136,6 +137,38 @@ class Bench:
         return average_precision(scores.double(), top_mask(self.labels.double(), CUTOFF))
 
 
+class DecoupledProjection:
+    """Random directions of a layer's inputs beside those of its output gradients, as LoGra and its like keep them.
+
+    The gradient of a layer is G, (d_out, d_in), whitened in the eigenbasis of the Fisher; kept is P_E G P_A, with
+    Gaussian P_E and P_A, of as many numbers in every layer (Choe et al. 2024, arXiv 2405.13954; arXiv 2602.10449).
+    """
+
+    def __init__(self, bench: Bench, size: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.fisher, self.by_layer = bench.fisher, {}
+        side = round((size / len(bench.layers)) ** 0.5)
+        self.size = side**2 * len(bench.layers)
+        for name, factors in bench.fisher.layers.items():
+            scale = factors.damped(bench.fisher.damping).rsqrt().float()
+            left, right = (torch.randn(side, each, generator=generator) / side**0.5 for each in scale.shape)
+            self.by_layer[name] = scale, left, right
+
+    def of_samples(self, gradients: SampleGradients) -> Tensor:
+        return self._project({name: gradients.rotated(name, self.fisher.layers[name]) for name in self.by_layer})
+
+    def of_queries(self, gradients: list[dict[str, Tensor]]) -> Tensor:
+        stacked = {name: torch.stack([gradient[name] for gradient in gradients]) for name in self.by_layer}
+        return self._project({name: self.fisher.layers[name].rotate(stacked[name]) for name in self.by_layer})
+
+    def _project(self, rotated: dict[str, Tensor]) -> Tensor:
+        found = []
+        for name, (scale, left, right) in self.by_layer.items():
+            whitened = rotated[name].float().view(-1, *scale.shape) * scale
+            found.append((left @ whitened @ right.T).flatten(1))
+        return torch.cat(found, dim=1)
+
+
 class Table:
     """Rows by name, averaged over seeds."""
 
@@ -205,9 +238,11 @@ def draw(bench: Bench, table: Table, seed: int) -> None:
     of_gradient = (time.monotonic() - started) / len(asked)
     updates = [update_of(context, gradient, bench.fisher, bench.samples.rows) for gradient in gradients]
     stacked = {name: torch.stack([update[name] for update in updates]) for name in updates[0]}
-    kept, exact, rounded, filled, contracting = [], [], [], 0, 0.0
+    projections = [DecoupledProjection(bench, size, seed) for size in DECOUPLED]
+    kept, projected, exact, rounded, filled, contracting = [], [], [], [], 0, 0.0
     for _, some in bench.gradients(noise_plan(bench.config, sketch_seed)):
         kept.append(bench.eigen.of_samples(some)[:, 0])
+        projected.append([projection.of_samples(some) for projection in projections])
         factored = FactoredSketch.of_samples(some)
         exact.append(factored.scores(some.inputs, [stacked]))
         packed = Int8Vectors.of(factored.deltas.flatten(0, 1))
@@ -226,6 +261,11 @@ def draw(bench: Bench, table: Table, seed: int) -> None:
         packed = Int8Vectors.of(sketches[:, :size])
         scores, seconds = timed(lambda few=packed, size=size: eigen[:, :size] @ few.dense().T, len(asked))
         table.add(f"eigen sketch, {size:,} numbers", scores, bytes_of(size), of_gradient + seconds)
+    for number, projection in enumerate(projections):
+        packed = Int8Vectors.of(torch.cat([block[number] for block in projected]))
+        scores, seconds = timed(lambda of=projection, few=packed: of.of_queries(gradients) @ few.dense().T, len(asked))
+        name = f"decoupled random projection, {projection.size:,} numbers"
+        table.add(name, scores, bytes_of(projection.size), of_gradient + seconds)
     for size in PRINCIPAL:
         packed = Int8Vectors.of(turned[:, :size])
         scores, seconds = timed(lambda few=packed, size=size: turned_asked[:, :size] @ few.dense().T, len(asked))

@@ -1,7 +1,8 @@
 """Losses of the rank head: its cosines against the teacher's ranking.
 
-Each but `listwise` takes the outputs of the head's affine map, (q, s, outputs), and labels, (q, s), and returns the
-loss of each pair, (q, s). `rank_loss` takes the mean over the pairs that have a label.
+A loss of pairs takes the outputs of the head's affine map, (q, s, outputs), and labels, (q, s), and returns the loss of
+each pair, (q, s); `rank_loss` takes the mean over the pairs that have a label. A loss of lists compares the samples of
+a query with each other, and takes the mean itself.
 """
 
 from __future__ import annotations
@@ -43,16 +44,38 @@ def regression(outputs: Tensor, label: Tensor) -> Tensor:
     return (outputs[..., 0] - label).square()
 
 
+def listwise(outputs: Tensor, label: Tensor, known: Tensor, offset: float | None) -> Tensor:
+    """Return the cross-entropy between the teacher's and the head's distribution over a query's samples of the batch.
+
+    ListNet's top-one probabilities (Cao et al., "Learning to rank: from pairwise approach to listwise approach", 2007)
+    with gains 1 / (pi + offset), which fall with the rank as those of mAP and NDCG do; non-candidates have the least.
+
+    Args:
+        outputs: (q, s), falling with the similarity.
+        label: (q, s), pi.
+        known: (q, s) bool, the pairs that have a label.
+        offset: of the gains; None: 0.02.
+    """
+    gains = known / (label + (offset or 0.02))
+    target = gains / gains.sum(1, keepdim=True).clamp_min(torch.finfo(gains.dtype).tiny)
+    log_probability = torch.log_softmax((-outputs).masked_fill(~known, torch.finfo(outputs.dtype).min), dim=1)
+    return -(target * log_probability).sum() / len(label)
+
+
 @dataclass(frozen=True)
 class RankLoss:
     """A loss and what it needs.
 
+    of_pairs: the loss of each pair, (q, s), from outputs, (q, s, outputs), and labels, (q, s).
+    of_lists: in its place, the mean loss of a batch from the first output, (q, s), labels, which of them are known, and
+        the rank offset: of a loss that compares the samples of a query.
     outputs: affine maps of the cosine.
     scale: initial scale of these maps, negative where a high cosine means a low label.
     standardised_scores: labels are standardised scores and not rank labels.
     """
 
-    of_pairs: Callable[[Tensor, Tensor], Tensor] | None
+    of_pairs: Callable[[Tensor, Tensor], Tensor] | None = None
+    of_lists: Callable[[Tensor, Tensor, Tensor, float | None], Tensor] | None = None
     outputs: int = 1
     scale: float = -5.0
     standardised_scores: bool = False
@@ -63,7 +86,7 @@ LOSSES: dict[str, RankLoss] = {
     "mse": RankLoss(mse),
     "ordinal": RankLoss(ordinal, outputs=ORDINAL_BINS - 1),
     "regression": RankLoss(regression, scale=1.0, standardised_scores=True),
-    "listwise": RankLoss(None),
+    "listwise": RankLoss(of_lists=listwise),
 }
 
 
@@ -80,25 +103,8 @@ def rank_loss(name: LossName, outputs: Tensor, label: Tensor, rank_offset: float
     known = ~label.isnan()
     label = torch.where(known, label, 1.0)
     loss = LOSSES[name]
-    if loss.of_pairs is None:
-        return listwise(outputs[..., 0], label, known, rank_offset or 0.02)
+    if loss.of_lists is not None:
+        return loss.of_lists(outputs[..., 0], label, known, rank_offset)
+    assert loss.of_pairs is not None
     weight = known if rank_offset is None or loss.standardised_scores else known / (label + rank_offset)
     return (loss.of_pairs(outputs, label) * weight).sum() / weight.sum()
-
-
-def listwise(outputs: Tensor, label: Tensor, known: Tensor, offset: float) -> Tensor:
-    """Return the cross-entropy between the teacher's and the head's distribution over a query's samples of the batch.
-
-    ListNet's top-one probabilities (Cao et al., "Learning to rank: from pairwise approach to listwise approach", 2007)
-    with gains 1 / (pi + offset), which fall with the rank as those of mAP and NDCG do; non-candidates have the least.
-
-    Args:
-        outputs: (q, s), falling with the similarity.
-        label: (q, s), pi.
-        known: (q, s) bool, the pairs that have a label.
-        offset: of the gains.
-    """
-    gains = known / (label + offset)
-    target = gains / gains.sum(1, keepdim=True).clamp_min(torch.finfo(gains.dtype).tiny)
-    log_probability = torch.log_softmax((-outputs).masked_fill(~known, torch.finfo(outputs.dtype).min), dim=1)
-    return -(target * log_probability).sum() / len(label)

@@ -256,7 +256,7 @@ def test_metrics_and_checked_pairs_of_both_releases_are_one_view(tmp_path: Path,
     publish_runs(workspace, ["old", "new"])
     row = {"metric": "mAP", "space": "tuned", "split": "test", "cutoff": 2, "query_id": "", "queries": 3}
     figures = row | {"value": 0.5, "standard_error": 0.1}
-    old_metrics = dataclasses.replace(tables.METRICS, version=2, added={}, schema=tables.METRICS.schema.remove(0))
+    old_metrics = first_version(tables.METRICS)
     write_table(workspace.metrics("m"), old_metrics, [figures])
     write_table(workspace.metrics("s"), tables.METRICS, [figures | {"seed": 5}])
     write_table(part(workspace.exact_check("x"), 0), OLD, ROWS)

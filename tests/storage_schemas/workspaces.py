@@ -26,7 +26,8 @@ QUERIES = ("q0", "q1", "q2")
 
 
 def write_table(path: Path, table: Table, rows: list[dict[str, object]], key: str = KEY) -> Path:
-    rows_ = pa.Table.from_pylist(rows, schema=table.schema)
+    defaults = {name: added.default for name, added in table.added.items()}
+    rows_ = pa.Table.from_pylist([{**defaults, **row} for row in rows], schema=table.schema)
     commit_table(path, rows_, table, key=key, started=time.monotonic(), device="x")
     return path
 
