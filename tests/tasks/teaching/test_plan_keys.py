@@ -107,6 +107,17 @@ def test_other_weights_of_an_encoder_are_other_features(tmp_path: Path) -> None:
     assert here in found, "where they lie does not matter"
 
 
+def test_encoders_of_the_model_are_keyed_by_its_files(tmp_path: Path) -> None:
+    found = []
+    for content in ("old", "new", "old"):
+        (tmp_path / "unet").mkdir(exist_ok=True)
+        (tmp_path / "unet" / "weights.safetensors").write_text(content)
+        features = {"space": "pixel", "centre": False}
+        sections = {"features": features, "candidates": {**NEAR, "space": "bottleneck"}, "curvature": {}}
+        found.append(keys(tmp_path, model__folder=str(tmp_path), **sections)["run"])
+    assert found[0] != found[1] and found[0] == found[2]
+
+
 def test_features_that_are_not_centred_keep_the_key_of_earlier_releases(tmp_path: Path) -> None:
     samples = ingested(tmp_path)
     found = {}
