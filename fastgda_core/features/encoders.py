@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +20,9 @@ from torch.nn import functional as F
 
 from fastgda_core.errors import UsageError
 from fastgda_core.feature_spaces import SOURCES, encoder_names, require_encoders
+from fastgda_core.features.denoiser import load_bottleneck, load_caption_tokens
+from fastgda_core.features.encoder import Encoder
 from fastgda_core.images import square
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """A frozen encoder: `encode` maps a batch of RGB images or of captions to (n, dim) float32."""
-
-    modality: Literal["image", "text"]
-    encode: Callable[[list[Any]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -262,6 +256,8 @@ ENCODERS: dict[str, Registered] = {
     "clip_text": Registered(load_clip_text, SOURCES["clip_text"], batch=256, text=True),
     "dino": Registered(load_dino, SOURCES["dino"], batch=128),
     "dinov2": Registered(load_dinov2, SOURCES["dinov2"]),
+    "caption_tokens": Registered(load_caption_tokens, batch=256, text=True),
+    "bottleneck": Registered(load_bottleneck),
 }
 
 
@@ -271,7 +267,7 @@ def load_encoder(name: str, device: torch.device, source: str | None = None) -> 
     Args:
         name: of `ENCODERS`.
         device: where it runs.
-        source: a folder with its weights, or a hub id; None: the registered one.
+        source: a folder with its weights, or a hub id; None: the registered one, which those of `OF_MODEL` lack.
 
     Raises:
         UsageError: the weights do not exist or are of another kind of network, or their package is missing.
@@ -281,8 +277,8 @@ def load_encoder(name: str, device: torch.device, source: str | None = None) -> 
     source = source or registered.source
     try:
         return registered.load(source, device)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if not registered.source:
+    except (UsageError, OSError, ValueError, KeyError, RuntimeError) as error:
+        if not source:
             raise
         reason = " ".join(str(error).split())[:200]
         raise UsageError(

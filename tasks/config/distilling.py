@@ -92,7 +92,10 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class StudyConfig(Section):
     spaces: list[str] = Field(default=[], description="feature spaces; none: features.space and each of its encoders")
     losses: list[LossName] = Field(default=list(get_args(LossName)), description="losses of the head")
-    query_shares: list[Share] = Field(default=[0.125, 0.25, 0.5, 1.0], description="of the training queries")
+    query_shares: list[Share] = Field(
+        default=[0.125, 0.25, 0.5, 1.0],
+        description="of the training queries; of a gradient head: of head.gradient.queries",
+    )
     candidate_shares: list[Share] = Field(default=[0.05, 0.1, 0.25, 0.5, 1.0], description="of a query's candidates")
     outside_probabilities: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         default=[0.0, 0.05, 0.1, 0.2, 0.5], description="of pairs outside the candidates"

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from fastgda_core.errors import UsageError
-from fastgda_core.feature_spaces import SOURCES, encoder_names
+from fastgda_core.feature_spaces import OF_MODEL, SOURCES, encoder_names
 from tasks.config.section import Section
 
 
@@ -150,7 +150,9 @@ class FeaturesConfig(Section):
     )
     batch_size: int | None = Field(default=None, ge=1, description="items per encoder pass; null: the encoder's own")
     weights: dict[str, str] = Field(
-        default={}, description="of clip, clip_text, dino, dinov2: a folder, relative to the config file, or a hub id"
+        default={},
+        description="of clip, clip_text, dino, dinov2: a folder, relative to the config file, or a hub id; of "
+        "caption_tokens, bottleneck: the folder of a diffusion model, by default model.folder",
     )
 
     @field_validator("space")
@@ -162,7 +164,7 @@ class FeaturesConfig(Section):
     @field_validator("weights")
     @classmethod
     def _wanted(cls, weights: dict[str, str]) -> dict[str, str]:
-        takers = [name for name, source in SOURCES.items() if source]
+        takers = [name for name, source in SOURCES.items() if source or name in OF_MODEL]
         if strange := sorted(weights.keys() - set(takers)):
             raise ValueError(f"{strange[0]!r} is no encoder that takes weights: these are {', '.join(takers)}")
         return weights

@@ -10,6 +10,7 @@ from pydantic import (
 )
 
 from fastgda_core.errors import UsageError
+from fastgda_core.feature_spaces import OF_MODEL, encoder_names
 from tasks.config.distilling import EvaluationConfig, HeadConfig, StudyConfig
 from tasks.config.execution import ExecutionConfig
 from tasks.config.inputs import CandidatesConfig, DataConfig, FeaturesConfig, QueriesConfig, SplitConfig
@@ -54,6 +55,16 @@ class PipelineConfig(Section):
         default="alone", description="a finished run replaces what is published, or joins it"
     )
     execution: ExecutionConfig = ExecutionConfig()
+
+    @model_validator(mode="after")
+    def _encoders_of_the_model(self) -> Self:
+        """Return the configuration with `model.folder` as the weights of encoders that are parts of the model."""
+        spaces = [self.features.space, self.candidates.space or self.features.space, *self.study.spaces]
+        wanted = {name for space in spaces for name in encoder_names(space)} & set(OF_MODEL)
+        if not (missing := wanted - self.features.weights.keys()):
+            return self
+        weights = self.features.weights | {name: str(self.model.folder) for name in sorted(missing)}
+        return self.model_copy(update={"features": self.features.model_copy(update={"weights": weights})})
 
     @model_validator(mode="after")
     def _sketches_have_first_order(self) -> Self:

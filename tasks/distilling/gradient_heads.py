@@ -55,7 +55,7 @@ def fit_gradient_head(context: Context, labels: Labels, features: Artifact) -> M
     def make(started: float) -> Manifest:
         phi = load_features(context, labels.samples, labels.samples)
         moments = _moments(context, stored, F.normalize(phi, dim=1))
-        head, solved = _best(context, labels, stored, phi, moments)
+        head, solved = best_head(context, labels, stored, phi, moments)
         record = space_record(context.config.features, workspace).model_copy(
             update={
                 "kind": "gradient",
@@ -82,13 +82,13 @@ def _moments(context: Context, stored: StoredSketches, phi: Tensor) -> TowerMome
     known = stored.train_ids
     chosen = np.random.default_rng(config.seed).permutation(known)[: config.queries]
     with stage("gradient head", len(chosen)) as advance:
-        for train_ids, gradients in _as_queries(context, stored, np.sort(chosen)):
+        for train_ids, gradients in gradients_as_queries(context, stored, np.sort(chosen)):
             moments.add(gradients, phi[train_ids].to(stored.context.device))
             advance(len(train_ids))
     return moments
 
 
-def _as_queries(
+def gradients_as_queries(
     context: Context, stored: StoredSketches, train_ids: NDArray[np.int64]
 ) -> Iterator[tuple[Tensor, SampleGradients]]:
     """Yield some samples at a time, with their gradients over the whole schedule, as queries have them."""
@@ -106,7 +106,7 @@ def _as_queries(
             first = last
 
 
-def _best(
+def best_head(
     context: Context, labels: Labels, stored: StoredSketches, phi: Tensor, moments: TowerMoments
 ) -> tuple[GradientHead, dict[str, float]]:
     """Return the head with the best mAP on the validation queries, and the mAP of every choice by name."""

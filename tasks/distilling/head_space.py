@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fastgda_core.errors import UsageError
+from fastgda_core.feature_spaces import encoder_names
 from storage_schemas.heads.records import HeadRecord
 from storage_schemas.workspace import Workspace
 from tasks.config.inputs import FeaturesConfig
@@ -18,10 +19,11 @@ _INSIDE = "./"  # before a path seen from the workspace's folder: a hub id begin
 
 def space_record(space: FeaturesConfig, workspace: Workspace) -> HeadRecord:
     """Return the record of a head's feature space; `recorded_space` reads it."""
+    weights = {name: space.weights[name] for name in encoder_names(space.space) if name in space.weights}
     return HeadRecord(
         feature_space=space.space,
-        feature_weights={name: _named(source, workspace) for name, source in space.weights.items()},
-        feature_weights_keys={name: weights_key(name, source) for name, source in space.weights.items()},
+        feature_weights={name: _named(source, workspace) for name, source in weights.items()},
+        feature_weights_keys={name: weights_key(name, source) for name, source in weights.items()},
         unit_length=space.unit_length,
         centre=space.centre,
     )

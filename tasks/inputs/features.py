@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -21,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fastgda_core.features import ENCODERS, Encoder, concatenate, encoder_names, load_encoder, mean_over
+from fastgda_core.features import ENCODERS, Encoder, concatenate, encoder_names, load_encoder, mean_over, text_space
 from fastgda_core.features.encoders import USUAL, preprocessing_of
 from fastgda_core.images import in_threads
 from storage_schemas import tables
@@ -226,13 +228,16 @@ def features_key(context: Context, items: Artifact) -> str:
     raw = [] if config.unit_length else ["raw"]
     centred = ["centred"] if config.centre else []
     weights = filter(None, weights_keys(config).values())
-    return input_key(config.space, items.key, *weights, *raw, *centred, table=tables.FEATURES)
+    averaged = _averaged(items, config.space)
+    return input_key(config.space, items.key, *weights, *raw, *centred, *averaged, table=tables.FEATURES)
 
 
 def feature_folders(context: Context, items: Artifact) -> dict[str, tuple[AnyPath, str]]:
     """Return folder and input key of each encoder of the config's feature space."""
     keys = {
-        name: input_key("features", name, items.key, *filter(None, [weights]), table=tables.FEATURES)
+        name: input_key(
+            "features", name, items.key, *filter(None, [weights]), *_averaged(items, name), table=tables.FEATURES
+        )
         for name, weights in weights_keys(context.config.features).items()
     }
     return {name: (context.workspace.features(name, key), key) for name, key in keys.items()}
@@ -281,22 +286,41 @@ def _encode(
     return torch.cat(features), unreadable
 
 
-def _encode_texts(encoder: Encoder, texts: list[str], size: int, advance: Callable[[int], None]) -> Tensor:
-    """Return features of some captions, (captions, d); equal captions are encoded once."""
-    count = Counter(texts)
-    distinct, features = list(count), []
+def _encode_texts(encoder: Encoder, captions: list[list[str]], size: int, advance: Callable[[int], None]) -> Tensor:
+    """Return features of some items, (items, d), each the mean over its captions; equal captions are encoded once.
+
+    The mean is of the outputs as they are, and not of unit vectors: a file holds what the encoder gave, and serves
+    spaces with and without `unit_length`.
+    """
+    firsts, features = Counter(several[0] for several in captions), []
+    distinct = list(dict.fromkeys(itertools.chain.from_iterable(captions)))
     for start in range(0, len(distinct), size):
         batch = distinct[start : start + size]
         features.append(encoder.encode(batch))
-        advance(sum(count[text] for text in batch))
-    row = {text: number for number, text in enumerate(distinct)}
-    return torch.cat(features)[[row[text] for text in texts]]
+        advance(sum(firsts[text] for text in batch))
+    row, encoded = {text: number for number, text in enumerate(distinct)}, torch.cat(features)
+    return torch.stack([encoded[[row[text] for text in several]].mean(0) for several in captions])
 
 
-def _captions(items: Artifact, numbers: list[int]) -> list[str]:
+def _captions(items: Artifact, numbers: list[int]) -> list[list[str]]:
+    """Return the captions of some items; a query has one."""
     if items.name == "queries":
-        return [load_queries(items)[number].caption for number in numbers]
-    return [several[0] for several in samples_table(items.path)["captions"].take(numbers).to_pylist()]
+        return [[load_queries(items)[number].caption] for number in numbers]
+    captions: list[list[str]] = samples_table(items.path)["captions"].take(numbers).to_pylist()
+    return captions
+
+
+def _averaged(items: Artifact, space: str) -> list[str]:
+    """Return what stands in a key where captions are averaged; nothing where no item has several, as ever before."""
+    if items.name == "queries" or not text_space(space):
+        return []
+    return ["mean of captions"] if _most_captions(items.path) > 1 else []
+
+
+@functools.lru_cache(maxsize=16)
+def _most_captions(samples: AnyPath) -> int:
+    most: int = pc.max(pc.list_value_length(samples_table(samples)["captions"])).as_py()
+    return most
 
 
 def _images(items: Artifact, numbers: list[int], size: int) -> Iterator[tuple[list[Image.Image], dict[int, str]]]:

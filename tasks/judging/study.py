@@ -39,6 +39,7 @@ from tasks.judging.head import tuned_cosines, untuned_cosines
 from tasks.judging.kept_checks import read_checks
 from tasks.judging.metric_rows import metric_rows
 from tasks.judging.study_results import UNTUNED, answers, study_plot
+from tasks.judging.tower_study import measure_towers
 from tasks.progress import stage
 from tasks.watching.trust import OTHER_TEACHER
 
@@ -86,7 +87,10 @@ def variants(config: PipelineConfig) -> list[Variant]:
 
 @task(task_run_name="study", cache_policy=NO_CACHE)
 def compare_heads(context: Context, labels: Labels) -> Made:
-    """Train every variant and measure it on the test queries; each variant is committed by itself, and made once."""
+    """Train every variant and measure it on the test queries; each variant is committed by itself, and made once.
+
+    Variants are of the symmetric head; those of a configured gradient head come beside them.
+    """
     config = context.config
     several = variants(config)
     measured = config.evaluation.cutoffs, config.evaluation.validation_cutoff
@@ -111,9 +115,10 @@ def compare_heads(context: Context, labels: Labels) -> Made:
                     rows = pa.Table.from_pylist(list(laboratory.measure(variant)), schema=tables.STUDY.schema)
                     commit_table(paths[variant], rows, tables.STUDY, key=keys[variant], started=started)
                     advance(1)
-    whole = _publish(context, labels, key, list(paths.values()))
-    manifests = [committed(paths[variant], keys[variant]) for variant in several]
-    return Made(whole, sum(manifest.seconds for manifest in manifests if manifest), not missing)
+    towers, of_towers, reused = measure_towers(context, labels, folder)
+    whole = _publish(context, labels, key, [*paths.values(), *towers])
+    manifests = [*(committed(paths[variant], keys[variant]) for variant in several), *of_towers]
+    return Made(whole, sum(manifest.seconds for manifest in manifests if manifest), reused and not missing)
 
 
 def _spaces(several: list[Variant]) -> list[str]:

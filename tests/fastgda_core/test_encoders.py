@@ -56,6 +56,8 @@ SAVE: dict[str, Callable[[Path], None]] = {
     "clip_text": save_clip,
     "dino": save_dino,
     "dinov2": save_dinov2,
+    "caption_tokens": tiny.save_model,
+    "bottleneck": tiny.save_model,
 }
 
 
@@ -219,7 +221,15 @@ def test_weights_that_cannot_be_loaded_are_named_in_one_line(tmp_path: Path, nam
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     ("name", "folder"),
-    [("clip", "dino"), ("clip_text", "dinov2"), ("dino", "clip"), ("dino", "dinov2"), ("dinov2", "dino")],
+    [
+        ("clip", "dino"),
+        ("clip_text", "dinov2"),
+        ("dino", "clip"),
+        ("dino", "dinov2"),
+        ("dinov2", "dino"),
+        ("bottleneck", "dino"),
+        ("caption_tokens", "clip"),
+    ],
 )
 def test_the_folder_of_another_network_is_refused(folders: dict[str, str], name: str, folder: str) -> None:
     with pytest.raises(UsageError, match=f"features.weights.{name}") as caught:

@@ -38,3 +38,23 @@ def unlearned(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> W
             self_consistency={"queries": 2, "samples": 12},
         )
     )
+
+
+@pytest.fixture(scope="session")
+def solved(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> WholeRun:
+    """A run whose head is of kind gradient."""
+    from tests.tasks.whole_runs import AXES, configuration, whole_run
+
+    teacher = {"name": "abu_plus_first_order", "alpha": 1e-4, "timesteps": 2, "gradient_pairs": 4, "shard_samples": 16}
+    config = configuration(
+        tmp_path_factory.mktemp("solved"),
+        model_folder,
+        teacher=teacher,
+        curvature={"samples": 16},
+        sketches={},
+        self_consistency=None,
+    )
+    head = config.head.model_copy(
+        update={"kind": "gradient", "gradient": config.head.gradient.model_copy(update={"axes": AXES, "timesteps": 2})}
+    )
+    return whole_run(config.model_copy(update={"head": head}))

@@ -20,6 +20,7 @@ from tests.tasks.configs import document
 from tests.tasks.without_prefect import without_prefect
 
 SAMPLES, TWINS, CUTOFFS = 24, 2, [2, 4]
+AXES = 5  # of a gradient head
 
 
 @dataclass(frozen=True)

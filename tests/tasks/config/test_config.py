@@ -229,3 +229,15 @@ def test_what_yaml_merges_in_may_be_overridden(tmp_path: Path) -> None:
     path = write(tmp_path, data=ABSENT)
     path.write_text(path.read_text() + "data:\n  <<: {shards: other.tar}\n  shards: shards/*.tar\n")
     assert load_config(path).data.shards == f"{tmp_path}/shards/*.tar"
+
+
+def test_encoders_of_the_model_have_its_folder_unless_another_is_named(tmp_path: Path) -> None:
+    for folder in ("model", "other"):
+        (tmp_path / folder).mkdir()
+    asked = document(
+        features={"space": "pixel+caption_tokens", "weights": {"bottleneck": "other"}}, study={"spaces": ["bottleneck"]}
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(asked))
+    found = load_config(tmp_path / "config.yaml").features.weights
+    assert found == {"caption_tokens": str(tmp_path / "model"), "bottleneck": str(tmp_path / "other")}
+    assert PipelineConfig.model_validate(document()).features.weights == {}

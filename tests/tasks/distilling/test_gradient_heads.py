@@ -19,27 +19,7 @@ from tasks.inputs.features import load_features
 from tasks.inputs.queries import load_queries
 from tasks.serving.attribute import AttributionService
 from tests.tasks.configs import document
-from tests.tasks.whole_runs import SAMPLES, WholeRun, configuration, whole_run
-
-AXES = 5
-
-
-@pytest.fixture(scope="module")
-def solved(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> WholeRun:
-    """A run whose head is of kind gradient."""
-    teacher = {"name": "abu_plus_first_order", "alpha": 1e-4, "timesteps": 2, "gradient_pairs": 4, "shard_samples": 16}
-    config = configuration(
-        tmp_path_factory.mktemp("solved"),
-        model_folder,
-        teacher=teacher,
-        curvature={"samples": 16},
-        sketches={},
-        self_consistency=None,
-    )
-    head = config.head.model_copy(
-        update={"kind": "gradient", "gradient": config.head.gradient.model_copy(update={"axes": AXES, "timesteps": 2})}
-    )
-    return whole_run(config.model_copy(update={"head": head}))
+from tests.tasks.whole_runs import AXES, SAMPLES, WholeRun
 
 
 def test_it_is_the_choice_with_the_best_validation_map(solved: WholeRun) -> None:

@@ -1,7 +1,8 @@
-"""The mean that features are centred by: of every sample whose image can be read, made once, made again when mended."""
+"""Features of captions, and the mean that features are centred by: made once, made again when samples are mended."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastgda_core.features import Encoder
+from fastgda_core.features import Encoder, load_encoder
 from storage_schemas.commit import manifest_path, read_manifest
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
@@ -111,3 +112,21 @@ def test_equal_captions_are_encoded_once(tmp_path: Path) -> None:
     assert asked == ["a cat", "a dog", "a bird"]
     assert found.tolist() == [[len(text), ord(text[2])] for text in captions]
     assert sum(done) == len(captions)
+
+
+@pytest.mark.parametrize("unit_length", [True, False])
+def test_a_sample_of_several_captions_has_the_mean_of_their_outputs(tmp_path: Path, unit_length: bool) -> None:
+    captions = [["a cat"], ["a dog", "a cat", "three birds in a tree"], ["a bird", "a dog"]]
+    members = tiny.sample_members(range(3))[::2]
+    texts = [json.dumps({"captions": many}).encode() for many in captions]
+    members += [(name.replace("jpg", "json"), text) for (name, _), text in zip(members, texts, strict=True)]
+    tiny.write_tar(tmp_path / "data.tar", members)
+    changes = {"data__shards": str(tmp_path / "*.tar"), "features": {"space": "minilm_text", "centre": False}}
+    config = PipelineConfig.model_validate(document(workspace=str(tmp_path / "workspace"), **changes))
+    context = in_space(Context(config, "model"), unit_length=unit_length)
+    samples = ingest_samples.fn(context).artifact
+    extract_features.fn(context, samples)
+    encode = load_encoder("minilm_text", torch.device("cpu")).encode
+    alone = [np.vstack([encode([caption]).numpy() for caption in many]).mean(0) for many in captions]
+    expected = [mean / np.linalg.norm(mean) if unit_length else mean for mean in alone]
+    np.testing.assert_allclose(load_features(context, samples, samples).numpy(), expected, atol=1e-5)

@@ -8,16 +8,24 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from storage_schemas import tables
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.sql.views import query
 from tasks.config.distilling import StudyConfig
+from tasks.config.pipeline import PipelineConfig
+from tasks.distilling import gradient_heads
 from tasks.distilling.labels import read_labels
+from tasks.inputs.features import load_features
+from tasks.judging import tower_study
 from tasks.judging.study import Variant, compare_heads, draw_study, variants
 from tasks.judging.study_results import Answer, answers, study_plot
-from tests.tasks.whole_runs import CUTOFFS, WholeRun
+from tasks.judging.tower_study import TowerVariant, tower_variants
+from tasks.teaching.sketch_scores import StoredSketches
+from tests.tasks.whole_runs import CUTOFFS, SAMPLES, WholeRun
 from tests.tasks.without_prefect import without_prefect
 
 SMALL = StudyConfig(
@@ -62,6 +70,64 @@ def test_every_variant_is_measured_and_made_once(similar: WholeRun) -> None:
     assert {("loss", "mse", "tuned"), ("feature space", "pixel", "untuned")} <= {row[:3] for row in in_sql}
     assert sorted(row[3] for row in in_sql) == sorted(each.mean for each in found)
     assert Image.open(picture.artifact.path).format == "PNG" and picture.artifact.path.name == "study.png"
+
+
+@pytest.mark.heavy
+def test_gradient_heads_are_studied_by_what_their_tower_sees_and_learns_from(solved: WholeRun) -> None:
+    study = SMALL.model_copy(update={"losses": [], "outside_probabilities": [], "query_shares": [0.5, 1.0]})
+    config = solved.config.model_copy(update={"study": study.model_copy(update={"spaces": ["pixel", "bottleneck"]})})
+    config = PipelineConfig.model_validate(config.model_dump())
+    context = replace(solved.context, config=config)
+    labels = read_labels(context.workspace, None)
+    with without_prefect():
+        made, again = compare_heads(context, labels), compare_heads(context, labels)
+    assert (made.reused, again.reused, made.artifact) == (False, True, again.artifact)
+    rows = [row for row in tables.read(made.artifact.path, tables.STUDY).to_pylist() if "gradient" in row["question"]]
+    questions = [(row["question"], row["choice"]) for row in rows if not row["query_id"] and row["cutoff"] == 4]
+    inputs, samples = "gradient head: feature space", "gradient head: samples"
+    assert questions == [(inputs, "pixel"), (inputs, "bottleneck"), (samples, "0.5"), (samples, "1")]
+
+    configured = tables.read(solved.evaluation.metrics.artifact.path, tables.METRICS).to_pylist()
+    for cutoff in CUTOFFS:
+        (expected,) = (
+            row["value"]
+            for row in configured
+            if (row["metric"], row["space"], row["cutoff"], row["query_id"]) == ("mAP", "tuned", cutoff, "")
+        )
+        for question, choice in ((inputs, "pixel"), (samples, "1")):
+            (found,) = (
+                row["value"]
+                for row in rows
+                if (row["question"], row["choice"], row["cutoff"], row["query_id"]) == (question, choice, cutoff, "")
+            )
+            assert found == pytest.approx(expected), "the configured head"
+
+
+@pytest.mark.heavy
+def test_a_tower_of_a_share_is_that_of_so_many_samples_alone(solved: WholeRun) -> None:
+    context, labels = solved.context, read_labels(solved.workspace, None)
+    stored = StoredSketches(context, solved.run.artifacts, solved.run.name)
+    several = [TowerVariant("samples", f"{share}", "pixel", share) for share in (1.0, 0.25)]
+    with without_prefect():
+        found = {each.samples: head for each, head in tower_study._solved(context, labels, stored, several)}
+    phi = F.normalize(load_features(context, labels.samples, labels.samples), dim=1)
+    for share, head in found.items():
+        gradient = context.config.head.gradient.model_copy(update={"queries": round(share * SAMPLES)})
+        config = context.config.model_copy(
+            update={"head": context.config.head.model_copy(update={"gradient": gradient})}
+        )
+        moments = gradient_heads._moments(replace(context, config=config), stored, phi)
+        towers = [moments.tower(ridge).weights for ridge in gradient_heads.RIDGES]
+        (same,) = (
+            weights
+            for weights in towers
+            if all(torch.allclose(weights[name], mine, rtol=1e-3) for name, mine in head.tower.weights.items())
+        )
+        assert same.keys() == head.tower.weights.keys()
+
+
+def test_a_study_of_a_symmetric_head_solves_no_tower(similar: WholeRun) -> None:
+    assert tower_variants(similar.config) == []
 
 
 def test_answers_are_the_mean_over_the_seeds() -> None:

@@ -6,17 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastgda_core.errors import UsageError
 from storage_schemas.workspace import Workspace
+from tasks.config.pipeline import PipelineConfig
 from tasks.distilling.versions import load_trained_head
 from tasks.inputs.features import load_features
+from tasks.inputs.queries import load_queries
 from tasks.inputs.samples import sample_images, samples_table
 from tasks.serving.attribute import AttributionService
 from tasks.serving.question import check_caption, read_picture
 from tests.storage_schemas.workspaces import publish_run
-from tests.tasks.whole_runs import WholeRun
+from tests.tasks.whole_runs import WholeRun, configuration, whole_run
 
 
 def test_an_image_is_answered_with_the_samples_that_its_vector_is_nearest_to(similar: WholeRun) -> None:
@@ -33,6 +36,18 @@ def test_an_image_is_answered_with_the_samples_that_its_vector_is_nearest_to(sim
         row = samples_table(samples.path).slice(answer.train_id, 1).to_pylist()[0]
         assert (answer.key, answer.caption, answer.shard) == (row["key"], row["captions"][0], row["shard"])
         assert answer.similarity == pytest.approx(float(vectors[answer.train_id] @ asked), abs=1e-3)
+
+
+def test_a_head_over_parts_of_the_model_is_served_from_the_models_folder(tmp_path: Path, model_folder: Path) -> None:
+    asked = configuration(tmp_path, model_folder, teacher={"name": "similarity"}, candidates={"policy": "all"})
+    spaced = asked.model_dump() | {"features": {"space": "caption_tokens+bottleneck"}}
+    made = whole_run(PipelineConfig.model_validate(spaced))
+    service = AttributionService(made.workspace)
+    samples, queries = made.run.artifacts["samples"], made.run.artifacts["queries"]
+    head, phi = load_trained_head(made.head.artifact.path), load_features(made.context, queries, samples)
+    for query, features in zip(load_queries(queries), phi, strict=True):
+        found = service.embed(query.image, query.caption)
+        torch.testing.assert_close(found, head.queries(features[None]), rtol=1e-3, atol=1e-4)
 
 
 def test_without_an_index_nothing_is_answered(tmp_path: Path) -> None:

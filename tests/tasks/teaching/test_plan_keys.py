@@ -15,20 +15,33 @@ from tasks.artifact import Artifact
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
 from tasks.execution.plan import run_artifacts, run_name
-from tasks.inputs.features import feature_folders, features_key
+from tasks.inputs.features import feature_folders, features_key, in_space
 from tasks.teaching.score_plan import ScoreRun, ScoreShard
-from tests.storage_schemas.workspaces import with_column
+from tests.storage_schemas.workspaces import with_column, write_table
 from tests.tasks.configs import document
 
+SAMPLES = 12
 EVERYTHING = {"latents", "curvature", "unlearning steps", "base losses", "run"}
+
+
+def ingested(root: Path, key: str = "s", captions: int = 1) -> Artifact:
+    """Samples, the last of which has so many captions."""
+    path = root / f"samples-{captions}" / "samples.parquet"
+    if not path.exists():
+        where = {"key": "s", "shard": "a.tar", "offset": 512, "size": 9}
+        image = {"width": 8, "height": 8, "image_sha256": "0" * 64}
+        several = [["a cat"]] * (SAMPLES - 1) + [["a cat", "a dog"][:captions]]
+        rows = [{"train_id": number, "captions": each, **where, **image} for number, each in enumerate(several)]
+        path.parent.mkdir()
+        write_table(path, tables.SAMPLES, rows)
+    return Artifact("samples", key, path, SAMPLES)
 
 
 def keys(root: Path, samples: str = "s", queries: str = "q", model: str = "m", **changes: object) -> dict[str, str]:
     """Key of each stage that leads to scores, and the run's name."""
     config = PipelineConfig.model_validate(document(workspace=str(root), **changes))
     context = Context(config, model)
-    ingested = Artifact("samples", samples, root / "samples", 12)
-    stages = run_artifacts(context, ingested, Artifact("queries", queries, root / "queries", 3))
+    stages = run_artifacts(context, ingested(root, samples), Artifact("queries", queries, root / "queries", 3))
     found = {name: stage.key for name, stage in stages.items() if name not in ("samples", "queries")}
     return {**found, "run": run_name(context, stages)}
 
@@ -94,14 +107,39 @@ def test_other_weights_of_an_encoder_are_other_features(tmp_path: Path) -> None:
     assert here in found, "where they lie does not matter"
 
 
+def test_encoders_of_the_model_are_keyed_by_its_files(tmp_path: Path) -> None:
+    found = []
+    for content in ("old", "new", "old"):
+        (tmp_path / "unet").mkdir(exist_ok=True)
+        (tmp_path / "unet" / "weights.safetensors").write_text(content)
+        features = {"space": "pixel", "centre": False}
+        sections = {"features": features, "candidates": {**NEAR, "space": "bottleneck"}, "curvature": {}}
+        found.append(keys(tmp_path, model__folder=str(tmp_path), **sections)["run"])
+    assert found[0] != found[1] and found[0] == found[2]
+
+
 def test_features_that_are_not_centred_keep_the_key_of_earlier_releases(tmp_path: Path) -> None:
-    samples = Artifact("samples", "s", tmp_path, 12)
+    samples = ingested(tmp_path)
     found = {}
     for centre in (True, False):
         features = {"space": "pixel+minilm_text", "centre": centre}
         config = PipelineConfig.model_validate(document(workspace=str(tmp_path), features=features))
         found[centre] = features_key(Context(config, "m"), samples)
     assert found[False] == input_key("pixel+minilm_text", "s") != found[True]
+
+
+def test_samples_of_several_captions_have_other_features_of_text_and_of_nothing_else(tmp_path: Path) -> None:
+    config = PipelineConfig.model_validate(document(features={"space": "pixel+minilm_text", "centre": False}))
+    context = Context(config.model_copy(update={"workspace": str(tmp_path)}), "m")
+    one, several = (feature_folders(context, ingested(tmp_path, captions=captions)) for captions in (1, 2))
+    assert {name: key for name, (_, key) in one.items()} == {
+        name: input_key("features", name, "s", table=tables.FEATURES) for name in ("pixel", "minilm_text")
+    }, "the keys of earlier releases"
+    assert one["pixel"] == several["pixel"] and one["minilm_text"] != several["minilm_text"]
+    spaces = [in_space(context, space=space) for space in ("pixel", "pixel+minilm_text")]
+    several_keys = [features_key(each, ingested(tmp_path, captions=2)) for each in spaces]
+    assert several_keys[0] == features_key(spaces[0], ingested(tmp_path)) == input_key("pixel", "s")
+    assert several_keys[1] != features_key(spaces[1], ingested(tmp_path)) == input_key("pixel+minilm_text", "s")
 
 
 def test_no_two_of_these_configurations_share_a_key(tmp_path: Path) -> None:
@@ -120,7 +158,7 @@ def every_key(root: Path) -> dict[str, str]:
         "candidates": NEAR,
     }
     found = keys(root, **sections)
-    samples = Artifact("samples", "s", root / "samples", 12)
+    samples = ingested(root)
     config = PipelineConfig.model_validate(document(workspace=str(root), **sections))
     folders = feature_folders(Context(config, "m"), samples)
     shard = ScoreRun("run-1", ["q"], [], []).shard_key(ScoreShard(0, 0, [0], np.arange(3)))
