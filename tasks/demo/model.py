@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
+from torch import Tensor
 
+from fastgda_core.diffusion.loss import Condition, concatenate
 from fastgda_core.diffusion.model import DiffusionModel, load_model
 from fastgda_core.diffusion.sampling import generate
-from fastgda_core.diffusion.training import DenoiserTraining, train_denoiser
+from fastgda_core.diffusion.training import CaptionedLatents, DenoiserTrainer, DenoiserTraining
 from storage_schemas.commit import write_atomically
 from tasks.config.inputs import QueriesConfig
 from tasks.demo.openmoji import write_model_folder
@@ -83,18 +85,20 @@ def train_denoiser_on(shards: Path, out: Path, training: DenoiserTraining, initi
     images = [read_image(sample.shard, sample.offset, sample.size) for sample in samples]
     latents = model.encode_images(images).cpu()
     with stage("caption embeddings", len(captions)) as advance:
-        text = []
+        rows = []
         for start in range(0, len(captions), 128):
-            embedded = model.encode_captions(captions[start : start + 128])
-            text.append(embedded["encoder_hidden_states"].cpu())
-            advance(len(text[-1]))
-    empty = model.encode_captions([""])["encoder_hidden_states"][0].cpu()
+            rows.append(_on_cpu(model.encode_captions(captions[start : start + 128])))
+            advance(min(128, len(captions) - start))
+    data = CaptionedLatents(latents, concatenate(rows), owner, _on_cpu(model.encode_captions([""])))
     denoiser = model.denoiser.float().requires_grad_(True)
+    trainer = DenoiserTrainer(denoiser, model.schedule, data, training)
     with stage("denoiser training", training.steps) as advance:
-        trained = train_denoiser(
-            denoiser, model.schedule, latents, torch.cat(text), owner, empty, training, lambda *_: advance(1)
-        )
+        trained = trainer.run(on_step=lambda *_: advance(1))
     save_assets(trained, out)
+
+
+def _on_cpu(condition: Condition) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in condition.items()}
 
 
 def write_sample_grid(assets: Path, queries: QueriesConfig) -> Path:
