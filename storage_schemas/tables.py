@@ -147,6 +147,20 @@ RANKS = Table(
     added=SCORES.added,
 )
 
+RETRAINED_LOSSES = Table(
+    "retrained_losses",
+    "the loss of a query at one draw of its noise, under a model that was trained again without some samples",
+    schema(
+        ("retraining", pa.string(), "recipe, removed samples and seed, hashed"),
+        ("query_id", pa.string(), "the query"),
+        ("draw", pa.int32(), "number of the (timestep, noise) pair, the same of all models"),
+        ("timestep", pa.int32(), "of the draw"),
+        ("loss", pa.float64(), "the model's training loss on the query there"),
+    ),
+    sorted_by=("query_id", "draw"),
+    dictionary=("retraining", "query_id"),
+)
+
 INDEX_IDS = Table(
     "index_ids",
     "the training sample behind a vector of an index",

@@ -26,7 +26,7 @@ class Workspace:
         *("samples", "latents", "features", "queries", "curvature", "updates", "base_losses", "candidates"),
         *("scores", "exact_checks", "teacher_checks", "ranks", "runs", "snapshots", "published", "leases"),
         *("heads", "indexes", "metrics", "studies", "reports", "finished", "quarantine", "parts"),
-        "sketches",
+        *("sketches", "retrainings"),
     )
     # Of kinds of parts that are older than `parts`, or are asked for by themselves.
     OWN_FOLDERS: ClassVar[Mapping[str, str]] = {
@@ -35,6 +35,7 @@ class Workspace:
         "unlearning steps": "updates",
         "base losses": "base_losses",
         "sketches": "sketches",
+        "retrainings": "retrainings",
     }
 
     @classmethod

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from fastgda_core.diffusion.loss import Condition, per_sample_loss, take
+from fastgda_core.diffusion.loss import Condition, concatenate, per_sample_loss, take
+from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.schedule import Schedule
 
+AT_ONCE = 128  # captions that are encoded together
 OnStep = Callable[[int, float, torch.nn.Module], None]
 
 
@@ -45,6 +47,21 @@ class CaptionedLatents:
     condition: Condition
     owner: Tensor
     empty: Condition
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: DiffusionModel, latents: Tensor, captions: Sequence[Sequence[str]]) -> Self:
+        """Return images, given as latents, (images, c, h, w), with the captions of each; all of it on the CPU."""
+        flat = [caption for several in captions for caption in several]
+        rows = [model.encode_captions(flat[start : start + AT_ONCE]) for start in range(0, len(flat), AT_ONCE)]
+        owner = torch.tensor([row for row, several in enumerate(captions) for _ in several])
+        return cls.on_cpu(latents, concatenate(rows), owner, model.encode_captions([""]))
+
+    @classmethod
+    def on_cpu(cls, latents: Tensor, condition: Condition, owner: Tensor, empty: Condition) -> Self:
+        """Return what is given, moved to the CPU."""
+        moved = [{name: tensor.cpu() for name, tensor in rows.items()} for rows in (condition, empty)]
+        return cls(latents.cpu(), moved[0], owner.cpu(), moved[1])
 
     def without(self, removed: Tensor) -> CaptionedLatents:
         """Return the same without some images, given by row, (r,)."""

@@ -13,6 +13,7 @@ from fastgda_core.errors import UsageError
 from tasks.config.distilling import EvaluationConfig, HeadConfig, StudyConfig
 from tasks.config.execution import ExecutionConfig
 from tasks.config.inputs import CandidatesConfig, DataConfig, FeaturesConfig, QueriesConfig, SplitConfig
+from tasks.config.judging import JudgeConfig
 from tasks.config.section import Section
 from tasks.config.teaching import (
     CurvatureConfig,
@@ -46,6 +47,9 @@ class PipelineConfig(Section):
     exact_check: ExactCheckConfig | None = Field(default=None, description="audit the first-order scores")
     self_consistency: SelfConsistencyConfig | None = Field(
         default=SelfConsistencyConfig(), description="score some pairs under other noise: does the teacher agree?"
+    )
+    judge: JudgeConfig | None = Field(
+        default=None, description="hold the teacher against models that `fastgda judge` trains again"
     )
     head: HeadConfig = HeadConfig()
     evaluation: EvaluationConfig

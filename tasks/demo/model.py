@@ -10,9 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
-from torch import Tensor
 
-from fastgda_core.diffusion.loss import Condition, concatenate
 from fastgda_core.diffusion.model import DiffusionModel, load_model
 from fastgda_core.diffusion.sampling import generate
 from fastgda_core.diffusion.training import CaptionedLatents, DenoiserTrainer, DenoiserTraining
@@ -80,25 +78,13 @@ def train_denoiser_on(shards: Path, out: Path, training: DenoiserTraining, initi
     save_assets(unet, out)
     model = _model_from_assets(out, device)
     samples, _ = scan(find_shards(str(shards / "*.tar"), "shards"), lambda: None)
-    captions = [caption for sample in samples for caption in sample.captions]
-    owner = torch.tensor([row for row, sample in enumerate(samples) for _ in sample.captions])
     images = [read_image(sample.shard, sample.offset, sample.size) for sample in samples]
-    latents = model.encode_images(images).cpu()
-    with stage("caption embeddings", len(captions)) as advance:
-        rows = []
-        for start in range(0, len(captions), 128):
-            rows.append(_on_cpu(model.encode_captions(captions[start : start + 128])))
-            advance(min(128, len(captions) - start))
-    data = CaptionedLatents(latents, concatenate(rows), owner, _on_cpu(model.encode_captions([""])))
+    data = CaptionedLatents.of(model, model.encode_images(images), [sample.captions for sample in samples])
     denoiser = model.denoiser.float().requires_grad_(True)
     trainer = DenoiserTrainer(denoiser, model.schedule, data, training)
     with stage("denoiser training", training.steps) as advance:
         trained = trainer.run(on_step=lambda *_: advance(1))
     save_assets(trained, out)
-
-
-def _on_cpu(condition: Condition) -> dict[str, Tensor]:
-    return {name: tensor.cpu() for name, tensor in condition.items()}
 
 
 def write_sample_grid(assets: Path, queries: QueriesConfig) -> Path:

@@ -11,13 +11,19 @@ from tasks.context import Context
 from tasks.inputs.candidates import candidate_space
 from tasks.inputs.features import feature_folders, features_key
 from tasks.teaching.families import family_of
+from tasks.teaching.latents import latents_of
+from tasks.teaching.retrainings import RetrainingParts, retrainings_of
 from tasks.teaching.run import Run
 
 
 def run_artifacts(context: Context, samples: Artifact, queries: Artifact) -> dict[str, Artifact]:
-    """Return the artifacts that lead to scores, by name; keys follow from the inputs, also before they are made."""
+    """Return the artifacts that lead to scores, and the judge's; keys follow from the inputs, also before."""
     made = family_of(context.config).artifacts(context, samples, queries)
-    return {artifact.name: artifact for artifact in (samples, queries, *made)}
+    artifacts = {artifact.name: artifact for artifact in (samples, queries, *made)}
+    if context.config.judge is not None:
+        latents = artifacts.setdefault("latents", latents_of(context, samples))
+        artifacts[RetrainingParts.kind] = retrainings_of(context, context.config.judge, latents, queries)
+    return artifacts
 
 
 def run_name(context: Context, artifacts: dict[str, Artifact]) -> str:
