@@ -17,12 +17,13 @@ from tasks.execution.coordinator import begin_run
 from tasks.inputs.features import extract_features
 from tasks.judging.head import measure_head
 from tasks.judging.kept_checks import publish_checks, read_checks
+from tasks.judging.left_out import plan_removals
 from tasks.judging.retrained import check_by_retraining
 from tasks.judging.sketches import check_sketches
 from tasks.judging.teacher import check_against_exact, check_self_consistency, measure_low_rank
 from tasks.reporting.announcements import announce_metrics, announce_trust
 from tasks.serving.promotion import Evaluation, promote
-from tasks.teaching.retrainings import RetrainingParts
+from tasks.teaching.retrainings import RemovalParts, RetrainingParts
 from tasks.teaching.run import Run
 
 
@@ -48,6 +49,9 @@ def judge_run(run: Run) -> list[Made]:
     if config.judge is not None:
         with begin_run(run) as coordinator:
             retrained.append(coordinator.make(RetrainingParts.kind))
+            if config.judge.leave_out is not None:
+                plan_removals(run, ranks)
+                retrained.append(coordinator.make(RemovalParts.kind))
         checks.append(check_by_retraining(run, ranks))
     publish_checks(run, [check.artifact for check in checks])
     announce_trust(run)

@@ -161,6 +161,17 @@ RETRAINED_LOSSES = Table(
     dictionary=("retraining", "query_id"),
 )
 
+REMOVALS = Table(
+    "removals",
+    "the samples that a method named for some queries, and a model is trained again without",
+    schema(
+        ("method", pa.string(), "teacher, untuned, captions alone, random"),
+        ("k", pa.int32(), "first samples of each target"),
+        ("targets", TEXTS, "the queries that they were named for"),
+        ("removed", pa.list_(pa.field("element", pa.int64(), nullable=False)), "train_ids, ascending"),
+    ),
+)
+
 INDEX_IDS = Table(
     "index_ids",
     "the training sample behind a vector of an index",

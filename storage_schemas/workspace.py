@@ -35,7 +35,6 @@ class Workspace:
         "unlearning steps": "updates",
         "base losses": "base_losses",
         "sketches": "sketches",
-        "retrainings": "retrainings",
     }
 
     @classmethod
@@ -155,6 +154,14 @@ class Workspace:
     def lake_marker(self, run: str) -> AnyPath:
         """A marker that is there while the run's shards are registered in a lake, which reads them where they lie."""
         return self.runs / run / "in_lake"
+
+    def retrainings(self, key: str) -> AnyPath:
+        """Folder of the models that were trained again by one recipe: a file of losses each."""
+        return self.root / "retrainings" / key
+
+    def removals(self, run: str) -> AnyPath:
+        """What methods named for some queries, and models are trained again without."""
+        return self.runs / run / "removals.parquet"
 
     def snapshot(self, snapshot: str) -> AnyPath:
         return self.root / "snapshots" / f"{snapshot}.json"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,22 @@ class RetrainConfig(Section):
         return DenoiserTraining(**self.model_dump(exclude={"continued"}), seed=seed)
 
 
+METHODS = 4  # whose images are removed: teacher, untuned features, captions alone, chance
+
+
+class LeaveOutConfig(Section):
+    k: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[40], min_length=1, description="most influential samples of each target that are removed, all at once"
+    )
+    targets: int = Field(default=6, ge=1, description="test queries whose samples are removed; the others are controls")
+    seeds: int = Field(default=1, ge=1, description="trainings of each removal, and as many with nothing removed")
+
+    @property
+    def models(self) -> int:
+        """How many models are trained, at most."""
+        return self.seeds * (1 + METHODS * len(self.k))
+
+
 class JudgeConfig(Section):
     retrain: RetrainConfig
     subsets: int = Field(default=32, ge=3, description="models, each trained on a random subset of the samples")
@@ -41,6 +57,9 @@ class JudgeConfig(Section):
         default=128, ge=1, description="(timestep, noise) pairs of a query's loss, the same of all models"
     )
     seed: int = Field(default=0, ge=0, description="of the subsets, the trainings and the losses")
+    leave_out: LeaveOutConfig | None = Field(
+        default=None, description="train without what the teacher, and cheaper methods, name for some test queries"
+    )
 
     @model_validator(mode="after")
     def _again_are_subsets(self) -> Self:

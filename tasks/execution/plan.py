@@ -12,18 +12,14 @@ from tasks.inputs.candidates import candidate_space
 from tasks.inputs.features import feature_folders, features_key
 from tasks.teaching.families import family_of
 from tasks.teaching.latents import latents_of
-from tasks.teaching.retrainings import RetrainingParts, retrainings_of
+from tasks.teaching.retrainings import judged_by
 from tasks.teaching.run import Run
 
 
 def run_artifacts(context: Context, samples: Artifact, queries: Artifact) -> dict[str, Artifact]:
-    """Return the artifacts that lead to scores, and the judge's; keys follow from the inputs, also before."""
+    """Return the artifacts that lead to scores, by name; keys follow from the inputs, also before they are made."""
     made = family_of(context.config).artifacts(context, samples, queries)
-    artifacts = {artifact.name: artifact for artifact in (samples, queries, *made)}
-    if context.config.judge is not None:
-        latents = artifacts.setdefault("latents", latents_of(context, samples))
-        artifacts[RetrainingParts.kind] = retrainings_of(context, context.config.judge, latents, queries)
-    return artifacts
+    return {artifact.name: artifact for artifact in (samples, queries, *made)}
 
 
 def run_name(context: Context, artifacts: dict[str, Artifact]) -> str:
@@ -46,4 +42,8 @@ def planned_run(context: Context, artifacts: dict[str, Artifact], candidates: Ar
         for encoder, (folder, key) in feature_folders(space, artifacts["samples"]).items()
     }
     scores = Artifact("scores", name, context.workspace.scores(name), candidates.rows)
-    return Run(context, {**artifacts, **features, "candidates": candidates, "scores": scores}, planned)
+    found = {**artifacts, **features, "candidates": candidates, "scores": scores}
+    if (judge := context.config.judge) is not None:
+        latents = found.setdefault("latents", latents_of(context, artifacts["samples"]))
+        found |= judged_by(context, judge, latents, artifacts["queries"], name)
+    return Run(context, found, planned)

@@ -8,25 +8,23 @@ import pyarrow as pa
 import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from torch import Tensor
-from torch.nn import functional as F
 
 from fastgda_core.evaluation.lds import Lds, difference, linear_datamodelling, reliability
-from fastgda_core.features import text_space
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table, input_key
 from storage_schemas.tables import PSEUDO, TWIN
 from tasks.artifact import Artifact, Made, once
-from tasks.distilling.ranks import candidate_scores
-from tasks.inputs.features import extract_features, features_key, in_space, load_features
+from tasks.inputs.features import features_key
 from tasks.inputs.queries import load_queries
 from tasks.judging.head import CAPTIONS
+from tasks.judging.left_out import leave_out_rows
+from tasks.judging.methods import method_scores
 from tasks.judging.metric_rows import metric_row, metric_rows
 from tasks.teaching.retrainings import RetrainingParts
 from tasks.teaching.run import Run
 from tasks.watching.trust import TEACHER
 
-LDS, CEILING, RANDOM, UNTUNED = "lds", "retraining again", "random", "untuned"
+LDS, CEILING = "lds", "retraining again"
 OVER_MODELS, LOW, HIGH, AHEAD = "lds error over models", "lds low", "lds high", "lds ahead of captions"
 SPLITS = ("validation", "test", TWIN, PSEUDO)
 
@@ -36,7 +34,7 @@ def check_by_retraining(run: Run, ranks: Artifact) -> Made:
     """Measure whether the teacher's scores, and cheap rankings beside them, predict what retraining did.
 
     A method is asked on the queries of each split, and on those of the twin test. The ceiling is what the losses of the
-    same subsets from another seed allow.
+    same subsets from another seed allow. Where models were trained without what methods named, these are compared, too.
     """
     pool = run.artifacts[RetrainingParts.kind]
     judge, features = run.config.judge, features_key(run.context, run.artifacts["samples"])
@@ -66,7 +64,7 @@ def _rows(run: Run, ranks: Artifact) -> list[dict[str, object]]:
         if not chosen:
             continue
         names = [queries[number].query_id for number in chosen]
-        methods = _methods(run, ranks, chosen, names)
+        methods = method_scores(run, ranks, chosen)
         judged = {name: linear_datamodelling(kept, scores, of_subsets[:, chosen]) for name, scores in methods.items()}
         rows += _lds_rows(judged, names, split)
         if CAPTIONS in methods:
@@ -76,6 +74,8 @@ def _rows(run: Run, ranks: Artifact) -> list[dict[str, object]]:
             twice = torch.stack([losses[each] for each in again])[:, chosen]
             once_ = of_subsets[: len(again)][:, chosen]
             rows.append(metric_row(LDS, CEILING, reliability(once_, twice), split=split))
+    if config.leave_out is not None:
+        rows += leave_out_rows(run)
     return rows
 
 
@@ -101,25 +101,3 @@ def _summary(metric: str, name: str, found: Lds, split: str) -> list[dict[str, o
         metric_row(metric, name, found.by_query, split=split),
         *(metric_row(each, name, value, split=split) | count for each, value in alone.items()),
     ]
-
-
-def _methods(run: Run, ranks: Artifact, chosen: list[int], names: list[str]) -> dict[str, Tensor]:
-    """Return scores of all samples by method, (queries, samples) float64; of samples that a method left out, 0."""
-    context, samples, queries = run.context, run.artifacts["samples"], run.artifacts["queries"]
-    labels = candidate_scores(run.workspace, ranks, names)
-    teacher = torch.zeros(len(names), samples.rows, dtype=torch.float64)
-    for row, (train_ids, scores, known) in enumerate(zip(labels.train_ids, labels.scores, labels.known, strict=True)):
-        teacher[row, train_ids[known].long()] = scores[known].double()
-    found = {TEACHER: teacher}
-    spaces = {UNTUNED: context}
-    words = text_space(context.config.features.space)
-    if words and words != context.config.features.space:
-        spaces[CAPTIONS] = in_space(context, space=words)
-    for name, space in spaces.items():
-        for items in (samples, queries):
-            extract_features.fn(space, items)
-        phi = [F.normalize(load_features(space, items, samples).double(), dim=1) for items in (queries, samples)]
-        found[name] = phi[0][chosen] @ phi[1].T
-    draw = torch.Generator().manual_seed(run.config.judge.seed if run.config.judge else 0)
-    found[RANDOM] = torch.randn(teacher.shape, generator=draw, dtype=torch.float64)
-    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from tasks.teaching.latents import load_block, unreadable_samples
 from tasks.teaching.parts import Parts
 
 STATE_SECONDS = 60.0  # between two states from which a training goes on
+REMOVAL_PLAN = "removal plan"
 TRAINING_FORWARDS = 3.0  # one forward and backward to all weights, in forwards
 
 
@@ -35,17 +37,20 @@ TRAINING_FORWARDS = 3.0  # one forward and backward to all weights, in forwards
 class Retraining:
     """A model that is trained again.
 
-    subset: number of the random subset that it is trained on; None: on all samples. seed: of weights and draws.
+    seed: of weights and draws; subset: number of the random subset that it is trained on; else on all but `removed`.
     """
 
-    subset: int | None
     seed: int
+    subset: int | None = None
+    removed: tuple[int, ...] = ()
 
     def kept(self, config: JudgeConfig, samples: int) -> Tensor:
         """Return which samples it is trained on, (samples,) bool."""
-        if self.subset is None:
-            return torch.ones(samples, dtype=torch.bool)
-        return random_subset(samples, self.subset, seed=config.seed, share=config.share)
+        if self.subset is not None:
+            return random_subset(samples, self.subset, seed=config.seed, share=config.share)
+        kept = torch.ones(samples, dtype=torch.bool)
+        kept[list(self.removed)] = False
+        return kept
 
     def id(self, config: JudgeConfig, samples: int) -> str:
         """Return a hash of the removed samples and the seed: who asks for the same gets the same."""
@@ -56,33 +61,65 @@ class Retraining:
 def pool_of(config: JudgeConfig) -> list[Retraining]:
     """Return the models of a pool: of all samples, of each subset, and of some of them from another seed."""
     first, second = config.seed, config.seed + 1
-    subsets = [Retraining(number, first) for number in range(config.subsets)]
-    return [Retraining(None, first), *subsets, *(Retraining(number, second) for number in range(config.again))]
+    subsets = [Retraining(first, number) for number in range(config.subsets)]
+    return [Retraining(first), *subsets, *(Retraining(second, number) for number in range(config.again))]
 
 
-def retrainings_of(context: Context, config: JudgeConfig, latents: Artifact, queries: Artifact) -> Artifact:
-    """Return the artifact of the judge's pool, which need not be made yet.
+def removals_of(config: JudgeConfig, plan: pa.Table) -> list[Retraining]:
+    """Return the models that are trained without what methods named: of each seed one without nothing, then these."""
+    assert config.leave_out is not None
+    seeds = range(config.seed, config.seed + config.leave_out.seeds)
+    named = [tuple(removed) for removed in plan["removed"].to_pylist()]
+    return [Retraining(seed, removed=removed) for seed in seeds for removed in ((), *named)]
 
-    Its key is the recipe's, and what models are taught and asked: pools that differ in size share their models.
+
+def judged_by(
+    context: Context, config: JudgeConfig, latents: Artifact, queries: Artifact, run: str
+) -> dict[str, Artifact]:
+    """Return the artifacts of the judge by kind, which need not be made yet.
+
+    Their key is the recipe's, and what models are taught and asked: whoever asks for the same model gets it.
     """
     begun_with = context.model_hash if config.retrain.continued else "fresh"
-    recipe = config.model_dump(mode="json", exclude={"subsets", "share", "again"})
+    recipe = config.model_dump(mode="json", include={"retrain", "draws", "seed"})
     key = input_key("retrainings", latents.key, queries.key, begun_with, recipe, table=tables.RETRAINED_LOSSES)
-    return RetrainingParts.together(context.workspace, key, len(pool_of(config)) * queries.rows * config.draws)
+    rows, folder = queries.rows * config.draws, context.workspace.retrainings(key)
+    found = [Artifact(RetrainingParts.kind, key, folder, len(pool_of(config)) * rows)]
+    if config.leave_out is not None:
+        found.append(Artifact(RemovalParts.kind, key, folder, config.leave_out.models * rows))
+        found.append(Artifact(REMOVAL_PLAN, run, context.workspace.removals(run), 0))
+    return {artifact.name: artifact for artifact in found}
 
 
-class RetrainingParts(Parts):
-    """The judge's pool, a part a model: its losses on every query."""
+class TrainedAgain(Parts):
+    """Models that are trained again, a part each: its losses on every query."""
 
-    kind, title = "retrainings", "models trained again"
     after_scores = when_judged = True
 
-    def __init__(self, context: Context, latents: Artifact, queries: Artifact, pool: Artifact) -> None:
+    def __init__(self, context: Context, latents: Artifact, queries: Artifact, models: Artifact) -> None:
         assert context.config.judge is not None
-        self.context, self.latents, self.queries, self.artifact = context, latents, queries, pool
+        self.context, self.latents, self.queries, self.artifact = context, latents, queries, models
         self.config = context.config.judge
-        self.pool = pool_of(self.config)
-        self.ids = [each.id(self.config, latents.rows) for each in self.pool]
+        self._known: dict[str, Retraining] = {}
+
+    @property
+    def _by_id(self) -> dict[str, Retraining]:
+        if not self._known:  # what is removed is known when the scores are
+            self._known = {each.id(self.config, self.latents.rows): each for each in self._pool()}
+        return self._known
+
+    @property
+    def pool(self) -> list[Retraining]:
+        """The models, in order, each once."""
+        return list(self._by_id.values())
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self._by_id)
+
+    @abstractmethod
+    def _pool(self) -> list[Retraining]:
+        """Return the models; none as long as they are not known."""
 
     @property
     def count(self) -> int:
@@ -98,7 +135,7 @@ class RetrainingParts(Parts):
         """Train one model, from its last state where one was kept, and commit its losses."""
         started, path = time.monotonic(), self.path(number)
         kept, retraining = self.pool[number].kept(self.config, self.latents.rows), self.pool[number]
-        model, data = self.context.model(), self._data()
+        model, data = self.context.model(), self.data()
         denoiser = to_train(model, seed=retraining.seed, continued=self.config.retrain.continued)
         training = self.config.retrain.training(retraining.seed)
         trainer = DenoiserTrainer(denoiser, model.schedule, data.without((~kept).nonzero().flatten()), training)
@@ -121,7 +158,7 @@ class RetrainingParts(Parts):
         remove(state)
         return made
 
-    def _data(self) -> CaptionedLatents:
+    def data(self) -> CaptionedLatents:
         """All readable samples, on the CPU; loaded once a process."""
 
         def load() -> CaptionedLatents:
@@ -155,6 +192,10 @@ class RetrainingParts(Parts):
                 loss=losses.numpy(),
             ).to_batches()
 
+    def losses_of(self, retraining: Retraining) -> Tensor:
+        """Read the losses of one of the models; see `losses`."""
+        return self.losses(self.ids.index(retraining.id(self.config, self.latents.rows)))
+
     def losses(self, number: int) -> Tensor:
         """Read the losses of one model, (draws, queries) float64, in the order of the query set."""
         table = tables.read(self.path(number), tables.RETRAINED_LOSSES)
@@ -166,9 +207,35 @@ class RetrainingParts(Parts):
         return found
 
 
+class RetrainingParts(TrainedAgain):
+    """The judge's pool of random subsets."""
+
+    kind, title = "retrainings", "models trained again"
+
+    def _pool(self) -> list[Retraining]:
+        return pool_of(self.config)
+
+
+class RemovalParts(TrainedAgain):
+    """Models without the samples that methods named for some queries, by the run's plan of removals."""
+
+    kind, title = "removals", "models without what was named"
+
+    def __init__(
+        self, context: Context, latents: Artifact, queries: Artifact, models: Artifact, plan: Artifact
+    ) -> None:
+        super().__init__(context, latents, queries, models)
+        self.plan = plan
+
+    def _pool(self) -> list[Retraining]:
+        if not is_there(self.plan.path):
+            return []
+        return removals_of(self.config, tables.read(self.plan.path, tables.REMOVALS))
+
+
 def retraining_cost(config: JudgeConfig, size: Size) -> KindCost:
-    """Return what a judge's pool takes, in forward passes."""
-    models = len(pool_of(config))
+    """Return what a judge's models take, in forward passes."""
+    models = len(pool_of(config)) + (config.leave_out.models if config.leave_out else 0)
     each = config.retrain.steps * config.retrain.batch_size * TRAINING_FORWARDS + size.queries * config.draws
     return KindCost(RetrainingParts.kind, models, models * size.queries * config.draws, models * each)
 

@@ -15,7 +15,7 @@ from tasks.context import Context
 from tasks.teaching.families import family_of
 from tasks.teaching.latents import LatentParts
 from tasks.teaching.parts import Parts
-from tasks.teaching.retrainings import RetrainingParts
+from tasks.teaching.retrainings import REMOVAL_PLAN, RemovalParts, RetrainingParts
 from tasks.teaching.score_plan import ScoreRun
 from tasks.teaching.scores import ScoreParts
 
@@ -51,8 +51,11 @@ class Run:
             samples, latents = self.artifacts["samples"], self.artifacts["latents"]
             if all(parts.kind != LatentParts.kind for parts in made):  # of a teacher that needs none
                 made.insert(0, LatentParts(self.context, samples, latents))
-            queries, pool = self.artifacts["queries"], self.artifacts[RetrainingParts.kind]
-            made.append(RetrainingParts(self.context, latents, queries, pool))
+            queries = self.artifacts["queries"]
+            made.append(RetrainingParts(self.context, latents, queries, self.artifacts[RetrainingParts.kind]))
+            if RemovalParts.kind in self.artifacts:
+                models, plan = self.artifacts[RemovalParts.kind], self.artifacts[REMOVAL_PLAN]
+                made.append(RemovalParts(self.context, latents, queries, models, plan))
         return {parts.kind: parts for parts in sorted(made, key=lambda parts: parts.after_scores)}
 
     @functools.cached_property

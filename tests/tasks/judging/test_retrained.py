@@ -15,11 +15,13 @@ from storage_schemas import tables
 from storage_schemas.commit import committed
 from storage_schemas.snapshots.snapshots import read_influence
 from storage_schemas.tables import PSEUDO
-from tasks.inputs.queries import load_queries
+from tasks.inputs.queries import Query, load_queries
 from tasks.judging.kept_checks import read_checks
-from tasks.judging.retrained import CEILING, LDS, OVER_MODELS, RANDOM, UNTUNED, check_by_retraining
+from tasks.judging.left_out import CHANGE, OF_CONTROLS, SEPARATION
+from tasks.judging.methods import RANDOM, UNTUNED
+from tasks.judging.retrained import CEILING, LDS, OVER_MODELS, check_by_retraining
 from tasks.teaching import retrainings
-from tasks.teaching.retrainings import Retraining, RetrainingParts
+from tasks.teaching.retrainings import RemovalParts, Retraining, RetrainingParts, judged_by
 from tasks.watching.trust import TEACHER
 from tests.tasks.whole_runs import SAMPLES, WholeRun
 
@@ -29,6 +31,15 @@ def parts(unlearned: WholeRun) -> RetrainingParts:
     found = unlearned.run.parts[RetrainingParts.kind]
     assert isinstance(found, RetrainingParts)
     return found
+
+
+def check_rows(run: WholeRun) -> list[dict]:
+    (check,) = (each for each in read_checks(run.workspace, run.run.name) if each.name == "retraining check")
+    return tables.read(check.path, tables.METRICS).to_pylist()
+
+
+def of_test_split(run: WholeRun) -> list[Query]:
+    return [query for query in load_queries(run.run.artifacts["queries"]) if query.split == "test"]
 
 
 def elsewhere(parts: RetrainingParts, folder: Path) -> RetrainingParts:
@@ -51,11 +62,11 @@ def test_a_pool_is_halves_some_of_them_twice_and_a_model_of_all(parts: Retrainin
 def test_a_larger_pool_trains_only_what_it_lacks(parts: RetrainingParts) -> None:
     larger = parts.config.model_copy(update={"subsets": 6, "again": 4})
     context = replace(parts.context, config=parts.context.config.model_copy(update={"judge": larger}))
-    pool = retrainings.retrainings_of(context, larger, parts.latents, parts.queries)
+    pool = judged_by(context, larger, parts.latents, parts.queries, "run")[RetrainingParts.kind]
     more = RetrainingParts(context, parts.latents, parts.queries, pool)
     assert pool.path == parts.artifact.path
     wanted = [more.pool[number] for number in more.missing()]
-    assert wanted == [Retraining(4, 0), Retraining(5, 0), Retraining(3, 1)]
+    assert wanted == [Retraining(0, 4), Retraining(0, 5), Retraining(1, 3)]
 
 
 def test_a_model_is_trained_again_bit_for_bit(parts: RetrainingParts, tmp_path: Path) -> None:
@@ -118,6 +129,29 @@ def test_the_figures_are_those_of_scipy(unlearned: WholeRun, parts: RetrainingPa
     assert check_by_retraining.fn(unlearned.run, unlearned.curation.ranks).reused
 
 
+def test_what_the_teacher_names_is_removed_and_its_queries_losses_are_compared(unlearned: WholeRun) -> None:
+    parts = unlearned.run.parts[RemovalParts.kind]
+    assert isinstance(parts, RemovalParts) and not parts.missing()
+    plan = {row["method"]: row for row in tables.read(parts.plan.path, tables.REMOVALS).to_pylist()}
+    (target,) = plan[TEACHER]["targets"]
+    scored = read_influence(unlearned.workspace, unlearned.curation.ranks.key, [target]).to_pylist()
+    best = sorted(scored, key=lambda row: -row["score"])[:3]
+    assert plan[TEACHER]["removed"] == sorted(row["train_id"] for row in best)
+    assert len(plan[RANDOM]["removed"]) == 3
+    names = [query.query_id for query in load_queries(unlearned.run.artifacts["queries"])]
+    before, after = (
+        parts.losses_of(Retraining(0, removed=removed)).mean(0) for removed in ((), tuple(plan[TEACHER]["removed"]))
+    )
+    changes = dict(zip(names, ((after - before) / before).tolist(), strict=True))
+    (control,) = (
+        name for name in names if name != target and name in {query.query_id for query in of_test_split(unlearned)}
+    )
+    rows = {(row["metric"], row["space"]): row for row in check_rows(unlearned) if row["cutoff"] == 3}
+    assert rows[CHANGE, TEACHER]["value"] == pytest.approx(changes[target])
+    assert rows[OF_CONTROLS, TEACHER]["value"] == pytest.approx(changes[control])
+    assert rows[SEPARATION, TEACHER]["value"] == float(changes[target] > changes[control])
+
+
 def test_retraining_is_no_part_of_curating(unlearned: WholeRun) -> None:
     names = [made.artifact.name for made in unlearned.curation.made]
     assert RetrainingParts.title not in names
@@ -126,6 +160,6 @@ def test_retraining_is_no_part_of_curating(unlearned: WholeRun) -> None:
 
 def test_weights_of_another_training_are_not_taken_for_these(parts: RetrainingParts) -> None:
     longer = parts.config.model_copy(update={"retrain": parts.config.retrain.model_copy(update={"steps": 4})})
-    key = retrainings.retrainings_of(parts.context, longer, parts.latents, parts.queries).key
+    key = judged_by(parts.context, longer, parts.latents, parts.queries, "run")[RetrainingParts.kind].key
     assert key != parts.artifact.key
     assert committed(parts.path(0), key) is None
