@@ -147,6 +147,21 @@ RANKS = Table(
     added=SCORES.added,
 )
 
+RETRAININGS = Table(
+    "retrainings",
+    "a model that was trained again without some samples, and why without these",
+    schema(
+        ("retraining", pa.string(), "recipe, removed samples and seed, hashed"),
+        ("recipe", pa.string(), "how it was trained, on what, and what it was asked: a hash"),
+        ("seed", pa.int64(), "of its weights and draws"),
+        ("method", pa.string(), "that named what is removed; subset: drawn at random; empty: nothing is removed"),
+        ("k", pa.int32(), "first samples of each target that are removed; 0 of subsets"),
+        ("samples_left", pa.int64(), "how many it was trained on"),
+        ("removed", pa.list_(pa.field("element", pa.int64(), nullable=False)), "train_ids, ascending"),
+    ),
+    dictionary=("recipe", "method"),
+)
+
 RETRAINED_LOSSES = Table(
     "retrained_losses",
     "the loss of a query at one draw of its noise, under a model that was trained again without some samples",

@@ -159,6 +159,10 @@ class Workspace:
         """Folder of the models that were trained again by one recipe: a file of losses each."""
         return self.root / "retrainings" / key
 
+    def retraining_list(self, run: str) -> AnyPath:
+        """The models by which a run was judged, with what each was trained without."""
+        return self.runs / run / "retrainings.parquet"
+
     def removals(self, run: str) -> AnyPath:
         """What methods named for some queries, and models are trained again without."""
         return self.runs / run / "removals.parquet"
@@ -206,6 +210,11 @@ class Workspace:
     @property
     def catalog(self) -> AnyPath:
         return self.root / "catalog.duckdb"
+
+
+def retrained(folder: AnyPath, retraining: str) -> AnyPath:
+    """Return the path of one model's losses on all queries, in the folder of its recipe."""
+    return folder / f"{retraining}.parquet"
 
 
 def part(folder: AnyPath, number: int, suffix: str = "parquet") -> AnyPath:

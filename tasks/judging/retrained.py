@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 import torch
@@ -20,7 +20,7 @@ from tasks.judging.head import CAPTIONS
 from tasks.judging.left_out import leave_out_rows
 from tasks.judging.methods import method_scores
 from tasks.judging.metric_rows import metric_row, metric_rows
-from tasks.teaching.retrainings import RetrainingParts
+from tasks.teaching.retrainings import RemovalParts, RetrainingParts, TrainedAgain
 from tasks.teaching.run import Run
 from tasks.watching.trust import TEACHER
 
@@ -41,11 +41,35 @@ def check_by_retraining(run: Run, ranks: Artifact) -> Made:
     key = input_key("retraining check", ranks.key, pool.key, judge, features, table=tables.METRICS)
     path = run.workspace.teacher_check(key)
 
+    listed = run.workspace.retraining_list(run.name)
+
     def make(started: float) -> Manifest:
+        models = pa.Table.from_pylist(list(_models(run)), schema=tables.RETRAININGS.schema)
+        commit_table(listed, models, tables.RETRAININGS, key=key, started=started)
         table = pa.Table.from_pylist(_rows(run, ranks), schema=tables.METRICS.schema)
         return commit_table(path, table, tables.METRICS, key=key, started=started)
 
-    return once(Artifact("retraining check", key, path, 0), path, make)
+    return once(Artifact("retraining check", key, path, 0), path, make, beside=[listed])
+
+
+def _models(run: Run) -> Iterator[dict[str, object]]:
+    """Yield a row of `retrainings` for each model; of what several methods named alike, one for each."""
+    for kind in (RetrainingParts.kind, RemovalParts.kind):
+        if kind not in run.parts:
+            continue
+        parts = run.parts[kind]
+        assert isinstance(parts, TrainedAgain)
+        for each, (method, k) in parts.reasons():
+            kept = each.kept(parts.config, parts.latents.rows)
+            yield {
+                "retraining": each.id(parts.config, parts.latents.rows),
+                "recipe": parts.artifact.key,
+                "seed": each.seed,
+                "method": method,
+                "k": k,
+                "samples_left": int(kept.sum()),
+                "removed": (~kept).nonzero().flatten().tolist(),
+            }
 
 
 def _rows(run: Run, ranks: Artifact) -> list[dict[str, object]]:

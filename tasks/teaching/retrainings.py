@@ -20,6 +20,7 @@ from fastgda_core.interruption import checkpoint
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table, input_key, write_atomically
 from storage_schemas.files import AnyPath, is_there, read_whole, remove
+from storage_schemas.workspace import retrained
 from tasks.artifact import Artifact
 from tasks.config.judging import JudgeConfig
 from tasks.context import Context
@@ -63,14 +64,6 @@ def pool_of(config: JudgeConfig) -> list[Retraining]:
     first, second = config.seed, config.seed + 1
     subsets = [Retraining(first, number) for number in range(config.subsets)]
     return [Retraining(first), *subsets, *(Retraining(second, number) for number in range(config.again))]
-
-
-def removals_of(config: JudgeConfig, plan: pa.Table) -> list[Retraining]:
-    """Return the models that are trained without what methods named: of each seed one without nothing, then these."""
-    assert config.leave_out is not None
-    seeds = range(config.seed, config.seed + config.leave_out.seeds)
-    named = [tuple(removed) for removed in plan["removed"].to_pylist()]
-    return [Retraining(seed, removed=removed) for seed in seeds for removed in ((), *named)]
 
 
 def judged_by(
@@ -121,12 +114,16 @@ class TrainedAgain(Parts):
     def _pool(self) -> list[Retraining]:
         """Return the models; none as long as they are not known."""
 
+    @abstractmethod
+    def reasons(self) -> list[tuple[Retraining, tuple[str, int]]]:
+        """Return the models, each with the method that named what is removed, and its k."""
+
     @property
     def count(self) -> int:
         return len(self.pool)
 
     def path(self, number: int) -> AnyPath:
-        return self.artifact.path / f"{self.ids[number]}.parquet"
+        return retrained(self.artifact.path, self.ids[number])
 
     def rows(self, number: int) -> int:
         return self.queries.rows * self.config.draws
@@ -215,6 +212,9 @@ class RetrainingParts(TrainedAgain):
     def _pool(self) -> list[Retraining]:
         return pool_of(self.config)
 
+    def reasons(self) -> list[tuple[Retraining, tuple[str, int]]]:
+        return [(each, ("" if each.subset is None else "subset", 0)) for each in self.pool]
+
 
 class RemovalParts(TrainedAgain):
     """Models without the samples that methods named for some queries, by the run's plan of removals."""
@@ -228,9 +228,18 @@ class RemovalParts(TrainedAgain):
         self.plan = plan
 
     def _pool(self) -> list[Retraining]:
+        return [each for each, _ in self.reasons()]
+
+    def reasons(self) -> list[tuple[Retraining, tuple[str, int]]]:
         if not is_there(self.plan.path):
             return []
-        return removals_of(self.config, tables.read(self.plan.path, tables.REMOVALS))
+        assert self.config.leave_out is not None
+        plan = tables.read(self.plan.path, tables.REMOVALS).to_pylist()
+        found: list[tuple[Retraining, tuple[str, int]]] = []
+        for seed in range(self.config.seed, self.config.seed + self.config.leave_out.seeds):
+            found.append((Retraining(seed), ("", 0)))
+            found += [(Retraining(seed, removed=tuple(row["removed"])), (row["method"], row["k"])) for row in plan]
+        return found
 
 
 def retraining_cost(config: JudgeConfig, size: Size) -> KindCost:

@@ -14,6 +14,7 @@ from fastgda_core.errors import Stopped
 from storage_schemas import tables
 from storage_schemas.commit import committed
 from storage_schemas.snapshots.snapshots import read_influence
+from storage_schemas.sql.views import query
 from storage_schemas.tables import PSEUDO
 from tasks.inputs.queries import Query, load_queries
 from tasks.judging.kept_checks import read_checks
@@ -114,13 +115,13 @@ def test_the_figures_are_those_of_scipy(unlearned: WholeRun, parts: RetrainingPa
     scored = read_influence(unlearned.workspace, unlearned.curation.ranks.key, [query.query_id for query in queries])
     for split in ("test", PSEUDO):
         expected = []
-        for number, query in enumerate(queries):
-            if query.split != split:
+        for number, asked in enumerate(queries):
+            if asked.split != split:
                 continue
-            mine = {row["train_id"]: row["score"] for row in scored.to_pylist() if row["query_id"] == query.query_id}
+            mine = {row["train_id"]: row["score"] for row in scored.to_pylist() if row["query_id"] == asked.query_id}
             sums = [sum(mine[sample] for sample in mask.nonzero().flatten().tolist()) for mask in kept]
             expected.append(stats.spearmanr(sums, (-losses[:, number]).tolist()).statistic)
-            assert found[LDS, TEACHER, split, query.query_id]["value"] == pytest.approx(expected[-1])
+            assert found[LDS, TEACHER, split, asked.query_id]["value"] == pytest.approx(expected[-1])
         assert found[LDS, TEACHER, split, ""]["value"] == pytest.approx(sum(expected) / len(expected))
         assert found[LDS, TEACHER, split, ""]["queries"] == len(expected)
         for method in (TEACHER, UNTUNED, RANDOM):
@@ -150,6 +151,22 @@ def test_what_the_teacher_names_is_removed_and_its_queries_losses_are_compared(u
     assert rows[CHANGE, TEACHER]["value"] == pytest.approx(changes[target])
     assert rows[OF_CONTROLS, TEACHER]["value"] == pytest.approx(changes[control])
     assert rows[SEPARATION, TEACHER]["value"] == float(changes[target] > changes[control])
+
+
+def test_models_and_their_losses_are_in_sql(unlearned: WholeRun, parts: RetrainingParts) -> None:
+    rows = query(
+        unlearned.workspace.root,
+        "SELECT retraining, method, seed, samples_left, count(*) AS losses, avg(loss) AS loss "
+        "FROM retrainings JOIN retrained_losses USING (retraining) WHERE method IN ('', 'subset') GROUP BY ALL",
+    ).to_pylist()
+    found = {row["retraining"]: row for row in rows}
+    assert found.keys() == set(parts.ids)
+    for number, name in enumerate(parts.ids):
+        kept = parts.pool[number].kept(parts.config, SAMPLES)
+        assert found[name]["samples_left"] == int(kept.sum())
+        assert found[name]["loss"] == pytest.approx(parts.losses(number).mean().item())
+    named = query(unlearned.workspace.root, "SELECT method, k FROM retrainings WHERE k > 0 ORDER BY method").to_pylist()
+    assert named == [{"method": method, "k": 3} for method in sorted((RANDOM, TEACHER, UNTUNED))]
 
 
 def test_retraining_is_no_part_of_curating(unlearned: WholeRun) -> None:
