@@ -11,9 +11,8 @@ from tasks.artifact import Artifact
 from tasks.distilling.ranks import candidate_scores
 from tasks.inputs.features import extract_features, in_space, load_features
 from tasks.inputs.queries import load_queries
-from tasks.judging.head import CAPTIONS
 from tasks.teaching.run import Run
-from tasks.watching.trust import TEACHER
+from tasks.watching.trust import CAPTIONS, TEACHER
 
 UNTUNED, RANDOM = "untuned", "random"
 

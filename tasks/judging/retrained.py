@@ -16,15 +16,13 @@ from storage_schemas.tables import PSEUDO, TWIN
 from tasks.artifact import Artifact, Made, once
 from tasks.inputs.features import features_key
 from tasks.inputs.queries import load_queries
-from tasks.judging.head import CAPTIONS
 from tasks.judging.left_out import leave_out_rows
 from tasks.judging.methods import method_scores
 from tasks.judging.metric_rows import metric_row, metric_rows
 from tasks.teaching.retrainings import RemovalParts, RetrainingParts, TrainedAgain
 from tasks.teaching.run import Run
-from tasks.watching.trust import TEACHER
+from tasks.watching.trust import CAPTIONS, LDS, RETRAINED_AGAIN, TEACHER
 
-LDS, CEILING = "lds", "retraining again"
 OVER_MODELS, LOW, HIGH, AHEAD = "lds error over models", "lds low", "lds high", "lds ahead of captions"
 SPLITS = ("validation", "test", TWIN, PSEUDO)
 
@@ -97,7 +95,7 @@ def _rows(run: Run, ranks: Artifact) -> list[dict[str, object]]:
         if again:
             twice = torch.stack([losses[each] for each in again])[:, chosen]
             once_ = of_subsets[: len(again)][:, chosen]
-            rows.append(metric_row(LDS, CEILING, reliability(once_, twice), split=split))
+            rows.append(metric_row(LDS, RETRAINED_AGAIN, reliability(once_, twice), split=split))
     if config.leave_out is not None:
         rows += leave_out_rows(run)
     return rows

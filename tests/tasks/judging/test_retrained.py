@@ -20,10 +20,10 @@ from tasks.inputs.queries import Query, load_queries
 from tasks.judging.kept_checks import read_checks
 from tasks.judging.left_out import CHANGE, OF_CONTROLS, SEPARATION
 from tasks.judging.methods import RANDOM, UNTUNED
-from tasks.judging.retrained import CEILING, LDS, OVER_MODELS, check_by_retraining
+from tasks.judging.retrained import OVER_MODELS, check_by_retraining
 from tasks.teaching import retrainings
 from tasks.teaching.retrainings import RemovalParts, Retraining, RetrainingParts, judged_by
-from tasks.watching.trust import TEACHER
+from tasks.watching.trust import LDS, RETRAINED_AGAIN, TEACHER, trust_in
 from tests.tasks.whole_runs import SAMPLES, WholeRun
 
 
@@ -126,7 +126,11 @@ def test_the_figures_are_those_of_scipy(unlearned: WholeRun, parts: RetrainingPa
         assert found[LDS, TEACHER, split, ""]["queries"] == len(expected)
         for method in (TEACHER, UNTUNED, RANDOM):
             assert found[OVER_MODELS, method, split, ""]["value"] >= 0
-        assert 0 <= found[LDS, CEILING, split, ""]["value"] <= 1
+        assert 0 <= found[LDS, RETRAINED_AGAIN, split, ""]["value"] <= 1
+    facts = dict(trust_in(unlearned.workspace, unlearned.run.name).facts)
+    mean, ceiling = (found[LDS, method, "test", ""]["value"] for method in (TEACHER, RETRAINED_AGAIN))
+    assert facts["models trained again"].startswith(f"LDS {mean:.2f} ± ")
+    assert facts["models trained again"].endswith(f"of at most {ceiling:.2f}")
     assert check_by_retraining.fn(unlearned.run, unlearned.curation.ranks).reused
 
 
