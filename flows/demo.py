@@ -20,6 +20,20 @@ def prepare(folder: Path, source: Path = CONFIG) -> Path:
     return config
 
 
+def prepare_judge(folder: Path) -> Path:
+    """Lay out the judge's world: its shards, its model, which is trained here, and a ready config; return its path."""
+    from tasks.demo import judge_world
+
+    write_shards(folder / "shards", judge_world.choose)
+    config = folder / judge_world.CONFIG.name
+    if not config.is_file():
+        write_atomically(config, judge_world.CONFIG.read_bytes())
+    judge = load_config(judge_world.CONFIG).judge
+    assert judge is not None
+    judge_world.write_model(folder / "model", folder / "shards", judge)
+    return config
+
+
 def train_model(folder: Path, out: Path, training: DenoiserTraining, initial: Path | None) -> Path:
     """Train the demo's denoiser on the demo's own shards into `out`; return the picture of a sample grid."""
     from tasks.demo.model import train_denoiser_on, write_sample_grid

@@ -13,19 +13,23 @@ from tasks.context import open_context
 from tasks.distilling.labels import extract_query_features, read_labels
 from tasks.distilling.publish import rank_scores
 from tasks.distilling.versions import latest_index, read_head, read_index, space_of_head
+from tasks.execution.coordinator import begin_run
 from tasks.inputs.features import extract_features
 from tasks.judging.head import measure_head
 from tasks.judging.kept_checks import publish_checks, read_checks
+from tasks.judging.left_out import plan_removals
+from tasks.judging.retrained import check_by_retraining
 from tasks.judging.sketches import check_sketches
 from tasks.judging.teacher import check_against_exact, check_self_consistency, measure_low_rank
 from tasks.reporting.announcements import announce_metrics, announce_trust
 from tasks.serving.promotion import Evaluation, promote
+from tasks.teaching.retrainings import RemovalParts, RetrainingParts
 from tasks.teaching.run import Run
 
 
 @flow(name="judge", flow_run_name=named("judge"))
 def judge(config: PipelineConfig) -> list[Made]:
-    """Check whether the teacher of a finished run can be trusted: against the exact one, and against itself."""
+    """Check the teacher of a finished run: against the exact one, itself, and models trained again for it."""
     return judge_run(plan_run(config))
 
 
@@ -41,9 +45,17 @@ def judge_run(run: Run) -> list[Made]:
         checks.append(check_self_consistency(run, ranks))
     if config.sketches is not None:
         checks.append(check_sketches(run, ranks))
+    retrained = []
+    if config.judge is not None:
+        with begin_run(run) as coordinator:
+            retrained.append(coordinator.make(RetrainingParts.kind))
+            if config.judge.leave_out is not None:
+                plan_removals(run, ranks)
+                retrained.append(coordinator.make(RemovalParts.kind))
+        checks.append(check_by_retraining(run, ranks))
     publish_checks(run, [check.artifact for check in checks])
     announce_trust(run)
-    return checks
+    return [*retrained, *checks]
 
 
 @flow(name="evaluate", flow_run_name=named("evaluate", "index"))

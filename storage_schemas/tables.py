@@ -147,6 +147,46 @@ RANKS = Table(
     added=SCORES.added,
 )
 
+RETRAININGS = Table(
+    "retrainings",
+    "a model that was trained again without some samples, and why without these",
+    schema(
+        ("retraining", pa.string(), "recipe, removed samples and seed, hashed"),
+        ("recipe", pa.string(), "how it was trained, on what, and what it was asked: a hash"),
+        ("seed", pa.int64(), "of its weights and draws"),
+        ("method", pa.string(), "that named what is removed; subset: drawn at random; empty: nothing is removed"),
+        ("k", pa.int32(), "first samples of each target that are removed; 0 of subsets"),
+        ("samples_left", pa.int64(), "how many it was trained on"),
+        ("removed", pa.list_(pa.field("element", pa.int64(), nullable=False)), "train_ids, ascending"),
+    ),
+    dictionary=("recipe", "method"),
+)
+
+RETRAINED_LOSSES = Table(
+    "retrained_losses",
+    "the loss of a query at one draw of its noise, under a model that was trained again without some samples",
+    schema(
+        ("retraining", pa.string(), "recipe, removed samples and seed, hashed"),
+        ("query_id", pa.string(), "the query"),
+        ("draw", pa.int32(), "number of the (timestep, noise) pair, the same of all models"),
+        ("timestep", pa.int32(), "of the draw"),
+        ("loss", pa.float64(), "the model's training loss on the query there"),
+    ),
+    sorted_by=("query_id", "draw"),
+    dictionary=("retraining", "query_id"),
+)
+
+REMOVALS = Table(
+    "removals",
+    "the samples that a method named for some queries, and a model is trained again without",
+    schema(
+        ("method", pa.string(), "teacher, untuned, captions alone, random"),
+        ("k", pa.int32(), "first samples of each target"),
+        ("targets", TEXTS, "the queries that they were named for"),
+        ("removed", pa.list_(pa.field("element", pa.int64(), nullable=False)), "train_ids, ascending"),
+    ),
+)
+
 INDEX_IDS = Table(
     "index_ids",
     "the training sample behind a vector of an index",

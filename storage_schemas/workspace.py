@@ -26,7 +26,7 @@ class Workspace:
         *("samples", "latents", "features", "queries", "curvature", "updates", "base_losses", "candidates"),
         *("scores", "exact_checks", "teacher_checks", "ranks", "runs", "snapshots", "published", "leases"),
         *("heads", "indexes", "metrics", "studies", "reports", "finished", "quarantine", "parts"),
-        "sketches",
+        *("sketches", "retrainings"),
     )
     # Of kinds of parts that are older than `parts`, or are asked for by themselves.
     OWN_FOLDERS: ClassVar[Mapping[str, str]] = {
@@ -155,6 +155,18 @@ class Workspace:
         """A marker that is there while the run's shards are registered in a lake, which reads them where they lie."""
         return self.runs / run / "in_lake"
 
+    def retrainings(self, key: str) -> AnyPath:
+        """Folder of the models that were trained again by one recipe: a file of losses each."""
+        return self.root / "retrainings" / key
+
+    def retraining_list(self, run: str) -> AnyPath:
+        """The models by which a run was judged, with what each was trained without."""
+        return self.runs / run / "retrainings.parquet"
+
+    def removals(self, run: str) -> AnyPath:
+        """What methods named for some queries, and models are trained again without."""
+        return self.runs / run / "removals.parquet"
+
     def snapshot(self, snapshot: str) -> AnyPath:
         return self.root / "snapshots" / f"{snapshot}.json"
 
@@ -198,6 +210,11 @@ class Workspace:
     @property
     def catalog(self) -> AnyPath:
         return self.root / "catalog.duckdb"
+
+
+def retrained(folder: AnyPath, retraining: str) -> AnyPath:
+    """Return the path of one model's losses on all queries, in the folder of its recipe."""
+    return folder / f"{retraining}.parquet"
 
 
 def part(folder: AnyPath, number: int, suffix: str = "parquet") -> AnyPath:

@@ -168,6 +168,12 @@ def uniform(key: tuple[int, int], owner: int, count: int) -> Tensor:
     return _unit(words[0])
 
 
+def stratified_timesteps(key: tuple[int, int], owner: int, count: int, train_timesteps: int) -> Tensor:
+    """Return timesteps, the i-th uniform in the i-th of `count` equal parts of [0, train_timesteps): (count,) int64."""
+    strata = (torch.arange(count) + uniform(key, owner, count)) / count
+    return (strata * train_timesteps).long().clamp_(max=train_timesteps - 1)
+
+
 def _unit(words: Tensor) -> Tensor:
     return (words >> 8).float().mul_(2.0**-24)
 

@@ -12,7 +12,7 @@ from fastgda_core.curvature.fisher import Fisher
 from fastgda_core.curvature.layers import Layer, add_to_weights, input_rows
 from fastgda_core.diffusion.loss import Condition
 from fastgda_core.diffusion.model import DiffusionModel
-from fastgda_core.diffusion.noise import gaussian_noise, stream_key, uniform
+from fastgda_core.diffusion.noise import gaussian_noise, stratified_timesteps, stream_key
 from fastgda_core.teachers.gradients import output_gradients, weight_gradient
 from fastgda_core.teachers.micro_batch import MicroBatch
 from fastgda_core.teachers.training_loss import check_finite
@@ -71,8 +71,7 @@ def query_gradients(
     if pairs % groups:
         raise ValueError(f"{pairs} pairs cannot be split into {groups} groups of one size")
     steps = model.schedule.train_timesteps
-    strata = (torch.arange(pairs) + uniform(stream_key(seed, "query timesteps"), owner, pairs)) / pairs
-    timesteps = (strata * steps).long().clamp_(max=steps - 1).to(model.device)
+    timesteps = stratified_timesteps(stream_key(seed, "query timesteps"), owner, pairs, steps).to(model.device)
     draws = torch.arange(pairs, device=model.device)
     noise_key = stream_key(seed, "query noise")
 

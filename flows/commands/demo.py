@@ -24,15 +24,21 @@ def demo(
     published: Annotated[
         bool, typer.Option("--published", help="With the paper's settings, which fail the twin test on this model.")
     ] = False,
+    judge: Annotated[
+        bool, typer.Option("--judge", help="On 400 pictures and a model that is trained again and again to judge it.")
+    ] = False,
 ) -> None:
     """The whole pipeline on OpenMoji: data, queries, teacher, head, index, evaluation, report.
 
     Example: `fastgda demo`
     """
     require_extra("demo", *MODULES)
-    from flows.demo import prepare
+    from flows.demo import prepare, prepare_judge
     from tasks.demo.openmoji import CONFIG, PUBLISHED_CONFIG
 
+    if judge:
+        run_pipeline(read_config(prepare_judge(folder.resolve())))
+        return
     run_pipeline(read_config(prepare(folder.resolve(), PUBLISHED_CONFIG if published else CONFIG)))
     workspace = folder / "workspace"
     say(

@@ -14,6 +14,7 @@ from fastgda_core.feature_spaces import OF_MODEL, encoder_names
 from tasks.config.distilling import EvaluationConfig, HeadConfig, StudyConfig
 from tasks.config.execution import ExecutionConfig
 from tasks.config.inputs import CandidatesConfig, DataConfig, FeaturesConfig, QueriesConfig, SplitConfig
+from tasks.config.judging import JudgeConfig
 from tasks.config.section import Section
 from tasks.config.teaching import (
     CurvatureConfig,
@@ -47,6 +48,9 @@ class PipelineConfig(Section):
     exact_check: ExactCheckConfig | None = Field(default=None, description="audit the first-order scores")
     self_consistency: SelfConsistencyConfig | None = Field(
         default=SelfConsistencyConfig(), description="score some pairs under other noise: does the teacher agree?"
+    )
+    judge: JudgeConfig | None = Field(
+        default=None, description="hold the teacher against models that `fastgda judge` trains again"
     )
     head: HeadConfig = HeadConfig()
     evaluation: EvaluationConfig

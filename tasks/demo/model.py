@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastgda_core.diffusion.model import DiffusionModel, load_model
 from fastgda_core.diffusion.sampling import generate
-from fastgda_core.diffusion.training import DenoiserTraining, train_denoiser
+from fastgda_core.diffusion.training import CaptionedLatents, DenoiserTrainer, DenoiserTraining
 from storage_schemas.commit import write_atomically
 from tasks.config.inputs import QueriesConfig
 from tasks.demo.openmoji import write_model_folder
@@ -78,22 +78,12 @@ def train_denoiser_on(shards: Path, out: Path, training: DenoiserTraining, initi
     save_assets(unet, out)
     model = _model_from_assets(out, device)
     samples, _ = scan(find_shards(str(shards / "*.tar"), "shards"), lambda: None)
-    captions = [caption for sample in samples for caption in sample.captions]
-    owner = torch.tensor([row for row, sample in enumerate(samples) for _ in sample.captions])
     images = [read_image(sample.shard, sample.offset, sample.size) for sample in samples]
-    latents = model.encode_images(images).cpu()
-    with stage("caption embeddings", len(captions)) as advance:
-        text = []
-        for start in range(0, len(captions), 128):
-            embedded = model.encode_captions(captions[start : start + 128])
-            text.append(embedded["encoder_hidden_states"].cpu())
-            advance(len(text[-1]))
-    empty = model.encode_captions([""])["encoder_hidden_states"][0].cpu()
+    data = CaptionedLatents.of(model, model.encode_images(images), [sample.captions for sample in samples])
     denoiser = model.denoiser.float().requires_grad_(True)
+    trainer = DenoiserTrainer(denoiser, model.schedule, data, training)
     with stage("denoiser training", training.steps) as advance:
-        trained = train_denoiser(
-            denoiser, model.schedule, latents, torch.cat(text), owner, empty, training, lambda *_: advance(1)
-        )
+        trained = trainer.run(on_step=lambda *_: advance(1))
     save_assets(trained, out)
 
 

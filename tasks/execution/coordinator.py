@@ -27,7 +27,7 @@ from storage_schemas.workspace import Workspace
 from tasks import logs
 from tasks.artifact import Made
 from tasks.execution import cancellation
-from tasks.execution.cost import known_rate, mean_captions, median_seconds
+from tasks.execution.cost import known_rate, mean_captions, median_seconds, run_costs
 from tasks.execution.fan_out import WorkOrder, quarantine_deadly, run_parts
 from tasks.execution.jobs import JobPool
 from tasks.execution.outcomes import Failure, Outcome, PartHangs, RunCancelled, RunIncomplete
@@ -35,7 +35,6 @@ from tasks.execution.runners import submission, task_runner
 from tasks.execution.worker import coordinate_here
 from tasks.progress import console, stage
 from tasks.teaching.cost import Size
-from tasks.teaching.families import family_of
 from tasks.teaching.parts import Parts, Standing
 from tasks.teaching.run import Run, hold
 from tasks.teaching.score_plan import store_plan
@@ -94,9 +93,9 @@ class Coordinator:
         return kinds[: kinds.index(kind)]
 
     def after(self, kind: str) -> list[str]:
-        """Return the kinds of parts that come after this one, in order."""
+        """Return the kinds of parts that come after this one, in order, but for those that a judge asks for."""
         kinds = list(self.run.parts)
-        return kinds[kinds.index(kind) + 1 :]
+        return [each for each in kinds[kinds.index(kind) + 1 :] if not self.run.parts[each].when_judged]
 
     def make(self, kind: str) -> Made:
         """Make the missing parts of this kind, and return the complete stage.
@@ -320,4 +319,4 @@ def _part_seconds(run: Run) -> dict[str, float]:
     candidates = run.artifacts["candidates"].rows // max(1, queries.rows)
     size = Size(samples.rows, mean_captions(samples.path), queries.rows, candidates)
     per_second, config = speed.forwards_per_second, run.config
-    return {cost.kind: cost.seconds(per_second) / cost.parts for cost in family_of(config).costs(config, size)}
+    return {cost.kind: cost.seconds(per_second) / cost.parts for cost in run_costs(config, size)}

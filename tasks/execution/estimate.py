@@ -12,7 +12,7 @@ from rich.table import Table
 from tasks.config.inputs import CandidatesConfig
 from tasks.config.pipeline import PipelineConfig, check_sizes
 from tasks.context import open_context
-from tasks.execution.cost import Rate, mean_captions, rate
+from tasks.execution.cost import Rate, mean_captions, rate, run_costs
 from tasks.inputs.queries import count_queries
 from tasks.inputs.samples import ingest_samples
 from tasks.teaching.cost import KindCost, Size, scores_of
@@ -90,9 +90,8 @@ def estimate(config: PipelineConfig) -> Estimate:
     check_sizes(config, samples.rows, candidates)
     size = Size(samples.rows, mean_captions(samples.path), queries, candidates)
     execution = config.execution
-    return Estimate(
-        size, family_of(config).costs(config, size), rate(context), execution.price_per_device_hour, execution.currency
-    )
+    costs = run_costs(config, size)
+    return Estimate(size, costs, rate(context), execution.price_per_device_hour, execution.currency)
 
 
 def _candidates(config: CandidatesConfig, samples: int, queries: int) -> int:

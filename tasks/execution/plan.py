@@ -11,6 +11,8 @@ from tasks.context import Context
 from tasks.inputs.candidates import candidate_space
 from tasks.inputs.features import feature_folders, features_key
 from tasks.teaching.families import family_of
+from tasks.teaching.latents import latents_of
+from tasks.teaching.retrainings import judged_by
 from tasks.teaching.run import Run
 
 
@@ -40,4 +42,8 @@ def planned_run(context: Context, artifacts: dict[str, Artifact], candidates: Ar
         for encoder, (folder, key) in feature_folders(space, artifacts["samples"]).items()
     }
     scores = Artifact("scores", name, context.workspace.scores(name), candidates.rows)
-    return Run(context, {**artifacts, **features, "candidates": candidates, "scores": scores}, planned)
+    found = {**artifacts, **features, "candidates": candidates, "scores": scores}
+    if (judge := context.config.judge) is not None:
+        latents = found.setdefault("latents", latents_of(context, artifacts["samples"]))
+        found |= judged_by(context, judge, latents, artifacts["queries"], name)
+    return Run(context, found, planned)

@@ -31,8 +31,7 @@ from tasks.distilling.ranks import candidate_scores, rows_of_split, sample_featu
 from tasks.inputs.features import extract_features, in_space, load_query_features
 from tasks.inputs.queries import joined_queries
 from tasks.judging.metric_rows import agreement_rows, metric_row, metric_rows
-
-CAPTIONS = "captions alone"
+from tasks.watching.trust import CAPTIONS
 
 
 @task(task_run_name="evaluation", cache_policy=NO_CACHE)

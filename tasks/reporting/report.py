@@ -28,11 +28,20 @@ from tasks.distilling.ranks import candidate_scores, rows_of_split, sample_featu
 from tasks.inputs.features import load_features
 from tasks.inputs.queries import Query, load_queries
 from tasks.inputs.samples import sample_images, samples_table
-from tasks.judging.head import CAPTIONS, answers, untuned_cosines
+from tasks.judging.head import answers, untuned_cosines
 from tasks.judging.sketches import BYTES, SECONDS, SKETCH, by_sketches
 from tasks.reporting.attribution_sheet import spread
 from tasks.teaching.sketch_scores import StoredSketches
-from tasks.watching.trust import KINDS, OTHER_CURVATURE, OTHER_GRADIENT, OTHER_NOISE, OTHER_TEACHER, compared, trust_of
+from tasks.watching.trust import (
+    CAPTIONS,
+    KINDS,
+    OTHER_CURVATURE,
+    OTHER_GRADIENT,
+    OTHER_NOISE,
+    OTHER_TEACHER,
+    compared,
+    trust_of,
+)
 
 THUMBNAIL = 96
 

@@ -31,6 +31,7 @@ class Parts(ABC):
     kind: the name in the run's files; title: the name that people read while the parts are made.
     suffix: of a part's file name.
     after_scores: score shards make most of these parts as they go; what they leave is made when they are done.
+    when_judged: made when the run is judged, and not when it is curated.
     artifact: the folder of the parts, their key, their rows together.
     """
 
@@ -38,6 +39,7 @@ class Parts(ABC):
     title: ClassVar[str]
     suffix: ClassVar[str] = "parquet"
     after_scores: ClassVar[bool] = False
+    when_judged: ClassVar[bool] = False
     artifact: Artifact
 
     @classmethod

@@ -13,7 +13,9 @@ from tasks.config.pipeline import PipelineConfig
 from tasks.config.stored import lifted
 from tasks.context import Context
 from tasks.teaching.families import family_of
+from tasks.teaching.latents import LatentParts
 from tasks.teaching.parts import Parts
+from tasks.teaching.retrainings import REMOVAL_PLAN, RemovalParts, RetrainingParts
 from tasks.teaching.score_plan import ScoreRun
 from tasks.teaching.scores import ScoreParts
 
@@ -44,7 +46,16 @@ class Run:
     @functools.cached_property
     def parts(self) -> dict[str, Parts]:
         """The parts that the run is made of, by kind, in the order in which it is made."""
-        made = [*family_of(self.config).parts(self.context, self.artifacts), self.scores]
+        made: list[Parts] = [*family_of(self.config).parts(self.context, self.artifacts), self.scores]
+        if RetrainingParts.kind in self.artifacts:
+            samples, latents = self.artifacts["samples"], self.artifacts["latents"]
+            if all(parts.kind != LatentParts.kind for parts in made):  # of a teacher that needs none
+                made.insert(0, LatentParts(self.context, samples, latents))
+            queries = self.artifacts["queries"]
+            made.append(RetrainingParts(self.context, latents, queries, self.artifacts[RetrainingParts.kind]))
+            if RemovalParts.kind in self.artifacts:
+                models, plan = self.artifacts[RemovalParts.kind], self.artifacts[REMOVAL_PLAN]
+                made.append(RemovalParts(self.context, latents, queries, models, plan))
         return {parts.kind: parts for parts in sorted(made, key=lambda parts: parts.after_scores)}
 
     @functools.cached_property

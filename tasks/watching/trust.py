@@ -22,7 +22,8 @@ TEACHER = "teacher"  # what the twin test's rows of `metrics` are about
 TWIN_SHARE, TWIN_RANK, WORST_TWIN = "twin share", "twin rank", "worst twin rank"
 OTHER_NOISE, OTHER_GRADIENT = "teacher with other noise", "teacher with other gradient"
 OTHER_CURVATURE, OTHER_TEACHER = "teacher with other curvature", "another teacher"
-HEAD = "tuned"
+HEAD, CAPTIONS = "tuned", "captions alone"
+LDS, RETRAINED_AGAIN = "lds", "retraining again"  # the judge's score, and what retraining itself leaves of it
 
 # Below it less than half of what orders the samples would come back if the teacher were drawn again.
 LEAST_AGREEMENT = 0.5
@@ -49,6 +50,7 @@ class Trust:
     agreement: Spearman's between two whole teachers; None where it was not measured.
     objective: whose gradients the scores are made of; None where they are made of none.
     parts: Spearman's of the teacher with itself where one part alone is drawn again, by the name of that teacher.
+    retrained: linear datamodelling score and its error over test queries, by method, where models were trained again.
     precision: mean of mAP(L) over L, of another whole teacher and of the head, where both were measured.
     """
 
@@ -57,6 +59,7 @@ class Trust:
     objective: Objective | None
     parts: dict[str, float] = field(default_factory=dict)
     precision: tuple[float, float] | None = None
+    retrained: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def facts(self) -> list[tuple[str, str]]:
@@ -64,7 +67,18 @@ class Trust:
         facts = [("twins found", "; ".join(_summary(kind, test) for kind, test in self.twins.items()))]
         if self.agreement is not None:
             facts.append(("two teachers agree", f"Spearman {self.agreement:.3f}"))
+        if TEACHER in self.retrained:
+            facts.append(("models trained again", self._retrained()))
         return [(name, value) for name, value in facts if value]
+
+    def _retrained(self) -> str:
+        """Return how well the teacher, and captions beside it, predict the losses of models that were trained again."""
+        words = "LDS {:.2f} ± {:.2f}".format(*self.retrained[TEACHER])
+        if CAPTIONS in self.retrained:
+            words += ", captions alone {:.2f} ± {:.2f}".format(*self.retrained[CAPTIONS])
+        return words + (
+            f", of at most {self.retrained[RETRAINED_AGAIN][0]:.2f}" if RETRAINED_AGAIN in self.retrained else ""
+        )
 
     @property
     def warnings(self) -> list[str]:
@@ -74,7 +88,14 @@ class Trust:
             for kind, test in self.twins.items()
             if not test.passed
         ]
-        return [*wrong, *self._disagreement()]
+        return [*wrong, *self._disagreement(), *self._untrue()]
+
+    def _untrue(self) -> list[str]:
+        """Return a warning where captions alone predict retraining as well as the teacher does."""
+        if not {TEACHER, CAPTIONS} <= self.retrained.keys() or self.retrained[TEACHER][0] > self.retrained[CAPTIONS][0]:
+            return []
+        lost = _LOST_SIGN if self.objective == Objective.loss else "choose another teacher by docs/judges.md"
+        return [f"models that were trained again say that captions alone are as good: {self._retrained()}; {lost}"]
 
     def _advice(self, kind: str) -> str:
         """Return how to mend a teacher that does not find the twins of one kind of query."""
@@ -137,6 +158,11 @@ def trust_of(rows: list[dict[str, Any]], objective: Objective | None) -> Trust:
         objective,
         parts,
         (fmean(precision[0]), fmean(precision[1])) if all(precision) else None,
+        {
+            row["space"]: (row["value"], row["standard_error"])
+            for row in rows
+            if (row["metric"], row["split"], row["query_id"]) == (LDS, "test", "")
+        },
     )
 
 

@@ -36,6 +36,10 @@ def unlearned(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> W
             sketches={},
             exact_check={"queries": 2, "candidates": 6},
             self_consistency={"queries": 2, "samples": 12},
+            judge={
+                "retrain": {"steps": 3, "batch_size": 4, "warmup_steps": 1, "learning_rate": 1e-2},
+                **{"subsets": 4, "again": 3, "draws": 4, "leave_out": {"k": [3], "targets": 1}},
+            },
         )
     )
 

@@ -33,6 +33,8 @@ VIEWS = (
     "exact_check",
     "metrics",
     "study",
+    "retrainings",
+    "retrained_losses",
 )
 LOADED = ("shards", "quarantined_samples", "runs", "heads", "indexes", "sketches")
 

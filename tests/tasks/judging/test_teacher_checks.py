@@ -90,7 +90,8 @@ def test_a_precision_is_compared_with_float64(unlearned: WholeRun) -> None:
 
 def test_the_steps_of_the_run_are_those_of_its_queries(unlearned: WholeRun) -> None:
     parts = unlearned.run.parts
-    assert list(parts) == ["latents", "curvature", "unlearning steps", "sketch basis", "scores", "sketches"]
+    before = ["latents", "curvature", "unlearning steps", "sketch basis"]
+    assert list(parts) == [*before, "scores", "sketches", "retrainings", "removals"]
     assert all(each.missing() == [] and each.standing().seconds > 0 for each in parts.values())
     one, other = (load_tensors(parts["unlearning steps"].path(number)) for number in (0, 1))
     assert any(not torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,237 @@
+"""Which teacher tells the truth? Scores by many settings against models that were trained again; a Markdown table.
+
+Takes a finished run with a judge (`fastgda demo --judge`): its pool of models trained on random halves, and their
+losses on every query. Scores are made anew for each setting: whose gradients, in which layers, at which share of the
+training the gradients, the Fisher and the query's gradient are taken, under which damping. What is best is chosen on
+the validation queries and reported on the test queries and on those of the twin test, with errors over queries and
+models.
+
+Run: python benchmarks/judged_teachers.py CONFIG
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import platform
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from fastgda_core.curvature.fisher import EkfacFisher, fit_fisher
+from fastgda_core.curvature.layers import select_layers
+from fastgda_core.diffusion.loss import per_sample_loss
+from fastgda_core.diffusion.model import DiffusionModel
+from fastgda_core.diffusion.noise import gaussian_noise, stratified_timesteps, stream_key
+from fastgda_core.diffusion.objective import Objective
+from fastgda_core.diffusion.training import DenoiserTrainer
+from fastgda_core.evaluation.lds import difference, linear_datamodelling, predictions, reliability
+from fastgda_core.evaluation.ranking_metrics import spearman, twin_ranks
+from fastgda_core.evaluation.retraining import to_train
+from fastgda_core.features import text_space
+from fastgda_core.teachers.micro_batch import MicroBatch
+from fastgda_core.teachers.sample_gradients import sample_gradients
+from fastgda_core.teachers.unlearning import query_gradients
+from storage_schemas.tables import PSEUDO, TWIN
+from tasks.config.files import load_config
+from tasks.context import Context, open_context
+from tasks.inputs.features import extract_features, in_space, load_features
+from tasks.inputs.queries import load_queries, make_queries
+from tasks.inputs.samples import ingest_samples
+from tasks.inputs.twins import load_twins
+from tasks.teaching.latents import latents_of, load_block
+from tasks.teaching.noise import noise_plan
+from tasks.teaching.retrainings import RetrainingParts, judged_by
+
+DAMPINGS = (0.001, 0.01, 0.1, 1.0, 10.0)
+SHARES = (0.25, 0.5, 1.0)  # of the training, at which gradients are taken
+FISHER_ROWS, PAIRS = 1024, 128
+SPLITS = ("validation", "test", TWIN, PSEUDO)
+
+
+@dataclass(frozen=True)
+class Setting:
+    objective: Objective
+    layers: str
+    share: float
+    damping: float
+    form: str
+
+    def __str__(self) -> str:
+        where = "final weights" if self.share == 1 else f"{self.share:.0%} of the steps"
+        return f"{self.objective}, {self.layers}, {where}, damping {self.damping:g}{self.form}"
+
+
+class World:
+    """The run, its pool, and its model at shares of the training."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.samples = ingest_samples.fn(context).artifact
+        self.queries = make_queries.fn(context, self.samples).artifact
+        latents = latents_of(context, self.samples)
+        assert context.config.judge is not None
+        pool = judged_by(context, context.config.judge, latents, self.queries, "")[RetrainingParts.kind]
+        self.parts = RetrainingParts(context, latents, self.queries, pool)
+        assert not self.parts.missing(), "the pool is not complete: run `fastgda judge CONFIG`"
+        config, losses = self.parts.config, [self.parts.losses(number).mean(0) for number in range(self.parts.count)]
+        first, last = 1, 1 + config.subsets
+        self.kept = torch.stack([each.kept(config, self.samples.rows) for each in self.parts.pool[first:last]])
+        self.losses, self.again = torch.stack(losses[first:last]), torch.stack(losses[last:])
+        several = load_queries(self.queries)
+        self.of_split = {
+            split: [number for number, query in enumerate(several) if query.split == split] for split in SPLITS
+        }
+        twins = load_twins(self.queries.path)
+        self.twins = torch.tensor([twins[several[number].query_id] for number in self.of_split[TWIN]])
+        self.several = several
+        self.block = load_block(context, latents, list(range(self.samples.rows)))
+
+    def models(self) -> dict[float, DiffusionModel]:
+        """Return the averaged model at each share of the recipe's steps."""
+        config, model = self.parts.config, self.context.model()
+        denoiser = to_train(model, seed=config.seed, continued=False)
+        data, training = self.parts.data(), config.retrain.training(config.seed)
+        trainer = DenoiserTrainer(denoiser, model.schedule, data, training)
+        found = {}
+        for share in SHARES:
+            ema = copy.deepcopy(trainer.run(round(share * training.steps)))
+            found[share] = replace(model, denoiser=ema)
+        return found
+
+    def fisher(self, model: DiffusionModel, names: list[str]) -> EkfacFisher:
+        rows = torch.arange(FISHER_ROWS)
+        chosen = torch.randperm(FISHER_ROWS, generator=torch.Generator().manual_seed(0)) % self.samples.rows
+        key, steps = stream_key(0, "judged Fisher"), model.schedule.train_timesteps
+        timesteps = stratified_timesteps(key, 0, FISHER_ROWS, steps)
+        noise = gaussian_noise(key, rows, timesteps, rows, model.latent_shape)
+        first = torch.nonzero(self.block.caption_number == 0).flatten()
+        condition = {name: tensor[first][chosen] for name, tensor in self.block.condition.items()}
+        named = list(condition)
+
+        def loss(denoiser: torch.nn.Module, batch: list[Tensor]) -> Tensor:
+            clean, at, drawn, *rest = batch
+            return per_sample_loss(
+                denoiser, model.schedule, clean, dict(zip(named, rest, strict=True)), at, drawn
+            ).sum()
+
+        dataset = TensorDataset(self.block.latents[chosen, 0], timesteps, noise, *condition.values())
+        found = fit_fisher("ekfac", model.denoiser, names, dataset, loss, 64, self.context.device)
+        assert isinstance(found, EkfacFisher)
+        return found
+
+    def scores(
+        self, objective: Objective, layers: str, share: float, model: DiffusionModel
+    ) -> Iterator[tuple[Setting, Tensor]]:
+        """Yield scores of all samples, (queries, samples) float64, under every damping, in three forms."""
+        chosen = select_layers(model.denoiser, layers)
+        fisher = self.fisher(model, list(chosen))
+        seen = model.with_objective(objective)
+        asked, kept = defaultdict[str, list[Tensor]](list), defaultdict[str, list[Tensor]](list)
+        for query in self.several:
+            gradient = query_gradients(
+                seen, chosen, seen.encode_images([query.image])[0], seen.encode_captions([query.caption]),
+                owner=query.owner, seed=0, pairs=PAIRS, groups=1, micro_batch=MicroBatch(PAIRS),
+            )  # fmt: skip
+            for name, each in gradient.items():
+                asked[name].append(fisher.layers[name].rotate(each).flatten(1))
+        for some in sample_gradients(seen, chosen, noise_plan(self.context.config), self.block, MicroBatch(64)):
+            for name in chosen:
+                kept[name].append(some.rotated(name, fisher.layers[name]))
+        both = {name: (torch.cat(asked[name]).float(), torch.cat(kept[name]).float()) for name in chosen}
+        for damping in DAMPINGS:
+            total = torch.zeros(len(self.several), self.samples.rows, dtype=torch.float64)
+            length = torch.zeros(self.samples.rows, dtype=torch.float64)
+            for name, (of_queries, of_samples) in both.items():
+                weight = fisher.layers[name].damped(damping).flatten().reciprocal().float()
+                total += ((of_queries * weight) @ of_samples.T).double()
+                length += (of_samples.square() * weight).sum(1).double()
+            setting = Setting(objective, layers, share, damping, "")
+            yield setting, total
+            yield replace(setting, form=", negative ones 0"), total.clamp_min(0)
+            yield replace(setting, form=", divided by the sample's length"), total / length.sqrt()
+
+    def cheap(self) -> dict[str, Tensor]:
+        """Return what needs no teacher."""
+        found = {
+            "random": torch.randn(len(self.several), self.samples.rows, generator=torch.Generator().manual_seed(5))
+        }
+        space = self.context.config.features.space
+        for centre in (False, True):
+            for name, each in (("captions", text_space(space)), ("features", space)):
+                changed = in_space(self.context, space=each, centre=centre)
+                for items in (self.samples, self.queries):
+                    extract_features.fn(changed, items)
+                phi = [
+                    F.normalize(load_features(changed, items, self.samples), dim=1)
+                    for items in (self.queries, self.samples)
+                ]
+                found[f"{name}, centred" if centre else name] = phi[0] @ phi[1].T
+        return found
+
+
+def row(world: World, name: str, scores: Tensor) -> str:
+    cells = []
+    for split in SPLITS:
+        mine = world.of_split[split]
+        found = linear_datamodelling(world.kept, scores[mine], world.losses[:, mine])
+        cells.append(f"{found.mean:+.3f} ± {found.over_queries:.3f} ± {found.over_models:.3f}")
+    ranks = twin_ranks(scores[world.of_split[TWIN]], world.twins)
+    first = int((ranks <= max(1, world.samples.rows // 100)).sum())
+    return f"| {name} | {' | '.join(cells)} | {first} of {len(ranks)}, {int(ranks.max())} |"
+
+
+def mean_lds(world: World, scores: Tensor, split: str) -> float:
+    mine = world.of_split[split]
+    return float(spearman(predictions(world.kept, scores[mine]), -world.losses[:, mine].T.double()).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--layers", nargs="+", default=["cross-attn-kv", "attn", "all"])
+    arguments = parser.parse_args()
+    world = World(open_context(load_config(arguments.config)))
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
+    print(f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, {packages}")
+    print(f"{world.samples.rows} samples, {len(world.kept)} models on random halves, {len(world.again)} of them again")
+    twice = reliability(world.losses[: len(world.again)], world.again)
+    ceilings = [f"{split} {float(twice[world.of_split[split]].mean()):.3f}" for split in SPLITS]
+    print(f"what a score can reach: {', '.join(ceilings)}")
+    print("\n| | LDS, validation | test | generated from training captions | training images | twins first, worst |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    cheap = world.cheap()
+    for name, scores in cheap.items():
+        print(row(world, name, scores), flush=True)
+    found: dict[Setting, Tensor] = {}
+    for share, model in world.models().items():
+        for objective in Objective:
+            for layers in arguments.layers:
+                several = dict(world.scores(objective, layers, share, model))
+                best = max(several, key=lambda each: mean_lds(world, several[each], "validation"))
+                print(row(world, str(best), several[best]), flush=True)
+                found |= several
+    for objective in Objective:  # as published, and as the demo has it
+        for form in ("", ", negative ones 0"):
+            setting = Setting(objective, "cross-attn-kv", 1.0, 0.1, form)
+            print(row(world, f"fixed: {setting}", found[setting]), flush=True)
+    best = max(found, key=lambda each: mean_lds(world, found[each], "validation"))
+    print(row(world, f"**chosen on validation: {best}**", found[best]))
+    for split in SPLITS[1:]:
+        mine = world.of_split[split]
+        lead = difference(world.kept, found[best][mine], cheap["captions"][mine], world.losses[:, mine])
+        low, high = lead.interval
+        errors = f"± {lead.over_queries:.3f} ± {lead.over_models:.3f}, {low:+.3f} to {high:+.3f}"
+        print(f"\nahead of captions, {split}: {lead.mean:+.3f} {errors}")
+
+
+if __name__ == "__main__":
+    main()

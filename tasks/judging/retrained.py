@@ -1,0 +1,125 @@
+"""Hold the teacher against models that were trained again: the linear datamodelling score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import pyarrow as pa
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from fastgda_core.evaluation.lds import Lds, difference, linear_datamodelling, reliability
+from storage_schemas import tables
+from storage_schemas.commit import Manifest, commit_table, input_key
+from storage_schemas.tables import PSEUDO, TWIN
+from tasks.artifact import Artifact, Made, once
+from tasks.inputs.features import features_key
+from tasks.inputs.queries import load_queries
+from tasks.judging.left_out import leave_out_rows
+from tasks.judging.methods import method_scores
+from tasks.judging.metric_rows import metric_row, metric_rows
+from tasks.teaching.retrainings import RemovalParts, RetrainingParts, TrainedAgain
+from tasks.teaching.run import Run
+from tasks.watching.trust import CAPTIONS, LDS, RETRAINED_AGAIN, TEACHER
+
+OVER_MODELS, LOW, HIGH, AHEAD = "lds error over models", "lds low", "lds high", "lds ahead of captions"
+SPLITS = ("validation", "test", TWIN, PSEUDO)
+
+
+@task(task_run_name="retraining check", cache_policy=NO_CACHE)
+def check_by_retraining(run: Run, ranks: Artifact) -> Made:
+    """Measure whether the teacher's scores, and cheap rankings beside them, predict what retraining did.
+
+    A method is asked on the queries of each split, and on those of the twin test. The ceiling is what the losses of the
+    same subsets from another seed allow. Where models were trained without what methods named, these are compared, too.
+    """
+    pool = run.artifacts[RetrainingParts.kind]
+    judge, features = run.config.judge, features_key(run.context, run.artifacts["samples"])
+    key = input_key("retraining check", ranks.key, pool.key, judge, features, table=tables.METRICS)
+    path = run.workspace.teacher_check(key)
+
+    listed = run.workspace.retraining_list(run.name)
+
+    def make(started: float) -> Manifest:
+        models = pa.Table.from_pylist(list(_models(run)), schema=tables.RETRAININGS.schema)
+        commit_table(listed, models, tables.RETRAININGS, key=key, started=started)
+        table = pa.Table.from_pylist(_rows(run, ranks), schema=tables.METRICS.schema)
+        return commit_table(path, table, tables.METRICS, key=key, started=started)
+
+    return once(Artifact("retraining check", key, path, 0), path, make, beside=[listed])
+
+
+def _models(run: Run) -> Iterator[dict[str, object]]:
+    """Yield a row of `retrainings` for each model; of what several methods named alike, one for each."""
+    for kind in (RetrainingParts.kind, RemovalParts.kind):
+        if kind not in run.parts:
+            continue
+        parts = run.parts[kind]
+        assert isinstance(parts, TrainedAgain)
+        for each, (method, k) in parts.reasons():
+            kept = each.kept(parts.config, parts.latents.rows)
+            yield {
+                "retraining": each.id(parts.config, parts.latents.rows),
+                "recipe": parts.artifact.key,
+                "seed": each.seed,
+                "method": method,
+                "k": k,
+                "samples_left": int(kept.sum()),
+                "removed": (~kept).nonzero().flatten().tolist(),
+            }
+
+
+def _rows(run: Run, ranks: Artifact) -> list[dict[str, object]]:
+    parts = run.parts[RetrainingParts.kind]
+    assert isinstance(parts, RetrainingParts)
+    config, samples = parts.config, run.artifacts["samples"].rows
+    losses = {each: parts.losses(number).mean(0) for number, each in enumerate(parts.pool)}
+    subsets = [each for each in parts.pool if each.subset is not None and each.seed == config.seed]
+    again = [each for each in parts.pool if each.seed != config.seed]
+    kept = torch.stack([each.kept(config, samples) for each in subsets])
+    of_subsets = torch.stack([losses[each] for each in subsets])
+    queries = load_queries(run.artifacts["queries"])
+    rows: list[dict[str, object]] = []
+    for split in SPLITS:
+        chosen = [number for number, query in enumerate(queries) if query.split == split]
+        if not chosen:
+            continue
+        names = [queries[number].query_id for number in chosen]
+        methods = method_scores(run, ranks, chosen)
+        judged = {name: linear_datamodelling(kept, scores, of_subsets[:, chosen]) for name, scores in methods.items()}
+        rows += _lds_rows(judged, names, split)
+        if CAPTIONS in methods:
+            lead = difference(kept, methods[TEACHER], methods[CAPTIONS], of_subsets[:, chosen])
+            rows += _summary(AHEAD, TEACHER, lead, split)
+        if again:
+            twice = torch.stack([losses[each] for each in again])[:, chosen]
+            once_ = of_subsets[: len(again)][:, chosen]
+            rows.append(metric_row(LDS, RETRAINED_AGAIN, reliability(once_, twice), split=split))
+    if config.leave_out is not None:
+        rows += leave_out_rows(run)
+    return rows
+
+
+def _lds_rows(judged: Mapping[str, Lds], names: Sequence[str], split: str) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for name, found in judged.items():
+        rows += _summary(LDS, name, found, split)
+        rows += [row | {"split": split} for row in metric_rows(LDS, name, found.by_query, names)][1:]
+    return rows
+
+
+def _summary(metric: str, name: str, found: Lds, split: str) -> list[dict[str, object]]:
+    """Return the mean with its error over queries, the other error, and the interval over models."""
+    low, high = found.interval
+    others = (
+        {OVER_MODELS: found.over_models, LOW: low, HIGH: high}
+        if metric == LDS
+        else {f"{metric}, error over models": found.over_models}
+    )
+    alone = {each: torch.tensor([value], dtype=torch.float64) for each, value in others.items()}
+    count = {"queries": len(found.by_query)}
+    return [
+        metric_row(metric, name, found.by_query, split=split),
+        *(metric_row(each, name, value, split=split) | count for each, value in alone.items()),
+    ]

@@ -1,0 +1,255 @@
+"""Retrainings: models trained again without some samples, and their losses on every query."""
+
+from __future__ import annotations
+
+import io
+import time
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from fastgda_core.diffusion.training import CaptionedLatents, DenoiserTrainer
+from fastgda_core.evaluation.retraining import query_losses, random_subset, to_train
+from fastgda_core.interruption import checkpoint
+from storage_schemas import tables
+from storage_schemas.commit import Manifest, commit_table, input_key, write_atomically
+from storage_schemas.files import AnyPath, is_there, read_whole, remove
+from storage_schemas.workspace import retrained
+from tasks.artifact import Artifact
+from tasks.config.judging import JudgeConfig
+from tasks.context import Context
+from tasks.inputs.queries import load_queries
+from tasks.teaching.cost import KindCost, Size
+from tasks.teaching.latents import load_block, unreadable_samples
+from tasks.teaching.parts import Parts
+
+STATE_SECONDS = 60.0  # between two states from which a training goes on
+REMOVAL_PLAN = "removal plan"
+TRAINING_FORWARDS = 3.0  # one forward and backward to all weights, in forwards
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """A model that is trained again.
+
+    seed: of weights and draws; subset: number of the random subset that it is trained on; else on all but `removed`.
+    """
+
+    seed: int
+    subset: int | None = None
+    removed: tuple[int, ...] = ()
+
+    def kept(self, config: JudgeConfig, samples: int) -> Tensor:
+        """Return which samples it is trained on, (samples,) bool."""
+        if self.subset is not None:
+            return random_subset(samples, self.subset, seed=config.seed, share=config.share)
+        kept = torch.ones(samples, dtype=torch.bool)
+        kept[list(self.removed)] = False
+        return kept
+
+    def id(self, config: JudgeConfig, samples: int) -> str:
+        """Return a hash of the removed samples and the seed: who asks for the same gets the same."""
+        removed = (~self.kept(config, samples)).nonzero().flatten().tolist()
+        return input_key("retraining", removed, self.seed)
+
+
+def pool_of(config: JudgeConfig) -> list[Retraining]:
+    """Return the models of a pool: of all samples, of each subset, and of some of them from another seed."""
+    first, second = config.seed, config.seed + 1
+    subsets = [Retraining(first, number) for number in range(config.subsets)]
+    return [Retraining(first), *subsets, *(Retraining(second, number) for number in range(config.again))]
+
+
+def judged_by(
+    context: Context, config: JudgeConfig, latents: Artifact, queries: Artifact, run: str
+) -> dict[str, Artifact]:
+    """Return the artifacts of the judge by kind, which need not be made yet.
+
+    Their key is the recipe's, and what models are taught and asked: whoever asks for the same model gets it.
+    """
+    begun_with = context.model_hash if config.retrain.continued else "fresh"
+    recipe = config.model_dump(mode="json", include={"retrain", "draws", "seed"})
+    key = input_key("retrainings", latents.key, queries.key, begun_with, recipe, table=tables.RETRAINED_LOSSES)
+    rows, folder = queries.rows * config.draws, context.workspace.retrainings(key)
+    found = [Artifact(RetrainingParts.kind, key, folder, len(pool_of(config)) * rows)]
+    if config.leave_out is not None:
+        found.append(Artifact(RemovalParts.kind, key, folder, config.leave_out.models * rows))
+        found.append(Artifact(REMOVAL_PLAN, run, context.workspace.removals(run), 0))
+    return {artifact.name: artifact for artifact in found}
+
+
+class TrainedAgain(Parts):
+    """Models that are trained again, a part each: its losses on every query."""
+
+    after_scores = when_judged = True
+
+    def __init__(self, context: Context, latents: Artifact, queries: Artifact, models: Artifact) -> None:
+        assert context.config.judge is not None
+        self.context, self.latents, self.queries, self.artifact = context, latents, queries, models
+        self.config = context.config.judge
+        self._known: dict[str, Retraining] = {}
+
+    @property
+    def _by_id(self) -> dict[str, Retraining]:
+        if not self._known:  # what is removed is known when the scores are
+            self._known = {each.id(self.config, self.latents.rows): each for each in self._pool()}
+        return self._known
+
+    @property
+    def pool(self) -> list[Retraining]:
+        """The models, in order, each once."""
+        return list(self._by_id.values())
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self._by_id)
+
+    @abstractmethod
+    def _pool(self) -> list[Retraining]:
+        """Return the models; none as long as they are not known."""
+
+    @abstractmethod
+    def reasons(self) -> list[tuple[Retraining, tuple[str, int]]]:
+        """Return the models, each with the method that named what is removed, and its k."""
+
+    @property
+    def count(self) -> int:
+        return len(self.pool)
+
+    def path(self, number: int) -> AnyPath:
+        return retrained(self.artifact.path, self.ids[number])
+
+    def rows(self, number: int) -> int:
+        return self.queries.rows * self.config.draws
+
+    def make(self, number: int) -> Manifest:
+        """Train one model, from its last state where one was kept, and commit its losses."""
+        started, path = time.monotonic(), self.path(number)
+        kept, retraining = self.pool[number].kept(self.config, self.latents.rows), self.pool[number]
+        model, data = self.context.model(), self.data()
+        denoiser = to_train(model, seed=retraining.seed, continued=self.config.retrain.continued)
+        training = self.config.retrain.training(retraining.seed)
+        trainer = DenoiserTrainer(denoiser, model.schedule, data.without((~kept).nonzero().flatten()), training)
+        state = path.with_suffix(".state")
+        if is_there(state):
+            trainer.restore(torch.load(io.BytesIO(read_whole(state)), weights_only=True, map_location="cpu"))
+        written = time.monotonic()
+
+        def look(step: int, loss: float, ema: torch.nn.Module) -> None:
+            nonlocal written
+            checkpoint()
+            if time.monotonic() - written > STATE_SECONDS:
+                write_atomically(state, _packed(trainer.state()))
+                written = time.monotonic()
+
+        trained = trainer.run(on_step=look)
+        rows = pa.Table.from_batches(self._losses(number, trained), schema=tables.RETRAINED_LOSSES.schema)
+        device = str(self.context.device)
+        made = commit_table(path, rows, tables.RETRAINED_LOSSES, key=self.key(number), started=started, device=device)
+        remove(state)
+        return made
+
+    def data(self) -> CaptionedLatents:
+        """All readable samples, on the CPU; loaded once a process."""
+
+        def load() -> CaptionedLatents:
+            bad = unreadable_samples(self.latents, range(self.latents.rows))
+            if bad:
+                raise ValueError(f"{len(bad)} samples cannot be read any more: mend them, then `fastgda retry`")
+            block = load_block(self.context, self.latents, list(range(self.latents.rows)))
+            empty = self.context.model().encode_captions([""])
+            return CaptionedLatents.on_cpu(block.latents[:, 0], block.condition, block.owner, empty)
+
+        return self.context.loaded.once("training data", self.latents, load)
+
+    def _losses(self, number: int, denoiser: torch.nn.Module) -> Iterator[pa.RecordBatch]:
+        model, draws = self.context.model(), self.config.draws
+        for query in load_queries(self.queries):
+            losses, timesteps = query_losses(
+                model,
+                denoiser,
+                model.encode_images([query.image])[0],
+                model.encode_captions([query.caption]),
+                owner=query.owner,
+                seed=self.config.seed,
+                pairs=draws,
+                micro_batch=self.context.micro_batch("judge"),
+            )
+            yield from tables.RETRAINED_LOSSES.rows(
+                retraining=[self.ids[number]] * draws,
+                query_id=[query.query_id] * draws,
+                draw=np.arange(draws, dtype=np.int32),
+                timestep=timesteps.to(torch.int32).numpy(),
+                loss=losses.numpy(),
+            ).to_batches()
+
+    def losses_of(self, retraining: Retraining) -> Tensor:
+        """Read the losses of one of the models; see `losses`."""
+        return self.losses(self.ids.index(retraining.id(self.config, self.latents.rows)))
+
+    def losses(self, number: int) -> Tensor:
+        """Read the losses of one model, (draws, queries) float64, in the order of the query set."""
+        table = tables.read(self.path(number), tables.RETRAINED_LOSSES)
+        place = {query.query_id: row for row, query in enumerate(load_queries(self.queries))}
+        found = torch.empty(self.config.draws, len(place), dtype=torch.float64)
+        column = torch.tensor([place[name] for name in table["query_id"].to_pylist()])
+        draw = torch.from_numpy(table["draw"].to_numpy().copy()).long()
+        found[draw, column] = torch.from_numpy(table["loss"].to_numpy().copy())
+        return found
+
+
+class RetrainingParts(TrainedAgain):
+    """The judge's pool of random subsets."""
+
+    kind, title = "retrainings", "models trained again"
+
+    def _pool(self) -> list[Retraining]:
+        return pool_of(self.config)
+
+    def reasons(self) -> list[tuple[Retraining, tuple[str, int]]]:
+        return [(each, ("" if each.subset is None else "subset", 0)) for each in self.pool]
+
+
+class RemovalParts(TrainedAgain):
+    """Models without the samples that methods named for some queries, by the run's plan of removals."""
+
+    kind, title = "removals", "models without what was named"
+
+    def __init__(
+        self, context: Context, latents: Artifact, queries: Artifact, models: Artifact, plan: Artifact
+    ) -> None:
+        super().__init__(context, latents, queries, models)
+        self.plan = plan
+
+    def _pool(self) -> list[Retraining]:
+        return [each for each, _ in self.reasons()]
+
+    def reasons(self) -> list[tuple[Retraining, tuple[str, int]]]:
+        if not is_there(self.plan.path):
+            return []
+        assert self.config.leave_out is not None
+        plan = tables.read(self.plan.path, tables.REMOVALS).to_pylist()
+        found: list[tuple[Retraining, tuple[str, int]]] = []
+        for seed in range(self.config.seed, self.config.seed + self.config.leave_out.seeds):
+            found.append((Retraining(seed), ("", 0)))
+            found += [(Retraining(seed, removed=tuple(row["removed"])), (row["method"], row["k"])) for row in plan]
+        return found
+
+
+def retraining_cost(config: JudgeConfig, size: Size) -> KindCost:
+    """Return what a judge's models take, in forward passes."""
+    models = len(pool_of(config)) + (config.leave_out.models if config.leave_out else 0)
+    each = config.retrain.steps * config.retrain.batch_size * TRAINING_FORWARDS + size.queries * config.draws
+    return KindCost(RetrainingParts.kind, models, models * size.queries * config.draws, models * each)
+
+
+def _packed(state: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
