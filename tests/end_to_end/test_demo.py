@@ -60,7 +60,9 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, hom
         "candidate_shares": [1.0],
         "outside_probabilities": [0],
     }
-    lay_out(folder, model_folder, study=study).rename(folder / "my_config.yaml")
+    judge = {"retrain": {"steps": 2, "batch_size": 2}, "subsets": 3, "again": 0, "draws": 2}
+    judge["leave_out"] = {"k": [2], "targets": 1}
+    lay_out(folder, model_folder, study=study, judge=judge).rename(folder / "my_config.yaml")
     torch.save(RankHead(3072 + 384).state_dict(), folder / "dino+clip_text.pth")  # of that config's features instead
     fastgda("demo", "--folder", folder / "demo", home=home)
     return folder
