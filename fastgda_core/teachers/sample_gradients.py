@@ -65,7 +65,10 @@ class SampleGradients:
         """Return the gradients of one layer, (n, d_out * d_in)."""
         if name in self.moving:
             return self.moving[name].flatten(1)
-        return self._by_sample(weight_gradient(self.outputs[name], self.seen(name)).flatten(1))
+        # One product for each caption: its flips and groups have seen the same.
+        inputs, d_out = self.inputs[self.seen_by[name]], self.outputs[name].shape[2]
+        together = self.outputs[name].unflatten(0, (len(inputs), -1)).transpose(1, 2).flatten(2)
+        return self._by_sample(weight_gradient(together, inputs).unflatten(1, (-1, d_out)).flatten(0, 1).flatten(1))
 
     def rotated(self, name: str, factors: LayerFactors, places: Tensor | None = None) -> Tensor:
         """Return coordinates of U_B^T G U_A of one layer's gradients G, (n, k).
