@@ -83,7 +83,7 @@ class UnlearningTeacher:
         updates: Iterable[Update],
         base_losses: Tensor | None,
         micro_batch: MicroBatch,
-        look: Look = lambda gradients: None,
+        look: Look | None = None,
     ) -> Scores:
         """Return (queries, n) float64, and the standard errors of first-order scores.
 

@@ -189,4 +189,5 @@ def _samples_at_once(layers: Mapping[str, Layer], steady: Mapping[str, str], blo
     sizes = {name: 4 * matrix_shape(layer)[0] * matrix_shape(layer)[1] for name, layer in layers.items()}
     held = sum(size for name, size in sizes.items() if name not in steady)
     made = max((captions * size for name, size in sizes.items() if name in steady), default=0)
-    return max(1, min(CONTRACTED_SAMPLES, CONTRACTED_BYTES // ((held + made) * block.flips * groups)))
+    each = block.flips * (groups + (groups > 1))  # the sum of several groups stands beside them
+    return max(1, min(CONTRACTED_SAMPLES, CONTRACTED_BYTES // ((held + made) * each)))

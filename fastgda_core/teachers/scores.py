@@ -66,7 +66,7 @@ def first_order_scores(
     block: SampleBlock,
     updates: Iterable[Update],
     micro_batch: MicroBatch,
-    look: Look = lambda gradients: None,
+    look: Look | None = None,
 ) -> Tensor:
     """Return <grad L(z_i, theta_0), Delta theta> of a block of samples against all queries at once.
 
@@ -94,7 +94,7 @@ def first_order_scores_and_errors(
     block: SampleBlock,
     updates: Iterable[Update],
     micro_batch: MicroBatch,
-    look: Look = lambda gradients: None,
+    look: Look | None = None,
 ) -> Scores:
     """Return `first_order_scores`, and standard errors from the spread of at most `GROUPS` groups of the plan's draws.
 
@@ -104,11 +104,12 @@ def first_order_scores_and_errors(
     return _contracted(sample_gradients(model, layers, plan, block, micro_batch, GROUPS), updates, look)
 
 
-def _contracted(gradients: Iterable[SampleGradients], updates: Iterable[Update], look: Look) -> Scores:
+def _contracted(gradients: Iterable[SampleGradients], updates: Iterable[Update], look: Look | None) -> Scores:
     """Contract the gradients of some samples at a time with all updates."""
     found = []
     for some in gradients:
-        look(some.summed())
+        if look is not None:
+            look(some.summed())
         parts = torch.cat([_inner_products(some, update) for update in updates])
         scores, errors = _sums_and_errors(parts.view(len(parts), -1, some.flips, len(some.of_group)), some.of_group)
         largest, flip = scores.max(2, keepdim=True)
