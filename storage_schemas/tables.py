@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage_schemas.files import AnyPath, matching, read_whole
-from storage_schemas.table import DamagedTable, Table, damaged, schema
+from storage_schemas.table import Added, DamagedTable, Table, damaged, schema
 
 INSTANT = pa.timestamp("us", tz="UTC")
 TEXTS = pa.list_(pa.field("element", pa.string(), nullable=False))
@@ -120,10 +120,14 @@ SCORES = Table(
         ("query_id", pa.string(), "the query"),
         ("train_id", pa.int64(), "the training sample"),
         ("score", pa.float64(), "the teacher's score; higher = more influential"),
+        ("standard_error", pa.float32(), "of the score over the noise plan's draws; null where it is not known"),
+        nullable={"standard_error"},
     ),
     sorted_by=("query_id", "train_id"),
     dictionary=("query_id",),
     delta=("train_id",),
+    version=3,
+    added={"standard_error": Added(3, None)},
 )
 
 RANKS = Table(

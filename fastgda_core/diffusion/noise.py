@@ -78,6 +78,19 @@ class NoisePlan:
         weights = torch.tensor(self.weights or (1.0,) * count, dtype=torch.float64)
         return weights / weights.mean()
 
+    def groups(self, most: int) -> Tensor:
+        """Split the draws into groups of independent noise, whose spread tells how sure the plan's mean is.
+
+        Every group has its draws at all timesteps: between timesteps there is more than noise. A draw and its negative
+        are not independent and stay together.
+
+        Returns:
+            (draws,) int64, ascending: the number of its group, of `most` or of as many as there are independent draws.
+        """
+        independent = torch.arange(self.draws) // (1 + self.antithetic)
+        count = int(independent[-1]) + 1
+        return independent * min(most, count) // count
+
     def noise(
         self,
         train_ids: Tensor,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # a configuration looks teachers up, and is checked before to
     from fastgda_core.diffusion.model import DiffusionModel
     from fastgda_core.diffusion.noise import NoisePlan
     from fastgda_core.teachers.micro_batch import MicroBatch
-    from fastgda_core.teachers.scores import Look, Update
+    from fastgda_core.teachers.scores import Look, Scores, Update
     from fastgda_core.teachers.training_loss import SampleBlock
 
 
@@ -83,28 +83,30 @@ class UnlearningTeacher:
         updates: Iterable[Update],
         base_losses: Tensor | None,
         micro_batch: MicroBatch,
-        look: Look = lambda gradients: None,
-    ) -> Tensor:
-        """Return (queries, n) float64.
+        look: Look | None = None,
+    ) -> Scores:
+        """Return (queries, n) float64, and the standard errors of first-order scores.
 
         `updates` hold some queries at a time. Exact scores need `base_losses`, (n, f); of the others `look` sees the
         gradients that they are made of.
         """
         import torch
 
-        from fastgda_core.teachers.scores import exact_scores, first_order_scores
+        from fastgda_core.teachers.scores import Scores, exact_scores, first_order_scores_and_errors
 
         self.check_precision(model.precision)
         if self.first_order:
-            return first_order_scores(model, layers, plan, block, updates, micro_batch, look)
+            return first_order_scores_and_errors(model, layers, plan, block, updates, micro_batch, look)
         assert base_losses is not None
-        return torch.stack(
+        values = torch.stack(
             [
                 exact_scores(model, layers, plan, block, base_losses, query, micro_batch)
                 for update in updates
                 for query in _one_by_one(update)
             ]
         )
+        # Base losses are kept as means over the draws.
+        return Scores(values, torch.full_like(values, torch.nan))
 
 
 UNLEARNING_TEACHERS: dict[str, UnlearningTeacher] = {

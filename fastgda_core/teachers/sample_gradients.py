@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,11 +24,12 @@ GATHERED = 64  # a coordinate by itself costs so much more than one of all
 
 @dataclass(frozen=True)
 class SampleGradients:
-    """Weight gradients of some samples' losses, one for each (sample, flip), ready to be contracted.
+    """Weight gradients of some samples' losses, one for each (sample, flip, group), ready to be contracted.
 
     moving: (n, d_out, d_in) by layer. Of the steady layers, whose input is a function of the caption: output gradients
-    (captions and flips, positions, d_out) by layer, inputs (captions, positions, d_in) by the first layer that
-    sees them, and the place of each (caption, flip) among the n.
+    (captions, flips and groups, positions, d_out) by layer, inputs (captions, positions, d_in) by the first layer that
+    sees them, and the place of each (caption, flip, group) among the n.
+    of_group: (groups,) the share of the draws that each group has; the gradients of all groups sum to the plan's.
     """
 
     moving: dict[str, Tensor]
@@ -37,7 +38,20 @@ class SampleGradients:
     seen_by: Mapping[str, str]
     place: Tensor
     flips: int
+    of_group: Tensor
     count: int
+
+    def summed(self) -> SampleGradients:
+        """Return the gradients under the whole plan, one for each (sample, flip)."""
+        groups = len(self.of_group)
+        if groups == 1:
+            return self
+        moving, outputs = (
+            {name: values.unflatten(0, (-1, groups)).sum(1) for name, values in by_layer.items()}
+            for by_layer in (self.moving, self.outputs)
+        )
+        place, whole = self.place[::groups] // groups, self.of_group.sum(0, keepdim=True)
+        return replace(self, moving=moving, outputs=outputs, place=place, of_group=whole, count=self.count // groups)
 
     def check_steady(self, consequence: str) -> None:
         """Raise UsageError, with what follows from it, where the input of a layer moves with the timestep."""
@@ -51,7 +65,10 @@ class SampleGradients:
         """Return the gradients of one layer, (n, d_out * d_in)."""
         if name in self.moving:
             return self.moving[name].flatten(1)
-        return self._by_sample(weight_gradient(self.outputs[name], self.seen(name)).flatten(1))
+        # One product for each caption: its flips and groups have seen the same.
+        inputs, d_out = self.inputs[self.seen_by[name]], self.outputs[name].shape[2]
+        together = self.outputs[name].unflatten(0, (len(inputs), -1)).transpose(1, 2).flatten(2)
+        return self._by_sample(weight_gradient(together, inputs).unflatten(1, (-1, d_out)).flatten(0, 1).flatten(1))
 
     def rotated(self, name: str, factors: LayerFactors, places: Tensor | None = None) -> Tensor:
         """Return coordinates of U_B^T G U_A of one layer's gradients G, (n, k).
@@ -72,11 +89,11 @@ class SampleGradients:
         return self._by_sample(weight_gradient(outputs, inputs).flatten(1)[:, every])
 
     def seen(self, name: str) -> Tensor:
-        """Return the inputs of a steady layer, (captions and flips, positions, d_in)."""
-        return self.inputs[self.seen_by[name]].repeat_interleave(self.flips, dim=0)
+        """Return the inputs of a steady layer, (captions, flips and groups, positions, d_in)."""
+        return self.inputs[self.seen_by[name]].repeat_interleave(self.flips * len(self.of_group), dim=0)
 
     def _by_sample(self, values: Tensor) -> Tensor:
-        """Sum what there is of each (caption, flip) to one row for each (sample, flip)."""
+        """Sum what there is of each (caption, flip, group) to one row for each (sample, flip, group)."""
         if len(values) == self.count:
             return values
         return values.new_zeros(self.count, values.shape[1]).index_add_(0, self.place, values)
@@ -84,7 +101,12 @@ class SampleGradients:
 
 @torch.no_grad()
 def sample_gradients(
-    model: DiffusionModel, layers: Mapping[str, Layer], plan: NoisePlan, block: SampleBlock, micro_batch: MicroBatch
+    model: DiffusionModel,
+    layers: Mapping[str, Layer],
+    plan: NoisePlan,
+    block: SampleBlock,
+    micro_batch: MicroBatch,
+    groups: int = 1,
 ) -> Iterator[SampleGradients]:
     """Yield grad L(z_i, theta_0) of the samples of a block, some at a time, in order.
 
@@ -96,11 +118,14 @@ def sample_gradients(
         plan: the noise plan.
         block: the training samples.
         micro_batch: forwards at a time.
+        groups: of draws that are summed apart, at most; see `NoisePlan.groups`.
     """
     steady = steady_layers(model, layers, block.condition, micro_batch)
-    step = _samples_at_once(layers, steady, block)
+    group_of = plan.groups(groups).to(model.device)
+    step = _samples_at_once(layers, steady, block, int(group_of[-1]) + 1)
     for start in range(0, len(block.train_ids), step):
-        yield _sum_gradients(model, layers, steady, plan, block.samples(slice(start, start + step)), micro_batch)
+        some = block.samples(slice(start, start + step))
+        yield _sum_gradients(model, layers, steady, plan, some, micro_batch, group_of)
 
 
 def _sum_gradients(
@@ -110,13 +135,16 @@ def _sum_gradients(
     plan: NoisePlan,
     block: SampleBlock,
     micro_batch: MicroBatch,
+    group_of: Tensor,
 ) -> SampleGradients:
     """Run one forward and backward per row of the plan; sum over timesteps before any outer product where possible."""
     rows = plan_rows(model, plan, block)
-    count, captions = len(block.train_ids) * block.flips, len(block.owner) * block.flips
-    # Every caption has its rows flip by flip, so (caption, flip) and (sample, flip) are stretches of rows.
+    of_group = torch.bincount(group_of).double() / len(group_of)
+    each = block.flips * len(of_group)
+    count, captions = len(block.train_ids) * each, len(block.owner) * each
+    # Every caption has its rows flip by flip and group by group, so (caption, flip, group) are stretches of rows.
     of_caption = torch.arange(captions, device=model.device)
-    place = block.owner[of_caption // block.flips] * block.flips + of_caption % block.flips
+    place = block.owner[of_caption // each] * each + of_caption % each
     moving: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
@@ -131,7 +159,7 @@ def _sum_gradients(
 
     for stretch, (seen, gradients) in micro_batch.run(len(rows), gradients_of):
         caption = rows.caption[stretch]
-        segment = caption * block.flips + rows.flip[stretch]
+        segment = caption * each + rows.flip[stretch] * len(of_group) + group_of[rows.draw[stretch]]
         for name, values in seen.items():
             if name in steady:
                 inputs.setdefault(name, values.new_empty(len(block.owner), *values.shape[1:]))[caption] = values
@@ -142,7 +170,7 @@ def _sum_gradients(
             else:
                 sums = moving.setdefault(name, gradient.new_zeros(count, *matrix_shape(layers[name])))
                 _add_outer_products(sums, place, segment, gradient, seen[name])
-    return SampleGradients(moving, outputs, inputs, steady, place, block.flips, count)
+    return SampleGradients(moving, outputs, inputs, steady, place, block.flips, of_group, count)
 
 
 def _add_outer_products(sums: Tensor, place: Tensor, segment: Tensor, gradient: Tensor, seen: Tensor) -> None:
@@ -155,10 +183,11 @@ def _add_outer_products(sums: Tensor, place: Tensor, segment: Tensor, gradient: 
         first += length
 
 
-def _samples_at_once(layers: Mapping[str, Layer], steady: Mapping[str, str], block: SampleBlock) -> int:
+def _samples_at_once(layers: Mapping[str, Layer], steady: Mapping[str, str], block: SampleBlock, groups: int) -> int:
     """Return how many samples' gradients are held at a time."""
     captions = int(block.captions_of().max())
     sizes = {name: 4 * matrix_shape(layer)[0] * matrix_shape(layer)[1] for name, layer in layers.items()}
     held = sum(size for name, size in sizes.items() if name not in steady)
     made = max((captions * size for name, size in sizes.items() if name in steady), default=0)
-    return max(1, min(CONTRACTED_SAMPLES, CONTRACTED_BYTES // ((held + made) * block.flips)))
+    each = block.flips * (groups + (groups > 1))  # the sum of several groups stands beside them
+    return max(1, min(CONTRACTED_SAMPLES, CONTRACTED_BYTES // ((held + made) * each)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,17 @@ from fastgda_core.teachers.unlearning import moved
 
 Update = Mapping[str, Tensor]
 Look = Callable[[SampleGradients], None]
+GROUPS = 4  # of a sample's draws at most; benchmarks/RESULTS.md, "The noise of a score"
+
+
+class Scores(NamedTuple):
+    """Scores of some samples against some queries and how sure they are, (queries, n) float64 each.
+
+    errors: standard errors over the noise plan's draws; NaN where nothing is known of them.
+    """
+
+    values: Tensor
+    errors: Tensor
 
 
 def exact_scores(
@@ -54,7 +66,7 @@ def first_order_scores(
     block: SampleBlock,
     updates: Iterable[Update],
     micro_batch: MicroBatch,
-    look: Look = lambda gradients: None,
+    look: Look | None = None,
 ) -> Tensor:
     """Return <grad L(z_i, theta_0), Delta theta> of a block of samples against all queries at once.
 
@@ -71,12 +83,51 @@ def first_order_scores(
     Returns:
         (queries, n) float64; higher is more influential, the larger of the two flips. Design section 4, "First order".
     """
-    scores = []
-    for gradients in sample_gradients(model, layers, plan, block, micro_batch):
-        look(gradients)
-        by_flip = torch.cat([_inner_products(gradients, update) for update in updates])
-        scores.append(by_flip.view(len(by_flip), -1, gradients.flips).amax(2))
-    return torch.cat(scores, dim=1)
+    return _contracted(sample_gradients(model, layers, plan, block, micro_batch), updates, look).values
+
+
+@torch.no_grad()
+def first_order_scores_and_errors(
+    model: DiffusionModel,
+    layers: Mapping[str, Layer],
+    plan: NoisePlan,
+    block: SampleBlock,
+    updates: Iterable[Update],
+    micro_batch: MicroBatch,
+    look: Look | None = None,
+) -> Scores:
+    """Return `first_order_scores`, and standard errors from the spread of at most `GROUPS` groups of the plan's draws.
+
+    The errors are NaN where the plan has one draw a timestep, or one antithetic pair. With flips they are those of the
+    flip that is the larger.
+    """
+    return _contracted(sample_gradients(model, layers, plan, block, micro_batch, GROUPS), updates, look)
+
+
+def _contracted(gradients: Iterable[SampleGradients], updates: Iterable[Update], look: Look | None) -> Scores:
+    """Contract the gradients of some samples at a time with all updates."""
+    found = []
+    for some in gradients:
+        if look is not None:
+            look(some.summed())
+        parts = torch.cat([_inner_products(some, update) for update in updates])
+        scores, errors = _sums_and_errors(parts.view(len(parts), -1, some.flips, len(some.of_group)), some.of_group)
+        largest, flip = scores.max(2, keepdim=True)
+        found.append((largest.squeeze(2), errors.gather(2, flip).squeeze(2)))
+    return Scores(*(torch.cat(several, dim=1) for several in zip(*found, strict=True)))
+
+
+def _sums_and_errors(parts: Tensor, of_group: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums over groups and their standard errors, each (...), of the groups' parts, (..., groups).
+
+    A group with the share W of the draws has a part of mean W S and variance W Var(S), so the sum over groups of
+    (part - W S)^2 / W has mean (groups - 1) Var(S).
+    """
+    sums = parts.sum(-1)
+    if len(of_group) == 1:
+        return sums, torch.full_like(sums, torch.nan)
+    squares = (parts - sums[..., None] * of_group).square() / of_group
+    return sums, (squares.sum(-1) / (len(of_group) - 1)).sqrt()
 
 
 def _inner_products(gradients: SampleGradients, update: Update) -> Tensor:

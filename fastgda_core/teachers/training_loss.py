@@ -56,7 +56,7 @@ class SampleBlock:
 
 @dataclass(frozen=True)
 class PlanRows:
-    """The forwards that a block's plan asks for: row (caption, flip, timestep, draw), the last counting fastest.
+    """The forwards that a block's plan asks for: row (caption, flip, draw, timestep), the last counting fastest.
 
     caption, sample, flip, timestep, draw: (rows,); share: (rows,) float64, the row's part in its sample's mean.
     """
@@ -85,11 +85,11 @@ def plan_rows(model: DiffusionModel, plan: NoisePlan, block: SampleBlock) -> Pla
     grids = torch.meshgrid(
         torch.arange(len(block.owner)),
         torch.arange(block.flips),
-        torch.arange(len(values)),
         torch.arange(plan.draws),
+        torch.arange(len(values)),
         indexing="ij",
     )
-    caption, flip, step, draw = (grid.flatten() for grid in grids)
+    caption, flip, draw, step = (grid.flatten() for grid in grids)
     caption = caption.to(device)
     sample = block.owner[caption]
     per_caption = len(values) * plan.draws

@@ -104,7 +104,7 @@ def _scores(
     plan = noise_plan(context.config, seed)
     base = None if teacher.first_order else training_losses(model, plan, block, context.micro_batch("losses"))
     micro_batch = context.micro_batch("gradients" if teacher.first_order else "losses")
-    return teacher.scores(model, context.layers(model), plan, block, updates, base, micro_batch).cpu()
+    return teacher.scores(model, context.layers(model), plan, block, updates, base, micro_batch).values.cpu()
 
 
 @task(task_run_name="self-consistency", cache_policy=NO_CACHE)

@@ -24,13 +24,15 @@ Artifacts = Mapping[str, Artifact]  # by name: "samples", "queries", and what th
 
 
 class BlockScores(NamedTuple):
-    """Scores of some training samples against some queries, (queries, n) float64, on the CPU.
+    """Scores of some training samples against some queries and their standard errors, (queries, n) float64, on the CPU.
 
     train_ids: (n,), those samples that have scores; left_out: the others, and why.
+    errors: NaN where nothing is known of them.
     """
 
     train_ids: NDArray[np.int64]
     scores: Tensor
+    errors: Tensor
     left_out: dict[int, str]
 
 

@@ -8,7 +8,6 @@ import time
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table
@@ -17,7 +16,7 @@ from storage_schemas.runs.attempts import ShardState
 from storage_schemas.runs.ledger import read_ledger
 from storage_schemas.which_workspace import command
 from tasks.context import Context
-from tasks.teaching.families import Artifacts, Family
+from tasks.teaching.families import Artifacts, BlockScores, Family
 from tasks.teaching.parts import Parts, RunRefused, Standing
 from tasks.teaching.score_plan import ScoreRun, ScoreShard, plan_scores
 
@@ -59,7 +58,7 @@ class ScoreParts(Parts):
     def make(self, number: int) -> Manifest:
         started, shard = time.monotonic(), self.score_run.shards[number]
         block = self.family.scores(self.context, self.artifacts, shard.query_numbers, shard.train_ids)
-        rows = _pair_rows(self.score_run, shard, block.train_ids, block.scores.numpy())
+        rows = _pair_rows(self.score_run, shard, block)
         path, key, device = self.path(number), self.key(number), str(self.context.device)
         return commit_table(
             path, rows, tables.SCORES, key=key, started=started, device=device, quarantined=block.left_out
@@ -85,14 +84,13 @@ class ScoreParts(Parts):
             )
 
 
-def _pair_rows(
-    score_run: ScoreRun, shard: ScoreShard, train_ids: NDArray[np.int64], scores: NDArray[np.float64]
-) -> pa.Table:
+def _pair_rows(score_run: ScoreRun, shard: ScoreShard, block: BlockScores) -> pa.Table:
     """Return the (query, sample) pairs of a shard that are candidates, as score rows."""
+    train_ids = block.train_ids
     chosen = np.stack([score_run.chosen(number, train_ids) for number in shard.query_numbers])
     query, sample = np.nonzero(chosen)
     names = np.array([score_run.query_ids[number] for number in shard.query_numbers], dtype=object)
-    chosen_scores = scores[query, sample]
+    chosen_scores, errors = (values.numpy()[query, sample] for values in (block.scores, block.errors))
     if not np.isfinite(chosen_scores).all():
         # Such scores have no rank. The losses were numbers, so the model is to blame: trying again does not help.
         where = int(np.flatnonzero(~np.isfinite(chosen_scores))[0])
@@ -101,4 +99,9 @@ def _pair_rows(
             f"that of query {names[query][where]} and train_id {train_ids[sample][where]}: "
             "use teacher.precision float32 and look at the model's loss on that sample"
         )
-    return tables.SCORES.rows(query_id=names[query], train_id=train_ids[sample], score=chosen_scores)
+    return tables.SCORES.rows(
+        query_id=names[query],
+        train_id=train_ids[sample],
+        score=chosen_scores,
+        standard_error=pa.array(errors, pa.float32(), from_pandas=True),  # NaN: null
+    )

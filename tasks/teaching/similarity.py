@@ -46,7 +46,7 @@ class Similarity:
         good = train_ids[~np.isin(train_ids, list(left_out))]
         queries, mapped = self._features(context, artifacts)
         scores = SimilarityTeacher().scores(queries[query_numbers], mapped[torch.from_numpy(good)])
-        return BlockScores(good, scores, left_out)
+        return BlockScores(good, scores, torch.full_like(scores, torch.nan), left_out)
 
     def costs(self, config: PipelineConfig, size: Size) -> list[KindCost]:
         shards, _ = score_shards(config, size)

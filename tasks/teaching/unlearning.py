@@ -111,10 +111,11 @@ class Unlearning:
                 context.micro_batch("gradients" if base is None else "losses"),
                 *([beside.look] if beside is not None else []),
             )
-            return scores.cpu()
+            return torch.stack(scores).cpu()
 
-        nothing = torch.empty(len(query_numbers), 0, dtype=torch.float64)
-        block = BlockScores(*without_bad_samples(train_ids, known, of_samples, nothing))
+        nothing = torch.empty(2, len(query_numbers), 0, dtype=torch.float64)
+        good, (values, errors), left_out = without_bad_samples(train_ids, known, of_samples, nothing)
+        block = BlockScores(good, values, errors, left_out)
         if beside is not None:
             beside.commit(block.train_ids, block.left_out)
         return block

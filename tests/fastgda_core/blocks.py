@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
@@ -129,7 +129,13 @@ def plain_noise(model: DiffusionModel, plan: NoisePlan, owner: Tensor, *place: i
 
 
 def plain_loss(
-    model: DiffusionModel, denoiser: Denoiser, plan: NoisePlan, block: SampleBlock, sample: int, flip: int = 0
+    model: DiffusionModel,
+    denoiser: Denoiser,
+    plan: NoisePlan,
+    block: SampleBlock,
+    sample: int,
+    flip: int = 0,
+    draws: Sequence[int] | None = None,
 ) -> Tensor:
     """L of one sample in float64: its captions, timesteps and draws one after another, then their weighted mean."""
     text, timesteps, noise, weights = [], [], [], []
@@ -138,7 +144,7 @@ def plain_loss(
         grid = tuple(range(plan.first_timestep, TRAIN_TIMESTEPS, TRAIN_TIMESTEPS // grid))
     for caption in (block.owner == sample).nonzero().flatten().tolist():
         for timestep, weight in zip(grid, plan.weights or [1.0] * len(grid), strict=True):
-            for draw in range(plan.draws):
+            for draw in range(plan.draws) if draws is None else draws:
                 text.append(block.condition["encoder_hidden_states"][caption])
                 timesteps.append(timestep)
                 weights.append(weight)
@@ -152,15 +158,25 @@ def plain_loss(
 
 
 def plain_losses(
-    model: DiffusionModel, denoiser: Denoiser, plan: NoisePlan, block: SampleBlock, flip: int = 0
+    model: DiffusionModel,
+    denoiser: Denoiser,
+    plan: NoisePlan,
+    block: SampleBlock,
+    flip: int = 0,
+    draws: Sequence[int] | None = None,
 ) -> Tensor:
     """L of every sample in one flip, (n,)."""
     samples = range(len(block.train_ids))
-    return torch.stack([plain_loss(model, denoiser, plan, block, sample, flip) for sample in samples])
+    return torch.stack([plain_loss(model, denoiser, plan, block, sample, flip, draws) for sample in samples])
 
 
 def directional_derivative(
-    model: DiffusionModel, plan: NoisePlan, block: SampleBlock, update: Mapping[str, Tensor], flip: int = 0
+    model: DiffusionModel,
+    plan: NoisePlan,
+    block: SampleBlock,
+    update: Mapping[str, Tensor],
+    flip: int = 0,
+    draws: Sequence[int] | None = None,
 ) -> Tensor:
     """The derivative of every sample's loss along an update, in float64 and forward mode, (n,)."""
     denoiser = double_denoiser(model)
@@ -171,7 +187,7 @@ def directional_derivative(
         def call(*args: object, **kwargs: object) -> tuple[Tensor, ...]:
             return torch.func.functional_call(denoiser, moving, args, kwargs)
 
-        return plain_losses(model, call, plan, block, flip)
+        return plain_losses(model, call, plan, block, flip, draws)
 
     return torch.func.jvp(losses, (weights,), (tangent,))[1]
 

@@ -77,9 +77,10 @@ def test_each_teacher_gives_its_fishers_scores_one_row_per_query(
     assert teacher.fisher == kind
     updates = updates_of(fishers[kind], gradients)
     base = None if teacher.first_order else training_losses(tiny_model, plan, block, MicroBatch(40))
-    found = teacher.scores(
+    found, errors = teacher.scores(
         tiny_model, layers, plan, block, [stack(updates[:2]), stack(updates[2:])], base, MicroBatch(40)
     )
+    assert errors.shape == found.shape and bool(errors.isnan().all()) == (not teacher.first_order)
     assert found.shape == (3, len(block.train_ids))
     assert found.dtype == torch.float64
 
@@ -88,7 +89,7 @@ def test_each_teacher_gives_its_fishers_scores_one_row_per_query(
     expected = of_one(tiny_model, plan, block, step)
     torch.testing.assert_close(found[1], expected, rtol=0, atol=2e-3 * expected.norm().item())
     for query, update in enumerate(updates):
-        alone = teacher.scores(tiny_model, layers, plan, block, [stack([update])], base, MicroBatch(40))[0]
+        alone = teacher.scores(tiny_model, layers, plan, block, [stack([update])], base, MicroBatch(40)).values[0]
         torch.testing.assert_close(found[query], alone, rtol=0, atol=1e-5 * alone.norm().item())
 
 
@@ -103,9 +104,9 @@ def test_teachers_of_different_fishers_score_differently(
 ) -> None:
     base = training_losses(tiny_model, plan, block, MicroBatch(40))
     diagonal, ekfac = (
-        TEACHERS[name].scores(
-            tiny_model, layers, plan, block, [stack(updates_of(fishers[kind], gradients))], base, MicroBatch(40)
-        )
+        TEACHERS[name]
+        .scores(tiny_model, layers, plan, block, [stack(updates_of(fishers[kind], gradients))], base, MicroBatch(40))
+        .values
         for name, kind in (("abu", "diagonal"), ("abu_plus", "ekfac"))
     )
     assert (diagonal - ekfac).norm() > 0.05 * ekfac.norm()
@@ -129,7 +130,7 @@ def test_compiled_model_scores_as_the_plain_one(
     for model, scores in ((compiled, found), (tiny_model, expected)):
         base = training_losses(model, plan, block, MicroBatch(40))
         for name, losses in (("abu_plus", base), ("abu_plus_first_order", None)):
-            scores.append(TEACHERS[name].scores(model, layers, plan, block, [updates], losses, MicroBatch(40)))
+            scores.append(TEACHERS[name].scores(model, layers, plan, block, [updates], losses, MicroBatch(40)).values)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.norm().item())
     assert compiled.compiled_denoisers is not None

@@ -70,7 +70,7 @@ def test_all_layers_in_double_precision_on_a_plan_of_listed_antithetic_timesteps
             "precision": "float64",
             "timestep_list": [20, 70],
             "timestep_weights": [60, 40],
-            "draws": 2,
+            "draws": 4,
             "antithetic": True,
             "gradient_pairs": 2,
         },
@@ -81,6 +81,8 @@ def test_all_layers_in_double_precision_on_a_plan_of_listed_antithetic_timesteps
         "queries__twins": 0,
     }
     fastgda("run", lay_out(tmp_path, model_folder, samples=44, **changes), home=home)
+    known = query(tmp_path / "workspace", "SELECT count(*) AS n, count(standard_error) AS known FROM ranks").to_pylist()
+    assert known[0]["known"] == known[0]["n"] > 0  # two pairs at each timestep
     agreement = query(
         tmp_path / "workspace",
         "SELECT space, value FROM metrics WHERE metric = 'spearman' AND query_id = '' ORDER BY space",

@@ -106,7 +106,8 @@ class Letters:
         (number,) = query_numbers
         self.begin("scores", number)
         good = train_ids[~np.isin(train_ids, list(self.left_out))]
-        return BlockScores(good, torch.from_numpy(10.0 * number + good)[None], self.left_out)
+        scores = torch.from_numpy(10.0 * number + good)[None]
+        return BlockScores(good, scores, torch.full_like(scores, torch.nan), self.left_out)
 
     def costs(self, config: PipelineConfig, size: Size) -> list[KindCost]:
         return [KindCost("letters", LETTERS, LETTERS, 10.0 * LETTERS), KindCost("scores", 3, 12, 60.0)]

@@ -236,6 +236,7 @@ def test_card_says_what_the_rows_are(tmp_path: Path) -> None:
         "caption": "string",
         "train_id": "int64",
         "score": "float64",
+        "standard_error": "float32",
         "rank": "int32",
         "rank_label": "float32",
     }

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from fastgda_core.teachers.scores import first_order_scores_and_errors
 from fastgda_core.teachers.training_loss import training_losses
 from storage_schemas import tables
 from tasks.context import Context
@@ -16,6 +17,7 @@ from tasks.teaching.base_losses import BaseLossParts, base_losses_of, load_base_
 from tasks.teaching.families import family_of
 from tasks.teaching.latents import load_block, unreadable_samples
 from tasks.teaching.noise import noise_plan
+from tasks.teaching.updates import QueryUpdates
 from tests.tasks.whole_runs import SAMPLES, WholeRun
 
 
@@ -62,3 +64,20 @@ def test_base_losses_are_the_models_losses_and_exact_scores_their_rise(unlearned
         found = family.scores(context, artifacts, [numbers[query_id]], np.array(sorted(mine)))
         assert found.left_out == {} and found.train_ids.tolist() == sorted(mine)
         np.testing.assert_allclose(found.scores[0], [mine[train] for train in sorted(mine)], rtol=1e-4, atol=2e-7)
+
+
+def test_a_block_has_the_cores_standard_errors_and_single_draws_have_none(unlearned: WholeRun) -> None:
+    run = unlearned.run
+    stored = tables.read_parts(run.artifacts["scores"].path, tables.SCORES)
+    assert stored["standard_error"].null_count == stored.num_rows > 0  # the run's plan has one draw a timestep
+    teacher = run.config.teacher.model_copy(update={"draws": 2})
+    context = replace(run.context, config=run.config.model_copy(update={"teacher": teacher}))
+    found = family_of(context.config).scores(context, run.artifacts, [0, 2], np.array([1, 4, 5]))
+    model, block = context.teacher_model(), load_block(context, run.artifacts["latents"], [1, 4, 5])
+    updates = QueryUpdates(context, run.artifacts["unlearning steps"], [0, 2], 2)
+    layers, size = context.layers(model), context.micro_batch("gradients")
+    plan = noise_plan(context.config)
+    expected = first_order_scores_and_errors(model, layers, plan, block, updates, size)
+    assert bool((found.errors > 0).all())
+    torch.testing.assert_close(found.scores, expected.values)
+    torch.testing.assert_close(found.errors, expected.errors)
