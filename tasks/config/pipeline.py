@@ -86,6 +86,19 @@ class PipelineConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _removals_leave_controls(self) -> Self:
+        split = self.queries.split
+        if self.judge is None or self.judge.leave_out is None or not isinstance(split, SplitConfig):
+            return self
+        targets = self.judge.leave_out.targets
+        if targets >= split.test:
+            raise ValueError(
+                f"judge.leave_out.targets is {targets} of the split's {split.test} test queries: lower it, so that "
+                "some are left as controls"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_has_first_order(self) -> Self:
         split = self.queries.split
         tests = split.test if isinstance(split, SplitConfig) else None

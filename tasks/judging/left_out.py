@@ -13,6 +13,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
+from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.counterfactual import loss_changes, separation, union_of_first
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table, input_key
@@ -69,6 +70,9 @@ def _named(scores: Mapping[str, Tensor], k: int, seed: int) -> dict[str, list[in
     """
     found: dict[str, list[int]] = {method: union_of_first(each, k).tolist() for method, each in scores.items()}
     samples, draw = scores[TEACHER].shape[1], torch.Generator().manual_seed(seed)
+    most = max(map(len, found.values()))
+    if most == samples:
+        raise UsageError(f"judge.leave_out removes all {samples:,} samples with k {k}: lower k or targets")
     found[RANDOM] = sorted(torch.randperm(samples, generator=draw)[: len(found[TEACHER])].tolist())
     return found
 

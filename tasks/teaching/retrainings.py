@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from fastgda_core.diffusion.training import CaptionedLatents, DenoiserTrainer
+from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.retraining import query_losses, random_subset, to_train
 from fastgda_core.interruption import checkpoint
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table, input_key, write_atomically
 from storage_schemas.files import AnyPath, is_there, read_whole, remove
+from storage_schemas.which_workspace import command
 from storage_schemas.workspace import retrained
 from tasks.artifact import Artifact
 from tasks.config.judging import JudgeConfig
@@ -161,7 +163,11 @@ class TrainedAgain(Parts):
         def load() -> CaptionedLatents:
             bad = unreadable_samples(self.latents, range(self.latents.rows))
             if bad:
-                raise ValueError(f"{len(bad)} samples cannot be read any more: mend them, then `fastgda retry`")
+                train_id, reason = next(iter(bad.items()))
+                raise UsageError(
+                    f"{len(bad)} samples cannot be trained on, first {train_id} ({reason}): mend them, then "
+                    f"{command(self.context.workspace, 'retry RUN')}"
+                )
             block = load_block(self.context, self.latents, list(range(self.latents.rows)))
             empty = self.context.model().encode_captions([""])
             return CaptionedLatents.on_cpu(block.latents[:, 0], block.condition, block.owner, empty)

@@ -10,13 +10,15 @@ import torch
 from scipy import stats
 
 from fastgda_core.diffusion.training import DenoiserTrainer
-from fastgda_core.errors import Stopped
+from fastgda_core.errors import Stopped, UsageError
 from storage_schemas import tables
 from storage_schemas.commit import committed
 from storage_schemas.snapshots.snapshots import read_influence
 from storage_schemas.sql.views import query
 from storage_schemas.tables import PSEUDO
+from tasks.context import Loaded
 from tasks.inputs.queries import Query, load_queries
+from tasks.judging import left_out
 from tasks.judging.kept_checks import read_checks
 from tasks.judging.left_out import CHANGE, OF_CONTROLS, SEPARATION
 from tasks.judging.methods import RANDOM, UNTUNED
@@ -155,6 +157,19 @@ def test_what_the_teacher_names_is_removed_and_its_queries_losses_are_compared(u
     assert rows[CHANGE, TEACHER]["value"] == pytest.approx(changes[target])
     assert rows[OF_CONTROLS, TEACHER]["value"] == pytest.approx(changes[control])
     assert rows[SEPARATION, TEACHER]["value"] == float(changes[target] > changes[control])
+
+
+def test_a_removal_of_everything_is_refused() -> None:
+    with pytest.raises(UsageError, match="removes all 5 samples with k 3: lower k or targets"):
+        left_out._named({TEACHER: torch.tensor([[1.0, 2, 3, 4, 5], [5.0, 4, 3, 2, 1]])}, 3, seed=0)
+
+
+def test_samples_that_cannot_be_read_are_no_lesson(parts: RetrainingParts, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = replace(parts.context, loaded=Loaded())
+    monkeypatch.setattr(retrainings, "unreadable_samples", lambda *_: {4: "the tar is cut"})
+    again = RetrainingParts(context, parts.latents, parts.queries, parts.artifact)
+    with pytest.raises(UsageError, match=r"1 samples cannot be trained on, first 4 \(the tar is cut\): mend them"):
+        again.data()
 
 
 def test_models_and_their_losses_are_in_sql(unlearned: WholeRun, parts: RetrainingParts) -> None:
