@@ -32,7 +32,7 @@ from fastgda_core.diffusion.loss import per_sample_loss
 from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.noise import gaussian_noise, stratified_timesteps, stream_key
 from fastgda_core.diffusion.objective import Objective
-from fastgda_core.diffusion.training import DenoiserTrainer
+from fastgda_core.diffusion.training import DenoiserTrainer, DenoiserTraining
 from fastgda_core.evaluation.lds import difference, linear_datamodelling, predictions, reliability
 from fastgda_core.evaluation.ranking_metrics import spearman, twin_ranks
 from fastgda_core.evaluation.retraining import to_train
@@ -99,7 +99,7 @@ class World:
         """Return the averaged model at each share of the recipe's steps."""
         config, model = self.parts.config, self.context.model()
         denoiser = to_train(model, seed=config.seed, continued=False)
-        data, training = self.parts.data(), config.retrain.training(config.seed)
+        data, training = self.parts.data(), DenoiserTraining(**config.retrain.hyperparameters, seed=config.seed)
         trainer = DenoiserTrainer(denoiser, model.schedule, data, training)
         found = {}
         for share in SHARES:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from fastgda_core.diffusion.training import DenoiserTraining
 from tasks.config.section import Section
 
 
@@ -25,9 +24,10 @@ class RetrainConfig(Section):
     caption_dropout: float = Field(default=0.1, ge=0, lt=1, description="share of images whose caption is left empty")
     ema_decay: float = Field(default=0.999, ge=0, lt=1, description="of the averaged weights, which are the model")
 
-    def training(self, seed: int) -> DenoiserTraining:
-        """Return the hyperparameters of one training."""
-        return DenoiserTraining(**self.model_dump(exclude={"continued"}), seed=seed)
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Those of `DenoiserTraining`, by name, but for the seed."""
+        return self.model_dump(exclude={"continued"})
 
 
 METHODS = 4  # whose images are removed: teacher, untuned features, captions alone, chance

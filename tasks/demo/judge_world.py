@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from fastgda_core.diffusion.codec import PixelUnshuffle
 from fastgda_core.diffusion.model import load_model
-from fastgda_core.diffusion.training import CaptionedLatents, DenoiserTrainer
+from fastgda_core.diffusion.training import CaptionedLatents, DenoiserTrainer, DenoiserTraining
 from fastgda_core.evaluation.retraining import to_train
 from storage_schemas.commit import input_key
 from tasks.config.judging import JudgeConfig
@@ -92,7 +92,8 @@ def write_model(folder: Path, shards: Path, judge: JudgeConfig) -> None:
     images = [read_image(sample.shard, sample.offset, sample.size) for sample in samples]
     data = CaptionedLatents.of(model, model.encode_images(images), [sample.captions for sample in samples])
     denoiser = to_train(model, seed=judge.seed, continued=False)
-    trainer = DenoiserTrainer(denoiser, model.schedule, data, judge.retrain.training(judge.seed))
+    training = DenoiserTraining(**judge.retrain.hyperparameters, seed=judge.seed)
+    trainer = DenoiserTrainer(denoiser, model.schedule, data, training)
     with stage("denoiser training", judge.retrain.steps) as advance:
         trained: Any = trainer.run(on_step=lambda *_: advance(1))
     trained.save_pretrained(staging / "unet")

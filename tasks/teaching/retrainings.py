@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from fastgda_core.diffusion.training import CaptionedLatents, DenoiserTrainer
+from fastgda_core.diffusion.training import CaptionedLatents, DenoiserTrainer, DenoiserTraining
 from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.retraining import query_losses, random_subset, to_train
 from fastgda_core.interruption import checkpoint
@@ -136,7 +136,7 @@ class TrainedAgain(Parts):
         kept, retraining = self.pool[number].kept(self.config, self.latents.rows), self.pool[number]
         model, data = self.context.model(), self.data()
         denoiser = to_train(model, seed=retraining.seed, continued=self.config.retrain.continued)
-        training = self.config.retrain.training(retraining.seed)
+        training = DenoiserTraining(**self.config.retrain.hyperparameters, seed=retraining.seed)
         trainer = DenoiserTrainer(denoiser, model.schedule, data.without((~kept).nonzero().flatten()), training)
         state = path.with_suffix(".state")
         if is_there(state):
@@ -248,11 +248,14 @@ class RemovalParts(TrainedAgain):
         return found
 
 
-def retraining_cost(config: JudgeConfig, size: Size) -> KindCost:
-    """Return what a judge's models take, in forward passes."""
-    models = len(pool_of(config)) + (config.leave_out.models if config.leave_out else 0)
-    each = config.retrain.steps * config.retrain.batch_size * TRAINING_FORWARDS + size.queries * config.draws
-    return KindCost(RetrainingParts.kind, models, models * size.queries * config.draws, models * each)
+def retraining_costs(config: JudgeConfig, size: Size) -> list[KindCost]:
+    """Return what a judge's models take, in forward passes; of removals, where no two methods name the same."""
+    asked = size.queries * config.draws
+    each = config.retrain.steps * config.retrain.batch_size * TRAINING_FORWARDS + asked
+    models = {RetrainingParts.kind: len(pool_of(config))}
+    if config.leave_out is not None:
+        models[RemovalParts.kind] = config.leave_out.models
+    return [KindCost(kind, count, count * asked, count * each) for kind, count in models.items()]
 
 
 def _packed(state: dict[str, Any]) -> bytes:

@@ -90,7 +90,7 @@ def test_a_flipped_bit_is_said_in_a_line(
     [
         (spoil_footer, "SELECT sum(score) FROM ranks"),
         (spoil_rows, "SELECT sum(score) FROM ranks"),
-        (cut_short, "SELECT count(*) FROM runs"),
+        (cut_short, "SELECT count(*) FROM ranks"),
     ],
 )
 def test_sql_names_the_file_that_its_database_cannot_read(

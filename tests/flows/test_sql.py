@@ -279,6 +279,6 @@ def test_a_lake_writes_rows_the_same_way(tmp_path: Path) -> None:
     options = ["--workspace", str(tmp_path / "workspace"), "--catalog", f"sqlite:{tmp_path / 'lake.sqlite'}"]
     assert CliRunner().invoke(app, ["lake", "add", "run-1", *options]).exception is None
     rows = CliRunner().invoke(app, ["lake", "sql", "FROM run_scores", *options, "--format", "csv"]).stdout_bytes
-    assert rows.startswith(b"run,query_id,train_id,score\nrun-1,q0,0,0.0\n") and rows.count(b"\n") == 13
+    assert rows.startswith(b"run,query_id,train_id,score,standard_error\nrun-1,q0,0,0.0,\n") and rows.count(b"\n") == 13
     table = CliRunner().invoke(app, ["lake", "sql", "FROM run_scores", *options, "--limit", "2"]).stdout
     assert "the first 2 of 12 rows" in table

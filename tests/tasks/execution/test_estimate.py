@@ -28,13 +28,17 @@ def test_an_estimate_counts_what_the_run_then_made(unlearned: WholeRun) -> None:
     found = estimate(of(unlearned.config, forwards_per_second=100.0, price_per_device_hour=3.0, currency="EUR"))
     assert found.size == Size(SAMPLES, 1.0, QUERIES, SAMPLES)
     parts = unlearned.run.parts
+    removals = found.kinds.pop()
+    assert removals.kind == "removals" and removals.parts >= parts["removals"].count, "methods may name the same"
     for kind in found.kinds:
         assert kind.parts == parts[kind.kind].count
         assert kind.rows == sum(parts[kind.kind].rows(number) for number in range(kind.parts))
-    scores, sketches = found.kinds[-2:]
+    scores, sketches, retrainings = found.kinds[-3:]
     assert scores.forwards == pytest.approx(SAMPLES * 2 * 2.1), "each sample once, at two timesteps, with its gradient"
     size = parts["sketches"].context.config.sketches.size
     assert (sketches.forwards, sketches.kept_bytes) == (0, SAMPLES * (size + size // 64 * 4)), "made beside the scores"
+    steps, batch, draws = 3, 4, 4
+    assert retrainings.forwards == 8 * (steps * batch * 3 + QUERIES * draws), "forward, backward, and losses of queries"
     forwards = sum(kind.forwards for kind in found.kinds)
     assert found.device_hours == pytest.approx(forwards / 100 / 3600)
     told = found.as_json()
