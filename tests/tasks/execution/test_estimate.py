@@ -8,10 +8,11 @@ import pytest
 from rich.console import Console
 
 from tasks.config.execution import ExecutionConfig
+from tasks.config.inputs import CandidatesConfig
 from tasks.config.pipeline import PipelineConfig
 from tasks.execution import cost
 from tasks.execution.cost import known_rate, mean_captions, rate
-from tasks.execution.estimate import Estimate, estimate
+from tasks.execution.estimate import Estimate, _candidates, estimate
 from tasks.teaching.cost import KindCost, Size
 from tasks.watching.run_status import run_status
 from tests.tasks.whole_runs import SAMPLES, TWINS, WholeRun
@@ -50,6 +51,21 @@ def test_an_estimate_counts_what_the_run_then_made(unlearned: WholeRun) -> None:
     assert "24 training samples (1.0 captions each), 12 queries, 24 candidates each" in captured.get()
     assert "sketches take 26.1 kB, 1,088 bytes a sample" in captured.get()
     assert "EUR, at 100.0 forward passes a second (execution.forwards_per_second)" in captured.get()
+
+
+@pytest.mark.parametrize(
+    ("policy", "candidates"),
+    [
+        ({"policy": "all"}, 100),
+        ({"policy": "top_k", "k": 7}, 7),
+        ({"policy": "top_k", "k": 7, "scored": 3}, 3),
+        ({"policy": "pooled", "k": 7}, 28),
+        ({"policy": "pooled", "k": 70}, 100),
+    ],
+    ids=str,
+)
+def test_candidates_of_a_query_are_counted_by_their_policy(policy: dict[str, object], candidates: int) -> None:
+    assert _candidates(CandidatesConfig.model_validate(policy), samples=100, queries=4) == candidates
 
 
 @pytest.mark.heavy
