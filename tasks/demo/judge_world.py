@@ -20,7 +20,7 @@ from fastgda_core.diffusion.training import CaptionedLatents, DenoiserTrainer, D
 from fastgda_core.evaluation.retraining import to_train
 from storage_schemas.commit import input_key
 from tasks.config.judging import JudgeConfig
-from tasks.demo.openmoji import ASSETS, OpenMoji, write_text_encoder
+from tasks.demo.openmoji import ASSETS, MODEL_INDEX, OpenMoji, write_text_encoder
 from tasks.devices import pick_device
 from tasks.inputs.tars import find_shards, read_image, scan
 from tasks.progress import stage
@@ -127,12 +127,4 @@ def _write_untrained(folder: Path) -> None:
     )
     scheduler.save_pretrained(folder / "scheduler")
     PixelUnshuffle(FACTOR).save(folder / "vae")
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "BertModel"],
-        "tokenizer": ["transformers", "BertTokenizer"],
-        "vae": ["fastgda_core.diffusion.codec", "PixelUnshuffle"],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")

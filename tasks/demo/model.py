@@ -16,7 +16,7 @@ from fastgda_core.diffusion.sampling import generate
 from fastgda_core.diffusion.training import CaptionedLatents, DenoiserTrainer, DenoiserTraining
 from storage_schemas.commit import write_atomically
 from tasks.config.inputs import QueriesConfig
-from tasks.demo.openmoji import write_model_folder
+from tasks.demo.openmoji import MODEL_INDEX, write_model_folder
 from tasks.inputs.tars import find_shards, read_image, scan
 from tasks.progress import stage
 
@@ -59,15 +59,7 @@ def save_assets(unet: UNet2DConditionModel, folder: Path) -> None:
     config.pop("_name_or_path", None)  # where the weights lay on the machine that trained them
     write_atomically(config_path, json.dumps(config, indent=2).encode() + b"\n")
     new_scheduler().save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "BertModel"],
-        "tokenizer": ["transformers", "BertTokenizer"],
-        "vae": ["fastgda_core.diffusion.codec", "PixelUnshuffle"],
-    }
-    write_atomically(folder / "model_index.json", json.dumps(index, indent=2).encode() + b"\n")
+    write_atomically(folder / "model_index.json", json.dumps(MODEL_INDEX, indent=2).encode() + b"\n")
 
 
 def train_denoiser_on(shards: Path, out: Path, training: DenoiserTraining, initial: Path | None) -> None:

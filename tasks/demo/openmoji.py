@@ -30,6 +30,17 @@ CONFIG = ASSETS.parent / "openmoji.yaml"
 PUBLISHED_CONFIG = ASSETS.parent / "openmoji_published.yaml"  # the paper's settings on the same data
 
 
+# `model_index.json` of the demo's models.
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "BertModel"],
+    "tokenizer": ["transformers", "BertTokenizer"],
+    "vae": ["fastgda_core.diffusion.codec", "PixelUnshuffle"],
+}
+
+
 @dataclass(frozen=True)
 class OpenMoji:
     """One OpenMoji image and the names that the `emoji` package knows it by."""

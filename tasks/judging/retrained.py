@@ -80,14 +80,15 @@ def _rows(run: Run, ranks: Artifact) -> list[dict[str, object]]:
     kept = torch.stack([each.kept(config, samples) for each in subsets])
     of_subsets = torch.stack([losses[each] for each in subsets])
     queries = load_queries(run.artifacts["queries"])
+    scores = method_scores(run, ranks, list(range(len(queries))))
     rows: list[dict[str, object]] = []
     for split in SPLITS:
         chosen = [number for number, query in enumerate(queries) if query.split == split]
         if not chosen:
             continue
         names = [queries[number].query_id for number in chosen]
-        methods = method_scores(run, ranks, chosen)
-        judged = {name: linear_datamodelling(kept, scores, of_subsets[:, chosen]) for name, scores in methods.items()}
+        methods = {name: each[chosen] for name, each in scores.items()}
+        judged = {name: linear_datamodelling(kept, each, of_subsets[:, chosen]) for name, each in methods.items()}
         rows += _lds_rows(judged, names, split)
         if CAPTIONS in methods:
             lead = difference(kept, methods[TEACHER], methods[CAPTIONS], of_subsets[:, chosen])
