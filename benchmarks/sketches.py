@@ -300,12 +300,13 @@ def answer_by_tower(
     def chosen(found: list[Tensor]) -> Tensor:
         return max(found, key=lambda scores: float(bench.precision(scores)[validation].mean()))
 
-    answers, short = [], principal.shortened(FAST)
-    for tower in map(moments.tower, RIDGES):
+    answers = []
+    for ridge in RIDGES:
+        tower = moments.tower(ridge, principal, FAST)
         inputs = inputs_of(bench, tower)
 
         def asked_alone(tower: QueryTower = tower, inputs: CaptionInputs = inputs) -> Tensor:
-            each = [tower_sketch(bench, tower, inputs, short, number) for number in range(len(bench.asked))]
+            each = [tower_sketch(bench, tower, inputs, number) for number in range(len(bench.asked))]
             return torch.cat(each) @ items.T
 
         scores, seconds = timed(asked_alone, len(bench.asked))
@@ -319,17 +320,14 @@ def answer_by_tower(
 
 
 def inputs_of(bench: Bench, tower: QueryTower) -> CaptionInputs:
-    first = {name: bench.layers[name] for name in set(tower.seen_by.values())}
+    first = {name: bench.layers[name] for name in tower.layers}
     return CaptionInputs(bench.model, first, bench.context.micro_batch("gradients"), bench.asked[0].caption)
 
 
-def tower_sketch(
-    bench: Bench, tower: QueryTower, inputs: CaptionInputs, sketch: PrincipalSketch, number: int
-) -> Tensor:
+def tower_sketch(bench: Bench, tower: QueryTower, inputs: CaptionInputs, number: int) -> Tensor:
     """Return the sketch of one query by its caption and features alone, (1, FAST)."""
     condition = bench.model.encode_captions([bench.asked[number].caption])
-    gradients = tower.gradients(inputs.of(condition), bench.phi_asked[number : number + 1])
-    return sketch.of_query(gradients)
+    return tower.sketches(inputs.of(condition), bench.phi_asked[number : number + 1])
 
 
 def standard(scores: Tensor) -> Tensor:

@@ -5,13 +5,15 @@ noise) x (input). The inputs are known as soon as the caption is, and they are m
 output gradients are learned: a ridge regression, token by token, on [the token's input, its place, the caption's mean
 input, the features phi of image and caption]. Every training sample is a query whose output gradients are known, so no
 query need be generated and no teacher asked.
+
+What is wanted of the gradient is its sketch, so that all that follows the regression is folded into it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Self
 
@@ -22,7 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgda_core.errors import UsageError
-from fastgda_core.teachers.gradients import weight_gradient
+from fastgda_core.ranking.folding import ENERGY, FoldedLayers, fold
+from fastgda_core.sketches.principal import PrincipalSketch
 from fastgda_core.teachers.sample_gradients import SampleGradients
 
 
@@ -63,39 +66,56 @@ class TowerMoments:
             product = rows[self.seen_by[name]].T @ whole.flatten(0, 1)
             self.products[name] = self.products.get(name, 0) + product.double()
 
-    def tower(self, ridge: float) -> QueryTower:
-        """Solve (X^T X + ridge I) W = X^T Y for every layer."""
+    def solve(self, ridge: float) -> dict[str, Tensor]:
+        """Solve (X^T X + ridge I) W = X^T Y for every layer: (p, d_out) float64."""
         weights: dict[str, Tensor] = {}
-        for first, squares in self.squares.items():
-            mine = [name for name, seen in self.seen_by.items() if seen == first]
-            damped = squares + ridge * torch.eye(len(squares), dtype=squares.dtype, device=squares.device)
-            solved = torch.linalg.solve(damped, torch.cat([self.products[name] for name in mine], dim=1))
-            parts = solved.float().split([self.products[name].shape[1] for name in mine], dim=1)
-            weights |= dict(zip(mine, parts, strict=True))
-        return QueryTower(weights, dict(self.seen_by))
+        for first, mine in self._together.items():
+            products = torch.cat([self.products[name] for name in mine], dim=1)
+            solved = torch.cholesky_solve(products, torch.linalg.cholesky(self._damped(first, ridge)))
+            widths = [self.products[name].shape[1] for name in mine]
+            weights |= dict(zip(mine, solved.split(widths, dim=1), strict=True))
+        return weights
+
+    def tower(self, ridge: float, sketch: PrincipalSketch, size: int, energy: float = ENERGY) -> QueryTower:
+        """Return what predicts the first `size` numbers of a query's sketch; `energy` as of `fold`."""
+        solved = self.solve(ridge)
+        return QueryTower(
+            {
+                first: fold(self._damped(first, ridge), {name: solved[name] for name in mine}, sketch, size, energy)
+                for first, mine in self._together.items()
+            }
+        )
+
+    @property
+    def _together(self) -> dict[str, list[str]]:
+        """The layers that see the same inputs, by the first of them."""
+        return {first: [name for name, seen in self.seen_by.items() if seen == first] for first in self.squares}
+
+    def _damped(self, first: str, ridge: float) -> Tensor:
+        squares = self.squares[first]
+        return squares + ridge * torch.eye(len(squares), dtype=squares.dtype, device=squares.device)
 
 
 @dataclass(frozen=True)
 class QueryTower:
-    """weights: (p, d_out) by layer; seen_by: by layer, the layer whose inputs are its inputs."""
+    """layers: what predicts a sketch, by the first of the layers that see the same inputs."""
 
-    weights: Mapping[str, Tensor]
-    seen_by: Mapping[str, str]
+    layers: Mapping[str, FoldedLayers]
 
-    def gradients(self, inputs: Mapping[str, Tensor], features: Tensor) -> dict[str, Tensor]:
-        """Return the gradients of queries, by layer, (queries, d_out, d_in), in the scale of samples' losses.
+    def sketches(self, inputs: Mapping[str, Tensor], features: Tensor) -> Tensor:
+        """Return the sketches of queries' gradients, (queries, R), in the scale of samples' losses.
 
         Args:
             inputs: (queries, tokens, d_in) by layer, as of `caption_inputs`.
             features: phi of the queries, (queries, d), of unit length.
         """
-        rows = {name: _rows(inputs[name], features) for name in set(self.seen_by.values())}
-        found = {}
-        for name, weight in self.weights.items():
-            seen = inputs[self.seen_by[name]]
-            outputs = (rows[self.seen_by[name]] @ weight).view(*seen.shape[:2], -1)
-            found[name] = weight_gradient(outputs, seen)
-        return found
+        parts = [layers.sketches(_rows(inputs[name], features), inputs[name]) for name, layers in self.layers.items()]
+        return torch.stack(parts).sum(0)
+
+    @property
+    def size(self) -> int:
+        """R, the numbers of a sketch."""
+        return len(next(iter(self.layers.values())).directions)
 
 
 @dataclass(frozen=True)
@@ -105,30 +125,31 @@ class GradientHead:
     A sample's vector is its sketch beside its features' principal axes, a query's the predicted sketch of its gradient,
     at length 1, beside its own, times `cosine`.
 
-    tower: the regression.
+    tower: predicts sketches.
     axes: (d, a) principal axes of the samples' features at length 1.
     cosine: weight of the features' inner product.
-    size: numbers of a sketch that count.
     """
 
     tower: QueryTower
     axes: Tensor
     cosine: float
-    size: int
 
     def queries(self, sketches: Tensor, features: Tensor) -> Tensor:
-        """Return the vectors of queries, (q, size + a), from predicted sketches, (q, R), and features, (q, d)."""
-        predicted = F.normalize(sketches[:, : self.size], dim=1)
+        """Return the vectors of queries, (q, R + a), from predicted sketches, (q, R), and features, (q, d)."""
+        predicted = F.normalize(sketches, dim=1)
         return torch.cat([predicted, self.cosine * (F.normalize(features, dim=1) @ self.axes)], dim=1)
 
     def samples(self, sketches: Tensor, features: Tensor) -> Tensor:
-        """Return the vectors of samples, (n, size + a), from their sketches, (n, R), and features, (n, d)."""
-        return torch.cat([sketches[:, : self.size], F.normalize(features, dim=1) @ self.axes], dim=1)
+        """Return the vectors of samples, (n, R + a), from R or more numbers of their sketches and features, (n, d)."""
+        return torch.cat([sketches[:, : self.tower.size], F.normalize(features, dim=1) @ self.axes], dim=1)
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file that `load` reads."""
-        tensors = {"axes": self.axes, **{f"weight/{name}": weight for name, weight in self.tower.weights.items()}}
-        record = json.dumps({"seen_by": dict(self.tower.seen_by), "cosine": self.cosine, "size": self.size})
+        """Write a safetensors file that `load` reads; directions in half precision."""
+        tensors = {"axes": self.axes}
+        for first, layers in self.tower.layers.items():
+            parts = {**vars(layers), "directions": layers.directions.half()}
+            tensors |= {f"{part}/{first}": tensor for part, tensor in parts.items()}
+        record = json.dumps({"cosine": self.cosine, "inputs": list(self.tower.layers)})
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, {"head": record})
 
     @classmethod
@@ -139,13 +160,18 @@ class GradientHead:
             UsageError: the file holds no such head.
         """
         with safe_open(path, "pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if "head" not in metadata:
-                raise UsageError(f"{path} is no head of kind gradient: train it again")
-            record = json.loads(metadata["head"])
-            weights = {name: file.get_tensor(f"weight/{name}") for name in record["seen_by"]}
+            record = json.loads((file.metadata() or {}).get("head", "{}"))
+            if "inputs" not in record:
+                raise UsageError(f"{path} is no head of kind gradient, or one of before it was folded: train it again")
+            layers = {
+                first: FoldedLayers(
+                    **{part.name: file.get_tensor(f"{part.name}/{first}") for part in fields(FoldedLayers)}
+                )
+                for first in record["inputs"]
+            }
             axes = file.get_tensor("axes")
-        return cls(QueryTower(weights, record["seen_by"]), axes, record["cosine"], record["size"])
+        whole = {first: replace(each, directions=each.directions.float()) for first, each in layers.items()}
+        return cls(QueryTower(whole), axes, record["cosine"])
 
 
 def principal_axes(features: Tensor, most: int) -> Tensor:

@@ -97,12 +97,16 @@ class EigenSketch:
         layer, place = (tensors[name].long().to(device) for name in ("layer", "place"))
         return cls(fisher, names, layer, place, tensors["scale"].to(device), tensors["energy"].item())
 
+    def coordinates_of(self, name: str) -> Tensor:
+        """Return the numbers of the coordinates that are of a layer, ascending."""
+        return (self.layer == self.names.index(name)).nonzero().flatten()
+
     @functools.cached_property
     def _by_layer(self) -> list[tuple[str, Tensor, Tensor]]:
         """The layers that have coordinates, each with their numbers and places."""
         found = []
-        for number, name in enumerate(self.names):
-            mine = (self.layer == number).nonzero().flatten()
+        for name in self.names:
+            mine = self.coordinates_of(name)
             if len(mine):
                 found.append((name, mine, self.place[mine]))
         return found

@@ -9,7 +9,7 @@ inner products the most that R numbers can, in the mean square over them and ove
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -66,10 +66,6 @@ class PrincipalSketch:
     def of_query(self, gradient: Mapping[str, Tensor]) -> Tensor:
         """Return the sketches of gradients given by layer, each (..., d_out, d_in): (..., R) float32."""
         return self.eigen.of_query(gradient) @ self.directions
-
-    def shortened(self, size: int) -> Self:
-        """Return the sketch of the first `size` directions, laid out for queries that come one by one."""
-        return replace(self, directions=self.directions[:, :size].T.contiguous().T, energy_kept=self.energy_kept[:size])
 
     def save(self, path: Path) -> None:
         """Write a safetensors file that `load` reads; directions in half precision."""

@@ -16,6 +16,7 @@ from fastgda_core.sketches.factored import CaptionInputs
 from storage_schemas.files import AnyPath, local_copy
 from storage_schemas.heads.records import HeadRecord, read_head_record
 from storage_schemas.workspace import Workspace
+from tasks.context import Context
 from tasks.distilling.versions import load_trained_head
 from tasks.teaching.run import read_run_anew
 from tasks.teaching.sketch_scores import StoredSketches
@@ -56,7 +57,7 @@ class ByGradients:
     stored: StoredSketches
 
     def queries(self, features: Tensor, captions: Sequence[str]) -> Tensor:
-        sketches = predicted_sketches(self.stored, self.head.tower, self.head.size, features, captions)
+        sketches = predicted_sketches(self.stored.context, self.head.tower, features, captions)
         return self.head.queries(sketches, features.to(sketches.device)).cpu()
 
     def samples(self, train_ids: Tensor, features: Tensor) -> Tensor:
@@ -65,12 +66,13 @@ class ByGradients:
 
 
 @torch.no_grad()
-def predicted_sketches(
-    stored: StoredSketches, tower: QueryTower, size: int, features: Tensor, captions: Sequence[str]
-) -> Tensor:
-    """Return the sketches of queries' gradients as a tower predicts them, (q, size), on the model's device."""
-    context = stored.context
-    model, first = context.teacher_model(), frozenset(tower.seen_by.values())
+def predicted_sketches(context: Context, tower: QueryTower, features: Tensor, captions: Sequence[str]) -> Tensor:
+    """Return the sketches of queries' gradients as a tower predicts them, (q, R), on the model's device.
+
+    Args:
+        context: of the run whose sketches they are held against.
+    """
+    model, first = context.teacher_model(), frozenset(tower.layers)
 
     def look() -> CaptionInputs:
         layers = context.layers(model)
@@ -78,12 +80,12 @@ def predicted_sketches(
         return CaptionInputs(model, wanted, context.micro_batch("gradients"), captions[0])
 
     inputs = context.loaded.once("caption inputs", first, look)
-    sketch, found = stored.shortened(size), []
+    found = []
     for start in range(0, len(captions), AT_ONCE):
         some = slice(start, start + AT_ONCE)
         seen = inputs.of(model.encode_captions(list(captions[some])))
         phi = F.normalize(features[some], dim=1).to(context.device)
-        found.append(sketch.of_query(tower.gradients(seen, phi)))
+        found.append(tower.sketches(seen, phi))
     return torch.cat(found)
 
 

@@ -49,7 +49,7 @@ def fit_gradient_head(context: Context, labels: Labels, features: Artifact) -> M
     run = read_run_anew(str(workspace.root), labels.run)
     stored = StoredSketches(run.context, run.artifacts, run.name)
     sketches, cutoff = run.artifacts["sketches"], context.config.evaluation.validation_cutoff
-    key = input_key("gradient head", labels.ranks.key, features.key, sketches.key, config, cutoff)
+    key = input_key("gradient head 2", labels.ranks.key, features.key, sketches.key, config, cutoff)
     folder = workspace.head(key)
 
     def make(started: float) -> Manifest:
@@ -122,13 +122,13 @@ def best_head(
     heads: dict[str, GradientHead] = {}
     solved: dict[str, float] = {}
     for ridge in RIDGES:
-        tower = moments.tower(ridge)
-        answers = F.normalize(predicted_sketches(stored, tower, config.size, of_queries, captions).cpu(), dim=1)
+        tower = moments.tower(ridge, stored.sketch, config.size)
+        answers = F.normalize(predicted_sketches(stored.context, tower, of_queries, captions).cpu(), dim=1)
         found = scores.cosines(answers, lambda ids: stored.dense(ids)[:, : config.size].cpu())
         unit = _deviation(found, scores.known) / _deviation(near, scores.known) if len(axes.T) else 0.0
         for share in COSINES:
             name = f"ridge {ridge:g}, features {share:g}"
-            heads[name] = GradientHead(tower, axes.to(stored.context.device), share * unit, config.size)
+            heads[name] = GradientHead(tower, axes.to(stored.context.device), share * unit)
             both = (found + share * unit * near).masked_fill(~scores.known, -torch.inf)
             solved[name] = average_precision(both, relevant).mean().item()
     return heads[max(solved, key=solved.__getitem__)], solved

@@ -68,12 +68,6 @@ class StoredSketches:
         """What makes the sketch of a query's gradient."""
         return load_sketch(self.context, self.parts.curvature, self.parts.basis)
 
-    def shortened(self, size: int) -> PrincipalSketch:
-        """Return what makes the first `size` numbers of such a sketch, put together once."""
-        return self.context.loaded.once(
-            "shortened sketch", (self.parts.basis.key, size), lambda: self.sketch.shortened(size)
-        )
-
     @property
     def train_ids(self) -> NDArray[np.int64]:
         """The samples that have sketches, ascending."""

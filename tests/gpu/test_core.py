@@ -223,23 +223,29 @@ def test_sketches_made_there_give_the_scores(card_model: DiffusionModel, block: 
     assert relative(factored.scores(inputs, [moved(card_model.device, steps)]), expected) < 1e-5
 
 
-def test_a_query_tower_solved_there_predicts_the_same_gradients(
+def test_a_query_tower_solved_and_folded_there_predicts_the_same_sketches(
     tiny_model: DiffusionModel, card_model: DiffusionModel, block: SampleBlock
 ) -> None:
     features = torch.randn(len(block.train_ids), 5, generator=torch.Generator().manual_seed(2))
     phi = torch.nn.functional.normalize(features, dim=1)
-    found = []
+    fisher, found = fitted(tiny_model, "ekfac"), []
+    assert isinstance(fisher, EkfacFisher)
+    (here,) = sample_gradients(tiny_model, layers_of(tiny_model), PLAN, block, MicroBatch(24))
+    squares = sample_moments(fisher, [here])
+    eigen = EigenSketch.of_most_energy(fisher, squares, squares, 3000)
+    sketch = PrincipalSketch.of_samples_like(eigen, eigen.of_samples(here).flatten(0, 1), 6)
+    tensors = {**eigen.tensors(), "directions": sketch.directions, "directions_energy": sketch.energy_kept}
     for model in (tiny_model, card_model):
         layers, mine, seen = layers_of(model), on(model.device, block), phi.to(model.device)
         (gradients,) = sample_gradients(model, layers, PLAN, mine, MicroBatch(24))
         moments = TowerMoments()
         moments.add(gradients, seen)
-        tower = moments.tower(0.03)
+        there = fisher.to(model.device)
+        assert isinstance(there, EkfacFisher)
+        tower = moments.tower(0.03, PrincipalSketch.load(tensors, there), 5, energy=1.0)
         inputs = caption_inputs(model, layers, mine.condition, MicroBatch(24))
-        asked = {name: inputs[name] for name in set(tower.seen_by.values())}
-        found.append(tower.gradients(asked, seen[mine.owner]))
-    for name, gradient in found[0].items():
-        assert relative(found[1][name], gradient) < 1e-3
+        found.append(tower.sketches(inputs, seen[mine.owner]).cpu())
+    assert relative(found[1], found[0]) < 1e-3
 
 
 def test_memory_that_runs_out_halves_the_micro_batch(

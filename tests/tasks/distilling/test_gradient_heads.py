@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from fastgda_core.errors import UsageError
 from fastgda_core.ranking.query_tower import GradientHead
 from storage_schemas import tables
 from storage_schemas.heads.records import read_head_record
@@ -59,9 +61,17 @@ def test_a_saved_head_is_loaded_as_it_was(solved: WholeRun, tmp_path: Path) -> N
     head = GradientHead.load(solved.head.artifact.path / "head.safetensors", torch.device("cpu"))
     head.save(tmp_path / "again")
     again = GradientHead.load(tmp_path / "again", torch.device("cpu"))
-    assert (again.cosine, again.size, again.tower.seen_by) == (head.cosine, head.size, head.tower.seen_by)
-    assert torch.equal(again.axes, head.axes)
-    assert all(torch.equal(again.tower.weights[name], weight) for name, weight in head.tower.weights.items())
+    assert (again.cosine, again.tower.size) == (head.cosine, head.tower.size)
+    assert torch.equal(again.axes, head.axes) and again.tower.layers.keys() == head.tower.layers.keys()
+    for first, layers in head.tower.layers.items():
+        for part, tensor in vars(layers).items():
+            assert torch.equal(getattr(again.tower.layers[first], part), tensor)
+
+
+def test_a_head_of_another_form_is_refused(tmp_path: Path) -> None:
+    save_file({"axes": torch.zeros(2, 1)}, tmp_path / "old", {"head": '{"seen_by": {}, "cosine": 0.5, "size": 3}'})
+    with pytest.raises(UsageError, match=r"old is no head of kind gradient, or one of before .*: train it again"):
+        GradientHead.load(tmp_path / "old", torch.device("cpu"))
 
 
 def test_it_is_measured_and_served_as_any_head(solved: WholeRun) -> None:

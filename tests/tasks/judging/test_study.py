@@ -18,8 +18,10 @@ from storage_schemas.sql.views import query
 from tasks.config.distilling import StudyConfig
 from tasks.config.pipeline import PipelineConfig
 from tasks.distilling import gradient_heads
+from tasks.distilling.answering import predicted_sketches
 from tasks.distilling.labels import read_labels
-from tasks.inputs.features import load_features
+from tasks.inputs.features import load_features, load_query_features
+from tasks.inputs.queries import joined_queries
 from tasks.judging import tower_study
 from tasks.judging.study import Variant, compare_heads, draw_study, variants
 from tasks.judging.study_results import Answer, answers, study_plot
@@ -117,13 +119,16 @@ def test_a_tower_of_a_share_is_that_of_so_many_samples_alone(solved: WholeRun) -
             update={"head": context.config.head.model_copy(update={"gradient": gradient})}
         )
         moments = gradient_heads._moments(replace(context, config=config), stored, phi)
-        towers = [moments.tower(ridge).weights for ridge in gradient_heads.RIDGES]
-        (same,) = (
-            weights
-            for weights in towers
-            if all(torch.allclose(weights[name], mine, rtol=1e-3) for name, mine in head.tower.weights.items())
+        towers = [moments.tower(ridge, stored.sketch, gradient.size) for ridge in gradient_heads.RIDGES]
+        captions = [query.caption for query in joined_queries(labels.queries)]
+        asked = load_query_features(context, labels.queries, labels.samples)
+        expected, *others = (
+            predicted_sketches(stored.context, tower, asked, captions) for tower in [head.tower, *towers]
         )
-        assert same.keys() == head.tower.weights.keys()
+        assert (
+            sum(torch.allclose(each, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max())) for each in others)
+            == 1
+        )
 
 
 def test_a_study_of_a_symmetric_head_solves_no_tower(similar: WholeRun) -> None:
