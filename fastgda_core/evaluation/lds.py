@@ -53,7 +53,7 @@ class Lds:
         return float(low), float(high)
 
     def ahead_of(self, other: Lds) -> Lds:
-        """Return this less another method's on the same queries, models and pools: its errors are those of the pairs."""
+        """Return this less another method's on the same queries, models and pools; its errors are of the pairs."""
         return Lds(self.by_query - other.by_query, self.without - other.without, self.of_pools - other.of_pools)
 
 
