@@ -28,6 +28,7 @@ from tasks.teaching.retrainings import RemovalParts, RetrainingParts, TrainedAga
 from tasks.teaching.run import Run
 from tasks.watching.trust import CAPTIONS, KINDS, LDS, RETRAINED_AGAIN, TEACHER
 
+RETRAINING_CHECK = "retraining check"  # name of the artifact
 OVER_MODELS, LOW, HIGH, AHEAD = "lds error over models", "lds low", "lds high", "lds ahead of captions"
 SPLITS = ("validation", "test", TWIN, PSEUDO)
 
@@ -56,7 +57,7 @@ def check_by_retraining(run: Run, ranks: Artifact) -> Made:
         table = pa.Table.from_pylist(_rows(run, ranks, tiers), schema=tables.METRICS.schema)
         return commit_table(path, table, tables.METRICS, key=key, started=started)
 
-    return once(Artifact("retraining check", key, path, 0), path, make, beside=[listed])
+    return once(Artifact(RETRAINING_CHECK, key, path, 0), path, make, beside=[listed])
 
 
 def _models(run: Run) -> Iterator[dict[str, object]]:
