@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -47,8 +48,9 @@ def write_table(workspace: Workspace, run: str, output: Path) -> None:
 
 def print_judges(table: JudgeTable) -> None:
     """Print the table, the best of a column bold and what is close to it underlined, and what is doubtful."""
+    console = Console(highlight=False, width=None if out.is_terminal else _WIDE)
     for rendered in _tables(table):
-        out.print(rendered, width=None if out.is_terminal else _WIDE)
+        console.print(rendered)
     for doubt in table.doubts:
         warn(doubt)
 
@@ -57,10 +59,10 @@ def _tables(table: JudgeTable) -> Iterator[Table]:
     from tasks.judging.judge_table import REACH
 
     for section in table.sections:
-        shown = Table(title=section.title, title_justify="left")
+        shown = Table(title=section.shared, title_justify="left")
         shown.add_column("method")
-        for column in section.columns:
-            shown.add_column(column.title, justify="right")
+        for head in section.heads:
+            shown.add_column(head, justify="right")
         for method in section.methods:
             shown.add_row(method, *_cells(section, method))
         if any(column.reach for column in section.columns):

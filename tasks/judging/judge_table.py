@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import hypot
 from typing import Any
 
@@ -19,8 +19,9 @@ Means = Mapping[tuple[str, str, str, int], Mapping[str, Any]]  # by metric, meth
 
 REACH = "what a score can reach"
 ENOUGH = 2.0  # errors by which a teacher has to be ahead of captions
+UNMARKED = (OF_CONTROLS,)  # nothing is better for it alone: a random removal hurts controls least, and targets too
 OF_SPLITS = {"test": "test queries", **KINDS, "validation": "validation queries"}  # in this order
-_OTHER_ERROR = ", error over models"
+_BESIDE, _OTHER_ERROR = (OVER_MODELS, LOW, HIGH, WORST_TWIN), ", error over models"  # shown with another figure
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Figure:
 
     over_queries, over_models: standard errors; the second is None where all queries are of the same models.
     interval: 95 % of pools of models, or None.
+    worst: rank of the worst twin, where twins are looked for.
     place: "best", "close" (within one standard error of it, of both kinds together) or "".
     """
 
@@ -37,6 +39,7 @@ class Figure:
     over_models: float | None
     interval: tuple[float, float] | None
     queries: int
+    worst: float | None = None
     place: str = ""
 
     @property
@@ -59,10 +62,15 @@ class Column:
     reach: Figure | None = None
 
     @property
-    def title(self) -> str:
-        titled = {LDS: "LDS", AHEAD: "ahead of captions", TWIN_SHARE: "twins found"}.get(self.metric, self.metric)
-        k = f", k = {self.cutoff}" if self.cutoff else ""
-        return f"{titled}{k}, {OF_SPLITS.get(self.split, self.split)}"
+    def name(self) -> str:
+        """The metric with its cutoff, as a heading."""
+        named = {LDS: "LDS", AHEAD: "ahead of captions", TWIN_SHARE: "twins found"}.get(self.metric, self.metric)
+        return f"{named}, k = {self.cutoff}" if self.cutoff else named
+
+    @property
+    def asked(self) -> str:
+        """The queries, as a heading."""
+        return OF_SPLITS.get(self.split, self.split)
 
     def text(self, method: str) -> str:
         """Return the figure of a method as people read it; empty where it has none."""
@@ -70,9 +78,8 @@ class Column:
         if figure is None:
             return ""
         if self.metric == TWIN_SHARE:
-            return f"{figure.value * figure.queries:.0f} of {figure.queries}"
-        if self.metric == WORST_TWIN:
-            return f"{figure.value:,.0f}"
+            found = f"{figure.value * figure.queries:.0f} of {figure.queries}"
+            return found if figure.worst is None else f"{found}, worst at rank {figure.worst:,.0f}"
         errors = [figure.over_queries] * bool(figure.over_queries) + [figure.over_models] * bool(figure.over_models)
         words = " ± ".join(f"{each:.2f}" for each in (figure.value, *errors))
         if figure.interval and (self.metric, self.split) == (LDS, "test"):
@@ -90,6 +97,21 @@ class Section:
     title: str
     columns: Sequence[Column]
     methods: Sequence[str]
+
+    @property
+    def heads(self) -> list[str]:
+        """A heading for each column, without what all of them share, which is in `shared`."""
+        names, asked = ({getattr(each, part) for each in self.columns} for part in ("name", "asked"))
+        if len(asked) == 1:
+            return [each.name for each in self.columns]
+        return [each.asked if len(names) == 1 else f"{each.name}, {each.asked}" for each in self.columns]
+
+    @property
+    def shared(self) -> str:
+        """The title, with the metric and the queries where all columns have the same."""
+        names, asked = ({getattr(each, part) for each in self.columns} for part in ("name", "asked"))
+        metric = f": {names.pop()}" if len(names) == 1 else ""
+        return f"{self.title}{metric}, {asked.pop()}" if len(asked) == 1 else f"{self.title}{metric}"
 
 
 @dataclass(frozen=True)
@@ -116,7 +138,7 @@ class JudgeTable:
         scores, (first, *others) = (LDS, AHEAD), OF_SPLITS
         rest = [each for each in self.columns if each.metric not in scores]
         groups = {
-            "Models trained on random subsets, test queries": _chosen(self.columns, scores, [first]),
+            "Models trained on random subsets": _chosen(self.columns, scores, [first]),
             "Models trained on random subsets, other queries": _chosen(self.columns, [LDS], others),
             "Models trained without what a method named": [each for each in rest if each.cutoff],
             "Without training": [each for each in rest if not each.cutoff],
@@ -137,8 +159,8 @@ class JudgeTable:
         if lead.value >= ENOUGH * lead.error:
             return []
         return [
-            f"the teacher is not ahead of {CAPTIONS} by two standard errors: by {ahead.text(TEACHER)} over queries and "
-            f"models, on {lead.queries} test queries"
+            f"the teacher is ahead of {CAPTIONS} by {ahead.text(TEACHER)} on {lead.queries} test queries (errors over "
+            "queries and models), which is less than two errors: it may say no more than they do"
         ]
 
 
@@ -164,11 +186,11 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> JudgeTable | None:
     judges = [
         (metric, split, cutoff)
         for metric, space, split, cutoff in means
-        if space == TEACHER and metric not in (OVER_MODELS, LOW, HIGH) and not metric.endswith(_OTHER_ERROR)
+        if space == TEACHER and metric not in _BESIDE and not metric.endswith(_OTHER_ERROR)
     ]
     if not any(metric == LDS for metric, _, _ in judges):
         return None
-    return JudgeTable([_column(means, *judge) for judge in sorted(set(judges), key=_order)])
+    return JudgeTable([_column(means, *judge) for judge in sorted(dict.fromkeys(judges), key=_order)])
 
 
 def _order(judge: tuple[str, str, int]) -> tuple[int, int, int]:
@@ -189,18 +211,19 @@ def _column(means: Means, metric: str, split: str, cutoff: int) -> Column:
         if name == metric and where == [split, cutoff]
     }
     reach = figures.pop(RETRAINED_AGAIN, None)
-    pairs = {name: (figure.value, figure.error) for name, figure in figures.items()}
-    places = compared(pairs, higher=higher_is_better(metric))
-    marked = {name: _marked(figure, places[name].place) for name, figure in figures.items()}
-    return Column(metric, split, cutoff, marked, reach)
+    if metric not in UNMARKED:
+        pairs = {name: (figure.value, figure.error) for name, figure in figures.items()}
+        places = compared(pairs, higher=higher_is_better(metric))
+        figures = {name: replace(figure, place=places[name].place) for name, figure in figures.items()}
+    return Column(metric, split, cutoff, figures, reach)
 
 
 def higher_is_better(metric: str) -> bool:
     """Return whether a method is the better, the higher its figure is.
 
-    Without the right samples a query's loss rises and its regeneration is less similar, while controls stay.
+    Without the right samples a query's loss rises, and its regeneration is less similar to it.
     """
-    return metric not in (OF_CONTROLS, WORST_TWIN) and not metric.startswith("similarity")
+    return not metric.startswith("similarity")
 
 
 def _figure(means: Means, row: Mapping[str, Any]) -> Figure:
@@ -217,11 +240,8 @@ def _figure(means: Means, row: Mapping[str, Any]) -> Figure:
         beside(OVER_MODELS if row["metric"] == LDS else f"{row['metric']}{_OTHER_ERROR}"),
         None if low is None or high is None else (low, high),
         row["queries"],
+        beside(WORST_TWIN) if row["metric"] == TWIN_SHARE else None,
     )
-
-
-def _marked(figure: Figure, place: str) -> Figure:
-    return Figure(figure.value, figure.over_queries, figure.over_models, figure.interval, figure.queries, place)
 
 
 def figures_of(table: JudgeTable) -> Iterator[dict[str, object]]:
@@ -241,5 +261,6 @@ def figures_of(table: JudgeTable) -> Iterator[dict[str, object]]:
                 "low": low,
                 "high": high,
                 "queries": figure.queries,
+                "worst_rank": figure.worst,
                 "place": figure.place,
             }

@@ -76,7 +76,7 @@ def _as_markdown(table: JudgeTable, run: Run) -> str:
     lines = [f"# Run {run.name}, judged by retraining", "", *meaning(table, run.config)]
     lines += [f"\n**Warning:** {doubt}." for doubt in table.doubts]
     for section in table.sections:
-        lines += ["", f"## {section.title}", "", f"| | {' | '.join(column.title for column in section.columns)} |"]
+        lines += ["", f"## {section.shared}", "", f"| | {' | '.join(section.heads)} |"]
         lines.append(f"| --- |{' ---: |' * len(section.columns)}")
         rows = [*section.methods, REACH] if any(column.reach for column in section.columns) else section.methods
         lines += [f"| {name} | {' | '.join(_marked(column, name) for column in section.columns)} |" for name in rows]
@@ -113,21 +113,21 @@ def meaning(table: JudgeTable, config: PipelineConfig) -> list[str]:
     if judged is None:  # no test query
         return []
     figures, share = judged.figures, config.judge.share
-    half = "half" if share == 0.5 else f"{share:.0%}"
+    half = "half" if share == 0.5 else f"{100 * share:g} %"
     most = f", and retraining's own chance leaves at most {judged.reach.value:.2f}" if judged.reach else ""
     measured = (
         f"{config.judge.subsets} models were trained again, each on a random {half} of the samples. LDS is the rank "
         "correlation of a method's scores, summed over what a model was trained on, with how well that model knows the "
         f"query: chance is 0{most}."
     )
-    of_it = f" ({figures[TEACHER].value / judged.reach.value:.0%} of that)" if judged.reach else ""
+    of_it = f" ({100 * figures[TEACHER].value / judged.reach.value:.0f} % of that)" if judged.reach else ""
     found = f"On the {figures[TEACHER].queries} test queries the teacher has {figures[TEACHER].value:.2f}{of_it}"
     if CAPTIONS in figures:
         found += f", {CAPTIONS} {figures[CAPTIONS].value:.2f}"
     tiers = [name for name in table.methods if name in (*HEADS.values(), SKETCH) or name.startswith(TWO_STAGES)]
     if tiers:
-        kept = ", ".join(f"{name} {figures[name].value:.2f}" for name in tiers)
-        found += f"; of what answers in the teacher's place: {kept}"
+        kept = ", ".join(f"{figures[name].value:.2f} ({name})" for name in tiers)
+        found += f"; what answers in the teacher's place has {kept}"
     return [measured, f"{found}."]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastgda_core.extras import installed
 from storage_schemas.tables import PSEUDO
-from tasks.judging.judge_table import Column, JudgeTable
+from tasks.judging.judge_table import REACH, Column, JudgeTable
 from tasks.judging.left_out import CHANGE, OF_CONTROLS
 from tasks.judging.sketches import SKETCH
 from tasks.judging.tiers import HEADS, TWO_STAGES
@@ -33,16 +33,21 @@ def judged_picture(table: JudgeTable) -> str | None:
 
     panels = [column for column in (judged, table.find(LDS, PSEUDO), table.find(CHANGE)) if column is not None]
     methods = table.methods
-    figure = Figure(figsize=(10.4, 1.3 + 0.27 * len(methods)), layout="constrained")
+    figure = Figure(figsize=(10.4, 1.6 + 0.27 * len(methods)), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, column in zip(axes, panels, strict=True):
         _draw(axis, column, methods)
         if column.metric == CHANGE:
             _draw_controls(axis, table, column, methods)
+        axis.set_title(f"{column.name}, {column.asked}", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="x", alpha=0.25)
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].invert_yaxis()
     for label, method in zip(axes[0].get_yticklabels(), methods, strict=True):
         label.set_color(_color(method))
+    shown = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=len(shown), fontsize=8)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue()
@@ -50,37 +55,37 @@ def judged_picture(table: JudgeTable) -> str | None:
 
 
 def _draw(axis: Axes, column: Column, methods: list[str]) -> None:
-    """Draw a point for each method: a thick bar is the error over queries, a thin one that over models."""
+    """Draw a point for each method: a broad bar is the error over queries, a thin one that over models."""
+    axis.axvline(0, color="#a0aec0", linewidth=0.8)
     for row, method in enumerate(methods):
         if (figure := column.figures.get(method)) is None:
             continue
-        for error, width in ((figure.over_models, 1.2), (figure.over_queries, 4.0)):
+        color, value = _color(method), figure.value
+        errors = (
+            ("error over queries", figure.over_queries, 7.0, 0.3),
+            ("error over models", figure.over_models, 1.3, 1.0),
+        )
+        for label, error, width, opacity in errors:
             if error:
-                ends = [figure.value - error, figure.value + error]
-                axis.plot(ends, [row, row], color=_color(method), linewidth=width, alpha=0.45, solid_capstyle="butt")
-        axis.plot(figure.value, row, "o", color=_color(method), markersize=5)
-    if column.reach is not None:
-        axis.axvline(column.reach.value, color=_CEILING, linestyle="--", linewidth=1, label="what a score can reach")
-        axis.legend(fontsize=7.5, frameon=False, loc="lower right")
+                ends, look = [value - error, value + error], {"color": color, "label": label}
+                axis.plot(ends, [row, row], linewidth=width, alpha=opacity, solid_capstyle="butt", **look)
+        axis.plot(value, row, "o", color=color, markersize=4)
     if column.metric == LDS and CAPTIONS in column.figures:
-        axis.axvline(column.figures[CAPTIONS].value, color="#a0aec0", linestyle=":", linewidth=1)
-    axis.axvline(0, color="#a0aec0", linewidth=0.8)
-    axis.set_title(column.title, fontsize=10)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(axis="x", alpha=0.25)
+        captions = column.figures[CAPTIONS].value
+        axis.axvline(captions, color=_OTHER, linestyle=":", linewidth=1, label=CAPTIONS)
+    if column.reach is not None:
+        axis.axvline(column.reach.value, color=_CEILING, linestyle="--", linewidth=1, label=REACH)
 
 
 def _draw_controls(axis: Axes, table: JudgeTable, column: Column, methods: list[str]) -> None:
     """Draw what the controls lost beside what the targets did, hollow."""
-    controls = next(
-        (each for each in table.columns if (each.metric, each.cutoff) == (OF_CONTROLS, column.cutoff)), None
-    )
+    of_controls = (each for each in table.columns if (each.metric, each.cutoff) == (OF_CONTROLS, column.cutoff))
+    controls = next(of_controls, None)
     if controls is None:
         return
     rows = [row for row, method in enumerate(methods) if method in controls.figures]
     values = [controls.figures[methods[row]].value for row in rows]
-    axis.plot(values, rows, "o", markerfacecolor="white", color=_OTHER, markersize=5, label="of controls")
-    axis.legend(fontsize=7.5, frameon=False, loc="lower right")
+    axis.plot(values, rows, "o", markerfacecolor="white", color=_OTHER, markersize=5, label=OF_CONTROLS)
 
 
 def _color(method: str) -> str:
