@@ -61,14 +61,15 @@ def _draw(axis: Axes, column: Column, methods: list[str]) -> None:
         if (figure := column.figures.get(method)) is None:
             continue
         color, value = _color(method), figure.value
-        errors = (
+        for label, error, width, alpha in (
             ("error over queries", figure.over_queries, 7.0, 0.3),
             ("error over models", figure.over_models, 1.3, 1.0),
-        )
-        for label, error, width, opacity in errors:
+        ):
             if error:
-                ends, look = [value - error, value + error], {"color": color, "label": label}
-                axis.plot(ends, [row, row], linewidth=width, alpha=opacity, solid_capstyle="butt", **look)
+                (bar,) = axis.plot(
+                    [value - error, value + error], [row, row], color=color, linewidth=width, alpha=alpha
+                )
+                bar.set(solid_capstyle="butt", label=label)
         axis.plot(value, row, "o", color=color, markersize=4)
     if column.metric == LDS and CAPTIONS in column.figures:
         captions = column.figures[CAPTIONS].value

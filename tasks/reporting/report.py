@@ -39,6 +39,7 @@ from tasks.watching.trust import (
     OTHER_GRADIENT,
     OTHER_NOISE,
     OTHER_TEACHER,
+    by_itself,
     compared,
     trust_of,
 )
@@ -116,7 +117,7 @@ def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: 
         spaces=spaces,
         sketched={"seconds": took["value"], "bytes": size["value"]} if took and size else None,
         ceiling=means.get(("spearman", OTHER_TEACHER, 0)),
-        trust=trust_of(metrics, _objective(context)),
+        trust=trust_of(by_itself(metrics, head.kind), _objective(context)),
         kinds=KINDS,
         objective=_WHOSE[_objective(context)],
         agreement=means.get(("spearman", "exact vs first order", 0)),
@@ -184,7 +185,7 @@ def _panels(
         ]
         found = torch.nn.utils.rnn.pad_sequence(sketched, batch_first=True, padding_value=-torch.inf)
         rankings.append(("Sketches", "highest by the query's own gradient: FastGDA's slower, better answer", found))
-    rankings.append(("Teacher", f"the truth it learned from, by {score}", scores.scores))
+    rankings.append(("Teacher", f"what the answers are held against, by {score}", scores.scores))
     cutoff = config.validation_cutoff
     teacher_rank, relevant = descending_ranks(scores.scores), top_mask(scores.scores, cutoff)
     panels = []
