@@ -172,10 +172,10 @@ def _of_the_head(workspace: Workspace, run: str) -> list[dict[str, Any]]:
         published = read_published(workspace)
     except StoreError:
         return []
-    if published.run != run or published.metrics is None or published.head is None:
+    if published.run != run or published.metrics is None:
         return []
     rows = tables.read(workspace.file(published.metrics), tables.METRICS).to_pylist()
-    kind = read_head_record(workspace.file(published.head)).kind
+    kind = read_head_record(workspace.file(published.head)).kind if published.head else ""
     return [row for row in by_itself(rows, kind) if row["space"] == HEAD]
 
 
