@@ -23,7 +23,7 @@ from tasks.judging.left_out import plan_removals
 from tasks.judging.retrained import check_by_retraining
 from tasks.judging.sketches import check_sketches
 from tasks.judging.teacher import check_against_exact, check_self_consistency, measure_low_rank
-from tasks.reporting.announcements import announce_metrics, announce_trust
+from tasks.reporting.announcements import announce_judges, announce_metrics, announce_trust
 from tasks.reporting.judged import write_judge_table
 from tasks.serving.promotion import Evaluation, promote
 from tasks.teaching.retrainings import RemovalParts, RetrainingParts
@@ -67,8 +67,11 @@ def judge_run(run: Run) -> list[Made]:
         checks.append(check_by_retraining(run, ranks))
     publish_checks(run, [check.artifact for check in checks])
     announce_trust(run)
-    written = [write_judge_table(run)] if config.judge is not None else []
-    return [*retrained, *checks, *written]
+    if config.judge is None:
+        return checks
+    table = write_judge_table(run)
+    announce_judges(run)
+    return [*retrained, *checks, table]
 
 
 @flow(name="evaluate", flow_run_name=named("evaluate", "index"))

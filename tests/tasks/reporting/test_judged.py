@@ -9,7 +9,7 @@ import pytest
 from storage_schemas import tables
 from tasks.judging.judge_table import judge_table
 from tasks.judging.tiers import HEADS
-from tasks.reporting import judged, judged_picture
+from tasks.reporting import announcements, judged, judged_picture
 from tasks.reporting.judged import FORMATS, judged_part, meaning, notes, write_judge_table
 from tasks.reporting.report import write_report
 from tasks.watching.trust import LDS, TEACHER
@@ -48,6 +48,13 @@ def test_the_report_shows_it_where_models_were_trained_again(unlearned: WholeRun
         for run in (unlearned, similar)
     ]
     assert ["<h2>Judged by retraining</h2>" in page for page in pages] == [True, False]
+
+
+def test_the_table_is_shown_in_prefect(unlearned: WholeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, str] = {}
+    monkeypatch.setattr(announcements, "publish_markdown", lambda key, text, _: told.update({key: text}))
+    announcements.announce_judges(unlearned.run)
+    assert f"| {TEACHER} |" in told[f"judges {unlearned.run.name}"]
 
 
 def test_two_sentences_say_what_was_measured_and_what_came_out(unlearned: WholeRun) -> None:
