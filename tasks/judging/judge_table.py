@@ -12,14 +12,15 @@ from storage_schemas import tables
 from storage_schemas.workspace import Workspace
 from tasks.judging.kept_checks import read_checks
 from tasks.judging.left_out import OF_CONTROLS
-from tasks.judging.retrained import AHEAD, HIGH, LOW, OVER_MODELS
+from tasks.judging.retrained import AHEAD, BESIDE_TEACHER, HIGH, LOW, OVER_MODELS
 from tasks.watching.trust import CAPTIONS, KINDS, LDS, RETRAINED_AGAIN, TEACHER, TWIN_SHARE, WORST_TWIN
 
 Means = Mapping[tuple[str, str, str, int], Mapping[str, Any]]  # by metric, method, split and cutoff
 
 REACH = "what a score can reach"
 ENOUGH = 2.0  # errors by which a teacher has to be ahead of captions
-UNMARKED = (OF_CONTROLS,)  # nothing is better for it alone: a random removal hurts controls least, and targets too
+# Nothing is better for it alone: a random removal hurts controls least, and targets too.
+UNMARKED = (OF_CONTROLS, BESIDE_TEACHER)
 OF_SPLITS = {"test": "test queries", **KINDS, "validation": "validation queries"}  # in this order
 _BESIDE, _OTHER_ERROR = (OVER_MODELS, LOW, HIGH, WORST_TWIN), ", error over models"  # shown with another figure
 
@@ -64,7 +65,12 @@ class Column:
     @property
     def name(self) -> str:
         """The metric with its cutoff, as a heading."""
-        named = {LDS: "LDS", AHEAD: "ahead of captions", TWIN_SHARE: "twins found"}.get(self.metric, self.metric)
+        named = {
+            LDS: "LDS",
+            AHEAD: "ahead of captions",
+            BESIDE_TEACHER: "ahead of the teacher",
+            TWIN_SHARE: "twins found",
+        }.get(self.metric, self.metric)
         return f"{named}, k = {self.cutoff}" if self.cutoff else named
 
     @property
@@ -135,7 +141,7 @@ class JudgeTable:
     @property
     def sections(self) -> list[Section]:
         """The columns in groups that a page has room for."""
-        scores, (first, *others) = (LDS, AHEAD), OF_SPLITS
+        scores, (first, *others) = (LDS, AHEAD, BESIDE_TEACHER), OF_SPLITS
         rest = [each for each in self.columns if each.metric not in scores]
         groups = {
             "Models trained on random subsets": _chosen(self.columns, scores, [first]),
@@ -180,13 +186,16 @@ def judge_table(workspace: Workspace, run: str) -> JudgeTable | None:
 def table_of(rows: Sequence[Mapping[str, Any]]) -> JudgeTable | None:
     """Return the table of rows of `metrics`; None where none is of models that were trained again.
 
-    A metric is a judge's where the teacher itself has a figure by it: agreement with the teacher is none.
+    A metric is a judge's where the teacher itself has a figure by it, or others have one beside the teacher's: agreement
+    with the teacher is none.
     """
     means = {(row["metric"], row["space"], row["split"], row["cutoff"]): row for row in rows if not row["query_id"]}
     judges = [
         (metric, split, cutoff)
         for metric, space, split, cutoff in means
-        if space == TEACHER and metric not in _BESIDE and not metric.endswith(_OTHER_ERROR)
+        if (space == TEACHER or metric == BESIDE_TEACHER)
+        and metric not in _BESIDE
+        and not metric.endswith(_OTHER_ERROR)
     ]
     if not any(metric == LDS for metric, _, _ in judges):
         return None
@@ -195,7 +204,7 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> JudgeTable | None:
 
 def _order(judge: tuple[str, str, int]) -> tuple[int, int, int]:
     metric, split, cutoff = judge
-    first = [LDS, AHEAD]
+    first = [LDS, AHEAD, BESIDE_TEACHER]
     splits = list(OF_SPLITS)
     return (
         first.index(metric) if metric in first else len(first),

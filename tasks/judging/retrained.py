@@ -29,7 +29,8 @@ from tasks.teaching.run import Run
 from tasks.watching.trust import CAPTIONS, KINDS, LDS, RETRAINED_AGAIN, TEACHER
 
 RETRAINING_CHECK = "retraining check"  # name of the artifact
-OVER_MODELS, LOW, HIGH, AHEAD = "lds error over models", "lds low", "lds high", "lds ahead of captions"
+OVER_MODELS, LOW, HIGH = "lds error over models", "lds low", "lds high"
+AHEAD, BESIDE_TEACHER = "lds ahead of captions", "lds ahead of the teacher"
 SPLITS = ("validation", "test", TWIN, PSEUDO)
 
 
@@ -100,9 +101,9 @@ def _rows(run: Run, ranks: Artifact, tiers: Tiers) -> list[dict[str, object]]:
         methods = {name: each[chosen] for name, each in scores.items()}
         judged = {name: linear_datamodelling(kept, each, of_subsets[:, chosen]) for name, each in methods.items()}
         rows += _lds_rows(judged, names, split)
-        if CAPTIONS in judged:
-            leads = {name: each.ahead_of(judged[CAPTIONS]) for name, each in judged.items() if name != CAPTIONS}
-            rows += [row for name, lead in leads.items() for row in _summary(AHEAD, name, lead, split)]
+        for metric, other in ((AHEAD, CAPTIONS), (BESIDE_TEACHER, TEACHER)):
+            for name in (name for name in judged if other in judged and name != other):
+                rows += _summary(metric, name, judged[name].ahead_of(judged[other]), split)
         if again:
             twice = torch.stack([losses[each] for each in again])[:, chosen]
             once_ = of_subsets[: len(again)][:, chosen]

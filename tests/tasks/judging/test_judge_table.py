@@ -12,7 +12,7 @@ from storage_schemas.tables import PSEUDO, TWIN
 from tasks.judging.judge_table import REACH, JudgeTable, figures_of, table_of
 from tasks.judging.left_out import CHANGE, OF_CONTROLS
 from tasks.judging.metric_rows import twin_rows
-from tasks.judging.retrained import AHEAD, HIGH, LOW, OVER_MODELS
+from tasks.judging.retrained import AHEAD, BESIDE_TEACHER, HIGH, LOW, OVER_MODELS
 from tasks.watching.trust import CAPTIONS, LDS, RETRAINED_AGAIN, TEACHER
 
 
@@ -41,6 +41,8 @@ ROWS = [
     *judged(TEACHER, 0.74, (0.02, 0.02), split=PSEUDO, queries=12),
     row(LDS, RETRAINED_AGAIN, 0.84, 0.03),
     *leading(0.13, (0.04, 0.03)),
+    row(BESIDE_TEACHER, "sketch", 0.02, 0.01),
+    row(f"{BESIDE_TEACHER}, error over models", "sketch", 0.03),
     row(LDS, TEACHER, 0.99, query_id="q0001"),
 ]
 
@@ -59,6 +61,8 @@ def test_the_best_of_a_judge_is_marked_and_what_is_within_both_its_errors() -> N
     assert places == {"sketch": "best", TEACHER: "close", "untuned": "close", CAPTIONS: ""}
     assert column.figures[TEACHER].error == pytest.approx(0.05)
     assert column.text(TEACHER) == "0.45 ± 0.03 ± 0.04 (0.35 to 0.55)"
+    beside = table().find(BESIDE_TEACHER)
+    assert beside is not None and (beside.text("sketch"), beside.place("sketch")) == ("0.02 ± 0.01 ± 0.03", "")
     assert (column.text(REACH), column.text("nobody")) == ("0.84 ± 0.03", "")
     assert table().methods == ["sketch", TEACHER, "untuned", CAPTIONS]
 
@@ -84,7 +88,7 @@ def test_where_less_is_better_the_lowest_is_best() -> None:
 
 def test_a_judge_is_what_the_teacher_itself_has_a_figure_by() -> None:
     other = [row("mAP", "tuned", 0.9, cutoff=40), row("spearman", "another teacher", 0.9)]
-    assert {column.metric for column in table(*other).columns} == {LDS, AHEAD}
+    assert {column.metric for column in table(*other).columns} == {LDS, AHEAD, BESIDE_TEACHER}
     assert table_of(other) is None, "nothing was trained again"
     assert table_of([row("twin share", TEACHER, 1.0, split=TWIN)]) is None
 
@@ -94,7 +98,7 @@ def test_columns_are_read_together_under_what_they_share() -> None:
     twins = [*twin_rows(TwinTest((1, 9), (4, 4)), TEACHER, TWIN), row("R-precision", TEACHER, 0.5)]
     sections = {section.shared: section for section in table(*removals, *twins).sections}
     assert {title: section.heads for title, section in sections.items()} == {
-        "Models trained on random subsets, test queries": ["LDS", "ahead of captions"],
+        "Models trained on random subsets, test queries": ["LDS", "ahead of captions", "ahead of the teacher"],
         "Models trained on random subsets, other queries: LDS, training images as queries": ["LDS"],
         "Models trained without what a method named, test queries": ["loss change, k = 40", "loss change, k = 100"],
         "Without training": ["R-precision, test queries", "twins found, generated from training captions"],

@@ -23,7 +23,7 @@ from tasks.judging import left_out
 from tasks.judging.kept_checks import read_checks
 from tasks.judging.left_out import CHANGE, OF_CONTROLS, SEPARATION
 from tasks.judging.methods import RANDOM, UNTUNED, every_method
-from tasks.judging.retrained import OVER_MODELS, check_by_retraining
+from tasks.judging.retrained import BESIDE_TEACHER, OVER_MODELS, check_by_retraining
 from tasks.judging.tiers import Tiers
 from tasks.teaching import retrainings
 from tasks.teaching.retrainings import RemovalParts, Retraining, RetrainingParts, judged_by
@@ -153,7 +153,9 @@ def test_every_method_is_judged_as_the_teacher_is(unlearned: WholeRun, parts: Re
             stats.spearmanr((kept @ each[number]).tolist(), (-losses[:, number]).tolist()).statistic for number in test
         ]
         assert rows[LDS, name, "test"]["value"] == pytest.approx(sum(expected) / len(expected)), name
-        if name != TEACHER:  # which has a test of its own
+        if name != TEACHER:  # which has a twin test of its own
+            behind = rows[LDS, name, "test"]["value"] - rows[LDS, TEACHER, "test"]["value"]
+            assert rows[BESIDE_TEACHER, name, "test"]["value"] == pytest.approx(behind)
             ranks = [int((each[row] >= each[row, twins[query.query_id]]).sum()) for row, query in of_twins.items()]
             assert rows[WORST_TWIN, name, PSEUDO]["value"] == max(ranks)
             assert rows[TWIN_SHARE, name, PSEUDO]["value"] == sum(rank == 1 for rank in ranks) / len(ranks)
