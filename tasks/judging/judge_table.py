@@ -22,6 +22,12 @@ ENOUGH = 2.0  # errors by which a teacher has to be ahead of captions
 # Nothing is better for it alone: a random removal hurts controls least, and targets too.
 UNMARKED = (OF_CONTROLS, BESIDE_TEACHER)
 OF_SPLITS = {"test": "test queries", **KINDS, "validation": "validation queries"}  # in this order
+_NAMES = {
+    LDS: "LDS",
+    AHEAD: "ahead of captions",
+    BESIDE_TEACHER: "ahead of the teacher",
+    TWIN_SHARE: "twins found",
+}
 _BESIDE, _OTHER_ERROR = (OVER_MODELS, LOW, HIGH, WORST_TWIN), ", error over models"  # shown with another figure
 
 
@@ -65,12 +71,7 @@ class Column:
     @property
     def name(self) -> str:
         """The metric with its cutoff, as a heading."""
-        named = {
-            LDS: "LDS",
-            AHEAD: "ahead of captions",
-            BESIDE_TEACHER: "ahead of the teacher",
-            TWIN_SHARE: "twins found",
-        }.get(self.metric, self.metric)
+        named = _NAMES.get(self.metric, self.metric)
         return f"{named}, k = {self.cutoff}" if self.cutoff else named
 
     @property
@@ -186,8 +187,8 @@ def judge_table(workspace: Workspace, run: str) -> JudgeTable | None:
 def table_of(rows: Sequence[Mapping[str, Any]]) -> JudgeTable | None:
     """Return the table of rows of `metrics`; None where none is of models that were trained again.
 
-    A metric is a judge's where the teacher itself has a figure by it, or others have one beside the teacher's: agreement
-    with the teacher is none.
+    A metric is a judge's where the teacher itself has a figure by it, or others have one beside the teacher's.
+    Agreement with the teacher is none.
     """
     means = {(row["metric"], row["space"], row["split"], row["cutoff"]): row for row in rows if not row["query_id"]}
     judges = [

@@ -46,7 +46,7 @@ def check_by_retraining(run: Run, ranks: Artifact) -> Made:
     judge, features = run.config.judge, features_key(run.context, run.artifacts["samples"])
     tiers, near = Tiers.of(run), run.config.candidates.space
     key = input_key(
-        "retraining check 2", ranks.key, pool.key, judge, features, near, tiers.key(run), table=tables.METRICS
+        "retraining check 3", ranks.key, pool.key, judge, features, near, tiers.key(run), table=tables.METRICS
     )
     path = run.workspace.teacher_check(key)
 
