@@ -87,8 +87,9 @@ class Column:
         if self.metric == TWIN_SHARE:
             found = f"{figure.value * figure.queries:.0f} of {figure.queries}"
             return found if figure.worst is None else f"{found}, worst at rank {figure.worst:,.0f}"
-        errors = [figure.over_queries] * bool(figure.over_queries) + [figure.over_models] * bool(figure.over_models)
-        words = " ± ".join(f"{each:.2f}" for each in (figure.value, *errors))
+        errors = [figure.over_queries] if figure.over_queries or figure.over_models is not None else []
+        errors += [figure.over_models] if figure.over_models is not None else []
+        words = " ± ".join(f"{round(each, 2) + 0.0:.2f}" for each in (figure.value, *errors))  # no -0.00
         if figure.interval and (self.metric, self.split) == (LDS, "test"):
             words += " ({:.2f} to {:.2f})".format(*figure.interval)
         return words

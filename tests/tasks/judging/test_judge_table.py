@@ -67,6 +67,13 @@ def test_the_best_of_a_judge_is_marked_and_what_is_within_both_its_errors() -> N
     assert table().methods == ["sketch", TEACHER, "untuned", CAPTIONS]
 
 
+def test_an_error_of_nought_is_written_where_there_are_two() -> None:
+    column = table(*judged("pixel", -0.001, (0.0, 0.67)), row("R-precision", TEACHER, 0.5)).find(LDS)
+    assert column is not None and column.text("pixel").startswith("0.00 ± 0.00 ± 0.67 (")
+    alone = table(row("R-precision", TEACHER, 0.5)).find("R-precision")
+    assert alone is not None and alone.text(TEACHER) == "0.50"
+
+
 def test_where_less_is_better_the_lowest_is_best() -> None:
     removed = {
         "mean squared error of regenerations": {TEACHER: 0.9, "random": 0.1},
