@@ -38,7 +38,7 @@ def templates() -> jinja2.Environment:
 
 def templates_text() -> str:
     """Return the text of all templates: a page is made anew when it changes."""
-    return "".join(path.read_text() for path in sorted(_TEMPLATES.iterdir()))
+    return "".join(path.read_text() for path in sorted(_TEMPLATES.glob("*.*")))
 
 
 @task(task_run_name="judge table", cache_policy=NO_CACHE)
