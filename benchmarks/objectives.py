@@ -67,7 +67,7 @@ def teach(config: PipelineConfig, objective: Objective) -> Teacher:
     teacher = config.teacher.model_copy(update={"objective": objective})
     changed = config.model_copy(update={"teacher": teacher})
     curation = curate(changed)
-    (consistency,) = [made.artifact for made in judge(changed) if made.artifact.name == "self-consistency"]
+    (consistency,) = [made.artifact for made in judge(changed).made if made.artifact.name == "self-consistency"]
     run = curation.run
     names = [query.query_id for query in load_queries(run.artifacts["queries"])]
     scores = candidate_scores(run.workspace, curation.ranks, names).scores  # the demo's candidates are all samples

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from prefect import flow
 
 from fastgda_core.teachers.registry import TEACHERS
@@ -21,16 +23,26 @@ from tasks.judging.left_out import plan_removals
 from tasks.judging.retrained import check_by_retraining
 from tasks.judging.sketches import check_sketches
 from tasks.judging.teacher import check_against_exact, check_self_consistency, measure_low_rank
-from tasks.reporting.announcements import announce_metrics, announce_trust
+from tasks.reporting.announcements import announce_judges, announce_metrics, announce_trust
+from tasks.reporting.judged import write_judge_table
 from tasks.serving.promotion import Evaluation, promote
 from tasks.teaching.retrainings import RemovalParts, RetrainingParts
 from tasks.teaching.run import Run
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """The checks of a run, and what they needed, in order."""
+
+    run: str
+    made: list[Made]
+
+
 @flow(name="judge", flow_run_name=named("judge"))
-def judge(config: PipelineConfig) -> list[Made]:
+def judge(config: PipelineConfig) -> Judgement:
     """Check the teacher of a finished run: against the exact one, itself, and models trained again for it."""
-    return judge_run(plan_run(config))
+    run = plan_run(config)
+    return Judgement(run.name, judge_run(run))
 
 
 def judge_run(run: Run) -> list[Made]:
@@ -55,7 +67,11 @@ def judge_run(run: Run) -> list[Made]:
         checks.append(check_by_retraining(run, ranks))
     publish_checks(run, [check.artifact for check in checks])
     announce_trust(run)
-    return [*retrained, *checks]
+    if config.judge is None:
+        return checks
+    table = write_judge_table(run)
+    announce_judges(run)
+    return [*retrained, *checks, table]
 
 
 @flow(name="evaluate", flow_run_name=named("evaluate", "index"))

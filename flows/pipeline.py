@@ -21,11 +21,11 @@ def attribution_pipeline(config: PipelineConfig) -> RunSummary:
     """Teach, distil, serve: see the design's first section."""
     with events.followed(), looked_at_once():
         curation = curate(config)
-        checks = judge_run(curation.run)
         head = train_rank_head(config, curation.ranks.key)
         index = rebuild_index(config, head.artifact.key)
+        checks = judge_run(curation.run)  # of the head, too, and what it finds is part of the evaluation
         evaluation = evaluate(config, index.artifact.key)
-    made = [*curation.made, *checks, head, index, evaluation.metrics]
+    made = [*curation.made, head, index, *checks, evaluation.metrics]
     run = curation.run
     report = write_report(run.context, run.name, made)
     return RunSummary(run.name, [*made, report], curation.trust, evaluation.refused)

@@ -190,6 +190,10 @@ class Workspace:
     def report(self, run: str) -> AnyPath:
         return self.root / "reports" / run / "report.html"
 
+    def judge_table(self, run: str, ending: str) -> AnyPath:
+        """The table of what judges found of a run, beside its report; the ending is that of a format."""
+        return self.root / "reports" / run / f"judges.{ending}"
+
     def finished(self, name: str) -> AnyPath:
         """The newest summary of the pipeline of a configuration of this name."""
         return self.root / "finished" / f"{name}.json"

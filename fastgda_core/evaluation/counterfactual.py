@@ -13,7 +13,7 @@ from torch import Tensor
 class Change:
     """A mean over queries with its standard error, and how it stands among other methods.
 
-    place: "best", "close" (within one standard error of the best) or "".
+    place: "best", "close" (within one standard error of the best, by the best one's error) or "".
     """
 
     mean: float
@@ -32,26 +32,22 @@ def loss_changes(losses: Tensor, before: Tensor) -> Tensor:
     return (after - base) / base
 
 
-def compared(values: Mapping[str, Tensor], *, higher: bool = True) -> dict[str, Change]:
-    """Return mean and standard error over queries of each method, the best of them marked.
+def compared(means: Mapping[str, tuple[float, float]], *, higher: bool = True) -> dict[str, Change]:
+    """Return the mean of each method with its standard error, the best of them marked, and those close to it.
 
     Args:
-        values: (queries,) by method.
+        means: (mean over queries, its standard error) by method.
         higher: a higher value is better.
     """
-    means = {name: float(each.double().mean()) for name, each in values.items()}
-    errors = {
-        name: float(each.double().std() / len(each) ** 0.5) if len(each) > 1 else 0.0 for name, each in values.items()
-    }
     sign = 1 if higher else -1
-    best = max(means, key=lambda name: sign * means[name])
+    best = max(means, key=lambda name: sign * means[name][0])
+    most, error = means[best]
 
-    def place(name: str) -> str:
-        if name == best:
-            return "best"
-        return "close" if sign * (means[best] - means[name]) <= errors[best] else ""
+    def place(value: float) -> str:
+        behind = sign * (most - value)
+        return "best" if behind == 0 else "close" if behind <= error else ""
 
-    return {name: Change(means[name], errors[name], place(name)) for name in values}
+    return {name: Change(value, mine, place(value)) for name, (value, mine) in means.items()}
 
 
 def separation(targets: Tensor, controls: Tensor) -> float:

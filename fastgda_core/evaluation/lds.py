@@ -6,6 +6,7 @@ Source: Park et al., "TRAK: attributing model behavior at scale" (2023), definit
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,21 +20,41 @@ INTERVAL = (0.025, 0.975)
 
 @dataclass(frozen=True)
 class Lds:
-    """Rank correlation of a method's predictions with what retraining gave.
+    """Rank correlation of a method's predictions with what retraining gave, or how far that is ahead of another's.
 
     by_query: (q,) float64.
-    over_queries, over_models: standard errors of the mean, by the queries' spread and by a jackknife over models.
-    interval: 95 % of the means of pools that were drawn again from these models.
+    without: the mean without each model, (models,) float64.
+    of_pools: the mean in pools that were drawn again from these models, the same pools for all methods.
     """
 
     by_query: Tensor
-    over_queries: float
-    over_models: float
-    interval: tuple[float, float]
+    without: Tensor
+    of_pools: Tensor
 
     @property
     def mean(self) -> float:
         return float(self.by_query.mean())
+
+    @property
+    def over_queries(self) -> float:
+        """Standard error of the mean by the queries' spread; 0 of a single query."""
+        return float(self.by_query.std() / len(self.by_query) ** 0.5) if len(self.by_query) > 1 else 0.0
+
+    @property
+    def over_models(self) -> float:
+        """Standard error of the mean by a jackknife over models."""
+        models = len(self.without)
+        return float(((models - 1) / models * (self.without - self.without.mean()).square().sum()).sqrt())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % of the means of the drawn pools."""
+        low, high = self.of_pools.quantile(torch.tensor(INTERVAL, dtype=torch.float64))
+        return float(low), float(high)
+
+    def ahead_of(self, other: Lds) -> Lds:
+        """Return this less another method's on the same queries, models and pools; its errors are of the pairs."""
+        return Lds(self.by_query - other.by_query, self.without - other.without, self.of_pools - other.of_pools)
 
 
 def linear_datamodelling(kept: Tensor, scores: Tensor, losses: Tensor, *, seed: int = 0) -> Lds:
@@ -48,13 +69,24 @@ def linear_datamodelling(kept: Tensor, scores: Tensor, losses: Tensor, *, seed: 
     Raises:
         ValueError: there are fewer than three models, whose order says nothing.
     """
-    return _judged(predictions(kept, scores), -losses.T.double(), seed)
+    predicted, truth = predictions(kept, scores), -losses.T.double()
+    models = truth.shape[1]
+    if models < 3:
+        raise ValueError(f"{models} models have no order: retrain at least three")
+    every, generator = torch.arange(models), torch.Generator().manual_seed(seed)
+    drawn = [torch.randint(models, (models,), generator=generator) for _ in range(RESAMPLED)]
+
+    def means(pools: Iterable[Tensor]) -> Tensor:
+        return torch.stack([spearman(predicted[:, pool], truth[:, pool]).mean() for pool in pools])
+
+    without = (every[every != model] for model in range(models))
+    return Lds(spearman(predicted, truth), means(without), means(drawn))
 
 
 def difference(kept: Tensor, scores: Tensor, other: Tensor, losses: Tensor, *, seed: int = 0) -> Lds:
     """Return the first method's score less that of another on the same queries and models, with errors of the pairs."""
-    found = [predictions(kept, each) for each in (scores, other)]
-    return _judged(torch.stack(found), -losses.T.double(), seed)
+    first, second = (linear_datamodelling(kept, each, losses, seed=seed) for each in (scores, other))
+    return first.ahead_of(second)
 
 
 def predictions(kept: Tensor, scores: Tensor) -> Tensor:
@@ -74,31 +106,3 @@ def reliability(losses: Tensor, again: Tensor) -> Tensor:
         (Spearman, "The proof and measurement of association between two things", 1904); 0 where they disagree.
     """
     return spearman(losses.T.double(), again.T.double()).clamp_min(0).sqrt()
-
-
-def _judged(predicted: Tensor, truth: Tensor, seed: int) -> Lds:
-    """Judge predictions, (queries, models), or the first of two, (2, queries, models), against the second."""
-    models = truth.shape[1]
-    if models < 3:
-        raise ValueError(f"{models} models have no order: retrain at least three")
-    whole = _correlations(predicted, truth)
-    every = torch.arange(models)
-    without = torch.stack([_means(predicted, truth, every[every != model]) for model in range(models)])
-    jackknife = ((models - 1) / models * (without - without.mean()).square().sum()).sqrt()
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randint(models, (models,), generator=generator) for _ in range(RESAMPLED)]
-    low, high = torch.stack([_means(predicted, truth, some) for some in drawn]).quantile(
-        torch.tensor(INTERVAL, dtype=torch.float64)
-    )
-    over_queries = whole.std() / len(whole) ** 0.5 if len(whole) > 1 else torch.zeros(())
-    return Lds(whole, float(over_queries), float(jackknife), (float(low), float(high)))
-
-
-def _means(predicted: Tensor, truth: Tensor, models: Tensor) -> Tensor:
-    return _correlations(predicted[..., models], truth[:, models]).mean()
-
-
-def _correlations(predicted: Tensor, truth: Tensor) -> Tensor:
-    if predicted.ndim == 2:
-        return spearman(predicted, truth)
-    return spearman(predicted[0], truth) - spearman(predicted[1], truth)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from flows.commands.judges import check_output, print_judges, write_table
 from flows.commands.options import (
     DEFAULT_WORKSPACE,
     ConfigArgument,
@@ -180,23 +181,44 @@ def study(config: ConfigArgument, as_json: JsonOption = False) -> None:
     say(f"Picture: {compared.picture.artifact.path}")
 
 
-def judge(config: ConfigArgument) -> None:
+def judge(
+    config: ConfigArgument,
+    output: Annotated[
+        Path | None, typer.Option(help="File for the judges' table: CSV, Markdown (.md) or HTML by its ending.")
+    ] = None,
+) -> None:
     """Check the teacher of a finished run: against the exact one, itself, and models that are trained again.
+
+    Where models are trained again (section `judge`), what they say of the teacher, the features, the head and every
+    other tier of answers is printed as a table, and kept beside the run's report.
 
     Example: `fastgda judge my_config.yaml`
     """
-    checked = _begin(config)
+    checked = _checked(config)
+    check_output(output, checked)
+    start_server()
     from flows.evaluation import judge as judgement
     from storage_schemas import tables
+    from tasks.judging.judge_table import judge_table
+    from tasks.judging.retrained import RETRAINING_CHECK
 
-    for made in run_flow(judgement, checked):
+    judged = run_flow(judgement, checked)
+    for made in judged.made:
         check = made.artifact
         say(f"{check.name}: {check.rows:,} rows")
-        if check.path.suffix == ".parquet":  # figures; folders hold pairs, and losses of models
+        # Figures; folders hold pairs, and losses of models. Those of models that were trained again make a table.
+        if check.path.suffix == ".parquet" and check.name != RETRAINING_CHECK:
             for row in tables.read(check.path, tables.METRICS).to_pylist():
                 if not row["query_id"]:
                     cutoff = f"({row['cutoff']})" if row["cutoff"] else ""
                     say(f"  {row['metric']}{cutoff}, {row['space']}: {row['value']:.3f}")
+    workspace = Workspace.at(checked.workspace)
+    if checked.judge is None or (table := judge_table(workspace, judged.run)) is None:
+        return
+    print_judges(table)
+    if output is not None:
+        write_table(workspace, judged.run, output)
+    say(f"Table and picture: {workspace.judge_table(judged.run, 'html')}; .md and .csv lie beside it")
 
 
 def backfill(

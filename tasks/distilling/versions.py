@@ -41,6 +41,21 @@ def read_head(workspace: Workspace, version: str) -> tuple[Artifact, HeadRecord]
     return head, read_head_record(folder)
 
 
+def heads_of_run(workspace: Workspace, run: str) -> dict[str, Artifact]:
+    """Return the newest head of each kind that learned from a run, newest first; none before one is trained."""
+    made = {
+        path.parent: manifest.committed_at
+        for path in matching(workspace.root / "heads", "*/head.safetensors")
+        if (manifest := read_manifest(path)) is not None and manifest.committed_at is not None
+    }
+    found: dict[str, Artifact] = {}
+    for folder in sorted(made, key=made.__getitem__, reverse=True):
+        head, record = read_head(workspace, folder.name)
+        if record.run == run:
+            found.setdefault(record.kind, head)
+    return found
+
+
 def read_index(workspace: Workspace, version: str) -> tuple[Artifact, IndexRecord]:
     """Read an index and its record.
 

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fastgda_core.evaluation.twins import TwinTest
+from tasks.watching.trust import TWIN_SHARE, WORST_TWIN
+
 
 def metric_rows(
     metric: str, space: str, values: Tensor, query_ids: Sequence[str], *, cutoff: int = 0
@@ -55,3 +58,16 @@ def agreement_rows(
     for metric, cutoff in measured[0]:
         values = torch.cat([one[metric, cutoff] for one in measured])
         yield from metric_rows(metric, space, values, query_ids, cutoff=cutoff)
+
+
+def twin_rows(test: TwinTest, space: str, kind: str) -> list[dict[str, object]]:
+    """Return the share of twins that a ranking has among its first, and the worst twin's rank.
+
+    Args:
+        test: where the twins are.
+        space: what ranked.
+        kind: of the queries.
+    """
+    found = torch.tensor(test.ranks) <= torch.tensor(test.places)
+    worst = metric_row(WORST_TWIN, space, torch.tensor([float(test.worst)]), split=kind)
+    return [metric_row(TWIN_SHARE, space, found.double(), split=kind), worst | {"queries": len(test.ranks)}]

@@ -1,4 +1,4 @@
-"""Hold the teacher against models that were trained again: the linear datamodelling score."""
+"""Hold the teacher and its rivals against models that were trained again: the linear datamodelling score."""
 
 from __future__ import annotations
 
@@ -8,35 +8,46 @@ import pyarrow as pa
 import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from torch import Tensor
 
-from fastgda_core.evaluation.lds import Lds, difference, linear_datamodelling, reliability
+from fastgda_core.evaluation.lds import Lds, linear_datamodelling, reliability
+from fastgda_core.evaluation.ranking_metrics import twin_ranks
+from fastgda_core.evaluation.twins import TwinTest, first_places
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table, input_key
 from storage_schemas.tables import PSEUDO, TWIN
 from tasks.artifact import Artifact, Made, once
 from tasks.inputs.features import features_key
-from tasks.inputs.queries import load_queries
+from tasks.inputs.queries import Query, load_queries
+from tasks.inputs.twins import load_twins
 from tasks.judging.left_out import leave_out_rows
-from tasks.judging.methods import method_scores
-from tasks.judging.metric_rows import metric_row, metric_rows
+from tasks.judging.methods import every_method
+from tasks.judging.metric_rows import metric_row, metric_rows, twin_rows
+from tasks.judging.tiers import Tiers
 from tasks.teaching.retrainings import RemovalParts, RetrainingParts, TrainedAgain
 from tasks.teaching.run import Run
-from tasks.watching.trust import CAPTIONS, LDS, RETRAINED_AGAIN, TEACHER
+from tasks.watching.trust import CAPTIONS, KINDS, LDS, RETRAINED_AGAIN, TEACHER
 
-OVER_MODELS, LOW, HIGH, AHEAD = "lds error over models", "lds low", "lds high", "lds ahead of captions"
+RETRAINING_CHECK = "retraining check"  # name of the artifact
+OVER_MODELS, LOW, HIGH = "lds error over models", "lds low", "lds high"
+AHEAD, BESIDE_TEACHER = "lds ahead of captions", "lds ahead of the teacher"
 SPLITS = ("validation", "test", TWIN, PSEUDO)
 
 
 @task(task_run_name="retraining check", cache_policy=NO_CACHE)
 def check_by_retraining(run: Run, ranks: Artifact) -> Made:
-    """Measure whether the teacher's scores, and cheap rankings beside them, predict what retraining did.
+    """Measure whether the teacher's scores, cheap rankings beside them and its tiers of answers predict retraining.
 
-    A method is asked on the queries of each split, and on those of the twin test. The ceiling is what the losses of the
-    same subsets from another seed allow. Where models were trained without what methods named, these are compared, too.
+    Heads and sketches are judged where they are there, and anew when there are others. A method is asked on the queries
+    of each split, and on those of the twin test. The ceiling is what the losses of the same subsets from another seed
+    allow. Where models were trained without what methods named, these are compared, too.
     """
     pool = run.artifacts[RetrainingParts.kind]
     judge, features = run.config.judge, features_key(run.context, run.artifacts["samples"])
-    key = input_key("retraining check", ranks.key, pool.key, judge, features, table=tables.METRICS)
+    tiers, near = Tiers.of(run), run.config.candidates.space
+    key = input_key(
+        "retraining check 3", ranks.key, pool.key, judge, features, near, tiers.key(run), table=tables.METRICS
+    )
     path = run.workspace.teacher_check(key)
 
     listed = run.workspace.retraining_list(run.name)
@@ -44,10 +55,10 @@ def check_by_retraining(run: Run, ranks: Artifact) -> Made:
     def make(started: float) -> Manifest:
         models = pa.Table.from_pylist(list(_models(run)), schema=tables.RETRAININGS.schema)
         commit_table(listed, models, tables.RETRAININGS, key=key, started=started)
-        table = pa.Table.from_pylist(_rows(run, ranks), schema=tables.METRICS.schema)
+        table = pa.Table.from_pylist(_rows(run, ranks, tiers), schema=tables.METRICS.schema)
         return commit_table(path, table, tables.METRICS, key=key, started=started)
 
-    return once(Artifact("retraining check", key, path, 0), path, make, beside=[listed])
+    return once(Artifact(RETRAINING_CHECK, key, path, 0), path, make, beside=[listed])
 
 
 def _models(run: Run) -> Iterator[dict[str, object]]:
@@ -70,7 +81,7 @@ def _models(run: Run) -> Iterator[dict[str, object]]:
             }
 
 
-def _rows(run: Run, ranks: Artifact) -> list[dict[str, object]]:
+def _rows(run: Run, ranks: Artifact, tiers: Tiers) -> list[dict[str, object]]:
     parts = run.parts[RetrainingParts.kind]
     assert isinstance(parts, RetrainingParts)
     config, samples = parts.config, run.artifacts["samples"].rows
@@ -80,7 +91,7 @@ def _rows(run: Run, ranks: Artifact) -> list[dict[str, object]]:
     kept = torch.stack([each.kept(config, samples) for each in subsets])
     of_subsets = torch.stack([losses[each] for each in subsets])
     queries = load_queries(run.artifacts["queries"])
-    scores = method_scores(run, ranks, list(range(len(queries))))
+    scores = every_method(run, ranks, tiers)
     rows: list[dict[str, object]] = []
     for split in SPLITS:
         chosen = [number for number, query in enumerate(queries) if query.split == split]
@@ -90,15 +101,33 @@ def _rows(run: Run, ranks: Artifact) -> list[dict[str, object]]:
         methods = {name: each[chosen] for name, each in scores.items()}
         judged = {name: linear_datamodelling(kept, each, of_subsets[:, chosen]) for name, each in methods.items()}
         rows += _lds_rows(judged, names, split)
-        if CAPTIONS in methods:
-            lead = difference(kept, methods[TEACHER], methods[CAPTIONS], of_subsets[:, chosen])
-            rows += _summary(AHEAD, TEACHER, lead, split)
+        for metric, other in ((AHEAD, CAPTIONS), (BESIDE_TEACHER, TEACHER)):
+            for name in (name for name in judged if other in judged and name != other):
+                rows += _summary(metric, name, judged[name].ahead_of(judged[other]), split)
         if again:
             twice = torch.stack([losses[each] for each in again])[:, chosen]
             once_ = of_subsets[: len(again)][:, chosen]
             rows.append(metric_row(LDS, RETRAINED_AGAIN, reliability(once_, twice), split=split))
+    rows += _twin_rows(run, queries, scores)
     if config.leave_out is not None:
         rows += leave_out_rows(run)
+    return rows
+
+
+def _twin_rows(run: Run, queries: Sequence[Query], scores: Mapping[str, Tensor]) -> list[dict[str, object]]:
+    """Return how often each method but the teacher, which has a test of its own, ranks twins first."""
+    twins = load_twins(run.artifacts["queries"].path)
+    rows: list[dict[str, object]] = []
+    for kind in KINDS:
+        chosen = [number for number, query in enumerate(queries) if query.split == kind]
+        if not chosen:
+            continue
+        places = torch.tensor([twins[queries[number].query_id] for number in chosen])
+        for name, each in scores.items():
+            if name != TEACHER:
+                ranks = twin_ranks(each[chosen], places).tolist()
+                test = TwinTest(tuple(ranks), (first_places(each.shape[1]),) * len(ranks))
+                rows += twin_rows(test, name, kind)
     return rows
 
 

@@ -30,7 +30,7 @@ from tasks.artifact import Artifact, Made, once
 from tasks.context import Context
 from tasks.inputs.queries import Query, load_queries
 from tasks.inputs.twins import load_twins
-from tasks.judging.metric_rows import agreement_rows, metric_row, metric_rows
+from tasks.judging.metric_rows import agreement_rows, metric_row, metric_rows, twin_rows
 from tasks.progress import stage
 from tasks.teaching.bad_samples import without_bad_samples
 from tasks.teaching.curvature import curvature_of, make_curvature
@@ -47,8 +47,6 @@ from tasks.watching.trust import (
     OTHER_TEACHER,
     TEACHER,
     TWIN_RANK,
-    TWIN_SHARE,
-    WORST_TWIN,
 )
 
 PRECISION_CHECK_SAMPLES = 32
@@ -255,11 +253,8 @@ def _twin_place(scored: pa.Table, query_id: str, twin: int) -> tuple[int, int] |
 
 def _twin_rows(kind: str, places: dict[str, tuple[int, int]]) -> list[dict[str, object]]:
     test = TwinTest(*zip(*places.values(), strict=True))
-    found = torch.tensor(test.ranks) <= torch.tensor(test.places)
-    worst = metric_row(WORST_TWIN, TEACHER, torch.tensor([float(test.worst)]), split=kind)
     return [
-        metric_row(TWIN_SHARE, TEACHER, found.double(), split=kind),
-        worst | {"queries": len(places)},
+        *twin_rows(test, TEACHER, kind),
         *(
             metric_row(TWIN_RANK, TEACHER, torch.tensor([float(rank)]), cutoff=first, query_id=query_id, split=kind)
             for query_id, (rank, first) in places.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 
-from storage_schemas.files import read_if_there
+from storage_schemas.files import read_if_there, read_whole
 from storage_schemas.heads.metrics_history import metrics_history
 from storage_schemas.snapshots.snapshots import read_snapshot
 from storage_schemas.workspace import Workspace
@@ -44,6 +44,12 @@ def announce_trust(run: Run) -> None:
     lines = [f"run `{run.name}`", "", *(f"- {name}: {value}" for name, value in trust.facts)]
     lines += [line for warning in trust.warnings for line in ("", f"**Warning** {warning}")]
     publish_markdown(f"teacher {run.name}", "\n".join(lines) + "\n", "Whether the teacher can be believed")
+
+
+def announce_judges(run: Run) -> None:
+    """Show the table of the judges of a run that was judged by retraining."""
+    table = read_whole(run.workspace.judge_table(run.name, "md")).decode()
+    publish_markdown(f"judges {run.name}", table, "What models that were trained again say")
 
 
 def announce_head(context: Context, head: Artifact, labels: Labels) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass
-from pathlib import Path
 
-import jinja2
 import torch
 from PIL import Image
 from prefect import task
@@ -29,8 +27,10 @@ from tasks.inputs.features import load_features
 from tasks.inputs.queries import Query, load_queries
 from tasks.inputs.samples import sample_images, samples_table
 from tasks.judging.head import answers, untuned_cosines
+from tasks.judging.judge_table import table_of
 from tasks.judging.sketches import BYTES, SECONDS, SKETCH, by_sketches
 from tasks.reporting.attribution_sheet import spread
+from tasks.reporting.judged import judged_part, templates, templates_text
 from tasks.teaching.sketch_scores import StoredSketches
 from tasks.watching.trust import (
     CAPTIONS,
@@ -39,6 +39,7 @@ from tasks.watching.trust import (
     OTHER_GRADIENT,
     OTHER_NOISE,
     OTHER_TEACHER,
+    by_itself,
     compared,
     trust_of,
 )
@@ -76,7 +77,7 @@ def write_report(context: Context, run: str, stages: list[Made]) -> Made:
     """Write `reports/<run>/report.html`, anew when anything that it shows has changed."""
     path = context.workspace.report(run)
     artifacts = {made.artifact.name: made.artifact for made in stages}
-    shown = _measures(context.config.evaluation.cutoffs), _TEMPLATE.read_text(), installed("matplotlib")
+    shown = _measures(context.config.evaluation.cutoffs), templates_text(), installed("matplotlib")
     key = input_key("report", [each.key for each in artifacts.values()], context.config.evaluation, shown)
 
     def make(started: float) -> Manifest:
@@ -87,7 +88,6 @@ def write_report(context: Context, run: str, stages: list[Made]) -> Made:
 
 
 _WHOSE = {Objective.output_norm: "output's squared norm", Objective.loss: "loss", None: ""}
-_TEMPLATE = Path(__file__).with_name("templates") / "report.html"
 
 
 def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: list[Made]) -> str:
@@ -103,7 +103,8 @@ def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: 
     curve = loss_curve(head, cutoff, format="svg") if head.history else None
     spaces = [space for space in ("untuned", "tuned", SKETCH) if ("mAP", space, cutoff) in means]
     took, size = (means.get((figure, SKETCH, 0)) for figure in (SECONDS, BYTES))
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_TEMPLATE.read_text())
+    table = table_of(metrics) if context.config.judge is not None else None
+    template = templates().get_template("report.html")
     return template.render(
         run=run,
         config=context.config,
@@ -116,7 +117,7 @@ def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: 
         spaces=spaces,
         sketched={"seconds": took["value"], "bytes": size["value"]} if took and size else None,
         ceiling=means.get(("spearman", OTHER_TEACHER, 0)),
-        trust=trust_of(metrics, _objective(context)),
+        trust=trust_of(by_itself(metrics, head.kind), _objective(context)),
         kinds=KINDS,
         objective=_WHOSE[_objective(context)],
         agreement=means.get(("spearman", "exact vs first order", 0)),
@@ -126,6 +127,7 @@ def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: 
         stages=stages,
         samples=artifacts["samples"].rows,
         queries=sum(query.split not in KINDS for query in load_queries(artifacts["queries"])),
+        judged=judged_part(table, context.config) if table else None,
     )
 
 
@@ -183,7 +185,7 @@ def _panels(
         ]
         found = torch.nn.utils.rnn.pad_sequence(sketched, batch_first=True, padding_value=-torch.inf)
         rankings.append(("Sketches", "highest by the query's own gradient: FastGDA's slower, better answer", found))
-    rankings.append(("Teacher", f"the truth it learned from, by {score}", scores.scores))
+    rankings.append(("Teacher", f"what the answers are held against, by {score}", scores.scores))
     cutoff = config.validation_cutoff
     teacher_rank, relevant = descending_ranks(scores.scores), top_mask(scores.scores, cutoff)
     panels = []

@@ -11,7 +11,7 @@ from fastgda_core.evaluation.twins import TwinTest
 from fastgda_core.teachers.registry import TEACHERS
 from storage_schemas import tables
 from storage_schemas.errors import StoreError
-from storage_schemas.heads.records import read_checks_record
+from storage_schemas.heads.records import read_checks_record, read_head_record
 from storage_schemas.runs.ledger import read_run
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.tables import PSEUDO, TWIN
@@ -167,7 +167,7 @@ def trust_of(rows: list[dict[str, Any]], objective: Objective | None) -> Trust:
 
 
 def _of_the_head(workspace: Workspace, run: str) -> list[dict[str, Any]]:
-    """Return the metrics of the head that is published with a run."""
+    """Return the metrics of the head that is published with a run; none of a gradient head, see `by_itself`."""
     try:
         published = read_published(workspace)
     except StoreError:
@@ -175,7 +175,17 @@ def _of_the_head(workspace: Workspace, run: str) -> list[dict[str, Any]]:
     if published.run != run or published.metrics is None:
         return []
     rows = tables.read(workspace.file(published.metrics), tables.METRICS).to_pylist()
-    return [row for row in rows if row["space"] == HEAD]
+    kind = read_head_record(workspace.file(published.head)).kind if published.head else ""
+    return [row for row in by_itself(rows, kind) if row["space"] == HEAD]
+
+
+def by_itself(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Return the rows of `metrics` from which trust is read: without those of a head that shares the teacher's draws.
+
+    An index of gradients holds the teacher's own curvature and noise of the samples. It may agree with the teacher
+    better than another teacher does, and that says nothing of noise.
+    """
+    return [row for row in rows if kind != "gradient" or row["space"] != HEAD]
 
 
 def _objective(workspace: Workspace, run: str) -> Objective | None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from fastgda_core.evaluation.counterfactual import compared, loss_changes, separation, union_of_first
+from fastgda_core.evaluation.counterfactual import Change, compared, loss_changes, separation, union_of_first
 
 
 def test_a_change_is_a_share_of_the_loss_before() -> None:
@@ -16,15 +16,12 @@ def test_a_change_is_a_share_of_the_loss_before() -> None:
 
 
 def test_the_best_is_marked_and_those_within_its_error() -> None:
-    values = {
-        "best": torch.tensor([1.0, 3.0]),
-        "close": torch.tensor([1.0, 1.5]),
-        "far": torch.tensor([0.0, 0.5]),
-    }
-    found = compared(values)
-    assert {name: change.place for name, change in found.items()} == {"best": "best", "close": "close", "far": ""}
-    assert (found["best"].mean, found["best"].standard_error) == (2.0, pytest.approx(1.0))
-    assert compared(values, higher=False)["far"].place == "best"
+    means = {"best": (2.0, 0.75), "as good": (2.0, 0.1), "close": (1.25, 0.25), "far": (0.25, 9.0)}
+    places = {name: change.place for name, change in compared(means).items()}
+    assert places == {"best": "best", "as good": "best", "close": "close", "far": ""}
+    assert compared(means)["close"] == Change(1.25, 0.25, "close")
+    lower = {name: change.place for name, change in compared(means, higher=False).items()}
+    assert lower == {"best": "close", "as good": "close", "close": "close", "far": "best"}
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.lists(st.integers(0, 5), min_size=1, max_size=20))

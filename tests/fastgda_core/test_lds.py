@@ -87,6 +87,9 @@ def test_the_truth_is_within_the_pools_reliability_and_a_shuffled_method_at_noug
     assert nothing.interval[0] < 0 < nothing.interval[1]
     apart = difference(world.kept, world.leave_one_out(), shuffled, world.losses)
     assert apart.mean == pytest.approx(truth.mean - nothing.mean)
+    assert apart.over_queries == pytest.approx(stats.sem((truth.by_query - nothing.by_query).tolist()))
+    same = truth.ahead_of(linear_datamodelling(world.kept, 2 * world.leave_one_out(), world.losses))
+    assert (same.mean, same.over_models, same.interval) == (0.0, 0.0, (0.0, 0.0)), "drawn pools are the same for both"
     assert apart.interval[0] > 0
 
 

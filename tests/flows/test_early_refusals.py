@@ -75,6 +75,8 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     ((*RUN, "--shard", ""), "'' names no shard of run run-1"),
     ((*RUN, "--shard", "0-2,7"), "run run-1 has no shard 7: it has 3"),
     ((*RUN, "--runner", "pool"), "--runner pool: execution: workers belongs to runners local, ray and dask"),
+    (("judge", "two/my_config.yaml", "--output", "table.txt"), "--output table.txt: end it in .csv, .md, .html"),
+    (("judge", "two/my_config.yaml", "--output", "table.md"), "give the config a section judge"),
     (("run", "two/my_config.yaml", "--runner", "pool"), "--runner pool: execution: workers belongs to"),
 ]
 CONFIG_COMMANDS = ("run", "plan", "curate", "judge", "train", "study", "index", "evaluate", "backfill")

@@ -72,7 +72,7 @@ def configuration(folder: Path, model: Path, **changes: object) -> PipelineConfi
 def whole_run(config: PipelineConfig) -> WholeRun:
     with without_prefect():
         curation = curate(config)
-        checks = judge_run(curation.run)
         head = train_rank_head(config, curation.ranks.key)
         index = rebuild_index(config, head.artifact.key)
+        checks = judge_run(curation.run)
         return WholeRun(config, curation, checks, head, index, evaluate(config, index.artifact.key))

@@ -27,6 +27,7 @@ from tasks.watching.trust import (
     OTHER_TEACHER,
     TEACHER,
     TWIN_RANK,
+    by_itself,
     trust_in,
     trust_of,
 )
@@ -145,6 +146,12 @@ def test_a_head_cannot_agree_with_its_teacher_better_than_another_such_teacher(h
     warnings = trust_of(rows, Objective.output_norm).warnings
     assert bool(warnings) == warned
     assert not warned or (f"mAP {head:.3f}" in warnings[0] and "(0.150)" in warnings[0])
+
+
+def test_a_gradient_head_that_agrees_with_its_teacher_is_no_sign_of_noise() -> None:
+    rows = [mean_row("mAP", OTHER_TEACHER, 0.95, 100), mean_row("mAP", "tuned", 0.96, 100)]
+    assert trust_of(by_itself(rows, "symmetric"), Objective.output_norm).warnings
+    assert not trust_of(by_itself(rows, "gradient"), Objective.output_norm).warnings
 
 
 def test_the_status_of_a_run_warns_by_what_its_checks_and_its_head_have_found(tmp_path: Path) -> None:

@@ -18,14 +18,16 @@ from storage_schemas.sql.views import query
 from storage_schemas.tables import PSEUDO
 from tasks.context import Loaded
 from tasks.inputs.queries import Query, load_queries
+from tasks.inputs.twins import load_twins
 from tasks.judging import left_out
 from tasks.judging.kept_checks import read_checks
 from tasks.judging.left_out import CHANGE, OF_CONTROLS, SEPARATION
-from tasks.judging.methods import RANDOM, UNTUNED
-from tasks.judging.retrained import OVER_MODELS, check_by_retraining
+from tasks.judging.methods import RANDOM, UNTUNED, every_method
+from tasks.judging.retrained import BESIDE_TEACHER, OVER_MODELS, check_by_retraining
+from tasks.judging.tiers import Tiers
 from tasks.teaching import retrainings
 from tasks.teaching.retrainings import RemovalParts, Retraining, RetrainingParts, judged_by
-from tasks.watching.trust import LDS, RETRAINED_AGAIN, TEACHER, trust_in
+from tasks.watching.trust import LDS, RETRAINED_AGAIN, TEACHER, TWIN_SHARE, WORST_TWIN, trust_in
 from tests.tasks.whole_runs import SAMPLES, WholeRun
 
 
@@ -134,6 +136,29 @@ def test_the_figures_are_those_of_scipy(unlearned: WholeRun, parts: RetrainingPa
     assert facts["models trained again"].startswith(f"LDS {mean:.2f} ± ")
     assert facts["models trained again"].endswith(f"of at most {ceiling:.2f}")
     assert check_by_retraining.fn(unlearned.run, unlearned.curation.ranks).reused
+
+
+def test_every_method_is_judged_as_the_teacher_is(unlearned: WholeRun, parts: RetrainingParts) -> None:
+    run, queries = unlearned.run, load_queries(unlearned.run.artifacts["queries"])
+    scores = every_method(run, unlearned.curation.ranks, Tiers.of(run))
+    assert list(scores)[3:] == ["pixel", "symmetric head", "sketch", "two stages, first 4"]
+    kept = torch.stack([each.kept(parts.config, SAMPLES) for each in parts.pool[1:5]]).double()
+    losses = torch.stack([parts.losses(number).mean(0) for number in range(1, 5)])
+    test = [number for number, query in enumerate(queries) if query.split == "test"]
+    of_twins = {number: query for number, query in enumerate(queries) if query.split == PSEUDO}
+    twins = load_twins(run.artifacts["queries"].path)
+    rows = {(row["metric"], row["space"], row["split"]): row for row in check_rows(unlearned) if not row["query_id"]}
+    for name, each in scores.items():
+        expected = [
+            stats.spearmanr((kept @ each[number]).tolist(), (-losses[:, number]).tolist()).statistic for number in test
+        ]
+        assert rows[LDS, name, "test"]["value"] == pytest.approx(sum(expected) / len(expected)), name
+        if name != TEACHER:  # which has a twin test of its own
+            behind = rows[LDS, name, "test"]["value"] - rows[LDS, TEACHER, "test"]["value"]
+            assert rows[BESIDE_TEACHER, name, "test"]["value"] == pytest.approx(behind)
+            ranks = [int((each[row] >= each[row, twins[query.query_id]]).sum()) for row, query in of_twins.items()]
+            assert rows[WORST_TWIN, name, PSEUDO]["value"] == max(ranks)
+            assert rows[TWIN_SHARE, name, PSEUDO]["value"] == sum(rank == 1 for rank in ranks) / len(ranks)
 
 
 def test_what_the_teacher_names_is_removed_and_its_queries_losses_are_compared(unlearned: WholeRun) -> None:

@@ -30,7 +30,7 @@ from tests.tasks.whole_runs import CUTOFFS, WholeRun
 
 
 def stages(run: WholeRun) -> list[Made]:
-    return [*run.curation.made, *run.checks, run.head, run.index, run.evaluation.metrics]
+    return [*run.curation.made, run.head, run.index, *run.checks, run.evaluation.metrics]
 
 
 @pytest.mark.heavy
