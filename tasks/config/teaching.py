@@ -62,8 +62,8 @@ class TeacherConfig(Section):
     )
     objective: Objective = Field(
         default=Objective.loss,
-        description="whose gradients scores are made of: loss as published, or output_norm, for pictures that the "
-        "model itself made; the twin test says which a model needs",
+        description="whose gradients scores are made of: loss as published; output_norm, for pictures that the model "
+        "itself made; ratio, a sample's loss held against its size. The twin test says which a model needs",
     )
     layers: Literal["cross-attn-kv", "cross-attn", "attn", "all"] = Field(
         default="cross-attn-kv", description="whose weights the unlearning step moves"

@@ -19,8 +19,8 @@ from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.ranking_metrics import agreement, spearman, twin_ranks
 from fastgda_core.evaluation.twins import TwinTest, first_places
-from fastgda_core.teachers.scores import exact_scores
-from fastgda_core.teachers.training_loss import SampleBlock, training_losses
+from fastgda_core.teachers.scores import base_losses, exact_scores
+from fastgda_core.teachers.training_loss import SampleBlock
 from fastgda_core.teachers.unlearning import compress, expand
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table, committed, input_key
@@ -102,7 +102,7 @@ def _scores(
     """Return the configured teacher's scores, (queries, n), on the CPU; under other noise where a seed is given."""
     teacher, model = unlearning_teacher(context.config), context.teacher_model(precision)
     plan = noise_plan(context.config, seed)
-    base = None if teacher.first_order else training_losses(model, plan, block, context.micro_batch("losses"))
+    base = None if teacher.first_order else base_losses(model, plan, block, context.micro_batch("losses"))
     micro_batch = context.micro_batch("gradients" if teacher.first_order else "losses")
     return teacher.scores(model, context.layers(model), plan, block, updates, base, micro_batch).values.cpu()
 
@@ -307,7 +307,7 @@ def check_against_exact(run: Run, ranks: Artifact) -> Made:
             )
             take = np.unique(np.linspace(0, mine.num_rows - 1, config.candidates).round().astype(int))
             block = load_block(context, latents, sorted(mine["train_id"].take(take).to_pylist()))
-            base = training_losses(model, plan, block, micro_batch)
+            base = base_losses(model, plan, block, micro_batch)
             (update,) = QueryUpdates(context, updates, [number], 1)
             one = {name: change[0] for name, change in update.items()}
             exact = exact_scores(model, context.layers(model), plan, block, base, one, micro_batch)

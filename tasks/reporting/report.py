@@ -86,7 +86,12 @@ def write_report(context: Context, run: str, stages: list[Made]) -> Made:
     return once(Artifact("report", key, path, 1), path, make)
 
 
-_WHOSE = {Objective.output_norm: "output's squared norm", Objective.loss: "loss", None: ""}
+_WHOSE = {
+    Objective.output_norm: "output's squared norm",
+    Objective.loss: "loss",
+    Objective.ratio: "loss, against its size",
+    None: "",
+}
 _TEMPLATE = Path(__file__).with_name("templates") / "report.html"
 
 

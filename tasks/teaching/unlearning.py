@@ -98,7 +98,7 @@ class Unlearning:
             model, block = context.teacher_model(), load_block(context, latents, chosen.tolist())
             base = None
             if base_losses is not None:
-                base = load_base_losses(context, base_losses)[block.train_ids.cpu()].to(context.device)
+                base = load_base_losses(context, base_losses).of(block).to(context.device)
             if beside is not None:
                 beside.begin()
             scores = unlearning_teacher(context.config).scores(

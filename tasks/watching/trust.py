@@ -35,6 +35,7 @@ _RAISED = {
 _LOST_SIGN = (
     "on pictures that the model made itself the loss's gradient can lose its sign: set teacher.objective: output_norm"
 )
+_OF_LOSS = {Objective.loss, Objective.ratio}
 _OTHER_SPACE = "its features do not tell these images apart: choose another candidates.space"
 _NOISY = (
     "see whether captions belong to their images, then raise curvature.samples, teacher.timesteps and "
@@ -94,14 +95,14 @@ class Trust:
         """Return a warning where captions alone predict retraining as well as the teacher does."""
         if not {TEACHER, CAPTIONS} <= self.retrained.keys() or self.retrained[TEACHER][0] > self.retrained[CAPTIONS][0]:
             return []
-        lost = _LOST_SIGN if self.objective == Objective.loss else "choose another teacher by docs/judges.md"
+        lost = _LOST_SIGN if self.objective in _OF_LOSS else "choose another teacher by docs/judges.md"
         return [f"models that were trained again say that captions alone are as good: {self._retrained()}; {lost}"]
 
     def _advice(self, kind: str) -> str:
         """Return how to mend a teacher that does not find the twins of one kind of query."""
         if self.objective is None:
             return _OTHER_SPACE
-        return _LOST_SIGN if (kind, self.objective) == (TWIN, Objective.loss) else _NOISY
+        return _LOST_SIGN if kind == TWIN and self.objective in _OF_LOSS else _NOISY
 
     def _disagreement(self) -> list[str]:
         """Return a warning where the teacher, drawn again, is another one; empty where it is not."""

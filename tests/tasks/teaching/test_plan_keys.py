@@ -55,6 +55,7 @@ CASES: list[tuple[dict[str, object], set[str]]] = [
     ({"curvature__samples": 7}, {"curvature", "unlearning steps", "run"}),
     ({"curvature__importance": False}, {"curvature", "unlearning steps", "run"}),
     ({"teacher__objective": "output_norm"}, {"unlearning steps", "base losses", "run"}),
+    ({"teacher__objective": "ratio"}, {"unlearning steps", "base losses", "run"}),
     ({"teacher__layers": "attn"}, {"curvature", "unlearning steps", "run"}),
     ({"teacher__alpha": 1e-4}, {"unlearning steps", "run"}),
     ({"teacher__damping": 0.5}, {"unlearning steps", "run"}),
