@@ -57,7 +57,7 @@ class UnlearningTeacher:
         {
             *("objective", "layers", "damping", "precision", "alpha", "training_size", "timesteps", "first_timestep"),
             *("timestep_list", "timestep_weights", "draws", "antithetic", "seed", "gradient_pairs", "update_rank"),
-            "loaded_queries",
+            *("loaded_queries", "agreement"),
         }
     )
     redrawn: ClassVar[bool] = True

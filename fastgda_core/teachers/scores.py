@@ -129,6 +129,23 @@ def first_order_scores_and_errors(
     return _contracted(sample_gradients(model, layers, plan, block, micro_batch, GROUPS), updates, look)
 
 
+@torch.no_grad()
+def scores_by_draw(
+    model: DiffusionModel,
+    layers: Mapping[str, Layer],
+    plan: NoisePlan,
+    block: SampleBlock,
+    updates: Iterable[Update],
+    micro_batch: MicroBatch,
+) -> Tensor:
+    """Return `first_order_scores` of each draw of the plan by itself and of both flips, (queries, n, f, draws)."""
+    found = []
+    for some in sample_gradients(model, layers, plan, block, micro_batch, torch.arange(plan.draws)):
+        parts = torch.cat([_inner_products(some, update) for update in updates])
+        found.append(parts.view(len(parts), -1, some.flips, plan.draws).cpu() * plan.draws)
+    return torch.cat(found, dim=1)
+
+
 def _contracted(gradients: Iterable[SampleGradients], updates: Iterable[Update], look: Look | None) -> Scores:
     """Contract the gradients of some samples at a time with all updates."""
     found = []

@@ -19,19 +19,19 @@ from tasks.artifact import Artifact
 from tasks.context import Context
 from tasks.teaching.bad_samples import without_bad_samples
 from tasks.teaching.latents import load_block, unreadable_samples
-from tasks.teaching.noise import noise_plan
+from tasks.teaching.noise import plan_inputs, run_plan
 from tasks.teaching.parts import Parts
 
 BASE_LOSS_PART = 512
 
 
-def base_losses_of(context: Context, latents: Artifact) -> Artifact:
+def base_losses_of(context: Context, latents: Artifact, plan: Artifact | None = None) -> Artifact:
     """Return the artifact of all samples' L(z_i, theta_0) under the noise plan, which the exact teacher subtracts.
 
-    The artifact need not be made yet.
+    The artifact need not be made yet; `plan` is that of a plan which a pilot chooses.
     """
     teacher = context.config.teacher
-    noise = noise_plan(context.config)
+    noise = plan_inputs(context, plan)
     key = input_key("base losses", latents.key, noise, teacher.precision, teacher.objective, table=tables.BASE_LOSSES)
     return BaseLossParts.together(context.workspace, key, latents.rows)
 
@@ -41,8 +41,10 @@ class BaseLossParts(Parts):
 
     kind = title = "base losses"
 
-    def __init__(self, context: Context, latents: Artifact, base_losses: Artifact) -> None:
-        self.context, self.latents, self.artifact = context, latents, base_losses
+    def __init__(
+        self, context: Context, latents: Artifact, base_losses: Artifact, plan: Artifact | None = None
+    ) -> None:
+        self.context, self.latents, self.artifact, self.plan = context, latents, base_losses, plan
 
     @property
     def count(self) -> int:
@@ -60,7 +62,7 @@ class BaseLossParts(Parts):
 
         def losses_of(chosen: NDArray[np.int64]) -> Tensor:
             block = load_block(context, self.latents, chosen.tolist())
-            model, plan = context.teacher_model(), noise_plan(context.config)
+            model, plan = context.teacher_model(), run_plan(context, self.plan)
             losses = losses_of_block(model, plan, block, context.micro_batch("losses"))
             if objective is Objective.ratio:
                 of_rows.update(zip(chosen.tolist(), _by_flip(block, losses), strict=True))

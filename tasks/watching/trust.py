@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -13,6 +13,7 @@ from storage_schemas import tables
 from storage_schemas.errors import StoreError
 from storage_schemas.heads.records import read_checks_record
 from storage_schemas.runs.ledger import read_run
+from storage_schemas.runs.noise_plan import noise_plan_of
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.tables import PSEUDO, TWIN
 from storage_schemas.workspace import Workspace
@@ -53,6 +54,7 @@ class Trust:
     parts: Spearman's of the teacher with itself where one part alone is drawn again, by the name of that teacher.
     retrained: linear datamodelling score and its error over test queries, by method, where models were trained again.
     precision: mean of mAP(L) over L, of another whole teacher and of the head, where both were measured.
+    plan: the noise plan that the run's pilot chose, in words; empty where none did.
     """
 
     twins: dict[str, TwinTest]
@@ -61,16 +63,25 @@ class Trust:
     parts: dict[str, float] = field(default_factory=dict)
     precision: tuple[float, float] | None = None
     retrained: dict[str, tuple[float, float]] = field(default_factory=dict)
+    plan: str = ""
 
     @property
     def facts(self) -> list[tuple[str, str]]:
         """The results as (name, value)."""
-        facts = [("twins found", "; ".join(_summary(kind, test) for kind, test in self.twins.items()))]
+        facts = [
+            ("noise plan", self._chosen_plan()),
+            ("twins found", "; ".join(_summary(kind, test) for kind, test in self.twins.items())),
+        ]
         if self.agreement is not None:
             facts.append(("two teachers agree", f"Spearman {self.agreement:.3f}"))
         if TEACHER in self.retrained:
             facts.append(("models trained again", self._retrained()))
         return [(name, value) for name, value in facts if value]
+
+    def _chosen_plan(self) -> str:
+        """Return the plan that a pilot chose, and how two such plans agreed when that was measured."""
+        measured = self.parts.get(OTHER_NOISE)
+        return self.plan + (f", measured {measured:.2f}" if self.plan and measured is not None else "")
 
     def _retrained(self) -> str:
         """Return how well the teacher, and captions beside it, predict the losses of models that were trained again."""
@@ -136,7 +147,8 @@ def trust_in(workspace: Workspace, run: str) -> Trust:
     for name, check in read_checks_record(workspace, run).items():
         if name != "exact check":  # pairs, not metrics
             rows += tables.read(workspace.file(check.path), tables.METRICS).to_pylist()
-    return trust_of(rows, _objective(workspace, run))
+    plan = noise_plan_of(workspace, run)
+    return replace(trust_of(rows, _objective(workspace, run)), plan="" if plan is None else str(plan))
 
 
 def trust_of(rows: list[dict[str, Any]], objective: Objective | None) -> Trust:
