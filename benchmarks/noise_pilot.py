@@ -64,7 +64,8 @@ class Measured:
         grid = pilot_timesteps(train_timesteps)
         plan, size = noise_plan(planned(self.context.config, grid, PILOT_DRAWS)), self.context.micro_batch("gradients")
         scores = pilot_scores(model, self.context.layers(model), plan, self.pilot, [self.updates], size)
-        return ladder(scores, train_timesteps, tied=False)
+        common = self.context.config.teacher.objective is Objective.ratio
+        return ladder(scores, train_timesteps, tied=False, common=common)
 
     def scores(self, timesteps: tuple[int, ...], draws: int, seed: int, block: SampleBlock) -> Tensor:
         model, plan = self.context.teacher_model(), noise_plan(planned(self.context.config, timesteps, draws), seed)

@@ -51,8 +51,8 @@ class Rung:
 
 def pilot_timesteps(train_timesteps: int) -> list[int]:
     """Return the pilot's grid: even, from the middle of its first stretch."""
-    stride = max(1, train_timesteps // PILOT_GRID)
-    return list(range(stride // 2, train_timesteps, stride))[:PILOT_GRID]
+    count = min(PILOT_GRID, train_timesteps)
+    return [int((number + 0.5) * train_timesteps / count) for number in range(count)]
 
 
 def pilot_scores(
@@ -83,7 +83,7 @@ def pilot_scores(
     return torch.stack(found).permute(2, 0, 4, 3, 1)
 
 
-def ladder(scores: Tensor, train_timesteps: int, *, tied: bool) -> list[Rung]:
+def ladder(scores: Tensor, train_timesteps: int, *, tied: bool, common: bool = False) -> list[Rung]:
     """Return every plan of the ladder with what the pilot expects of it, the cheapest first.
 
     The agreement of plans with one draw or one pair at a timestep is measured between independent copies; that of k
@@ -93,6 +93,8 @@ def ladder(scores: Tensor, train_timesteps: int, *, tied: bool) -> list[Rung]:
         scores: of `pilot_scores`.
         train_timesteps: of the model.
         tied: scores that are not above 0 are ties.
+        common: all samples see one noise, so that the pilot has seen four noises a timestep, and not four a sample:
+            too few to know what a single draw is worth, whose odd part nothing cancels. Plans of one draw are left out.
     """
     grid = pilot_timesteps(train_timesteps)
     whole = range(len(grid))
@@ -119,7 +121,7 @@ def ladder(scores: Tensor, train_timesteps: int, *, tied: bool) -> list[Rung]:
         ).mean(0)
         noiseless = (pair.clamp_min(0) * reliable.clamp_min(0)).sqrt().mean().clamp_min(1e-12)
         represents = (across.mean() / noiseless).clamp(0, 1).square()
-        for draws in LADDER_DRAWS:
+        for draws in LADDER_DRAWS[common:]:
             agreement = (single if draws == 1 else _of_more(pair, draws // 2)).mean()
             timesteps = tuple(grid[place] for place in places)
             rungs.append(Rung(timesteps, draws, agreement.item(), (agreement * represents).item()))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgda_core.diffusion.model import train_timesteps
+from fastgda_core.diffusion.objective import Objective
 from fastgda_core.errors import UsageError
 from fastgda_core.teachers.noise_pilot import (
     LADDER_DRAWS,
@@ -83,8 +84,8 @@ class PlanParts(Parts):
         assert asked is not None
         several = [each for each, query in enumerate(load_queries(self.queries)) if query.split not in (TWIN, PSEUDO)]
         scores = self._scores(several)
-        tied = teacher.negatives == "tie"
-        rungs = ladder(scores, train_timesteps(context.config.model.folder), tied=tied)
+        tied, common = teacher.negatives == "tie", teacher.objective is Objective.ratio
+        rungs = ladder(scores, train_timesteps(context.config.model.folder), tied=tied, common=common)
         chosen = cheapest(rungs, asked)
         if chosen is None:
             best = max(rungs, key=lambda rung: rung.of_schedule)

@@ -82,7 +82,7 @@ class BasisParts(Parts):
         queries: Artifact,
         updates: Artifact,
         basis: Artifact,
-        plan: Artifact | None,
+        plan: Artifact | None = None,
     ) -> None:
         self.context, self.latents, self.curvature, self.artifact = context, latents, curvature, basis
         self.queries, self.updates, self.plan = queries, updates, plan
@@ -189,7 +189,7 @@ class SketchParts(Parts):
         curvature: Artifact,
         basis: Artifact,
         sketches: Artifact,
-        plan: Artifact | None,
+        plan: Artifact | None = None,
     ) -> None:
         self.context, self.latents, self.curvature = context, latents, curvature
         self.basis, self.artifact, self.plan = basis, sketches, plan

@@ -126,7 +126,10 @@ class Trust:
             return []
         noisiest = sorted(self.parts, key=self.parts.__getitem__)
         alone = ", ".join(f"{name.removeprefix('teacher with ')} {self.parts[name]:.2f}" for name in noisiest)
-        raised = _RAISED[noisiest[0]] if noisiest else "teacher.timesteps, teacher.gradient_pairs and curvature.samples"
+        settings = _RAISED | ({OTHER_NOISE: "teacher.agreement"} if self.plan else {})
+        raised = (
+            settings[noisiest[0]] if noisiest else "teacher.timesteps, teacher.gradient_pairs and curvature.samples"
+        )
         return [
             f"the teacher is mostly noise, and so is any gain measured against it: {what}"
             + (f" (by itself: {alone})" if alone else "")

@@ -63,6 +63,7 @@ CASES: list[tuple[dict[str, object], set[str]]] = [
     ({"teacher__training_size": 7}, {"unlearning steps", "run"}),
     ({"teacher__timesteps": 5}, {"base losses", "run"}),
     ({"teacher__draws": 2}, {"base losses", "run"}),
+    ({"teacher__agreement": 0.9}, {"base losses", "run"}),
     ({"teacher__seed": 1}, {"unlearning steps", "base losses", "run"}),
     ({"teacher__precision": "float64"}, {"unlearning steps", "base losses", "run"}),
     ({"candidates__policy": "top_k", "candidates__k": 5}, {"run"}),

@@ -78,10 +78,9 @@ def test_of_ratios_the_losses_of_every_draw_are_kept(unlearned: WholeRun) -> Non
     model, plan, size = context.teacher_model(), noise_plan(context.config), context.micro_batch("losses")
     block = load_block(context, latents, chosen)
     fresh = base_losses(model, plan, block, size)
-    torch.testing.assert_close(kept.of(block), fresh)
-    torch.testing.assert_close(
-        kept.means[chosen], training_losses(model.with_objective(Objective.loss), plan, block, size)
-    )
+    torch.testing.assert_close(kept.of(block), fresh, rtol=1e-5, atol=0)  # in batches of other sizes
+    means = training_losses(model.with_objective(Objective.loss), plan, block, size)
+    torch.testing.assert_close(kept.means[chosen], means, rtol=1e-5, atol=0)
     stored = tables.read_parts(artifact.path, tables.BASE_LOSSES)
     assert {len(each) for each in stored["row_losses"].to_pylist()} == {len(fresh) // len(chosen)}
     artifacts = {**run.artifacts, "base losses": artifact}
@@ -89,7 +88,7 @@ def test_of_ratios_the_losses_of_every_draw_are_kept(unlearned: WholeRun) -> Non
     (updates,) = QueryUpdates(context, run.artifacts["unlearning steps"], [0], 1)
     one = {name: change[0] for name, change in updates.items()}
     expected = exact_scores(model, context.layers(model), plan, block, fresh, one, size)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-8)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=3e-7)  # a small step's, in float32
 
 
 def test_a_block_has_the_cores_standard_errors_and_single_draws_have_none(unlearned: WholeRun) -> None:
