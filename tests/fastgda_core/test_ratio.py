@@ -195,3 +195,14 @@ def test_every_unlearning_teacher_scores_by_ratios(ratio_model: DiffusionModel, 
     found = teacher.scores(model, layers, plan, block, [updates], base, MicroBatch(24)).values
     expected = first_order_scores(model, layers, plan, block, [updates], MicroBatch(24))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * expected.norm().item())
+
+
+def test_bf16_ranks_as_float64_does(ratio_model: DiffusionModel, block: SampleBlock) -> None:
+    """What the precision check of a run asks."""
+    plan, updates = PLANS["even"], random_updates(select_layers(ratio_model.denoiser, "cross-attn-kv"))
+    found = []
+    for precision in (Precision.bf16, Precision.float64):
+        model = ratio_model.in_precision(precision)
+        layers = select_layers(model.denoiser, "cross-attn-kv")
+        found.append(first_order_scores(model, layers, plan, block, [updates], MicroBatch(24)))
+    assert (found[0] - found[1]).norm() < 0.03 * found[1].norm()
