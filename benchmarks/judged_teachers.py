@@ -134,16 +134,18 @@ class World:
         """Yield scores of all samples, (queries, samples) float64, under every damping, in three forms."""
         chosen = select_layers(model.denoiser, layers)
         fisher = self.fisher(model, list(chosen))
-        seen = model.with_objective(objective)
+        seen, learned = model.with_objective(objective), model.with_objective(objective.of_query)
         asked, kept = defaultdict[str, list[Tensor]](list), defaultdict[str, list[Tensor]](list)
         for query in self.several:
             gradient = query_gradients(
-                seen, chosen, seen.encode_images([query.image])[0], seen.encode_captions([query.caption]),
+                learned, chosen, seen.encode_images([query.image])[0], seen.encode_captions([query.caption]),
                 owner=query.owner, seed=0, pairs=PAIRS, groups=1, micro_batch=MicroBatch(PAIRS),
             )  # fmt: skip
             for name, each in gradient.items():
                 asked[name].append(fisher.layers[name].rotate(each).flatten(1))
-        for some in sample_gradients(seen, chosen, noise_plan(self.context.config), self.block, MicroBatch(64)):
+        teacher = self.context.config.teacher.model_copy(update={"objective": objective})
+        plan = noise_plan(self.context.config.model_copy(update={"teacher": teacher}))
+        for some in sample_gradients(seen, chosen, plan, self.block, MicroBatch(64)):
             for name in chosen:
                 kept[name].append(some.rotated(name, fisher.layers[name]))
         both = {name: (torch.cat(asked[name]).float(), torch.cat(kept[name]).float()) for name in chosen}

@@ -107,10 +107,18 @@ BASE_LOSSES = Table(
         ("train_id", pa.int64(), "the training sample"),
         ("flip", pa.int32(), "1: of its mirrored image"),
         ("base_loss", pa.float64(), "L(z_i, theta_0) under the noise plan"),
+        (
+            "row_losses",
+            pa.list_(pa.float64()),
+            "the losses that it is the mean of, by caption, draw, timestep; null where scores do not need them",
+        ),
+        nullable={"row_losses"},
     ),
     sorted_by=("train_id", "flip"),
     dictionary=("flip",),
     delta=("train_id",),
+    version=3,
+    added={"row_losses": Added(3, None)},
 )
 
 SCORES = Table(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fastgda_core.diffusion.objective import Objective
+from fastgda_core.diffusion.objective import RATIO_EPSILON, Objective
 from fastgda_core.diffusion.schedule import Schedule
 
 # The denoiser's condition, one row per caption, by the name of its keyword argument; `a.b` is entry b of the
@@ -51,7 +51,8 @@ def per_sample_loss(
 ) -> Tensor:
     """Return `|| target - model(x_t, c, t) ||^2 / n_elements` of each sample, (n,).
 
-    This is the conditional loss, without guidance. For the objective `output_norm` the target is 0.
+    This is the conditional loss, without guidance. For the objective `output_norm` the target is 0; for `ratio` it is
+    half the logarithm of the loss.
 
     Args:
         denoiser: a UNet or a transformer of diffusers, or what is called as one.
@@ -60,10 +61,11 @@ def per_sample_loss(
         condition: of each row.
         timesteps: (n,) integers in [0, train_timesteps).
         noise: standard normal, (n, c, h, w).
-        objective: what the target is.
+        objective: what of the output is returned.
     """
     noisy = schedule.add_noise(clean, noise, timesteps)
     residual = denoise(denoiser, noisy, schedule.model_timesteps(timesteps), condition)
-    if objective is Objective.loss:
+    if objective is not Objective.output_norm:
         residual = residual - schedule.target(clean, noise, timesteps)
-    return residual.square().flatten(1).mean(1)
+    squared = residual.square().flatten(1).mean(1)
+    return (squared + RATIO_EPSILON / 2).log() / 2 if objective is Objective.ratio else squared

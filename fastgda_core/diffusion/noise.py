@@ -109,6 +109,27 @@ class NoisePlan:
         return noise * sign.view(-1, *[1] * len(shape))
 
 
+@dataclass(frozen=True, kw_only=True)
+class CommonNoisePlan(NoisePlan):
+    """A noise plan whose noise is the same for every sample, caption and flip: a function of timestep and draw alone.
+
+    Source: MUCS (arXiv 2605.17938), which compares training samples at one list of (noise, timestep).
+    """
+
+    def noise(
+        self,
+        train_ids: Tensor,
+        flips: Tensor,
+        captions: Tensor,
+        timesteps: Tensor,
+        draws: Tensor,
+        shape: tuple[int, ...],
+    ) -> Tensor:
+        """Return the noise of each row of the plan, (n, *shape) float32."""
+        one = torch.zeros_like(train_ids)
+        return super().noise(one, one, one, timesteps, draws, shape)
+
+
 def stream_key(seed: int, purpose: str) -> tuple[int, int]:
     """Return the Philox key of an independent stream of noise, two 32-bit words."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()

@@ -57,7 +57,7 @@ class UnlearningTeacher:
         {
             *("objective", "layers", "damping", "precision", "alpha", "training_size", "timesteps", "first_timestep"),
             *("timestep_list", "timestep_weights", "draws", "antithetic", "seed", "gradient_pairs", "update_rank"),
-            "loaded_queries",
+            *("loaded_queries", "agreement"),
         }
     )
     redrawn: ClassVar[bool] = True
@@ -87,8 +87,8 @@ class UnlearningTeacher:
     ) -> Scores:
         """Return (queries, n) float64, and the standard errors of first-order scores.
 
-        `updates` hold some queries at a time. Exact scores need `base_losses`, (n, f); of the others `look` sees the
-        gradients that they are made of.
+        `updates` hold some queries at a time. Exact scores need the base losses, as `fastgda_core.teachers.scores`
+        makes them; of the others `look` sees the gradients that they are made of.
         """
         import torch
 

@@ -106,7 +106,7 @@ def sample_gradients(
     plan: NoisePlan,
     block: SampleBlock,
     micro_batch: MicroBatch,
-    groups: int = 1,
+    groups: int | Tensor = 1,
 ) -> Iterator[SampleGradients]:
     """Yield grad L(z_i, theta_0) of the samples of a block, some at a time, in order.
 
@@ -118,10 +118,10 @@ def sample_gradients(
         plan: the noise plan.
         block: the training samples.
         micro_batch: forwards at a time.
-        groups: of draws that are summed apart, at most; see `NoisePlan.groups`.
+        groups: of draws that are summed apart, at most, see `NoisePlan.groups`; or the group of each draw, (draws,).
     """
     steady = steady_layers(model, layers, block.condition, micro_batch)
-    group_of = plan.groups(groups).to(model.device)
+    group_of = (groups if isinstance(groups, Tensor) else plan.groups(groups)).to(model.device)
     step = _samples_at_once(layers, steady, block, int(group_of[-1]) + 1)
     for start in range(0, len(block.train_ids), step):
         some = block.samples(slice(start, start + step))

@@ -11,9 +11,16 @@ from torch import Tensor
 from fastgda_core.curvature.layers import Layer
 from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.noise import NoisePlan
+from fastgda_core.diffusion.objective import RATIO_EPSILON, Objective
 from fastgda_core.teachers.micro_batch import MicroBatch
 from fastgda_core.teachers.sample_gradients import SampleGradients, sample_gradients
-from fastgda_core.teachers.training_loss import SampleBlock, training_losses
+from fastgda_core.teachers.training_loss import (
+    SampleBlock,
+    losses_by_row,
+    plan_rows,
+    sample_means,
+    training_losses,
+)
 from fastgda_core.teachers.unlearning import moved
 
 Update = Mapping[str, Tensor]
@@ -31,23 +38,37 @@ class Scores(NamedTuple):
     errors: Tensor
 
 
+def base_losses(model: DiffusionModel, plan: NoisePlan, block: SampleBlock, micro_batch: MicroBatch) -> Tensor:
+    """Return what exact scores compare with: L(z_i, theta_0) by flip, (n, f) float64.
+
+    Of the objective `ratio`, whose score is a mean of ratios, it is the loss at each row of the plan, (rows,).
+    """
+    if model.objective is Objective.ratio:
+        plain = model.with_objective(Objective.loss)
+        return losses_by_row(plain, plan, block, plan_rows(model, plan, block), micro_batch)
+    return training_losses(model, plan, block, micro_batch)
+
+
 def exact_scores(
     model: DiffusionModel,
     layers: Mapping[str, Layer],
     plan: NoisePlan,
     block: SampleBlock,
-    base_losses: Tensor,
+    base: Tensor,
     update: Update,
     micro_batch: MicroBatch,
 ) -> Tensor:
     """Return tau(z_hat, z_i) = L(z_i, theta_-z_hat) - L(z_i, theta_0) for one query.
 
+    Of the objective `ratio` it is the mean over the plan's rows of (L_u - L_0) / (L_u + L_0 + epsilon), with the losses
+    at one row after and before the step.
+
     Args:
         model: the frozen model at theta_0.
         layers: those that the update moves.
-        plan: the same noise plan that gave `base_losses`.
+        plan: the same noise plan that gave the base losses.
         block: the training samples.
-        base_losses: L(z_i, theta_0), (n, f) float64.
+        base: of the function `base_losses`.
         update: Delta theta of the query, by layer, (d_out, d_in).
         micro_batch: forwards at a time.
 
@@ -55,7 +76,11 @@ def exact_scores(
         (n,) float64; higher is more influential, the larger of the two flips. Design section 4, "Score".
     """
     with moved(layers, update):
-        return (training_losses(model, plan, block, micro_batch) - base_losses).amax(1)
+        after = base_losses(model, plan, block, micro_batch)
+    if model.objective is Objective.ratio:
+        ratios = (after - base) / (after + base + RATIO_EPSILON)
+        return sample_means(plan_rows(model, plan, block), block, ratios).amax(1)
+    return (after - base).amax(1)
 
 
 @torch.no_grad()
@@ -102,6 +127,23 @@ def first_order_scores_and_errors(
     flip that is the larger.
     """
     return _contracted(sample_gradients(model, layers, plan, block, micro_batch, GROUPS), updates, look)
+
+
+@torch.no_grad()
+def scores_by_draw(
+    model: DiffusionModel,
+    layers: Mapping[str, Layer],
+    plan: NoisePlan,
+    block: SampleBlock,
+    updates: Iterable[Update],
+    micro_batch: MicroBatch,
+) -> Tensor:
+    """Return `first_order_scores` of each draw of the plan by itself and of both flips, (queries, n, f, draws)."""
+    found = []
+    for some in sample_gradients(model, layers, plan, block, micro_batch, torch.arange(plan.draws)):
+        parts = torch.cat([_inner_products(some, update) for update in updates])
+        found.append(parts.view(len(parts), -1, some.flips, plan.draws).cpu() * plan.draws)
+    return torch.cat(found, dim=1)
 
 
 def _contracted(gradients: Iterable[SampleGradients], updates: Iterable[Update], look: Look | None) -> Scores:

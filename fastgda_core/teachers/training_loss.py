@@ -130,17 +130,38 @@ def training_losses(model: DiffusionModel, plan: NoisePlan, block: SampleBlock, 
         (n, f) float64: the weighted mean over captions, timesteps and draws, by flip.
     """
     rows = plan_rows(model, plan, block)
-    means = torch.zeros(len(block.train_ids) * block.flips, dtype=torch.float64, device=model.device)
+    return sample_means(rows, block, losses_by_row(model, plan, block, rows, micro_batch))
+
+
+def sample_means(rows: PlanRows, block: SampleBlock, values: Tensor) -> Tensor:
+    """Return the weighted mean of values by row, (rows,) float64, for each sample and flip, (n, f)."""
+    means = torch.zeros(len(block.train_ids) * block.flips, dtype=torch.float64, device=values.device)
+    return means.index_add_(0, rows.sample * block.flips + rows.flip, values * rows.share).view(-1, block.flips)
+
+
+@torch.no_grad()
+def losses_by_row(
+    model: DiffusionModel, plan: NoisePlan, block: SampleBlock, rows: PlanRows, micro_batch: MicroBatch
+) -> Tensor:
+    """Return the loss at each row of a plan.
+
+    Args:
+        model: the frozen model.
+        plan: the noise plan.
+        block: the training samples.
+        rows: of the plan on this block.
+        micro_batch: forwards at a time.
+
+    Returns:
+        (rows,) float64.
+    """
 
     def losses_of(stretch: slice) -> Tensor:
         losses = model.losses(*row_inputs(plan, block, rows, stretch))
         check_finite(losses, block.train_ids[rows.sample[stretch]], rows.timestep[stretch])
         return losses
 
-    for stretch, losses in micro_batch.run(len(rows), losses_of):
-        place = rows.sample[stretch] * block.flips + rows.flip[stretch]
-        means.index_add_(0, place, losses.double() * rows.share[stretch])
-    return means.view(-1, block.flips)
+    return torch.cat([losses.double() for _, losses in micro_batch.run(len(rows), losses_of)])
 
 
 def check_finite(losses: Tensor, owners: Tensor, timesteps: Tensor) -> None:

@@ -62,8 +62,8 @@ class TeacherConfig(Section):
     )
     objective: Objective = Field(
         default=Objective.loss,
-        description="whose gradients scores are made of: loss as published, or output_norm, for pictures that the "
-        "model itself made; the twin test says which a model needs",
+        description="whose gradients scores are made of: loss as published; output_norm, for pictures that the model "
+        "itself made; ratio, a sample's loss held against its size. The twin test says which a model needs",
     )
     layers: Literal["cross-attn-kv", "cross-attn", "attn", "all"] = Field(
         default="cross-attn-kv", description="whose weights the unlearning step moves"
@@ -84,6 +84,12 @@ class TeacherConfig(Section):
     )
     draws: int = Field(default=1, ge=1, description="noise draws per timestep")
     antithetic: bool = Field(default=False, description="every other draw is the negative of the one before")
+    agreement: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="instead of a noise plan: a pilot chooses the cheapest two of which agree so well (Spearman)",
+    )
     seed: int = Field(default=0, ge=0, description="of the noise plan")
     gradient_pairs: int = Field(default=128, ge=1, description="Monte-Carlo (eps, t) pairs of a query's gradient")
     update_rank: int | None = Field(
@@ -103,7 +109,10 @@ class TeacherConfig(Section):
     def science(self) -> dict[str, object]:
         """Return the settings that a run's scores and its shards depend on, without those about memory and labels."""
         read = TEACHERS[self.name].settings | ALL_READ
-        return self.model_dump(mode="json", include=set(read), exclude={"loaded_queries", "negatives"})
+        found = self.model_dump(mode="json", include=set(read), exclude={"loaded_queries", "negatives"})
+        if self.agreement is None:  # runs of releases without it keep their keys
+            found.pop("agreement", None)
+        return found
 
     @model_validator(mode="after")
     def _settings_are_read(self) -> Self:
@@ -121,6 +130,15 @@ class TeacherConfig(Section):
         if alpha is None and teacher is not None and "alpha" in teacher.settings:
             raise ValueError("is missing")
         return alpha
+
+    @model_validator(mode="after")
+    def _plan_is_given_or_chosen(self) -> Self:
+        if self.agreement is None:
+            return self
+        for name in ("timesteps", "first_timestep", "timestep_list", "timestep_weights", "draws", "antithetic"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is of a noise plan, which agreement lets a pilot choose: remove one")
+        return self
 
     @model_validator(mode="after")
     def _plan_is_whole(self) -> Self:

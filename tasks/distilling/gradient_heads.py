@@ -94,6 +94,7 @@ def gradients_as_queries(
     """Yield some samples at a time, with their gradients over the whole schedule, as queries have them."""
     config, taught = context.config.head.gradient, stored.context
     model = taught.teacher_model()
+    model = model.with_objective(model.objective.of_query)
     spacing = model.schedule.train_timesteps // config.timesteps
     plan = NoisePlan(seed=config.seed, timesteps=config.timesteps, draws=1, first_timestep=spacing // 2)
     for start in range(0, len(train_ids), BLOCK):

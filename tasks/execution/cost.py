@@ -16,6 +16,7 @@ from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath
 from storage_schemas.runs.ledger import read_run, run_names
 from storage_schemas.runs.liveness import read_assignment
+from storage_schemas.runs.noise_plan import noise_plan_of
 from storage_schemas.workspace import Workspace
 from tasks.config.pipeline import PipelineConfig
 from tasks.config.stored import lifted
@@ -23,6 +24,7 @@ from tasks.context import Context
 from tasks.inputs.samples import samples_table
 from tasks.teaching.cost import KindCost, Size, scores_of
 from tasks.teaching.families import family_of
+from tasks.teaching.noise import planned
 from tasks.teaching.retrainings import retraining_costs
 
 TRIAL_SECONDS = 1.0
@@ -73,6 +75,8 @@ def _measured(workspace: Workspace, model_hash: str) -> Rate | None:
             config, _ = lifted(PipelineConfig, assignment.config, f"run {run}")
         except UsageError:
             continue  # another release's, which is no reason why this one should not run
+        if (pilots := noise_plan_of(workspace, run)) is not None:
+            config = planned(config, pilots.chosen.timesteps, pilots.chosen.draws)
         record = read_run(workspace, run)
         queries = assignment.stages["queries"].rows
         samples = assignment.stages["samples"]

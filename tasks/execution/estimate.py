@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.filesize import decimal
 from rich.table import Table
 
+from storage_schemas.runs.noise_plan import NOISE_PLAN
 from tasks.config.inputs import CandidatesConfig
 from tasks.config.pipeline import PipelineConfig, check_sizes
 from tasks.context import open_context
@@ -17,6 +18,8 @@ from tasks.inputs.queries import count_queries
 from tasks.inputs.samples import ingest_samples
 from tasks.teaching.cost import KindCost, Size, scores_of
 from tasks.teaching.families import family_of
+from tasks.teaching.noise import planned
+from tasks.teaching.noise_pilot import CHEAPEST
 from tasks.watching.status_text import duration
 
 CHEAP_SECONDS, LONG_SECONDS = 2.0, 3600.0  # of one shard: below, overhead shows; above, a failure costs much
@@ -24,17 +27,27 @@ CHEAP_SECONDS, LONG_SECONDS = 2.0, 3600.0  # of one shard: below, overhead shows
 
 @dataclass(frozen=True)
 class Estimate:
-    """Parts, rows and forward passes of a run, and what they take at a rate."""
+    """Parts, rows and forward passes of a run, and what they take at a rate.
+
+    least: the same under the cheapest noise plan, where a pilot of the run will choose among cheaper and dearer ones.
+    """
 
     size: Size
     kinds: list[KindCost]
     rate: Rate
     price: float | None
     currency: str
+    least: list[KindCost] | None = None
 
     @property
     def device_hours(self) -> float:
-        return sum(kind.seconds(self.rate.forwards_per_second) for kind in self.kinds) / 3600
+        return self._hours(self.kinds)
+
+    def _hours(self, kinds: list[KindCost]) -> float:
+        return sum(kind.seconds(self.rate.forwards_per_second) for kind in kinds) / 3600
+
+    def _money(self, hours: float) -> str:
+        return f", {hours * self.price:,.2f} {self.currency}" if self.price is not None else ""
 
     def as_json(self) -> dict[str, object]:
         cost = self.device_hours * self.price if self.price is not None else None
@@ -59,11 +72,17 @@ class Estimate:
         for kind in self.kinds:
             if kind.kept_bytes:
                 yield f"{kind.kind} take {decimal(kind.kept_bytes)}, {kind.kept_bytes // kind.rows:,} bytes a sample"
-        money = f", {self.device_hours * self.price:,.2f} {self.currency}" if self.price is not None else ""
+        hours, per_second = self.device_hours, self.rate.forwards_per_second
         yield (
-            f"{self.device_hours:.2f} device-hours{money}, at {self.rate.forwards_per_second:,.1f} forward passes a "
-            f"second ({self.rate.source})"
+            f"{hours:.2f} device-hours{self._money(hours)}, at {per_second:,.1f} forward passes a second "
+            f"({self.rate.source})"
         )
+        if self.least is not None:
+            hours = self._hours(self.least)
+            yield (
+                f"a pilot chooses the noise plan by teacher.agreement: these are with the dearest plan, and "
+                f"{hours:.2f} device-hours{self._money(hours)} with the cheapest; `fastgda status` tells which it is"
+            )
         yield from self.advice()
 
     def advice(self) -> Iterator[str]:
@@ -91,7 +110,11 @@ def estimate(config: PipelineConfig) -> Estimate:
     size = Size(samples.rows, mean_captions(samples.path), queries, candidates)
     execution = config.execution
     costs = run_costs(config, size)
-    return Estimate(size, costs, rate(context), execution.price_per_device_hour, execution.currency)
+    least = None
+    if config.teacher.agreement is not None:
+        pilot = [cost for cost in costs if cost.kind == NOISE_PLAN]
+        least = [*run_costs(planned(config, *CHEAPEST), size), *pilot]
+    return Estimate(size, costs, rate(context), execution.price_per_device_hour, execution.currency, least)
 
 
 def _candidates(config: CandidatesConfig, samples: int, queries: int) -> int:

@@ -19,11 +19,12 @@ from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.ranking_metrics import agreement, spearman, twin_ranks
 from fastgda_core.evaluation.twins import TwinTest, first_places
-from fastgda_core.teachers.scores import exact_scores
-from fastgda_core.teachers.training_loss import SampleBlock, training_losses
+from fastgda_core.teachers.scores import base_losses, exact_scores
+from fastgda_core.teachers.training_loss import SampleBlock
 from fastgda_core.teachers.unlearning import compress, expand
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table, committed, input_key
+from storage_schemas.runs.noise_plan import NOISE_PLAN
 from storage_schemas.snapshots.snapshots import read_influence, read_ranks
 from storage_schemas.workspace import part
 from tasks.artifact import Artifact, Made, once
@@ -35,7 +36,7 @@ from tasks.progress import stage
 from tasks.teaching.bad_samples import without_bad_samples
 from tasks.teaching.curvature import curvature_of, make_curvature
 from tasks.teaching.latents import load_block, unreadable_samples
-from tasks.teaching.noise import noise_plan
+from tasks.teaching.noise import run_plan
 from tasks.teaching.run import Run
 from tasks.teaching.unlearning import unlearning_teacher
 from tasks.teaching.updates import QueryUpdates, device_fisher, gradient_of, relative_errors, update_of
@@ -73,7 +74,7 @@ def check_precision(run: Run) -> Made:
         def both(chosen: NDArray[np.int64]) -> Tensor:
             block = load_block(context, latents, chosen.tolist())
             several = QueryUpdates(context, updates, numbers, len(numbers))
-            return torch.stack([_scores(context, block, several, each) for each in (precision, Precision.float64)])
+            return torch.stack([_scores(run, block, several, each) for each in (precision, Precision.float64)])
 
         known, nothing = unreadable_samples(latents, train_ids.tolist()), torch.empty(2, len(numbers), 0)
         _, (coarse, fine), _ = without_bad_samples(train_ids, known, both, nothing)
@@ -91,16 +92,17 @@ def check_precision(run: Run) -> Made:
 
 
 def _scores(
-    context: Context,
+    run: Run,
     block: SampleBlock,
     updates: QueryUpdates | list[dict[str, Tensor]],
     precision: Precision | None = None,
     seed: int | None = None,
 ) -> Tensor:
     """Return the configured teacher's scores, (queries, n), on the CPU; under other noise where a seed is given."""
+    context = run.context
     teacher, model = unlearning_teacher(context.config), context.teacher_model(precision)
-    plan = noise_plan(context.config, seed)
-    base = None if teacher.first_order else training_losses(model, plan, block, context.micro_batch("losses"))
+    plan = run_plan(context, run.artifacts.get(NOISE_PLAN), seed)
+    base = None if teacher.first_order else base_losses(model, plan, block, context.micro_batch("losses"))
     micro_batch = context.micro_batch("gradients" if teacher.first_order else "losses")
     return teacher.scores(model, context.layers(model), plan, block, updates, base, micro_batch).values.cpu()
 
@@ -139,7 +141,7 @@ def check_self_consistency(run: Run, ranks: Artifact) -> Made:
                 same = QueryUpdates(context, updates, numbers, len(numbers))
                 others = _other_updates(context, [load_queries(queries)[n] for n in numbers], curvatures, latents.rows)
                 block = load_block(context, latents, train_ids.tolist())
-                again = _scores(context, block, [*same, *others], seed=seed + 1)
+                again = _scores(run, block, [*same, *others], seed=seed + 1)
                 again = again.clamp(min=0) if tied else again
                 for number, *scores in zip(numbers, *again.split(len(numbers)), strict=True):
                     comparisons.append(_comparison(score_run.query_ids[number], stored, train_ids, scores))
@@ -292,7 +294,7 @@ def check_against_exact(run: Run, ranks: Artifact) -> Made:
             if missing
             else None
         )
-        plan, micro_batch = noise_plan(context.config), context.micro_batch("losses")
+        plan, micro_batch = run_plan(context, stages.get(NOISE_PLAN)), context.micro_batch("losses")
         for number in missing:
             assert scores is not None
             model = context.teacher_model(Precision.float32)  # loaded once, and not at all where nothing is missing
@@ -302,7 +304,7 @@ def check_against_exact(run: Run, ranks: Artifact) -> Made:
             )
             take = np.unique(np.linspace(0, mine.num_rows - 1, config.candidates).round().astype(int))
             block = load_block(context, latents, sorted(mine["train_id"].take(take).to_pylist()))
-            base = training_losses(model, plan, block, micro_batch)
+            base = base_losses(model, plan, block, micro_batch)
             (update,) = QueryUpdates(context, updates, [number], 1)
             one = {name: change[0] for name, change in update.items()}
             exact = exact_scores(model, context.layers(model), plan, block, base, one, micro_batch)

@@ -87,7 +87,12 @@ def write_report(context: Context, run: str, stages: list[Made]) -> Made:
     return once(Artifact("report", key, path, 1), path, make)
 
 
-_WHOSE = {Objective.output_norm: "output's squared norm", Objective.loss: "loss", None: ""}
+_WHOSE = {
+    Objective.output_norm: "output's squared norm",
+    Objective.loss: "loss",
+    Objective.ratio: "loss, against its size",
+    None: "",
+}
 
 
 def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: list[Made]) -> str:

@@ -26,6 +26,7 @@ from fastgda_core.sketches.principal import PrincipalSketch
 from fastgda_core.teachers.sample_gradients import SampleGradients, sample_gradients
 from storage_schemas.commit import Manifest, commit, committed, input_key
 from storage_schemas.files import write_atomically
+from storage_schemas.runs.noise_plan import NOISE_PLAN
 from storage_schemas.runs.sketches import SKETCH_FILE, SketchRecord
 from storage_schemas.workspace import part
 from tasks.artifact import Artifact
@@ -36,15 +37,18 @@ from tasks.teaching.bad_samples import without_bad_samples
 from tasks.teaching.curvature import some_samples
 from tasks.teaching.families import Artifacts
 from tasks.teaching.latents import load_block, unreadable_samples
-from tasks.teaching.noise import noise_plan
+from tasks.teaching.noise import plan_inputs, run_plan
 from tasks.teaching.parts import Parts
 from tasks.teaching.updates import QueryUpdates, device_fisher
 
 
-def basis_of(context: Context, updates: Artifact) -> Artifact:
-    """Return the artifact of how sketches are made, which need not be made yet."""
+def basis_of(context: Context, updates: Artifact, plan: Artifact | None = None) -> Artifact:
+    """Return the artifact of how sketches are made, which need not be made yet.
+
+    `plan` is that of a noise plan which a pilot chooses.
+    """
     config = _config(context)
-    key = input_key("sketch basis", updates.key, noise_plan(context.config), config)
+    key = input_key("sketch basis", updates.key, plan_inputs(context, plan), config)
     return BasisParts.together(context.workspace, key, config.pilot)
 
 
@@ -78,9 +82,10 @@ class BasisParts(Parts):
         queries: Artifact,
         updates: Artifact,
         basis: Artifact,
+        plan: Artifact | None = None,
     ) -> None:
         self.context, self.latents, self.curvature, self.artifact = context, latents, curvature, basis
-        self.queries, self.updates = queries, updates
+        self.queries, self.updates, self.plan = queries, updates, plan
 
     @property
     def count(self) -> int:
@@ -99,7 +104,7 @@ class BasisParts(Parts):
         # A gigabyte, held once. Who is left out now is not asked again: all sketches rest on one basis.
         sketches, filled = torch.empty(len(pilot) * context.config.model.images, len(eigen), dtype=torch.bfloat16), 0
         for train_ids in np.split(pilot, range(step, len(pilot), step)):
-            found = _sketched(context, self.latents, train_ids, eigen).sketches.flatten(0, 1)
+            found = _sketched(context, self.latents, train_ids, eigen, self.plan).sketches.flatten(0, 1)
             sketches[filled : filled + len(found)] = found
             filled += len(found)
         sketch = PrincipalSketch.of_samples_like(eigen, sketches[:filled], config.size)
@@ -151,13 +156,17 @@ class _Sketched(NamedTuple):
 
 
 def _sketched(
-    context: Context, latents: Artifact, train_ids: NDArray[np.int64], sketch: EigenSketch | PrincipalSketch
+    context: Context,
+    latents: Artifact,
+    train_ids: NDArray[np.int64],
+    sketch: EigenSketch | PrincipalSketch,
+    chosen_plan: Artifact | None,
 ) -> _Sketched:
     """Run the model on some samples, ascending, and sketch their gradients under the run's noise plan."""
 
     def of_samples(chosen: NDArray[np.int64]) -> Tensor:
         model, block = context.teacher_model(), load_block(context, latents, chosen.tolist())
-        plan, micro_batch = noise_plan(context.config), context.micro_batch("gradients")
+        plan, micro_batch = run_plan(context, chosen_plan), context.micro_batch("gradients")
         gradients = sample_gradients(model, context.layers(model), plan, block, micro_batch)
         return torch.cat([sketch.of_samples(some).cpu() for some in gradients])
 
@@ -174,10 +183,16 @@ class SketchParts(Parts):
     after_scores = True
 
     def __init__(
-        self, context: Context, latents: Artifact, curvature: Artifact, basis: Artifact, sketches: Artifact
+        self,
+        context: Context,
+        latents: Artifact,
+        curvature: Artifact,
+        basis: Artifact,
+        sketches: Artifact,
+        plan: Artifact | None = None,
     ) -> None:
         self.context, self.latents, self.curvature = context, latents, curvature
-        self.basis, self.artifact = basis, sketches
+        self.basis, self.artifact, self.plan = basis, sketches, plan
         self.step = context.config.teacher.shard_samples
 
     @classmethod
@@ -185,8 +200,10 @@ class SketchParts(Parts):
         """Return the parts of a run's sketches; None where it keeps none."""
         if cls.kind not in artifacts:
             return None
-        names = ("latents", "curvature", BasisParts.kind, cls.kind)
-        return cls(context, *(artifacts[name] for name in names))
+        latents, curvature, basis, sketches = (
+            artifacts[name] for name in ("latents", "curvature", BasisParts.kind, cls.kind)
+        )
+        return cls(context, latents, curvature, basis, sketches, artifacts.get(NOISE_PLAN))
 
     @property
     def count(self) -> int:
@@ -202,7 +219,8 @@ class SketchParts(Parts):
     def make(self, number: int) -> Manifest:
         started = time.monotonic()
         sketch = load_sketch(self.context, self.curvature, self.basis)
-        return self._commit(number, _sketched(self.context, self.latents, self.train_ids(number), sketch), started)
+        sketched = _sketched(self.context, self.latents, self.train_ids(number), sketch, self.plan)
+        return self._commit(number, sketched, started)
 
     def beside(self, train_ids: NDArray[np.int64]) -> SketchBeside | None:
         """Return what makes the part of these samples while their scores are made; None where no part is missing."""

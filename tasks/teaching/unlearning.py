@@ -10,6 +10,8 @@ from torch import Tensor
 from fastgda_core.diffusion.model import train_timesteps
 from fastgda_core.sketches.int8 import bytes_of
 from fastgda_core.teachers.registry import UNLEARNING_TEACHERS, UnlearningTeacher
+from storage_schemas.commit import input_key
+from storage_schemas.runs.noise_plan import NOISE_PLAN
 from tasks.artifact import Artifact
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
@@ -25,7 +27,8 @@ from tasks.teaching.cost import KindCost, Size, block_shape, score_shards
 from tasks.teaching.curvature import CurvatureParts, curvature_of, pilot_rows
 from tasks.teaching.families import Artifacts, BlockScores
 from tasks.teaching.latents import LatentParts, latents_of, load_block, unreadable_samples
-from tasks.teaching.noise import noise_plan
+from tasks.teaching.noise import noise_plan, planned, run_plan
+from tasks.teaching.noise_pilot import DEAREST, PILOT_FORWARDS, PILOT_SAMPLES, PlanParts, pilot_plan_of
 from tasks.teaching.parts import Parts
 from tasks.teaching.sketches import BasisParts, SketchParts, basis_of, sketches_of
 from tasks.teaching.updates import QueryUpdates, UpdateParts, updates_of
@@ -45,17 +48,21 @@ class Unlearning:
 
     def check(self, context: Context) -> None:
         """Raise UsageError where the noise plan does not fit the model's schedule."""
-        noise_plan(context.config).timestep_values(train_timesteps(context.config.model.folder))
+        if context.config.teacher.agreement is None:  # a pilot's plan is made of the schedule that there is
+            noise_plan(context.config).timestep_values(train_timesteps(context.config.model.folder))
 
     def artifacts(self, context: Context, samples: Artifact, queries: Artifact) -> list[Artifact]:
         latents = latents_of(context, samples)
         curvature = curvature_of(context, latents)
         updates = updates_of(context, latents, curvature, queries)
-        made = [latents, curvature, updates]
+        made, plan = [latents, curvature, updates], None
+        if context.config.teacher.agreement is not None:
+            plan = pilot_plan_of(context, updates)
+            made.append(plan)
         if not unlearning_teacher(context.config).first_order:
-            made.append(base_losses_of(context, latents))
+            made.append(base_losses_of(context, latents, plan))
         if context.config.sketches is not None:
-            basis = basis_of(context, updates)
+            basis = basis_of(context, updates, plan)
             made += [basis, sketches_of(context, latents, basis)]
         return made
 
@@ -66,16 +73,20 @@ class Unlearning:
             CurvatureParts(context, latents, curvature),
             UpdateParts(context, latents, curvature, artifacts["queries"], updates),
         ]
+        plan = artifacts.get(NOISE_PLAN)
+        if plan is not None:
+            parts.append(PlanParts(context, latents, artifacts["queries"], updates, plan))
         if "base losses" in artifacts:
-            parts.append(BaseLossParts(context, latents, artifacts["base losses"]))
+            parts.append(BaseLossParts(context, latents, artifacts["base losses"], plan))
         sketches = SketchParts.of_run(context, artifacts)
         if sketches is not None:
-            parts.append(BasisParts(context, latents, curvature, artifacts["queries"], updates, sketches.basis))
+            parts.append(BasisParts(context, latents, curvature, artifacts["queries"], updates, sketches.basis, plan))
             parts.append(sketches)
         return parts
 
     def key(self, context: Context, artifacts: Artifacts) -> str:
-        return artifacts["unlearning steps"].key
+        updates, plan = artifacts["unlearning steps"], artifacts.get(NOISE_PLAN)
+        return updates.key if plan is None else input_key(updates.key, plan.key)
 
     def shard_shape(self, config: PipelineConfig, queries: int) -> tuple[int, int | None]:
         """Return one query and all its candidates where scores are exact, else a block of queries and of samples."""
@@ -98,13 +109,13 @@ class Unlearning:
             model, block = context.teacher_model(), load_block(context, latents, chosen.tolist())
             base = None
             if base_losses is not None:
-                base = load_base_losses(context, base_losses)[block.train_ids.cpu()].to(context.device)
+                base = load_base_losses(context, base_losses).of(block).to(context.device)
             if beside is not None:
                 beside.begin()
             scores = unlearning_teacher(context.config).scores(
                 model,
                 context.layers(model),
-                noise_plan(context.config),
+                run_plan(context, artifacts.get(NOISE_PLAN)),
                 block,
                 QueryUpdates(context, updates, query_numbers, context.config.teacher.loaded_queries),
                 base,
@@ -121,6 +132,12 @@ class Unlearning:
         return block
 
     def costs(self, config: PipelineConfig, size: Size) -> list[KindCost]:
+        pilot_costs = []
+        if config.teacher.agreement is not None:
+            chosen_by = min(PILOT_SAMPLES, size.samples)
+            forwards = chosen_by * PILOT_FORWARDS * config.model.images * size.captions * GRADIENT_FORWARDS
+            pilot_costs = [KindCost(NOISE_PLAN, 1, chosen_by, forwards)]
+            config = planned(config, *DEAREST)
         teacher, method, queries = config.teacher, unlearning_teacher(config), size.queries
         timesteps = len(teacher.timestep_list) if teacher.timestep_list is not None else teacher.timesteps
         noises = timesteps * teacher.draws * config.model.images * size.captions
@@ -128,6 +145,7 @@ class Unlearning:
         costs = [
             KindCost("curvature", 1, rows, rows * FISHER_FORWARDS[method.fisher] + pilot),
             KindCost("unlearning steps", queries, queries, queries * teacher.gradient_pairs * GRADIENT_FORWARDS),
+            *pilot_costs,
         ]
         pairs = queries * size.candidates
         if not method.first_order:

@@ -112,6 +112,7 @@ def gradients_of(
 ) -> dict[str, Tensor]:
     """Return the gradient of an image's objective in groups of its pairs, by layer; see `query_gradients`."""
     model = context.teacher_model()
+    model = model.with_objective(model.objective.of_query)
     gradients = query_gradients(
         model,
         context.layers(model),

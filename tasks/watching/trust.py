@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -13,6 +13,7 @@ from storage_schemas import tables
 from storage_schemas.errors import StoreError
 from storage_schemas.heads.records import read_checks_record, read_head_record
 from storage_schemas.runs.ledger import read_run
+from storage_schemas.runs.noise_plan import noise_plan_of
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.tables import PSEUDO, TWIN
 from storage_schemas.workspace import Workspace
@@ -35,6 +36,7 @@ _RAISED = {
 _LOST_SIGN = (
     "on pictures that the model made itself the loss's gradient can lose its sign: set teacher.objective: output_norm"
 )
+_OF_LOSS = {Objective.loss, Objective.ratio}
 _OTHER_SPACE = "its features do not tell these images apart: choose another candidates.space"
 _NOISY = (
     "see whether captions belong to their images, then raise curvature.samples, teacher.timesteps and "
@@ -52,6 +54,7 @@ class Trust:
     parts: Spearman's of the teacher with itself where one part alone is drawn again, by the name of that teacher.
     retrained: linear datamodelling score and its error over test queries, by method, where models were trained again.
     precision: mean of mAP(L) over L, of another whole teacher and of the head, where both were measured.
+    plan: the noise plan that the run's pilot chose, in words; empty where none did.
     """
 
     twins: dict[str, TwinTest]
@@ -60,16 +63,25 @@ class Trust:
     parts: dict[str, float] = field(default_factory=dict)
     precision: tuple[float, float] | None = None
     retrained: dict[str, tuple[float, float]] = field(default_factory=dict)
+    plan: str = ""
 
     @property
     def facts(self) -> list[tuple[str, str]]:
         """The results as (name, value)."""
-        facts = [("twins found", "; ".join(_summary(kind, test) for kind, test in self.twins.items()))]
+        facts = [
+            ("noise plan", self._chosen_plan()),
+            ("twins found", "; ".join(_summary(kind, test) for kind, test in self.twins.items())),
+        ]
         if self.agreement is not None:
             facts.append(("two teachers agree", f"Spearman {self.agreement:.3f}"))
         if TEACHER in self.retrained:
             facts.append(("models trained again", self._retrained()))
         return [(name, value) for name, value in facts if value]
+
+    def _chosen_plan(self) -> str:
+        """Return the plan that a pilot chose, and how two such plans agreed when that was measured."""
+        measured = self.parts.get(OTHER_NOISE)
+        return self.plan + (f", measured {measured:.2f}" if self.plan and measured is not None else "")
 
     def _retrained(self) -> str:
         """Return how well the teacher, and captions beside it, predict the losses of models that were trained again."""
@@ -94,14 +106,14 @@ class Trust:
         """Return a warning where captions alone predict retraining as well as the teacher does."""
         if not {TEACHER, CAPTIONS} <= self.retrained.keys() or self.retrained[TEACHER][0] > self.retrained[CAPTIONS][0]:
             return []
-        lost = _LOST_SIGN if self.objective == Objective.loss else "choose another teacher by docs/judges.md"
+        lost = _LOST_SIGN if self.objective in _OF_LOSS else "choose another teacher by docs/judges.md"
         return [f"models that were trained again say that captions alone are as good: {self._retrained()}; {lost}"]
 
     def _advice(self, kind: str) -> str:
         """Return how to mend a teacher that does not find the twins of one kind of query."""
         if self.objective is None:
             return _OTHER_SPACE
-        return _LOST_SIGN if (kind, self.objective) == (TWIN, Objective.loss) else _NOISY
+        return _LOST_SIGN if kind == TWIN and self.objective in _OF_LOSS else _NOISY
 
     def _disagreement(self) -> list[str]:
         """Return a warning where the teacher, drawn again, is another one; empty where it is not."""
@@ -114,7 +126,10 @@ class Trust:
             return []
         noisiest = sorted(self.parts, key=self.parts.__getitem__)
         alone = ", ".join(f"{name.removeprefix('teacher with ')} {self.parts[name]:.2f}" for name in noisiest)
-        raised = _RAISED[noisiest[0]] if noisiest else "teacher.timesteps, teacher.gradient_pairs and curvature.samples"
+        settings = _RAISED | ({OTHER_NOISE: "teacher.agreement"} if self.plan else {})
+        raised = (
+            settings[noisiest[0]] if noisiest else "teacher.timesteps, teacher.gradient_pairs and curvature.samples"
+        )
         return [
             f"the teacher is mostly noise, and so is any gain measured against it: {what}"
             + (f" (by itself: {alone})" if alone else "")
@@ -135,7 +150,8 @@ def trust_in(workspace: Workspace, run: str) -> Trust:
     for name, check in read_checks_record(workspace, run).items():
         if name != "exact check":  # pairs, not metrics
             rows += tables.read(workspace.file(check.path), tables.METRICS).to_pylist()
-    return trust_of(rows, _objective(workspace, run))
+    plan = noise_plan_of(workspace, run)
+    return replace(trust_of(rows, _objective(workspace, run)), plan="" if plan is None else str(plan))
 
 
 def trust_of(rows: list[dict[str, Any]], objective: Objective | None) -> Trust:

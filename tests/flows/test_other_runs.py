@@ -28,6 +28,21 @@ NEIGHBORS = {"candidates": {"policy": "top_k", "k": 20}}
             **NEIGHBORS,
         },
         pytest.param(
+            {
+                "teacher": {
+                    "name": "abu_plus",
+                    "alpha": 1e-4,
+                    "objective": "ratio",
+                    "agreement": 0.2,
+                    "gradient_pairs": 8,
+                },
+                "exact_check": None,
+                "model__flips": True,
+                **NEIGHBORS,
+            },
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             {"candidates": {"policy": "top_k", "k": 30, "scored": 20}, "teacher__shard_queries": 3},
             marks=pytest.mark.slow,
         ),
@@ -35,7 +50,13 @@ NEIGHBORS = {"candidates": {"policy": "top_k", "k": 20}}
             {"candidates": {"policy": "pooled", "k": 12}, "teacher__loaded_queries": 3}, marks=pytest.mark.slow
         ),
     ],
-    ids=["diagonal Fisher", "exact teacher of the output norm, mirrored images, low rank", "M of K", "pooled"],
+    ids=[
+        "diagonal Fisher",
+        "exact teacher of the output norm, mirrored images, low rank",
+        "exact ratios of mirrored images under a plan by pilot",
+        "M of K",
+        "pooled",
+    ],
 )
 def test_other_teachers_and_candidates_give_the_planned_rows(
     tmp_path: Path, model_folder: Path, home: Path, changes: dict[str, object]

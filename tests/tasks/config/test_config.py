@@ -148,6 +148,19 @@ def test_shards_are_found_whatever_the_folder_of_the_config_is_called(tmp_path: 
         ({"teacher__timestep_weights": [1.0]}, "teacher", "give one for each"),
         ({"teacher__timestep_list": [1, 2], "teacher__timestep_weights": [1]}, "teacher", "give one for each"),
         ({"teacher__timestep_list": [1], "teacher__timestep_weights": [0]}, "teacher.timestep_weights.0", "greater"),
+        *(
+            ({"teacher__agreement": 0.9, f"teacher__{name}": value}, "teacher", f"{name} is of a noise plan")
+            for name, value in {
+                "timesteps": 5,
+                "draws": 2,
+                "first_timestep": 3,
+                "timestep_list": [100],
+                "antithetic": True,
+            }.items()
+        ),
+        ({"teacher__agreement": 1}, "teacher.agreement", "less than 1"),
+        ({"teacher__agreement": 0}, "teacher.agreement", "greater than 0"),
+        ({"teacher": {"name": "similarity", "agreement": 0.9}}, "teacher", "no setting of teacher similarity"),
         ({"self_consistency": {"queries": 2}}, "config", "self_consistency.queries is 2"),
         ({"judge": {"retrain": {"steps": 1}, "again": 40}}, "judge", "from 3 to the 32 subsets"),
         ({"judge": {"retrain": {"steps": 1}, "leave_out": {"targets": 1}}}, "config", "some are left as controls"),

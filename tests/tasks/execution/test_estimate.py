@@ -53,6 +53,24 @@ def test_an_estimate_counts_what_the_run_then_made(unlearned: WholeRun) -> None:
     assert "EUR, at 100.0 forward passes a second (execution.forwards_per_second)" in captured.get()
 
 
+@pytest.mark.heavy
+def test_where_a_pilot_will_choose_the_plan_both_ends_of_its_ladder_are_told(unlearned: WholeRun) -> None:
+    plan = {"agreement": 0.9, "timesteps": 10, "draws": 1}
+    config = of(unlearned.config, forwards_per_second=100.0, price_per_device_hour=3.0, currency="EUR")
+    asking = config.model_copy(update={"teacher": config.teacher.model_copy(update=plan)})
+    fixed, found = estimate(config), estimate(asking)
+    forwards, before = ({kind.kind: kind.forwards for kind in each.kinds} for each in (found, fixed))
+    assert forwards["noise plan"] == pytest.approx(SAMPLES * 20 * 4 * 2.1)
+    assert forwards["scores"] == pytest.approx(before["scores"] / 2 * 320), "twenty timesteps, sixteen draws"
+    assert found.least is not None
+    least = {kind.kind: kind.forwards for kind in found.least}
+    assert least["scores"] == pytest.approx(before["scores"] / 2) and least["noise plan"] == forwards["noise plan"]
+    hours = sum(least.values()) / 100 / 3600
+    (told,) = (line for line in found.shown() if "teacher.agreement" in str(line))
+    assert f"{hours:.2f} device-hours, {3 * hours:.2f} EUR with the cheapest" in str(told)
+    assert fixed.least is None and not any("teacher.agreement" in str(line) for line in fixed.shown())
+
+
 @pytest.mark.parametrize(
     ("policy", "candidates"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -134,8 +134,12 @@ def test_a_teacher_that_does_not_agree_with_itself_is_told_with_what_to_raise(
 ) -> None:
     alone = {OTHER_NOISE: noise, OTHER_GRADIENT: gradient, OTHER_CURVATURE: curvature}
     rows = [mean_row("spearman", space, value) for space, value in {**alone, OTHER_TEACHER: 0.30}.items()]
-    (warning,) = trust_of(rows, Objective.output_norm).warnings
+    trust = trust_of(rows, Objective.output_norm)
+    (warning,) = trust.warnings
     assert "Spearman 0.30" in warning and warning.endswith(f"raise {mend}")
+    (of_pilot,) = replace(trust, plan="T=2, draws=2").warnings
+    assert of_pilot.endswith("raise teacher.agreement" if "timesteps" in mend else f"raise {mend}")
+    assert dict(replace(trust, plan="T=2, draws=2").facts)["noise plan"] == f"T=2, draws=2, measured {noise:.2f}"
 
 
 @pytest.mark.parametrize(("head", "warned"), [(0.174, True), (0.130, False)])

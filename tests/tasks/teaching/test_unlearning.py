@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from fastgda_core.teachers.scores import first_order_scores_and_errors
+from fastgda_core.diffusion.objective import Objective
+from fastgda_core.teachers.scores import base_losses, exact_scores, first_order_scores_and_errors
 from fastgda_core.teachers.training_loss import training_losses
 from storage_schemas import tables
 from tasks.context import Context
@@ -21,9 +22,9 @@ from tasks.teaching.updates import QueryUpdates
 from tests.tasks.whole_runs import SAMPLES, WholeRun
 
 
-def exact(run: WholeRun) -> Context:
+def exact(run: WholeRun, objective: Objective = Objective.loss) -> Context:
     """The context of a run, taught by the exact teacher."""
-    teacher = run.config.teacher.model_copy(update={"name": "abu_plus"})
+    teacher = run.config.teacher.model_copy(update={"name": "abu_plus", "objective": objective})
     return replace(run.context, config=run.config.model_copy(update={"teacher": teacher}))
 
 
@@ -51,7 +52,7 @@ def test_base_losses_are_the_models_losses_and_exact_scores_their_rise(unlearned
     block = load_block(context, latents, list(range(SAMPLES)))
     model, plan = context.teacher_model(), noise_plan(context.config)
     torch.testing.assert_close(
-        load_base_losses(context, artifact), training_losses(model, plan, block, context.micro_batch("losses"))
+        load_base_losses(context, artifact).means, training_losses(model, plan, block, context.micro_batch("losses"))
     )
 
     (check,) = (each.artifact for each in unlearned.checks if each.artifact.name == "exact check")
@@ -64,6 +65,30 @@ def test_base_losses_are_the_models_losses_and_exact_scores_their_rise(unlearned
         found = family.scores(context, artifacts, [numbers[query_id]], np.array(sorted(mine)))
         assert found.left_out == {} and found.train_ids.tolist() == sorted(mine)
         np.testing.assert_allclose(found.scores[0], [mine[train] for train in sorted(mine)], rtol=1e-4, atol=2e-7)
+
+
+def test_of_ratios_the_losses_of_every_draw_are_kept(unlearned: WholeRun) -> None:
+    """The mean beside them is the loss's own; scores from what was kept are those of losses made anew."""
+    run, context, plain = unlearned.run, exact(unlearned, Objective.ratio), exact(unlearned)
+    latents = run.artifacts["latents"]
+    artifact = base_losses_of(context, latents)
+    assert artifact.key != base_losses_of(plain, latents).key
+    BaseLossParts(context, latents, artifact).make(0)
+    kept, chosen = load_base_losses(context, artifact), [2, 3, 11]
+    model, plan, size = context.teacher_model(), noise_plan(context.config), context.micro_batch("losses")
+    block = load_block(context, latents, chosen)
+    fresh = base_losses(model, plan, block, size)
+    torch.testing.assert_close(kept.of(block), fresh, rtol=1e-5, atol=0)  # in batches of other sizes
+    means = training_losses(model.with_objective(Objective.loss), plan, block, size)
+    torch.testing.assert_close(kept.means[chosen], means, rtol=1e-5, atol=0)
+    stored = tables.read_parts(artifact.path, tables.BASE_LOSSES)
+    assert {len(each) for each in stored["row_losses"].to_pylist()} == {len(fresh) // len(chosen)}
+    artifacts = {**run.artifacts, "base losses": artifact}
+    found = family_of(context.config).scores(context, artifacts, [0], np.array(chosen)).scores[0]
+    (updates,) = QueryUpdates(context, run.artifacts["unlearning steps"], [0], 1)
+    one = {name: change[0] for name, change in updates.items()}
+    expected = exact_scores(model, context.layers(model), plan, block, fresh, one, size)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=3e-7)  # a small step's, in float32
 
 
 def test_a_block_has_the_cores_standard_errors_and_single_draws_have_none(unlearned: WholeRun) -> None:
