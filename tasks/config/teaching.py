@@ -65,6 +65,11 @@ class TeacherConfig(Section):
         description="whose gradients scores are made of: loss as published, or output_norm, for pictures that the "
         "model itself made; the twin test says which a model needs",
     )
+    checkpoints: tuple[Path, ...] = Field(
+        default=(),
+        description="folders of the training's checkpoints whose weights Fisher and gradients are taken at, relative "
+        "to the config file; default: the model's own weights; of several, standardised scores are added",
+    )
     layers: Literal["cross-attn-kv", "cross-attn", "attn", "all"] = Field(
         default="cross-attn-kv", description="whose weights the unlearning step moves"
     )
@@ -101,9 +106,17 @@ class TeacherConfig(Section):
     )
 
     def science(self) -> dict[str, object]:
-        """Return the settings that a run's scores and its shards depend on, without those about memory and labels."""
+        """Return the settings that a run's scores and its shards depend on, without those about memory and labels.
+
+        Checkpoints are in the keys of what is made at them, by their weights and not by where they lie.
+        """
         read = TEACHERS[self.name].settings | ALL_READ
-        return self.model_dump(mode="json", include=set(read), exclude={"loaded_queries", "negatives"})
+        return self.model_dump(mode="json", include=set(read), exclude={"loaded_queries", "negatives", "checkpoints"})
+
+    def at_checkpoints(self, kind: str) -> list[str]:
+        """Return the names of a kind of part at each checkpoint; the kind itself where there are not several."""
+        count = len(self.checkpoints)
+        return [kind] if count < 2 else [f"{kind} of checkpoint {number}" for number in range(1, count + 1)]
 
     @model_validator(mode="after")
     def _settings_are_read(self) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -29,8 +30,10 @@ def base_losses_of(context: Context, latents: Artifact) -> Artifact:
     """
     teacher = context.config.teacher
     noise = noise_plan(context.config)
-    key = input_key("base losses", latents.key, noise, teacher.precision, teacher.objective, table=tables.BASE_LOSSES)
-    return BaseLossParts.together(context.workspace, key, latents.rows)
+    settings = noise, teacher.precision, teacher.objective, *context.taught_at
+    key = input_key("base losses", latents.key, *settings, table=tables.BASE_LOSSES)
+    folder = BaseLossParts.together(context.workspace, key, latents.rows)
+    return replace(folder, name=context.named(folder.name))
 
 
 class BaseLossParts(Parts):
@@ -40,6 +43,7 @@ class BaseLossParts(Parts):
 
     def __init__(self, context: Context, latents: Artifact, base_losses: Artifact) -> None:
         self.context, self.latents, self.artifact = context, latents, base_losses
+        self.kind = self.title = base_losses.name
 
     @property
     def count(self) -> int:
@@ -78,7 +82,7 @@ def load_base_losses(context: Context, base_losses: Artifact) -> Tensor:
         flat = tables.read_parts(base_losses.path, tables.BASE_LOSSES)["base_loss"].to_numpy().copy()
         return torch.from_numpy(flat).view(base_losses.rows, -1)
 
-    return context.loaded.once("base losses", base_losses, load)
+    return context.loaded.once("base losses", base_losses, load, most=len(context.at_checkpoints()))
 
 
 def without_base_loss(context: Context, base_losses: Artifact, train_ids: NDArray[np.int64]) -> dict[int, str]:
