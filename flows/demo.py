@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastgda_core.diffusion.training import DenoiserTraining
@@ -34,10 +35,12 @@ def prepare_judge(folder: Path) -> Path:
     return config
 
 
-def train_model(folder: Path, out: Path, training: DenoiserTraining, initial: Path | None) -> Path:
+def train_model(
+    folder: Path, out: Path, training: DenoiserTraining, initial: Path | None, shares: Sequence[float] = ()
+) -> Path:
     """Train the demo's denoiser on the demo's own shards into `out`; return the picture of a sample grid."""
     from tasks.demo.model import train_denoiser_on, write_sample_grid
 
     write_shards(folder / "shards")
-    train_denoiser_on(folder / "shards", out, training, initial)
+    train_denoiser_on(folder / "shards", out, training, initial, shares)
     return write_sample_grid(out, load_config(PUBLISHED_CONFIG).queries)
