@@ -135,6 +135,13 @@ class TeacherConfig(Section):
             raise ValueError("is missing")
         return alpha
 
+    @field_validator("checkpoints")
+    @classmethod
+    def _each_counts_once(cls, checkpoints: tuple[Path, ...]) -> tuple[Path, ...]:
+        if len(set(checkpoints)) != len(checkpoints):
+            raise ValueError("name a folder twice: remove one of the two")
+        return checkpoints
+
     @model_validator(mode="after")
     def _plan_is_whole(self) -> Self:
         if self.timestep_list is not None:

@@ -219,11 +219,12 @@ def test_the_weights_are_in_the_keys_and_the_folder_is_not(training: Training, t
     ("changes", "fault"),
     [
         ({"sketches": {}}, "teacher.checkpoints has 2: name one checkpoint, or remove sketches"),
-        ({"teacher": {"name": "similarity"}}, "checkpoints is no setting of teacher similarity"),
+        ({"head": {"kind": "gradient"}}, "head.kind gradient answers from sketches"),
+        ({"teacher__checkpoints": ["a", "a"]}, "name a folder twice: remove one of the two"),
+        ({"teacher__name": "similarity", "teacher__alpha": None}, "checkpoints is no setting of teacher similarity"),
     ],
 )
 def test_what_has_no_meaning_at_several_checkpoints_is_refused(changes: dict[str, object], fault: str) -> None:
     teacher = {"name": FIRST_ORDER, "alpha": 1e-4, "checkpoints": ["a", "b"]}
-    teacher = {"name": "similarity", "checkpoints": ["a"]} if "teacher" in changes else teacher
     with pytest.raises(ValidationError, match=fault):
-        PipelineConfig.model_validate(document(**{**changes, "teacher": teacher}))
+        PipelineConfig.model_validate(document(teacher=teacher, **changes))
