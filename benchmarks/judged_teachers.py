@@ -16,7 +16,7 @@ import copy
 import os
 import platform
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -95,14 +95,14 @@ class World:
         self.several = several
         self.block = load_block(context, latents, list(range(self.samples.rows)))
 
-    def models(self) -> dict[float, DiffusionModel]:
-        """Return the averaged model at each share of the recipe's steps."""
+    def models(self, shares: Sequence[float] = SHARES) -> dict[float, DiffusionModel]:
+        """Return the averaged model at each share of the recipe's steps, in ascending order."""
         config, model = self.parts.config, self.context.model()
         denoiser = to_train(model, seed=config.seed, continued=False)
         data, training = self.parts.data(), DenoiserTraining(**config.retrain.hyperparameters, seed=config.seed)
         trainer = DenoiserTrainer(denoiser, model.schedule, data, training)
         found = {}
-        for share in SHARES:
+        for share in shares:
             ema = copy.deepcopy(trainer.run(round(share * training.steps)))
             found[share] = replace(model, denoiser=ema)
         return found
@@ -132,23 +132,8 @@ class World:
         self, objective: Objective, layers: str, share: float, model: DiffusionModel
     ) -> Iterator[tuple[Setting, Tensor]]:
         """Yield scores of all samples, (queries, samples) float64, under every damping, in three forms."""
-        chosen = select_layers(model.denoiser, layers)
-        fisher = self.fisher(model, list(chosen))
-        seen, learned = model.with_objective(objective), model.with_objective(objective.of_query)
-        asked, kept = defaultdict[str, list[Tensor]](list), defaultdict[str, list[Tensor]](list)
-        for query in self.several:
-            gradient = query_gradients(
-                learned, chosen, seen.encode_images([query.image])[0], seen.encode_captions([query.caption]),
-                owner=query.owner, seed=0, pairs=PAIRS, groups=1, micro_batch=MicroBatch(PAIRS),
-            )  # fmt: skip
-            for name, each in gradient.items():
-                asked[name].append(fisher.layers[name].rotate(each).flatten(1))
-        teacher = self.context.config.teacher.model_copy(update={"objective": objective})
-        plan = noise_plan(self.context.config.model_copy(update={"teacher": teacher}))
-        for some in sample_gradients(seen, chosen, plan, self.block, MicroBatch(64)):
-            for name in chosen:
-                kept[name].append(some.rotated(name, fisher.layers[name]))
-        both = {name: (torch.cat(asked[name]).float(), torch.cat(kept[name]).float()) for name in chosen}
+        fisher = self.fisher(model, list(select_layers(model.denoiser, layers)))
+        both = self.rotated(model.with_objective(objective), fisher)
         for damping in DAMPINGS:
             total = torch.zeros(len(self.several), self.samples.rows, dtype=torch.float64)
             length = torch.zeros(self.samples.rows, dtype=torch.float64)
@@ -160,6 +145,25 @@ class World:
             yield setting, total
             yield replace(setting, form=", negative ones 0"), total.clamp_min(0)
             yield replace(setting, form=", divided by the sample's length"), total / length.sqrt()
+
+    def rotated(self, seen: DiffusionModel, fisher: EkfacFisher) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return gradients in the Fisher's eigenbasis of queries and of samples, (n, d_out * d_in) each, by layer."""
+        chosen = {name: seen.denoiser.get_submodule(name) for name in fisher.layers}
+        learned = seen.with_objective(seen.objective.of_query)
+        asked, kept = defaultdict[str, list[Tensor]](list), defaultdict[str, list[Tensor]](list)
+        for query in self.several:
+            gradient = query_gradients(
+                learned, chosen, seen.encode_images([query.image])[0], seen.encode_captions([query.caption]),
+                owner=query.owner, seed=0, pairs=PAIRS, groups=1, micro_batch=MicroBatch(PAIRS),
+            )  # fmt: skip
+            for name, each in gradient.items():
+                asked[name].append(fisher.layers[name].rotate(each).flatten(1))
+        teacher = self.context.config.teacher.model_copy(update={"objective": seen.objective})
+        plan = noise_plan(self.context.config.model_copy(update={"teacher": teacher}))
+        for some in sample_gradients(seen, chosen, plan, self.block, MicroBatch(64)):
+            for name in chosen:
+                kept[name].append(some.rotated(name, fisher.layers[name]))
+        return {name: (torch.cat(asked[name]).float(), torch.cat(kept[name]).float()) for name in chosen}
 
     def cheap(self) -> dict[str, Tensor]:
         """Return what needs no teacher."""

@@ -79,7 +79,7 @@ def show_errors(bench: Bench, seeds: int) -> None:
     for draws in (2, 4):
         plans = [NoisePlan(seed=100 + seed, timesteps=2, draws=draws, first_timestep=250) for seed in range(seeds)]
         found = [bench.scores_and_errors(plan) for plan in plans]
-        values, errors = (torch.stack(several) for several in zip(*found, strict=True))
+        values, errors = (torch.stack([getattr(each, name) for each in found]) for name in ("values", "errors"))
         show_row(f"{draws} draws at each of 2 timesteps", values, errors)
     stride = 1000 // GRID
     parts = torch.stack(

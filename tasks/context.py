@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,9 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 
 from fastgda_core.curvature.layers import Layer, select_layers
-from fastgda_core.diffusion.model import DiffusionModel, load_model, model_hash
+from fastgda_core.diffusion.checkpoints import check_checkpoint, checkpoint_hash
+from fastgda_core.diffusion.folder import read_index
+from fastgda_core.diffusion.model import DiffusionModel, at_checkpoint, load_model, model_hash
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.diffusion.weights import check_weights
 from fastgda_core.teachers.micro_batch import MicroBatch
@@ -51,11 +53,15 @@ class Context:
 
     loaded: without the model, which the next run in this process shares, as a rule. Contexts that are made of this one
     by `dataclasses.replace` share it.
+    checkpoint_hashes: of the weights of `teacher.checkpoints`, in order.
+    checkpoint: which of several the teacher looks at; see `at_checkpoints`.
     """
 
     config: PipelineConfig
     model_hash: str
     loaded: Loaded = field(default_factory=Loaded, compare=False, repr=False)
+    checkpoint_hashes: tuple[str, ...] = ()
+    checkpoint: int | None = None
 
     @property
     def workspace(self) -> Workspace:
@@ -66,15 +72,50 @@ class Context:
         return pick_device(self.config.device)
 
     def model(self) -> DiffusionModel:
-        """Return the model, loaded once per process."""
+        """Return the attributed model, which generates, encodes and is trained again; loaded once per process."""
         return _load_model(self.config.model.folder, self.model_hash, self.device)
 
     def teacher_model(self, precision: Precision | None = None) -> DiffusionModel:
-        """Return the model as the teacher runs it, with the teacher's objective."""
+        """Return the model as the teacher runs it: at the teacher's checkpoint, with the teacher's objective."""
         config = self.config
         precision = precision or config.teacher.precision
-        model = _teacher_model(config.model.folder, self.model_hash, self.device, precision, config.model.compile)
+        if self._checkpoint is None:
+            model = _teacher_model(config.model.folder, self.model_hash, self.device, precision, config.model.compile)
+        else:
+            model = self._at_checkpoint(self._checkpoint, precision)
         return model.with_objective(config.teacher.objective)
+
+    def at_checkpoints(self) -> list[Context]:
+        """Return the context at each of the teacher's checkpoints; itself alone where there are not several."""
+        count = len(self.config.teacher.checkpoints)
+        return [self] if count < 2 else [replace(self, checkpoint=number) for number in range(count)]
+
+    def named(self, kind: str) -> str:
+        """Return the name of a kind of part that is made at this checkpoint."""
+        return self.config.teacher.at_checkpoints(kind)[self._checkpoint or 0]
+
+    @property
+    def taught_at(self) -> tuple[str, ...]:
+        """The hash of the teacher's checkpoint, for keys; nothing where it looks at the model's own weights."""
+        return () if self._checkpoint is None else (self.checkpoint_hashes[self._checkpoint],)
+
+    @property
+    def _checkpoint(self) -> int | None:
+        checkpoints = len(self.config.teacher.checkpoints)
+        assert checkpoints < 2 or self.checkpoint is not None, "which of several? see at_checkpoints"
+        return self.checkpoint if checkpoints > 1 else (0 if checkpoints else None)
+
+    def _at_checkpoint(self, number: int, precision: Precision) -> DiffusionModel:
+        """Return the model at a checkpoint; a run keeps those that it scores with, and one more to check them."""
+        config = self.config
+
+        def load() -> DiffusionModel:
+            part = read_index(config.model.folder).denoiser_part
+            found = at_checkpoint(self.model(), config.teacher.checkpoints[number], part).in_precision(precision)
+            return found.compiled() if config.model.compile else found
+
+        most = len(config.teacher.checkpoints) + 1
+        return self.loaded.once("checkpoints", (number, precision), load, most=most)
 
     def layers(self, model: DiffusionModel) -> dict[str, Layer]:
         """Return the layers whose weights the unlearning step moves."""
@@ -121,10 +162,19 @@ def open_context(config: PipelineConfig) -> Context:
     """Open the context of a configuration.
 
     Raises:
-        UsageError: the model or its weights cannot be used; this is found before any work.
+        UsageError: the model, its weights or a checkpoint cannot be used; this is found before any work.
     """
-    check_weights(config.model.folder)
-    return Context(config, _model_hash(config.model.folder, folder_stamps(config.model.folder)))
+    model = config.model.folder
+    check_weights(model)
+    for checkpoint in config.teacher.checkpoints:
+        check_checkpoint(checkpoint, model)
+    hashes = tuple(_checkpoint_hash(each, model, folder_stamps(each)) for each in config.teacher.checkpoints)
+    return Context(config, _model_hash(model, folder_stamps(model)), checkpoint_hashes=hashes)
+
+
+@functools.lru_cache(maxsize=16)
+def _checkpoint_hash(folder: Path, model: Path, _files: Stamps) -> str:
+    return checkpoint_hash(folder, model)
 
 
 @functools.lru_cache(maxsize=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 COLORS = ("red", "green", "blue", "orange", "purple", "black", "teal", "pink")
@@ -129,3 +131,13 @@ def sample_members(numbers: range) -> list[tuple[str, bytes]]:
         image, caption = draw(number)
         members += [(f"s{number:04d}.jpg", image), (f"s{number:04d}.txt", caption.encode())]
     return members
+
+
+def save_checkpoint(model: Path, folder: Path, *, seed: int) -> Path:
+    """A folder with the denoiser alone of a folder by `save_model`, a little off its weights."""
+    shutil.copytree(model / "unet", folder / "unet")
+    path, generator = folder / WEIGHTS[0], torch.Generator().manual_seed(seed)
+    tensors = load_file(path)
+    moved = {name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator) for name, tensor in tensors.items()}
+    save_file(moved, path, {"format": "pt"})
+    return folder

@@ -42,6 +42,10 @@ class Fisher(ABC):
         """Return (F + damping)^-1 gradient of one layer, (..., d_out, d_in)."""
 
     @abstractmethod
+    def quadratic(self, name: str, step: Tensor) -> float:
+        """Return x^T F x of a step x of one layer, (d_out, d_in), without damping."""
+
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors of this Fisher by `<layer>/<what>`."""
 
@@ -69,6 +73,9 @@ class DiagonalFisher(Fisher):
     def solve(self, name: str, gradient: Tensor) -> Tensor:
         diagonal = self.layers[name]
         return gradient / (diagonal + self.damping * diagonal.mean())
+
+    def quadratic(self, name: str, step: Tensor) -> float:
+        return (step.double().square() * self.layers[name]).sum().item()
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{name}/diagonal": diagonal for name, diagonal in self.layers.items()}
@@ -110,6 +117,10 @@ class EkfacFisher(Fisher):
         factors = self.layers[name]
         solved = factors.rotate(gradient) / factors.damped(self.damping)
         return factors.output_basis @ solved @ factors.input_basis.T
+
+    def quadratic(self, name: str, step: Tensor) -> float:
+        factors = self.layers[name]
+        return (factors.rotate(step).double().square() * factors.eigenvalues).sum().item()
 
     def tensors(self) -> dict[str, Tensor]:
         return {

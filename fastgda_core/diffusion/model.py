@@ -149,6 +149,26 @@ def load_model(folder: Path, device: torch.device, precision: Precision = Precis
     return model
 
 
+def at_checkpoint(model: DiffusionModel, checkpoint: Path, part: str) -> DiffusionModel:
+    """Return the same model with its denoiser as of another step of the training; the other parts are shared.
+
+    Args:
+        model: in float32, as `load_model` gives it.
+        checkpoint: a folder that `checkpoints.check_checkpoint` has passed.
+        part: the denoiser's folder in it, `unet` or `transformer`.
+
+    Raises:
+        UsageError: the weights do not load.
+    """
+    try:
+        denoiser = load_frozen(type(model.denoiser), checkpoint / part, model.device, torch_dtype=model.precision.dtype)
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise UsageError(f"teacher.checkpoints: {checkpoint / part} does not load: {told}") from error
+    denoiser.to(memory_format=torch.channels_last)
+    return replace(model, denoiser=denoiser)
+
+
 def train_timesteps(folder: Path) -> int:
     """Return T_train of a model folder's noise schedule, without loading the model."""
     return schedule.train_timesteps(folder / "scheduler")

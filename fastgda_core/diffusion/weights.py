@@ -25,10 +25,10 @@ def check_weights(folder: Path) -> None:
             continue
         stem = "model" if part in TEXT_ENCODERS else "diffusion_pytorch_model"
         safe = folder / part / f"{stem}.safetensors"
-        if found := _files(safe):
+        if found := weight_files(safe):
             for path in found:
-                _check_header(path)
-        elif found := _files(safe.with_name("pytorch_model.bin" if stem == "model" else f"{stem}.bin")):
+                check_header(path)
+        elif found := weight_files(safe.with_name("pytorch_model.bin" if stem == "model" else f"{stem}.bin")):
             pickled[safe] = found
         else:
             there = sorted(path.name for path in safe.parent.iterdir() if path.suffix == safe.suffix)
@@ -49,7 +49,7 @@ def _without_weights(config: Path) -> bool:
         return False  # the part's loader says what is wrong with it
 
 
-def _files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """Return the file of a part's weights, or the files that its index names; an empty list where neither is there."""
     index = path.with_name(f"{path.name}.index.json")
     if path.is_file() or not index.is_file():
@@ -74,7 +74,7 @@ def _conversion(pickled: dict[Path, list[Path]]) -> str:
     return f"python -c {shlex.quote(code)}"
 
 
-def _check_header(path: Path) -> None:
+def check_header(path: Path) -> None:
     try:
         with safe_open(path, framework="np"):  # it compares the header with the file's size
             pass

@@ -57,7 +57,7 @@ class UnlearningTeacher:
         {
             *("objective", "layers", "damping", "precision", "alpha", "training_size", "timesteps", "first_timestep"),
             *("timestep_list", "timestep_weights", "draws", "antithetic", "seed", "gradient_pairs", "update_rank"),
-            *("loaded_queries", "agreement"),
+            *("loaded_queries", "agreement", "checkpoints"),
         }
     )
     redrawn: ClassVar[bool] = True
@@ -85,7 +85,7 @@ class UnlearningTeacher:
         micro_batch: MicroBatch,
         look: Look | None = None,
     ) -> Scores:
-        """Return (queries, n) float64, and the standard errors of first-order scores.
+        """Return scores of all queries, (queries, n), first-order ones with what tells their standard errors.
 
         `updates` hold some queries at a time. Exact scores need the base losses, as `fastgda_core.teachers.scores`
         makes them; of the others `look` sees the gradients that they are made of.
@@ -105,8 +105,7 @@ class UnlearningTeacher:
                 for query in _one_by_one(update)
             ]
         )
-        # Base losses are kept as means over the draws.
-        return Scores(values, torch.full_like(values, torch.nan))
+        return Scores.whole(values)  # base losses are kept as means over the draws
 
 
 UNLEARNING_TEACHERS: dict[str, UnlearningTeacher] = {

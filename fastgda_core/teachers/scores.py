@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,14 +28,53 @@ Look = Callable[[SampleGradients], None]
 GROUPS = 4  # of a sample's draws at most; benchmarks/RESULTS.md, "The noise of a score"
 
 
-class Scores(NamedTuple):
-    """Scores of some samples against some queries and how sure they are, (queries, n) float64 each.
+@dataclass(frozen=True)
+class Scores:
+    """Scores of some samples against some queries, in the groups of the noise plan's draws that they are sums of.
 
-    errors: standard errors over the noise plan's draws; NaN where nothing is known of them.
+    parts: (queries, n, groups) float64; of_group: (groups,) the share of the draws that each group has.
     """
 
-    values: Tensor
-    errors: Tensor
+    parts: Tensor
+    of_group: Tensor
+
+    @classmethod
+    def whole(cls, values: Tensor) -> Scores:
+        """Return scores, (queries, n) float64, of whose draws no more than their mean is known."""
+        return cls(values[..., None], torch.ones(1, device=values.device))
+
+    @property
+    def values(self) -> Tensor:
+        """The scores, (queries, n)."""
+        return self.parts.sum(-1)
+
+    @property
+    def errors(self) -> Tensor:
+        """The standard errors over the draws, (queries, n); NaN where there is but one group.
+
+        A group with the share W of the draws has a part of mean W S and variance W Var(S), so the sum over groups of
+        (part - W S)^2 / W has mean (groups - 1) Var(S).
+        """
+        values = self.values
+        if len(self.of_group) == 1:
+            return torch.full_like(values, torch.nan)
+        squares = (self.parts - values[..., None] * self.of_group).square() / self.of_group
+        return (squares.sum(-1) / (len(self.of_group) - 1)).sqrt()
+
+
+def standardised_sum(several: Sequence[Scores], spreads: Sequence[Tensor]) -> Scores:
+    """Return the sum of scores at several checkpoints under one noise plan, each divided by its spread.
+
+    The draws of a group are the same at all checkpoints, so the groups add up, and their errors are the sum's.
+
+    Args:
+        several: of the same queries and samples.
+        spreads: `unlearning.expected_spread` of each query's step at each checkpoint, (queries,).
+    """
+    parts = torch.stack(
+        [scores.parts / spread.to(scores.parts)[:, None, None] for scores, spread in zip(several, spreads, strict=True)]
+    )
+    return Scores(parts.sum(0), several[0].of_group)
 
 
 def base_losses(model: DiffusionModel, plan: NoisePlan, block: SampleBlock, micro_batch: MicroBatch) -> Tensor:
@@ -153,23 +192,11 @@ def _contracted(gradients: Iterable[SampleGradients], updates: Iterable[Update],
         if look is not None:
             look(some.summed())
         parts = torch.cat([_inner_products(some, update) for update in updates])
-        scores, errors = _sums_and_errors(parts.view(len(parts), -1, some.flips, len(some.of_group)), some.of_group)
-        largest, flip = scores.max(2, keepdim=True)
-        found.append((largest.squeeze(2), errors.gather(2, flip).squeeze(2)))
-    return Scores(*(torch.cat(several, dim=1) for several in zip(*found, strict=True)))
-
-
-def _sums_and_errors(parts: Tensor, of_group: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sums over groups and their standard errors, each (...), of the groups' parts, (..., groups).
-
-    A group with the share W of the draws has a part of mean W S and variance W Var(S), so the sum over groups of
-    (part - W S)^2 / W has mean (groups - 1) Var(S).
-    """
-    sums = parts.sum(-1)
-    if len(of_group) == 1:
-        return sums, torch.full_like(sums, torch.nan)
-    squares = (parts - sums[..., None] * of_group).square() / of_group
-    return sums, (squares.sum(-1) / (len(of_group) - 1)).sqrt()
+        parts = parts.view(len(parts), -1, some.flips, len(some.of_group))
+        flip = parts.sum(-1).max(2, keepdim=True).indices
+        found.append(parts.gather(2, flip[..., None].expand(-1, -1, 1, parts.shape[3])).squeeze(2))
+        of_group = some.of_group
+    return Scores(torch.cat(found, dim=1), of_group)
 
 
 def _inner_products(gradients: SampleGradients, update: Update) -> Tensor:

@@ -118,6 +118,15 @@ def unlearning_update(
     return {name: fisher.solve(name, layer) * (alpha / training_size) for name, layer in gradient.items()}
 
 
+def expected_spread(fisher: Fisher, update: Mapping[str, Tensor]) -> float:
+    """Return sqrt(Delta theta^T F Delta theta): the deviation of <grad L(z, t, eps), Delta theta> over training rows.
+
+    F is the mean of grad grad^T over (training image, timestep, noise), so this is the root mean square of one row's
+    first-order score. Scores of one query at several checkpoints are of one size when they are divided by it.
+    """
+    return sum(fisher.quadratic(name, layer) for name, layer in update.items()) ** 0.5
+
+
 @contextmanager
 def moved(layers: Mapping[str, Layer], update: Mapping[str, Tensor]) -> Iterator[None]:
     """Set the layers' weights to theta_0 + update inside the block."""

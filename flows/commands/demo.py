@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fastgda_core.errors import UsageError
 from fastgda_core.extras import require_extra
 from fastgda_core.feature_spaces import PACKAGES
 from flows.commands.options import DEMO_FOLDER, read_config
@@ -53,6 +54,10 @@ def train_demo_model(
     learning_rate: Annotated[float, typer.Option(min=0.0, help="At the start of the cosine.")] = 1e-3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     initial: Annotated[Path | None, typer.Option(help="Train on from the weights of this folder.")] = None,
+    keep: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of the steps at which the weights are kept too, as a checkpoint; more than once."),
+    ] = None,
     folder: Annotated[Path, typer.Option(help="Where the demo's data lies or is made.")] = DEMO_FOLDER,
 ) -> None:
     """Train the demo's denoiser again: over an hour on 2 cores.
@@ -60,9 +65,11 @@ def train_demo_model(
     Example: `fastgda train-demo-model --out my_model`
     """
     require_extra("demo", *MODULES)
+    if outside := [share for share in keep or () if not 0 < share < 1]:
+        raise UsageError(f"--keep {outside[0]:g} is no share of the steps: give one above 0 and below 1")
     from fastgda_core.diffusion.training import DenoiserTraining
     from flows.demo import train_model
 
     training = DenoiserTraining(steps=steps, learning_rate=learning_rate, seed=seed)
-    grid = train_model(folder.resolve(), assets.resolve(), training, initial)
+    grid = train_model(folder.resolve(), assets.resolve(), training, initial, keep or ())
     out.print(f"Sample grid: {grid}", highlight=False, soft_wrap=True)

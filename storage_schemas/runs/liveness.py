@@ -38,6 +38,7 @@ class Assignment(BaseModel):
     run: str
     config: dict[str, object] = Field(description="the pipeline's configuration")
     model_hash: str
+    checkpoint_hashes: tuple[str, ...] = Field(default=(), description="of teacher.checkpoints, in order")
     stages: dict[str, PartsRecord]
     execution: dict[str, object] = Field(default_factory=dict, description="how its coordinator carries it out")
     generation: int = Field(default=0, description="grows when finished parts were thrown away to be made again")

@@ -34,6 +34,9 @@ def load_config(path: Path) -> PipelineConfig:
             "workspace": workspace_from(path, config.workspace),
             "data": DataConfig(shards=str(literal / config.data.shards)),
             "model": config.model.model_copy(update={"folder": folder / config.model.folder}),
+            "teacher": config.teacher.model_copy(
+                update={"checkpoints": tuple(folder / each for each in config.teacher.checkpoints)}
+            ),
             "features": config.features.seen_from(folder),
             "queries": config.queries.model_copy(
                 update={"shards": str(literal / config.queries.shards) if config.queries.shards else None}

@@ -77,6 +77,11 @@ class PipelineConfig(Section):
                 "sketches are of the gradients that teacher abu_plus_first_order makes: remove them or change "
                 "teacher.name"
             )
+        if self.sketches is not None and len(self.teacher.checkpoints) > 1:
+            raise ValueError(
+                f"sketches are of gradients at one place and teacher.checkpoints has {len(self.teacher.checkpoints)}: "
+                "name one checkpoint, or remove sketches"
+            )
         return self
 
     @model_validator(mode="after")

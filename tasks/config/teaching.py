@@ -65,6 +65,11 @@ class TeacherConfig(Section):
         description="whose gradients scores are made of: loss as published; output_norm, for pictures that the model "
         "itself made; ratio, a sample's loss held against its size. The twin test says which a model needs",
     )
+    checkpoints: tuple[Path, ...] = Field(
+        default=(),
+        description="folders of the training's checkpoints whose weights Fisher and gradients are taken at, relative "
+        "to the config file; default: the model's own weights; of several, standardised scores are added",
+    )
     layers: Literal["cross-attn-kv", "cross-attn", "attn", "all"] = Field(
         default="cross-attn-kv", description="whose weights the unlearning step moves"
     )
@@ -107,12 +112,21 @@ class TeacherConfig(Section):
     )
 
     def science(self) -> dict[str, object]:
-        """Return the settings that a run's scores and its shards depend on, without those about memory and labels."""
+        """Return the settings that a run's scores and its shards depend on, without those about memory and labels.
+
+        Checkpoints are in the keys of what is made at them, by their weights and not by where they lie.
+        """
         read = TEACHERS[self.name].settings | ALL_READ
-        found = self.model_dump(mode="json", include=set(read), exclude={"loaded_queries", "negatives"})
+        excluded = {"loaded_queries", "negatives", "checkpoints"}
+        found = self.model_dump(mode="json", include=set(read), exclude=excluded)
         if self.agreement is None:  # runs of releases without it keep their keys
             found.pop("agreement", None)
         return found
+
+    def at_checkpoints(self, kind: str) -> list[str]:
+        """Return the names of a kind of part at each checkpoint; the kind itself where there are not several."""
+        count = len(self.checkpoints)
+        return [kind] if count < 2 else [f"{kind} of checkpoint {number}" for number in range(1, count + 1)]
 
     @model_validator(mode="after")
     def _settings_are_read(self) -> Self:
@@ -131,10 +145,19 @@ class TeacherConfig(Section):
             raise ValueError("is missing")
         return alpha
 
+    @field_validator("checkpoints")
+    @classmethod
+    def _each_counts_once(cls, checkpoints: tuple[Path, ...]) -> tuple[Path, ...]:
+        if len(set(checkpoints)) != len(checkpoints):
+            raise ValueError("name a folder twice: remove one of the two")
+        return checkpoints
+
     @model_validator(mode="after")
     def _plan_is_given_or_chosen(self) -> Self:
         if self.agreement is None:
             return self
+        if len(self.checkpoints) > 1:
+            raise ValueError("agreement lets a pilot choose the noise plan at one checkpoint: give timesteps instead")
         for name in ("timesteps", "first_timestep", "timestep_list", "timestep_weights", "draws", "antithetic"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is of a noise plan, which agreement lets a pilot choose: remove one")

@@ -20,13 +20,16 @@ from fastgda_core.diffusion.training import CaptionedLatents, DenoiserTrainer, D
 from fastgda_core.evaluation.retraining import to_train
 from storage_schemas.commit import input_key
 from tasks.config.judging import JudgeConfig
+from tasks.demo.model import checkpoint_folder, save_unet, train_keeping
 from tasks.demo.openmoji import ASSETS, MODEL_INDEX, OpenMoji, write_text_encoder
 from tasks.devices import pick_device
 from tasks.inputs.tars import find_shards, read_image, scan
 from tasks.progress import stage
 
 CONFIG = ASSETS.parent / "openmoji_judge.yaml"
+TIERS_CONFIG = ASSETS.parent / "openmoji_judge_tiers.yaml"
 CAPTION_TOKENS = 12
+KEPT = (0.125, 0.25, 0.5)  # of the steps: where the averaged weights are kept, for teacher.checkpoints
 FACTOR = 4  # pixels of a latent's side: 16 x 16 pictures are latents of 48 x 4 x 4
 _COUNTRY = re.compile(r"1F1[EF][0-9A-F]-1F1[EF][0-9A-F]")
 # The first group with a word of the first caption has the picture, as long as it has room.
@@ -79,9 +82,9 @@ def choose(every: list[OpenMoji]) -> list[OpenMoji]:
 def write_model(folder: Path, shards: Path, judge: JudgeConfig) -> None:
     """Train the world's denoiser by the judge's recipe on all samples, and lay it out as a diffusers-style folder.
 
-    The folder is complete once `ORIGIN.txt` is there and names the recipe.
+    The folder is complete once `ORIGIN.txt` is there and names the recipe and what was kept on the way.
     """
-    origin, note = folder / "ORIGIN.txt", f"recipe {input_key('world', judge.retrain, judge.seed)}\n"
+    origin, note = folder / "ORIGIN.txt", f"recipe {input_key('world', judge.retrain, judge.seed, KEPT)}\n"
     if origin.is_file() and origin.read_text() == note:
         return
     staging = folder.with_name(f".{folder.name}")
@@ -94,8 +97,12 @@ def write_model(folder: Path, shards: Path, judge: JudgeConfig) -> None:
     denoiser = to_train(model, seed=judge.seed, continued=False)
     training = DenoiserTraining(**judge.retrain.hyperparameters, seed=judge.seed)
     trainer = DenoiserTrainer(denoiser, model.schedule, data, training)
+
+    def keep(share: float, ema: Any) -> None:
+        save_unet(ema, checkpoint_folder(staging, share))
+
     with stage("denoiser training", judge.retrain.steps) as advance:
-        trained: Any = trainer.run(on_step=lambda *_: advance(1))
+        trained = train_keeping(trainer, KEPT, keep, lambda *_: advance(1))
     trained.save_pretrained(staging / "unet")
     (staging / "ORIGIN.txt").write_text(note)
     shutil.rmtree(folder, ignore_errors=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -13,12 +15,14 @@ from PIL import Image
 
 from fastgda_core.diffusion.model import DiffusionModel, load_model
 from fastgda_core.diffusion.sampling import generate
-from fastgda_core.diffusion.training import CaptionedLatents, DenoiserTrainer, DenoiserTraining
+from fastgda_core.diffusion.training import CaptionedLatents, DenoiserTrainer, DenoiserTraining, OnStep
 from storage_schemas.commit import write_atomically
 from tasks.config.inputs import QueriesConfig
 from tasks.demo.openmoji import MODEL_INDEX, write_model_folder
 from tasks.inputs.tars import find_shards, read_image, scan
 from tasks.progress import stage
+
+Keep = Callable[[float, Any], None]
 
 GRID_COLUMNS = 12
 GRID_CELL = 96
@@ -53,17 +57,42 @@ def new_scheduler() -> DDIMScheduler:
 
 def save_assets(unet: UNet2DConditionModel, folder: Path) -> None:
     """Write what the repository ships: config and float16 weights of the denoiser, scheduler, index of the folder."""
-    copy.deepcopy(unet).half().save_pretrained(folder / "unet")
-    config_path = folder / "unet" / "config.json"
-    config = json.loads(config_path.read_text())
-    config.pop("_name_or_path", None)  # where the weights lay on the machine that trained them
-    write_atomically(config_path, json.dumps(config, indent=2).encode() + b"\n")
+    save_unet(copy.deepcopy(unet).half(), folder)
     new_scheduler().save_pretrained(folder / "scheduler")
     write_atomically(folder / "model_index.json", json.dumps(MODEL_INDEX, indent=2).encode() + b"\n")
 
 
-def train_denoiser_on(shards: Path, out: Path, training: DenoiserTraining, initial: Path | None) -> None:
-    """Train on the shards' images and captions, from scratch or on from the folder `initial`, and save into `out`."""
+def save_unet(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Write a denoiser as `unet/` of a folder."""
+    unet.save_pretrained(folder / "unet")
+    config_path = folder / "unet" / "config.json"
+    config = json.loads(config_path.read_text())
+    config.pop("_name_or_path", None)  # where the weights lay on the machine that trained them
+    write_atomically(config_path, json.dumps(config, indent=2).encode() + b"\n")
+
+
+def checkpoint_folder(folder: Path, share: float) -> Path:
+    """Return where a model's folder has its averaged weights at a share of the training's steps."""
+    return folder / "checkpoints" / f"{share:g}"
+
+
+def train_keeping(trainer: DenoiserTrainer, shares: Sequence[float], keep: Keep, on_step: OnStep) -> Any:
+    """Train to the end and return the averaged model; hand it to `keep` with each share of the steps on the way.
+
+    The training is the same, bit for bit, whatever is kept of it.
+    """
+    for share in sorted(shares):
+        keep(share, trainer.run(max(1, round(share * trainer.training.steps)), on_step))
+    return trainer.run(on_step=on_step)
+
+
+def train_denoiser_on(
+    shards: Path, out: Path, training: DenoiserTraining, initial: Path | None, shares: Sequence[float] = ()
+) -> None:
+    """Train on the shards' images and captions, from scratch or on from the folder `initial`, and save into `out`.
+
+    Averaged weights at the shares of the steps go into `checkpoint_folder`.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(training.seed)
     unet = UNet2DConditionModel.from_pretrained(initial / "unet") if initial else new_unet()
@@ -74,8 +103,12 @@ def train_denoiser_on(shards: Path, out: Path, training: DenoiserTraining, initi
     data = CaptionedLatents.of(model, model.encode_images(images), [sample.captions for sample in samples])
     denoiser = model.denoiser.float().requires_grad_(True)
     trainer = DenoiserTrainer(denoiser, model.schedule, data, training)
+
+    def keep(share: float, ema: Any) -> None:
+        save_unet(copy.deepcopy(ema).half(), checkpoint_folder(out, share))
+
     with stage("denoiser training", training.steps) as advance:
-        trained = trainer.run(on_step=lambda *_: advance(1))
+        trained = train_keeping(trainer, shares, keep, lambda *_: advance(1))
     save_assets(trained, out)
 
 

@@ -96,7 +96,7 @@ def mean_captions(samples: AnyPath) -> float:
 
 @torch.no_grad()
 def _trial(context: Context) -> Rate:
-    model = context.teacher_model()
+    model = context.at_checkpoints()[0].teacher_model()
     condition = model.encode_captions(["a trial"] * TRIAL_ROWS)
     noise = torch.zeros(TRIAL_ROWS, *model.latent_shape, device=model.device)
     timesteps = torch.zeros(TRIAL_ROWS, dtype=torch.long, device=model.device)

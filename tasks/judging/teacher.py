@@ -19,9 +19,9 @@ from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.ranking_metrics import agreement, spearman, twin_ranks
 from fastgda_core.evaluation.twins import TwinTest, first_places
-from fastgda_core.teachers.scores import base_losses, exact_scores
+from fastgda_core.teachers.registry import UNLEARNING_TEACHERS
 from fastgda_core.teachers.training_loss import SampleBlock
-from fastgda_core.teachers.unlearning import compress, expand
+from fastgda_core.teachers.unlearning import compress, expand, expected_spread
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table, committed, input_key
 from storage_schemas.runs.noise_plan import NOISE_PLAN
@@ -34,12 +34,14 @@ from tasks.inputs.twins import load_twins
 from tasks.judging.metric_rows import agreement_rows, metric_row, metric_rows, twin_rows
 from tasks.progress import stage
 from tasks.teaching.bad_samples import without_bad_samples
+from tasks.teaching.checkpoints import Asked, AtCheckpoint, at_checkpoints, summed_scores
 from tasks.teaching.curvature import curvature_of, make_curvature
+from tasks.teaching.families import family_of
 from tasks.teaching.latents import load_block, unreadable_samples
 from tasks.teaching.noise import run_plan
 from tasks.teaching.run import Run
 from tasks.teaching.unlearning import unlearning_teacher
-from tasks.teaching.updates import QueryUpdates, device_fisher, gradient_of, relative_errors, update_of
+from tasks.teaching.updates import device_fisher, gradient_of, relative_errors, update_of
 from tasks.watching.trust import (
     KINDS,
     OTHER_CURVATURE,
@@ -63,7 +65,7 @@ def check_precision(run: Run) -> Made:
         UsageError: their rank correlation is below 0.999.
     """
     context, stages = run.context, run.artifacts
-    latents, updates, queries = stages["latents"], stages["unlearning steps"], stages["queries"]
+    latents, queries = stages["latents"], stages["queries"]
     precision = context.config.teacher.precision
     numbers = list(range(min(queries.rows, PRECISION_CHECK_QUERIES)))
 
@@ -73,8 +75,8 @@ def check_precision(run: Run) -> Made:
 
         def both(chosen: NDArray[np.int64]) -> Tensor:
             block = load_block(context, latents, chosen.tolist())
-            several = QueryUpdates(context, updates, numbers, len(numbers))
-            return torch.stack([_scores(run, block, several, each) for each in (precision, Precision.float64)])
+            asked = [at.asked(numbers, len(numbers)) for at in at_checkpoints(context, stages)]
+            return torch.stack([_scores(run, block, asked, each) for each in (precision, Precision.float64)])
 
         known, nothing = unreadable_samples(latents, train_ids.tolist()), torch.empty(2, len(numbers), 0)
         _, (coarse, fine), _ = without_bad_samples(train_ids, known, both, nothing)
@@ -87,24 +89,22 @@ def check_precision(run: Run) -> Made:
         names = [load_queries(queries)[number].query_id for number in numbers]
         return list(metric_rows("spearman", f"{precision} vs float64", correlation, names))
 
-    key = input_key("precision check", updates.key, precision, table=tables.METRICS)
+    taught_by = family_of(context.config).key(context, stages)
+    key = input_key("precision check", taught_by, precision, table=tables.METRICS)
     return _check(context, "precision check", key, rows)
 
 
 def _scores(
     run: Run,
     block: SampleBlock,
-    updates: QueryUpdates | list[dict[str, Tensor]],
+    asked: list[Asked],
     precision: Precision | None = None,
     seed: int | None = None,
 ) -> Tensor:
     """Return the configured teacher's scores, (queries, n), on the CPU; under other noise where a seed is given."""
-    context = run.context
-    teacher, model = unlearning_teacher(context.config), context.teacher_model(precision)
-    plan = run_plan(context, run.artifacts.get(NOISE_PLAN), seed)
-    base = None if teacher.first_order else base_losses(model, plan, block, context.micro_batch("losses"))
-    micro_batch = context.micro_batch("gradients" if teacher.first_order else "losses")
-    return teacher.scores(model, context.layers(model), plan, block, updates, base, micro_batch).values.cpu()
+    teacher = unlearning_teacher(run.context.config)
+    plan = run_plan(run.context, run.artifacts.get(NOISE_PLAN), seed)
+    return summed_scores(teacher, asked, plan, block, precision=precision).values.cpu()
 
 
 @task(task_run_name="self-consistency", cache_policy=NO_CACHE)
@@ -116,17 +116,19 @@ def check_self_consistency(run: Run, ranks: Artifact) -> Made:
     with one of them better.
     """
     context, score_run, stages = run.context, run.score_run, run.artifacts
-    latents, queries, updates = stages["latents"], stages["queries"], stages["unlearning steps"]
+    latents, queries = stages["latents"], stages["queries"]
     config = context.config.self_consistency
     assert config is not None
     chosen = _test_queries(queries, config.queries)
-    curvatures = stages["curvature"], curvature_of(_with_other_curvature(context), latents)
-    keys = [stage_.key for stage_ in curvatures]
+    several = at_checkpoints(context, stages)
+    others = [curvature_of(_with_other_curvature(at.context), latents) for at in several]
+    keys = [each.key for at, other in zip(several, others, strict=True) for each in (at.curvature, other)]
     cutoffs = context.config.evaluation.cutoffs
     key = input_key("self-consistency 3", ranks.key, keys, config, cutoffs, table=tables.METRICS)
 
     def rows() -> list[dict[str, object]]:
-        make_curvature(_with_other_curvature(context), latents)
+        for at in several:
+            make_curvature(_with_other_curvature(at.context), latents)
         seed = context.config.teacher.seed
         draw = np.random.default_rng(seed)
         tied = context.config.teacher.negatives == "tie"
@@ -138,10 +140,12 @@ def check_self_consistency(run: Run, ranks: Artifact) -> Made:
                 mine = stored.filter(pc.is_in(stored["query_id"], pa.array([score_run.query_ids[n] for n in numbers])))
                 pool = np.unique(mine["train_id"].to_numpy())
                 train_ids = np.sort(draw.choice(pool, min(config.samples, len(pool)), replace=False))
-                same = QueryUpdates(context, updates, numbers, len(numbers))
-                others = _other_updates(context, [load_queries(queries)[n] for n in numbers], curvatures, latents.rows)
-                block = load_block(context, latents, train_ids.tolist())
-                again = _scores(run, block, [*same, *others], seed=seed + 1)
+                block, query_set = load_block(context, latents, train_ids.tolist()), load_queries(queries)
+                asked = [
+                    _asked_again(at, other, numbers, [query_set[number] for number in numbers], latents.rows)
+                    for at, other in zip(several, others, strict=True)
+                ]
+                again = _scores(run, block, asked, seed=seed + 1)
                 again = again.clamp(min=0) if tied else again
                 for number, *scores in zip(numbers, *again.split(len(numbers)), strict=True):
                     comparisons.append(_comparison(score_run.query_ids[number], stored, train_ids, scores))
@@ -158,23 +162,24 @@ def _with_other_curvature(context: Context) -> Context:
     return replace(context, config=config.model_copy(update={"curvature": curvature}))
 
 
-def _other_updates(
-    context: Context, queries: list[Query], curvatures: tuple[Artifact, Artifact], samples: int
-) -> list[dict[str, Tensor]]:
-    """Return Delta theta of some queries, by layer, (queries, d_out, d_in), three times.
+def _asked_again(at: AtCheckpoint, other: Artifact, numbers: list[int], queries: list[Query], samples: int) -> Asked:
+    """Return Delta theta of some queries at a checkpoint four times: as stored, and with what may be other.
 
-    They are from other Monte-Carlo pairs, from another curvature, and from both.
+    That is other Monte-Carlo pairs, the other curvature, and both.
     """
-    config = context.config.teacher
-    found: list[dict[str, Tensor]] = []
-    same, other = ([gradient_of(context, query, seed) for query in queries] for seed in (config.seed, config.seed + 1))
-    for curvature, gradients in ((curvatures[0], other), (curvatures[1], same), (curvatures[1], other)):
+    context, config = at.context, at.context.config.teacher
+    stored = at.asked(numbers, len(numbers))
+    found, spreads = list(stored.updates), []
+    same, drawn = ([gradient_of(context, query, seed) for query in queries] for seed in (config.seed, config.seed + 1))
+    for curvature, gradients in ((at.curvature, drawn), (other, same), (other, drawn)):
         fisher = device_fisher(context, curvature)
         several = [update_of(context, gradient, fisher, samples) for gradient in gradients]
+        spreads.append(torch.tensor([expected_spread(fisher, update) for update in several], dtype=torch.float64))
         if config.update_rank is not None:
             several = [expand(compress(update, config.update_rank)[0]) for update in several]
         found.append({name: torch.stack([update[name] for update in several]) for name in several[0]})
-    return found
+    divided = None if stored.spreads is None else torch.cat([stored.spreads, *spreads])
+    return replace(stored, updates=found, spreads=divided)
 
 
 @dataclass(frozen=True)
@@ -267,20 +272,22 @@ def _twin_rows(kind: str, places: dict[str, tuple[int, int]]) -> list[dict[str, 
 @task(task_run_name="low-rank error", cache_policy=NO_CACHE)
 def measure_low_rank(run: Run) -> Made:
     """Measure what `teacher.update_rank` loses of Delta theta, on average over all queries."""
-    context, queries, updates = run.context, run.artifacts["queries"], run.artifacts["unlearning steps"]
+    context, queries = run.context, run.artifacts["queries"]
+    several = at_checkpoints(context, run.artifacts)
 
     def rows() -> list[dict[str, object]]:
-        errors = torch.tensor(relative_errors(updates, list(range(queries.rows))))
+        errors = torch.tensor([relative_errors(at.updates, list(range(queries.rows))) for at in several]).mean(0)
         return [metric_row("relative error", "low-rank Delta theta", errors)]
 
-    return _check(context, "low-rank error", input_key("low-rank error", updates.key, table=tables.METRICS), rows)
+    taught_by = family_of(context.config).key(context, run.artifacts)
+    return _check(context, "low-rank error", input_key("low-rank error", taught_by, table=tables.METRICS), rows)
 
 
 @task(task_run_name="exact check", cache_policy=NO_CACHE)
 def check_against_exact(run: Run, ranks: Artifact) -> Made:
     """Score a few test queries with the exact teacher too, on candidates spread evenly over the first-order ranking."""
     context, score_run, stages = run.context, run.score_run, run.artifacts
-    latents, queries, updates = stages["latents"], stages["queries"], stages["unlearning steps"]
+    latents, queries = stages["latents"], stages["queries"]
     config = context.config.exact_check
     assert config is not None
     key = input_key("exact check", run.name, config, table=tables.SCORES)
@@ -294,20 +301,17 @@ def check_against_exact(run: Run, ranks: Artifact) -> Made:
             if missing
             else None
         )
-        plan, micro_batch = run_plan(context, stages.get(NOISE_PLAN)), context.micro_batch("losses")
+        plan, teacher = run_plan(context, stages.get(NOISE_PLAN)), UNLEARNING_TEACHERS["abu_plus"]
         for number in missing:
             assert scores is not None
-            model = context.teacher_model(Precision.float32)  # loaded once, and not at all where nothing is missing
             started = time.monotonic()
             mine = scores.filter(pc.equal(scores["query_id"], score_run.query_ids[number])).sort_by(
                 [("score", "descending"), ("train_id", "ascending")]
             )
             take = np.unique(np.linspace(0, mine.num_rows - 1, config.candidates).round().astype(int))
             block = load_block(context, latents, sorted(mine["train_id"].take(take).to_pylist()))
-            base = base_losses(model, plan, block, micro_batch)
-            (update,) = QueryUpdates(context, updates, [number], 1)
-            one = {name: change[0] for name, change in update.items()}
-            exact = exact_scores(model, context.layers(model), plan, block, base, one, micro_batch)
+            asked = [at.asked([number], 1) for at in at_checkpoints(context, stages)]
+            exact = summed_scores(teacher, asked, plan, block, precision=Precision.float32).values[0]
             names = [score_run.query_ids[number]] * len(exact)
             table = tables.SCORES.rows(
                 query_id=names, train_id=block.train_ids.cpu().numpy(), score=exact.cpu().numpy()

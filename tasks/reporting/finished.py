@@ -57,7 +57,10 @@ def inputs_stamp(config: PipelineConfig) -> str | None:
         return None
     tars = [path for pattern in (config.data.shards, config.queries.pattern) for path in matching_files(pattern)]
     code = (path for package in _PACKAGES for path in (_CODE / package).rglob("*.[ph]*") if path.suffix != ".pyc")
-    folders = [folder_stamps(folder) for folder in (config.model.folder, *map(Path, sorted(sources)))]
+    folders = [
+        folder_stamps(folder)
+        for folder in (config.model.folder, *config.teacher.checkpoints, *map(Path, sorted(sources)))
+    ]
     installed = sorted(path.name for path in Path(sysconfig.get_path("purelib")).glob("*.dist-info"))
     return input_key("finished", config, stamps([*tars, *sorted(code)]), folders, installed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -31,9 +32,10 @@ def base_losses_of(context: Context, latents: Artifact, plan: Artifact | None = 
     The artifact need not be made yet; `plan` is that of a plan which a pilot chooses.
     """
     teacher = context.config.teacher
-    noise = plan_inputs(context, plan)
-    key = input_key("base losses", latents.key, noise, teacher.precision, teacher.objective, table=tables.BASE_LOSSES)
-    return BaseLossParts.together(context.workspace, key, latents.rows)
+    settings = plan_inputs(context, plan), teacher.precision, teacher.objective, *context.taught_at
+    key = input_key("base losses", latents.key, *settings, table=tables.BASE_LOSSES)
+    folder = BaseLossParts.together(context.workspace, key, latents.rows)
+    return replace(folder, name=context.named(folder.name))
 
 
 class BaseLossParts(Parts):
@@ -45,6 +47,7 @@ class BaseLossParts(Parts):
         self, context: Context, latents: Artifact, base_losses: Artifact, plan: Artifact | None = None
     ) -> None:
         self.context, self.latents, self.artifact, self.plan = context, latents, base_losses, plan
+        self.kind = self.title = base_losses.name
 
     @property
     def count(self) -> int:
@@ -126,7 +129,7 @@ def load_base_losses(context: Context, base_losses: Artifact) -> BaseLosses:
         lists = kept["row_losses"].combine_chunks()
         return BaseLosses(means, np.split(lists.values.to_numpy(), lists.offsets.to_numpy()[1:-1]))
 
-    return context.loaded.once("base losses", base_losses, load)
+    return context.loaded.once("base losses", base_losses, load, most=len(context.at_checkpoints()))
 
 
 def without_base_loss(context: Context, base_losses: Artifact, train_ids: NDArray[np.int64]) -> dict[int, str]:

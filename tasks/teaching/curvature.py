@@ -15,7 +15,10 @@ from fastgda_core.curvature.fisher import fit_fisher
 from fastgda_core.curvature.importance import timestep_density, weighted_timesteps
 from fastgda_core.curvature.layers import input_rows
 from fastgda_core.diffusion.loss import per_sample_loss, take
+from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.noise import gaussian_noise, stream_key, uniform
+from fastgda_core.diffusion.objective import Objective
+from fastgda_core.diffusion.precision import Precision
 from fastgda_core.interruption import checkpoint
 from fastgda_core.teachers.gradients import output_gradients, weight_gradient
 from fastgda_core.teachers.registry import UNLEARNING_TEACHERS
@@ -34,9 +37,10 @@ PILOT_ROWS, PILOT_SHARE = 256, 0.25  # at most, and at most of the rows that the
 def curvature_of(context: Context, latents: Artifact) -> Artifact:
     """Return the artifact of the teacher's Fisher, which need not be made yet."""
     config, teacher = context.config.curvature, context.config.teacher
-    key = input_key("curvature", latents.key, config, UNLEARNING_TEACHERS[teacher.name].fisher, teacher.layers)
+    fisher = UNLEARNING_TEACHERS[teacher.name].fisher
+    key = input_key("curvature", latents.key, config, fisher, teacher.layers, *context.taught_at)
     folder = CurvatureParts.together(context.workspace, key, config.samples)
-    return replace(folder, path=folder.path / "fisher.safetensors")
+    return replace(folder, name=context.named(folder.name), path=folder.path / "fisher.safetensors")
 
 
 def make_curvature(context: Context, latents: Artifact) -> Artifact:
@@ -46,6 +50,11 @@ def make_curvature(context: Context, latents: Artifact) -> Artifact:
     if parts.missing():
         parts.make(0)
     return stage
+
+
+def _model(context: Context) -> DiffusionModel:
+    """Return the model whose Fisher it is: in float32, and of the loss, whatever the teacher's objective."""
+    return context.teacher_model(Precision.float32).with_objective(Objective.loss)
 
 
 def pilot_rows(config: CurvatureConfig) -> int:
@@ -60,6 +69,7 @@ class CurvatureParts(Parts):
 
     def __init__(self, context: Context, latents: Artifact, curvature: Artifact) -> None:
         self.context, self.latents, self.artifact = context, latents, curvature
+        self.kind = self.title = curvature.name
 
     @property
     def count(self) -> int:
@@ -78,7 +88,7 @@ class CurvatureParts(Parts):
     def make(self, number: int) -> Manifest:
         context, config, started = self.context, self.context.config.curvature, time.monotonic()
         kind = UNLEARNING_TEACHERS[context.config.teacher.name].fisher
-        model = context.model()
+        model = _model(context)
         density = _density(context, self.latents) if config.importance else None
         rows = _draw_rows(context, self.latents, config.samples, "curvature", density)
 
@@ -111,7 +121,7 @@ class _Rows:
 
 def _draw_rows(context: Context, latents: Artifact, count: int, stream: str, density: Tensor | None) -> _Rows:
     """Draw random samples, with timesteps spread over the schedule evenly or by a density."""
-    config, model = context.config.curvature, context.model()
+    config, model = context.config.curvature, _model(context)
     block = load_block(context, latents, some_samples(latents, count, config.seed))
     row = torch.arange(count)
     flip = row % block.flips
@@ -143,7 +153,7 @@ def some_samples(latents: Artifact, count: int, seed: int) -> list[int]:
 
 def _density(context: Context, latents: Artifact) -> Tensor:
     """Estimate where on the schedule gradients are large, by a pilot of a few hundred rows."""
-    model = context.model()
+    model = _model(context)
     layers = context.layers(model)
     count = pilot_rows(context.config.curvature)
     rows = _draw_rows(context, latents, count, "curvature pilot", None)

@@ -28,15 +28,15 @@ class Standing:
 class Parts(ABC):
     """The files of one kind that together are an artifact.
 
-    kind: the name in the run's files; title: the name that people read while the parts are made.
+    kind: the name in the run's files, which tells checkpoints apart; title: what people read while parts are made.
     suffix: of a part's file name.
     after_scores: score shards make most of these parts as they go; what they leave is made when they are done.
     when_judged: made when the run is judged, and not when it is curated.
     artifact: the folder of the parts, their key, their rows together.
     """
 
-    kind: ClassVar[str]
-    title: ClassVar[str]
+    kind: str
+    title: str
     suffix: ClassVar[str] = "parquet"
     after_scores: ClassVar[bool] = False
     when_judged: ClassVar[bool] = False

@@ -83,6 +83,7 @@ class Run:
             run=self.name,
             config=self.config.model_dump(mode="json", exclude={"execution"}),
             model_hash=self.context.model_hash,
+            checkpoint_hashes=self.context.checkpoint_hashes,
             stages=stages,
             execution=self.config.execution.model_dump(mode="json"),
             generation=generation,
@@ -123,4 +124,4 @@ def read_run_anew(location: str, name: str) -> Run:
         each: Artifact(each, record.key, workspace.file(record.path), record.rows)
         for each, record in assignment.stages.items()
     }
-    return Run(Context(config, assignment.model_hash), artifacts)
+    return Run(Context(config, assignment.model_hash, checkpoint_hashes=assignment.checkpoint_hashes), artifacts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,6 +25,7 @@ from tasks.teaching.base_losses import (
     load_base_losses,
     without_base_loss,
 )
+from tasks.teaching.checkpoints import at_checkpoints, summed_scores
 from tasks.teaching.cost import KindCost, Size, block_shape, score_shards
 from tasks.teaching.curvature import CurvatureParts, curvature_of, pilot_rows
 from tasks.teaching.families import Artifacts, BlockScores
@@ -31,7 +34,7 @@ from tasks.teaching.noise import noise_plan, planned, run_plan
 from tasks.teaching.noise_pilot import DEAREST, PILOT_FORWARDS, PILOT_SAMPLES, PlanParts, pilot_plan_of
 from tasks.teaching.parts import Parts
 from tasks.teaching.sketches import BasisParts, SketchParts, basis_of, sketches_of
-from tasks.teaching.updates import QueryUpdates, UpdateParts, updates_of
+from tasks.teaching.updates import UpdateParts, updates_of
 
 GRADIENT_FORWARDS = 2.1  # one forward and backward to the chosen layers, in forwards (benchmarks/RESULTS.md)
 # Of one row, in forwards: kronfluence's pass; for EK-FAC a pass for the eigenvalues after it.
@@ -53,40 +56,43 @@ class Unlearning:
 
     def artifacts(self, context: Context, samples: Artifact, queries: Artifact) -> list[Artifact]:
         latents = latents_of(context, samples)
-        curvature = curvature_of(context, latents)
-        updates = updates_of(context, latents, curvature, queries)
-        made, plan = [latents, curvature, updates], None
-        if context.config.teacher.agreement is not None:
-            plan = pilot_plan_of(context, updates)
-            made.append(plan)
-        if not unlearning_teacher(context.config).first_order:
-            made.append(base_losses_of(context, latents, plan))
+        made: list[Artifact] = [latents]
+        plan: Artifact | None = None
+        for here in context.at_checkpoints():
+            curvature = curvature_of(here, latents)
+            updates = updates_of(here, latents, curvature, queries)
+            made += [curvature, updates]
+            if context.config.teacher.agreement is not None:  # there is one checkpoint then
+                plan = pilot_plan_of(context, updates)
+                made.append(plan)
+            if not unlearning_teacher(context.config).first_order:
+                made.append(base_losses_of(here, latents, plan))
         if context.config.sketches is not None:
             basis = basis_of(context, updates, plan)
             made += [basis, sketches_of(context, latents, basis)]
         return made
 
     def parts(self, context: Context, artifacts: Artifacts) -> list[Parts]:
-        latents, curvature, updates = (artifacts[name] for name in ("latents", "curvature", "unlearning steps"))
-        parts: list[Parts] = [
-            LatentParts(context, artifacts["samples"], latents),
-            CurvatureParts(context, latents, curvature),
-            UpdateParts(context, latents, curvature, artifacts["queries"], updates),
-        ]
-        plan = artifacts.get(NOISE_PLAN)
-        if plan is not None:
-            parts.append(PlanParts(context, latents, artifacts["queries"], updates, plan))
-        if "base losses" in artifacts:
-            parts.append(BaseLossParts(context, latents, artifacts["base losses"], plan))
+        latents, queries, plan = artifacts["latents"], artifacts["queries"], artifacts.get(NOISE_PLAN)
+        parts: list[Parts] = [LatentParts(context, artifacts["samples"], latents)]
+        for at in at_checkpoints(context, artifacts):
+            parts.append(CurvatureParts(at.context, latents, at.curvature))
+            parts.append(UpdateParts(at.context, latents, at.curvature, queries, at.updates))
+            if plan is not None:
+                parts.append(PlanParts(context, latents, queries, at.updates, plan))
+            if at.base_losses is not None:
+                parts.append(BaseLossParts(at.context, latents, at.base_losses, plan))
         sketches = SketchParts.of_run(context, artifacts)
         if sketches is not None:
-            parts.append(BasisParts(context, latents, curvature, artifacts["queries"], updates, sketches.basis, plan))
+            curvature, updates = artifacts["curvature"], artifacts["unlearning steps"]
+            parts.append(BasisParts(context, latents, curvature, queries, updates, sketches.basis, plan))
             parts.append(sketches)
         return parts
 
     def key(self, context: Context, artifacts: Artifacts) -> str:
-        updates, plan = artifacts["unlearning steps"], artifacts.get(NOISE_PLAN)
-        return updates.key if plan is None else input_key(updates.key, plan.key)
+        keys, plan = [at.updates.key for at in at_checkpoints(context, artifacts)], artifacts.get(NOISE_PLAN)
+        taught_by = keys[0] if len(keys) == 1 else input_key("checkpoints", keys)
+        return taught_by if plan is None else input_key(taught_by, plan.key)
 
     def shard_shape(self, config: PipelineConfig, queries: int) -> tuple[int, int | None]:
         """Return one query and all its candidates where scores are exact, else a block of queries and of samples."""
@@ -97,32 +103,29 @@ class Unlearning:
     def scores(
         self, context: Context, artifacts: Artifacts, query_numbers: list[int], train_ids: NDArray[np.int64]
     ) -> BlockScores:
-        latents, updates, base_losses = (artifacts.get(name) for name in ("latents", "unlearning steps", "base losses"))
-        assert latents is not None and updates is not None
+        latents, teacher, config = artifacts["latents"], unlearning_teacher(context.config), context.config.teacher
+        several = at_checkpoints(context, artifacts)
+        stored = [at.base_losses for at in several if at.base_losses is not None]
         known = unreadable_samples(latents, train_ids.tolist())
-        if base_losses is not None:
+        for base_losses in stored:
             known |= without_base_loss(context, base_losses, train_ids)
         sketches = SketchParts.of_run(context, artifacts)
         beside = sketches.beside(train_ids) if sketches else None
 
         def of_samples(chosen: NDArray[np.int64]) -> Tensor:
-            model, block = context.teacher_model(), load_block(context, latents, chosen.tolist())
-            base = None
-            if base_losses is not None:
-                base = load_base_losses(context, base_losses).of(block).to(context.device)
+            block = load_block(context, latents, chosen.tolist())
+            base = [load_base_losses(context, each).of(block).to(context.device) for each in stored]
             if beside is not None:
                 beside.begin()
-            scores = unlearning_teacher(context.config).scores(
-                model,
-                context.layers(model),
+            scores = summed_scores(
+                teacher,
+                [at.asked(query_numbers, config.loaded_queries) for at in several],
                 run_plan(context, artifacts.get(NOISE_PLAN)),
                 block,
-                QueryUpdates(context, updates, query_numbers, context.config.teacher.loaded_queries),
-                base,
-                context.micro_batch("gradients" if base is None else "losses"),
-                *([beside.look] if beside is not None else []),
+                base_losses=base,
+                look=beside.look if beside is not None else None,
             )
-            return torch.stack(scores).cpu()
+            return torch.stack([scores.values, scores.errors]).cpu()
 
         nothing = torch.empty(2, len(query_numbers), 0, dtype=torch.float64)
         good, (values, errors), left_out = without_bad_samples(train_ids, known, of_samples, nothing)
@@ -142,19 +145,24 @@ class Unlearning:
         timesteps = len(teacher.timestep_list) if teacher.timestep_list is not None else teacher.timesteps
         noises = timesteps * teacher.draws * config.model.images * size.captions
         rows, pilot = config.curvature.samples, pilot_rows(config.curvature) * GRADIENT_FORWARDS
-        costs = [
+        before = [
             KindCost("curvature", 1, rows, rows * FISHER_FORWARDS[method.fisher] + pilot),
             KindCost("unlearning steps", queries, queries, queries * teacher.gradient_pairs * GRADIENT_FORWARDS),
             *pilot_costs,
         ]
+        if not method.first_order:
+            parts = -(-size.samples // BASE_LOSS_PART)
+            before.append(KindCost("base losses", parts, size.samples, size.samples * noises))
+        places = len(teacher.at_checkpoints(""))
+        costs = [
+            replace(cost, kind=teacher.at_checkpoints(cost.kind)[place]) for place in range(places) for cost in before
+        ]
         pairs = queries * size.candidates
         if not method.first_order:
-            samples, parts = size.samples, -(-size.samples // BASE_LOSS_PART)
-            costs.append(KindCost("base losses", parts, samples, samples * noises))
-            return [*costs, KindCost("scores", queries, pairs, pairs * noises)]
+            return [*costs, KindCost("scores", queries, pairs, places * pairs * noises)]
         shards, seen = score_shards(config, size)
         one = noises * GRADIENT_FORWARDS
-        scores = KindCost("scores", shards, pairs, seen * one)
+        scores = KindCost("scores", shards, pairs, places * seen * one)
         if config.sketches is None:
             return [*costs, scores]
         chosen, samples = min(config.sketches.pilot, size.samples), size.samples

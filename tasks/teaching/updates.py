@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fastgda_core.curvature.fisher import Fisher, load_fisher
 from fastgda_core.errors import NonFiniteLoss, UsageError
-from fastgda_core.teachers.unlearning import compress, expand, query_gradients, unlearning_update
+from fastgda_core.teachers.unlearning import compress, expand, expected_spread, query_gradients, unlearning_update
 from storage_schemas.commit import Manifest, commit, input_key
 from storage_schemas.files import local_copy
 from storage_schemas.workspace import part
@@ -22,7 +23,8 @@ from tasks.context import Context, load_tensors
 from tasks.inputs.queries import Query, load_queries
 from tasks.teaching.parts import Parts
 
-_ERROR = "/relative_error"
+# Of the whole update, beside its layers: what a low rank lost; at a checkpoint, what a score is divided by.
+_ERROR, _SPREAD = "/relative_error", "/expected_spread"
 
 
 def updates_of(context: Context, latents: Artifact, curvature: Artifact, queries: Artifact) -> Artifact:
@@ -42,7 +44,8 @@ def updates_of(context: Context, latents: Artifact, curvature: Artifact, queries
         config.precision,
         config.objective,
     )
-    return UpdateParts.together(context.workspace, key, queries.rows)
+    folder = UpdateParts.together(context.workspace, key, queries.rows)
+    return replace(folder, name=context.named(folder.name))
 
 
 class UpdateParts(Parts):
@@ -56,6 +59,7 @@ class UpdateParts(Parts):
     ) -> None:
         self.context, self.curvature, self.queries, self.artifact = context, curvature, queries, updates
         self.samples = latents.rows
+        self.kind = self.title = updates.name
 
     @property
     def count(self) -> int:
@@ -81,9 +85,12 @@ class UpdateParts(Parts):
                 "the query set or mend it"
             ) from error
         update = update_of(context, gradient, fisher, self.samples)
+        stored = _stored(update, config.update_rank)
+        if context.taught_at:
+            stored[_SPREAD] = torch.tensor(expected_spread(fisher, update), dtype=torch.float64)
         return commit(
             self.path(number),
-            functools.partial(save_file, _stored(update, config.update_rank)),
+            functools.partial(save_file, stored),
             key=self.key(number),
             rows=1,
             started=started,
@@ -92,13 +99,17 @@ class UpdateParts(Parts):
 
 
 def device_fisher(context: Context, curvature: Artifact) -> Fisher:
-    """Return the Fisher on the context's device, loaded once a run; two are kept for its self-consistency."""
+    """Return the Fisher on the context's device, loaded once a run.
+
+    Two are kept for the run's self-consistency, at each checkpoint.
+    """
     damping, device = context.config.teacher.damping, context.device
+    most = 2 * len(context.at_checkpoints())
 
     def load() -> Fisher:
         return load_fisher(local_copy(curvature.path), damping).to(device)
 
-    return context.loaded.once("Fisher", (curvature, damping), load, most=2)
+    return context.loaded.once("Fisher", (curvature, damping), load, most=most)
 
 
 def gradient_of(context: Context, query: Query, seed: int) -> dict[str, Tensor]:
@@ -145,7 +156,7 @@ def _stored(update: dict[str, Tensor], rank: int | None) -> dict[str, Tensor]:
 class QueryUpdates:
     """Delta theta of some queries by layer, (queries, d_out, d_in), a device's fill at a time.
 
-    The last one stays loaded, for whoever asks for the same queries next.
+    The last one at each checkpoint stays loaded, for whoever asks for the same queries next.
     """
 
     def __init__(self, context: Context, updates: Artifact, numbers: list[int], at_a_time: int) -> None:
@@ -155,16 +166,26 @@ class QueryUpdates:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for block in self.blocks:
             load = functools.partial(_load, self.updates, block, self.context.device)
-            yield self.context.loaded.once("unlearning steps", (self.updates, block), load)
+            most = len(self.context.at_checkpoints())
+            yield self.context.loaded.once("unlearning steps", (self.updates, block), load, most=most)
 
 
 def _load(updates: Artifact, numbers: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
     loaded = [load_tensors(part(updates.path, number, "safetensors")) for number in numbers]
     return expand(
-        {name: torch.stack([update[name] for update in loaded]).to(device) for name in loaded[0] if name != _ERROR}
+        {
+            name: torch.stack([update[name] for update in loaded]).to(device)
+            for name in loaded[0]
+            if not name.startswith("/")
+        }
     )
 
 
 def relative_errors(updates: Artifact, numbers: list[int]) -> list[float]:
     """Return what a low rank lost of each query's Delta theta, relative in the Frobenius norm."""
     return [load_tensors(part(updates.path, number, "safetensors"))[_ERROR].item() for number in numbers]
+
+
+def expected_spreads(updates: Artifact, numbers: list[int]) -> Tensor:
+    """Return the expected spread of some queries' scores at a checkpoint, (queries,) float64; see `expected_spread`."""
+    return torch.stack([load_tensors(part(updates.path, number, "safetensors"))[_SPREAD] for number in numbers])

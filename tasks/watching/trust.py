@@ -34,7 +34,8 @@ _RAISED = {
     OTHER_CURVATURE: "curvature.samples or teacher.damping",
 }
 _LOST_SIGN = (
-    "on pictures that the model made itself the loss's gradient can lose its sign: set teacher.objective: output_norm"
+    "on pictures that the model made itself the loss's gradient can lose its sign: set teacher.objective: output_norm, "
+    "or take gradients at early checkpoints of the training (teacher.checkpoints)"
 )
 _OF_LOSS = {Objective.loss, Objective.ratio}
 _OTHER_SPACE = "its features do not tell these images apart: choose another candidates.space"

@@ -77,9 +77,10 @@ def test_each_teacher_gives_its_fishers_scores_one_row_per_query(
     assert teacher.fisher == kind
     updates = updates_of(fishers[kind], gradients)
     base = None if teacher.first_order else training_losses(tiny_model, plan, block, MicroBatch(40))
-    found, errors = teacher.scores(
+    scores = teacher.scores(
         tiny_model, layers, plan, block, [stack(updates[:2]), stack(updates[2:])], base, MicroBatch(40)
     )
+    found, errors = scores.values, scores.errors
     assert errors.shape == found.shape and bool(errors.isnan().all()) == (not teacher.first_order)
     assert found.shape == (3, len(block.train_ids))
     assert found.dtype == torch.float64
