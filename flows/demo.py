@@ -23,8 +23,9 @@ def prepare(folder: Path, source: Path = CONFIG) -> Path:
 def prepare_judge(folder: Path) -> Path:
     """Lay out the judge's world: its shards, its model, which is trained here, and a ready config; return its path."""
     from tasks.demo import judge_world
+    from tasks.demo.invented import invented_pictures
 
-    write_shards(folder / "shards", judge_world.choose)
+    write_shards(folder / "shards", judge_world.choose, invented_pictures())
     config = folder / judge_world.CONFIG.name
     if not config.is_file():
         write_atomically(config, judge_world.CONFIG.read_bytes())

@@ -18,6 +18,7 @@ from tasks.inputs.features import extract_features
 from tasks.judging.head import measure_head
 from tasks.judging.kept_checks import publish_checks, read_checks
 from tasks.judging.left_out import plan_removals
+from tasks.judging.planted import check_planted, planted_samples
 from tasks.judging.retrained import check_by_retraining
 from tasks.judging.sketches import check_sketches
 from tasks.judging.teacher import check_against_exact, check_self_consistency, measure_low_rank
@@ -45,6 +46,8 @@ def judge_run(run: Run) -> list[Made]:
         checks.append(check_self_consistency(run, ranks))
     if config.sketches is not None:
         checks.append(check_sketches(run, ranks))
+    if planted := planted_samples(run):
+        checks.append(check_planted(run, ranks, planted))
     retrained = []
     if config.judge is not None:
         with begin_run(run) as coordinator:

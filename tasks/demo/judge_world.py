@@ -1,7 +1,7 @@
-"""The judge's world: 400 OpenMoji, and a denoiser so small that it is trained again in half a minute.
+"""The judge's world: some 400 pictures, and a denoiser so small that it is trained again in half a minute.
 
-The denoiser is trained by the very recipe by which the judge trains models again, so that the judge's model of all
-samples is the one whose pictures are attributed.
+They are OpenMoji and, as planted truth, `invented` ones. The denoiser is trained by the very recipe by which the judge
+trains models again, so that the judge's model of all samples is the one whose pictures are attributed.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def write_model(folder: Path, shards: Path, judge: JudgeConfig) -> None:
 
     The folder is complete once `ORIGIN.txt` is there and names the recipe.
     """
-    origin, note = folder / "ORIGIN.txt", f"recipe {input_key('world', judge.retrain, judge.seed)}\n"
+    pictures = (shards / "ORIGIN.txt").read_text()
+    origin, note = folder / "ORIGIN.txt", f"recipe {input_key('world', judge.retrain, judge.seed, pictures)}\n"
     if origin.is_file() and origin.read_text() == note:
         return
     staging = folder.with_name(f".{folder.name}")
