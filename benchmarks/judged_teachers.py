@@ -54,6 +54,7 @@ from tasks.teaching.retrainings import RetrainingParts, judged_by
 DAMPINGS = (0.001, 0.01, 0.1, 1.0, 10.0)
 SHARES = (0.25, 0.5, 1.0)  # of the training, at which gradients are taken
 FISHER_ROWS, PAIRS = 1024, 128
+FRESH = 1000  # added to the seed of weights that no training began with
 SPLITS = ("validation", "test", TWIN, PSEUDO)
 
 
@@ -106,6 +107,15 @@ class World:
             ema = copy.deepcopy(trainer.run(round(share * training.steps)))
             found[share] = replace(model, denoiser=ema)
         return found
+
+    def randomised(self) -> DiffusionModel:
+        """Return the model with fresh weights: scores made of these have to lose their truth.
+
+        Source: Adebayo et al., "Sanity checks for saliency maps" (2018).
+        """
+        model = self.context.model()
+        denoiser = to_train(model, seed=self.parts.config.seed + FRESH, continued=False)
+        return replace(model, denoiser=denoiser.eval())
 
     def fisher(self, model: DiffusionModel, names: list[str]) -> EkfacFisher:
         rows = torch.arange(FISHER_ROWS)
@@ -223,6 +233,10 @@ def main() -> None:
         for form in ("", ", negative ones 0"):
             setting = Setting(objective, "cross-attn-kv", 1.0, 0.1, form)
             print(row(world, f"fixed: {setting}", found[setting]), flush=True)
+    for objective in Objective:
+        several = dict(world.scores(objective, "cross-attn-kv", 1.0, world.randomised()))
+        scores = several[Setting(objective, "cross-attn-kv", 1.0, 0.1, "")]
+        print(row(world, f"fresh weights: {objective}, cross-attn-kv, damping 0.1", scores))
     best = max(found, key=lambda each: mean_lds(world, found[each], "validation"))
     print(row(world, f"**chosen on validation: {best}**", found[best]))
     for split in SPLITS[1:]:

@@ -21,6 +21,7 @@ from tasks.judging.left_out import plan_removals
 from tasks.judging.planted import check_planted, planted_samples
 from tasks.judging.retrained import check_by_retraining
 from tasks.judging.sketches import check_sketches
+from tasks.judging.tail_patch import check_tail_patch
 from tasks.judging.teacher import check_against_exact, check_self_consistency, measure_low_rank
 from tasks.reporting.announcements import announce_metrics, announce_trust
 from tasks.serving.promotion import Evaluation, promote
@@ -48,6 +49,8 @@ def judge_run(run: Run) -> list[Made]:
         checks.append(check_sketches(run, ranks))
     if planted := planted_samples(run):
         checks.append(check_planted(run, ranks, planted))
+    if config.tail_patch is not None:
+        checks.append(check_tail_patch(run, ranks))
     retrained = []
     if config.judge is not None:
         with begin_run(run) as coordinator:
