@@ -90,7 +90,11 @@ def main() -> None:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
     print(f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, {packages}")
     referee, cheap = exact(world, queries), world.cheap()
-    methods = {"exact influence": referee}
+    methods = {
+        "exact influence": referee,
+        "its positive part": referee.clamp_min(0),
+        "its negative part": referee.clamp_max(0),
+    }
     methods |= {name: cheap[name][queries] for name in ("random", "captions", "features, centred")}
     models = world.models()
     for name, (objective, share, form) in TEACHERS.items():
