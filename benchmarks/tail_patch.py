@@ -29,7 +29,7 @@ from fastgda_core.teachers.micro_batch import MicroBatch
 from tasks.config.files import load_config
 from tasks.context import open_context
 
-LENGTHS, FIRST, PAIRS = (1e-3, 3e-3, 1e-2), (1, 10), 16
+LENGTHS, FIRST, PAIRS = (1e-4, 3e-4, 1e-3), (1, 10), 16
 TEACHERS = {  # of cross-attn-kv, damping 0.1
     "loss, final weights": (Objective.loss, 1.0, ""),
     "the same, negative ones 0": (Objective.loss, 1.0, ", negative ones 0"),

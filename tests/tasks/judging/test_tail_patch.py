@@ -48,8 +48,8 @@ def test_the_models_step_is_on_what_the_method_names(similar: WholeRun) -> None:
 
     length, before = similar.config.tail_patch.length, loss(model.denoiser)
     fall, rise = ((patch.after(step, share, loss) - before) / before for share in (length, -length))
-    assert found[FALL, TEACHER, 3]["value"] == pytest.approx(-float(fall), rel=1e-3)
-    assert found[RISE, TEACHER, 3]["value"] == pytest.approx(float(rise), rel=1e-3)
+    assert found[FALL, TEACHER, 3]["value"] == pytest.approx(-float(fall), rel=1e-2, abs=1e-6)
+    assert found[RISE, TEACHER, 3]["value"] == pytest.approx(float(rise), rel=1e-2, abs=1e-6)
     assert found[FALL, TEACHER, 1]["value"] != found[FALL, TEACHER, 3]["value"]
     assert check_tail_patch.fn(similar.run, similar.curation.ranks).reused
 
