@@ -24,8 +24,9 @@ def prepare(folder: Path, source: Path = CONFIG) -> Path:
 def prepare_judge(folder: Path) -> Path:
     """Lay out the judge's world: its shards, its model, which is trained here, and configs; return the first's path."""
     from tasks.demo import judge_world
+    from tasks.demo.invented import invented_pictures
 
-    write_shards(folder / "shards", judge_world.choose)
+    write_shards(folder / "shards", judge_world.choose, invented_pictures())
     config = folder / judge_world.CONFIG.name
     for source in (judge_world.CONFIG, judge_world.TIERS_CONFIG):
         if not (folder / source.name).is_file():

@@ -20,8 +20,10 @@ from tasks.inputs.features import extract_features
 from tasks.judging.head import measure_head
 from tasks.judging.kept_checks import publish_checks, read_checks
 from tasks.judging.left_out import plan_removals
+from tasks.judging.planted import check_planted, planted_samples
 from tasks.judging.retrained import check_by_retraining
 from tasks.judging.sketches import check_sketches
+from tasks.judging.tail_patch import check_tail_patch
 from tasks.judging.teacher import check_against_exact, check_self_consistency, measure_low_rank
 from tasks.reporting.announcements import announce_judges, announce_metrics, announce_trust
 from tasks.reporting.judged import write_judge_table
@@ -57,6 +59,10 @@ def judge_run(run: Run) -> list[Made]:
         checks.append(check_self_consistency(run, ranks))
     if config.sketches is not None:
         checks.append(check_sketches(run, ranks))
+    if planted := planted_samples(run):
+        checks.append(check_planted(run, ranks, planted))
+    if config.tail_patch is not None:
+        checks.append(check_tail_patch(run, ranks))
     retrained = []
     if config.judge is not None:
         with begin_run(run) as coordinator:

@@ -16,6 +16,8 @@ from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.schedule import Schedule
 
 AT_ONCE = 128  # captions that are encoded together
+BETAS = (0.9, 0.99)  # of AdamW
+LARGEST_NORM = 1.0  # of a gradient; a longer one is clipped
 OnStep = Callable[[int, float, torch.nn.Module], None]
 
 
@@ -31,6 +33,18 @@ class DenoiserTraining:
     caption_dropout: float = 0.1  # trains the unconditional branch of classifier-free guidance
     ema_decay: float = 0.999
     seed: int = 0
+
+    def share_of_rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0, as a share of the highest."""
+        warm = min(1.0, (step + 1) / self.warmup_steps)
+        return warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+    def averaged(self, step: int) -> float:
+        """Return the share of the averaged weights that a step, counted from 0, keeps.
+
+        The horizon is short at the start, so that the average does not remember the random initialisation.
+        """
+        return min(self.ema_decay, (step + 1) / (step + 10))
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,20 @@ class CaptionedLatents:
         )
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a step is taken on, on the denoiser's device.
+
+    image: the row of each one's image in the data, (n,), on the CPU; others: as `per_sample_loss` takes them.
+    """
+
+    image: Tensor
+    clean: Tensor
+    condition: Condition
+    timesteps: Tensor
+    noise: Tensor
+
+
 class DenoiserTrainer:
     """Minimises the diffusion loss over uniformly drawn (image, caption, timestep, noise); `ema` is the result.
 
@@ -98,9 +126,9 @@ class DenoiserTrainer:
         self._captions_of = torch.bincount(data.owner, minlength=len(data.latents))
         self._first_caption = torch.cumsum(self._captions_of, 0) - self._captions_of
         self._optimizer = torch.optim.AdamW(
-            denoiser.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, betas=(0.9, 0.99)
+            denoiser.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, betas=BETAS
         )
-        self._warmup_cosine = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._share_of_rate)
+        self._warmup_cosine = torch.optim.lr_scheduler.LambdaLR(self._optimizer, training.share_of_rate)
         self.ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
 
     def run(self, until: int | None = None, on_step: OnStep = lambda step, loss, ema: None) -> torch.nn.Module:
@@ -116,23 +144,25 @@ class DenoiserTrainer:
             loss = self._loss()
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), LARGEST_NORM)
             self._optimizer.step()
             self._warmup_cosine.step()
-            # A short horizon at the start, so that the average does not remember the random initialisation.
-            decay = min(self.training.ema_decay, (self.step + 1) / (self.step + 10))
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.ema.parameters()), list(self.denoiser.parameters()), 1 - decay)
+                moved = 1 - self.training.averaged(self.step)
+                torch._foreach_lerp_(list(self.ema.parameters()), list(self.denoiser.parameters()), moved)
             self.step += 1
             on_step(self.step - 1, loss.item(), self.ema)
         return self.ema
 
-    def _share_of_rate(self, step: int) -> float:
-        warm = min(1.0, (step + 1) / self.training.warmup_steps)
-        return warm * 0.5 * (1 + math.cos(math.pi * step / self.training.steps))
-
     def _loss(self) -> Tensor:
-        data, size, draw = self.data, self.training.batch_size, self._draw
+        batch = self.batch(self._draw)
+        return per_sample_loss(
+            self.denoiser, self.schedule, batch.clean, batch.condition, batch.timesteps, batch.noise
+        ).mean()
+
+    def batch(self, draw: torch.Generator) -> Batch:
+        """Draw a batch; the training's own are drawn from one generator, whose state is in `state`."""
+        data, size = self.data, self.training.batch_size
         image = torch.randint(len(data.latents), (size,), generator=draw)
         pick = torch.rand(size, generator=draw)
         caption = self._first_caption[image] + (pick * self._captions_of[image]).long()
@@ -145,8 +175,7 @@ class DenoiserTrainer:
             name: _where(dropped, data.empty[name], rows).to(device)
             for name, rows in take(data.condition, caption).items()
         }
-        clean, timesteps, noise = (tensor.to(device) for tensor in (clean, timesteps, noise))
-        return per_sample_loss(self.denoiser, self.schedule, clean, condition, timesteps, noise).mean()
+        return Batch(image, clean.to(device), condition, timesteps.to(device), noise.to(device))
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` goes on from: tensors, numbers, and dictionaries and lists of them."""

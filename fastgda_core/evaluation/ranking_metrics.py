@@ -169,6 +169,20 @@ def recall(scores: Tensor, relevant: Tensor, k: int) -> Tensor:
     return (top_mask(scores, k) & relevant).sum(1).double() / relevant.sum(1)
 
 
+def r_precision(scores: Tensor, relevant: Tensor) -> Tensor:
+    """Return the share of each row's n relevant items among its n highest scores, (queries,) float64.
+
+    There precision and recall are the same figure (Buckley and Voorhees, "Evaluating evaluation measure stability",
+    2000); over all orders of the items it is n / samples on average.
+
+    Args:
+        scores: (queries, samples); higher ranks earlier.
+        relevant: (queries, samples) bool, at least one True a row.
+    """
+    several = zip(scores, relevant, relevant.sum(1).tolist(), strict=True)
+    return torch.cat([recall(score[None], truth[None], count) for score, truth, count in several])
+
+
 def ndcg(scores: Tensor, gains: Tensor, k: int) -> Tensor:
     """Return the normalised discounted cumulative gain at `k` of each row, (queries,) float64.
 

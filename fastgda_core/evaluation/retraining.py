@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -69,6 +70,44 @@ def query_losses(
     Returns:
         losses, (pairs,) float64, and timesteps, (pairs,), on the CPU.
     """
+    losses_of, timesteps = _at_pairs(model, denoiser, latent, condition, owner, seed, pairs)
+    found = torch.cat([losses for _, losses in micro_batch.run(pairs, losses_of)])
+    return found.double().cpu(), timesteps.cpu()
+
+
+def query_gradient(
+    model: DiffusionModel,
+    denoiser: Any,
+    latent: Tensor,
+    condition: Condition,
+    *,
+    owner: int,
+    seed: int,
+    pairs: int,
+    micro_batch: MicroBatch,
+) -> Tensor:
+    """Return the gradient of the mean of `query_losses` with respect to all of a denoiser's weights, one after another.
+
+    Takes what `query_losses` takes; the denoiser's weights may be frozen.
+
+    Returns:
+        (weights,) of the weights' type and on their device.
+    """
+    free = copy.deepcopy(denoiser).requires_grad_(True)
+    weights = list(free.parameters())
+    losses_of, _ = _at_pairs(model, free, latent, condition, owner, seed, pairs)
+
+    def gradients_of(stretch: slice) -> Tensor:
+        found = torch.autograd.grad(losses_of(stretch).sum() / pairs, weights)
+        return torch.cat([each.flatten() for each in found])
+
+    return torch.stack([gradient for _, gradient in micro_batch.run(pairs, gradients_of)]).sum(0)
+
+
+def _at_pairs(
+    model: DiffusionModel, denoiser: Any, latent: Tensor, condition: Condition, owner: int, seed: int, pairs: int
+) -> tuple[Callable[[slice], Tensor], Tensor]:
+    """Return a function from a stretch of an image's (timestep, noise) pairs to its losses there, and the timesteps."""
     plain = replace(model, denoiser=denoiser, objective=Objective.loss, compiled_denoisers=None)
     timesteps = stratified_timesteps(stream_key(seed, "judge timesteps"), owner, pairs, model.schedule.train_timesteps)
     noise_key, draws = stream_key(seed, "judge noise"), torch.arange(pairs, device=model.device)
@@ -80,5 +119,4 @@ def query_losses(
         several = {name: row.expand(rows, *row.shape[1:]) for name, row in condition.items()}
         return plain.losses(latent.expand(rows, *latent.shape), several, timesteps[stretch], noise)
 
-    found = torch.cat([losses for _, losses in micro_batch.run(pairs, losses_of)])
-    return found.double().cpu(), timesteps.cpu()
+    return losses_of, timesteps

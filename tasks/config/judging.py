@@ -46,6 +46,19 @@ class LeaveOutConfig(Section):
         return self.seeds * (1 + METHODS * len(self.k))
 
 
+class TailPatchConfig(Section):
+    k: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[10], min_length=1, description="most influential samples of each query that the model's step is on"
+    )
+    length: float = Field(
+        default=3e-4, gt=0, description="of the step, as a share of the length of all weights; a long one overshoots"
+    )
+    queries: int | None = Field(default=None, ge=1, description="test queries; default: all")
+    pairs: int = Field(default=32, ge=1, description="(timestep, noise) pairs of each sample's gradient")
+    draws: int = Field(default=128, ge=1, description="(timestep, noise) pairs of a query's loss")
+    seed: int = Field(default=0, ge=0, description="of the pairs")
+
+
 class JudgeConfig(Section):
     retrain: RetrainConfig
     subsets: int = Field(default=32, ge=3, description="models, each trained on a random subset of the samples")

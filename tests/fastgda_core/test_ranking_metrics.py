@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import kendalltau, spearmanr
-from sklearn.metrics import average_precision_score, ndcg_score
+from sklearn.metrics import average_precision_score, ndcg_score, precision_score, recall_score
 
 from fastgda_core.evaluation.ranking_metrics import (
     agreement,
@@ -18,6 +18,7 @@ from fastgda_core.evaluation.ranking_metrics import (
     expected_random_average_precision,
     kendall,
     ndcg,
+    r_precision,
     recall,
     spearman,
     top_mask,
@@ -165,6 +166,17 @@ def test_recall_counts_the_relevant_among_the_first(k: int) -> None:
     for value, score, truth in zip(found, scores, relevant, strict=True):
         first = set(np.argsort(-score)[:k])
         assert value == pytest.approx(len(first & set(np.flatnonzero(truth))) / truth.sum())
+
+
+def test_r_precision_is_precision_and_recall_at_the_number_of_the_relevant() -> None:
+    rng = np.random.default_rng(7)
+    scores, relevant = rng.normal(size=(30, 80)), rng.random((30, 80)) < rng.uniform(0, 0.5, size=(30, 1))
+    relevant[:, 0] = True
+    for value, score, truth in zip(
+        r_precision(*map(torch.from_numpy, (scores, relevant))), scores, relevant, strict=True
+    ):
+        marked = np.isin(np.arange(80), np.argsort(-score)[: truth.sum()])
+        assert value == pytest.approx(precision_score(truth, marked)) == pytest.approx(recall_score(truth, marked))
 
 
 TEACHERS = {

@@ -18,7 +18,10 @@ def similar(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Who
 
     folder = tmp_path_factory.mktemp("similar")
     candidates = {"policy": "top_k", "k": 10}
-    return whole_run(configuration(folder, model_folder, teacher={"name": "similarity"}, candidates=candidates))
+    patch = {"k": [1, 3], "queries": 1, "pairs": 2, "draws": 4}
+    return whole_run(
+        configuration(folder, model_folder, teacher={"name": "similarity"}, candidates=candidates, tail_patch=patch)
+    )
 
 
 @pytest.fixture(scope="session")
