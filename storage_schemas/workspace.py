@@ -217,6 +217,16 @@ def retrained(folder: AnyPath, retraining: str) -> AnyPath:
     return folder / f"{retraining}.parquet"
 
 
+def beside_retrained(folder: AnyPath, retraining: str, what: str) -> AnyPath:
+    """Return the path of what belongs to one model: the `state` or folder `begun` of its training, its `log`."""
+    return folder / f"{retraining}.{what}"
+
+
+def recipe(folder: AnyPath) -> AnyPath:
+    """Return the path of the settings by which the models of a folder were trained."""
+    return folder / "recipe.json"
+
+
 def part(folder: AnyPath, number: int, suffix: str = "parquet") -> AnyPath:
     """Return the path of one part of a sharded table or tensor."""
     return folder / f"part-{number:05d}.{suffix}"

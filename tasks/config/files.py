@@ -35,6 +35,7 @@ def load_config(path: Path) -> PipelineConfig:
             "data": DataConfig(shards=str(literal / config.data.shards)),
             "model": config.model.model_copy(update={"folder": folder / config.model.folder}),
             "features": config.features.seen_from(folder),
+            "judge": config.judge.seen_from(folder) if config.judge else None,
             "queries": config.queries.model_copy(
                 update={"shards": str(literal / config.queries.shards) if config.queries.shards else None}
             ),

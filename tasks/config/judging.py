@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from tasks.config.section import Section
 
@@ -30,6 +31,52 @@ class RetrainConfig(Section):
         return self.model_dump(exclude={"continued"})
 
 
+class TrainerConfig(Section):
+    """A trainer of the user's own, which is run for each model in place of the built-in recipe.
+
+    In each word of the command `{removed}` is replaced by the path of a CSV file with the samples to leave out
+    (train_id, key, shard), `{seed}` by the seed, `{output}` by the folder for the model, and `{device}`, which may be
+    left out, by the device as torch names it.
+    """
+
+    command: list[str] = Field(
+        min_length=1,
+        description="program and arguments, run without a shell, with {removed}, {seed}, {output} in them; it writes a "
+        "diffusers model folder, or the denoiser's alone, into {output}",
+    )
+    folder: Path = Field(default=Path(), description="where it runs, relative to the config file")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_recipe_beside_it(cls, given: Any) -> Any:
+        if isinstance(given, dict) and (beside := sorted(given.keys() & RetrainConfig.model_fields.keys())):
+            raise ValueError(f"the command says itself how it trains: remove {', '.join(beside)}, or the command")
+        return given
+
+    @model_validator(mode="after")
+    def _told_what_to_do(self) -> Self:
+        for place in ("{removed}", "{seed}", "{output}"):
+            if not any(place in word for word in self.command):
+                raise ValueError(f"command lacks {place}: the trainer has to be told")
+        return self
+
+    def words(self, **places: object) -> list[str]:
+        """Return the command with `{name}` replaced by the text of each of `places`, and nothing else."""
+        found = self.command
+        for name, value in places.items():
+            found = [word.replace(f"{{{name}}}", str(value)) for word in found]
+        return found
+
+
+def _kind_of_recipe(given: object) -> str:
+    named = given if isinstance(given, dict) else getattr(type(given), "model_fields", {})
+    return "trainer" if "command" in named else "recipe"
+
+
+Retrain = Annotated[
+    Annotated[RetrainConfig, Tag("recipe")] | Annotated[TrainerConfig, Tag("trainer")], Discriminator(_kind_of_recipe)
+]
+
 METHODS = 4  # whose images are removed: teacher, untuned features, captions alone, chance
 
 
@@ -47,7 +94,7 @@ class LeaveOutConfig(Section):
 
 
 class JudgeConfig(Section):
-    retrain: RetrainConfig
+    retrain: Retrain
     subsets: int = Field(default=32, ge=3, description="models, each trained on a random subset of the samples")
     share: float = Field(default=0.5, gt=0, lt=1, description="of the samples in a subset")
     again: int = Field(
@@ -60,6 +107,22 @@ class JudgeConfig(Section):
     leave_out: LeaveOutConfig | None = Field(
         default=None, description="train without what the teacher, and cheaper methods, name for some test queries"
     )
+
+    def seen_from(self, folder: Path) -> Self:
+        """Return the section with the folder in which a command runs made absolute."""
+        if isinstance(self.retrain, RetrainConfig):
+            return self
+        retrain = self.retrain.model_copy(update={"folder": folder / self.retrain.folder})
+        return self.model_copy(update={"retrain": retrain})
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What decides a model and its losses, beside what it is taught and asked: part of the models' key."""
+        return self.model_dump(mode="json", include={"draws": True, "seed": True, "retrain": self._decisive})
+
+    @property
+    def _decisive(self) -> Any:
+        return {"command"} if isinstance(self.retrain, TrainerConfig) else True
 
     @model_validator(mode="after")
     def _again_are_subsets(self) -> Self:

@@ -37,10 +37,11 @@ class Rate:
     source: str
 
 
-def run_costs(config: PipelineConfig, size: Size) -> list[KindCost]:
+def run_costs(context: Context, size: Size) -> list[KindCost]:
     """Return what each kind of part takes, the judge's pool included."""
+    config = context.config
     costs = family_of(config).costs(config, size)
-    return costs if config.judge is None else [*costs, *retraining_costs(config.judge, size)]
+    return costs if config.judge is None else [*costs, *retraining_costs(config.judge, size, context.workspace)]
 
 
 def known_rate(context: Context) -> Rate | None:

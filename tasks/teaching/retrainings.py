@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
+import statistics
 import time
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,16 +23,28 @@ from fastgda_core.evaluation.retraining import query_losses, random_subset, to_t
 from fastgda_core.interruption import checkpoint
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table, input_key, write_atomically
-from storage_schemas.files import AnyPath, is_there, read_whole, remove
+from storage_schemas.files import (
+    AnyPath,
+    is_there,
+    matching,
+    private_folder,
+    read_if_there,
+    read_whole,
+    remove,
+    write_changed,
+)
+from storage_schemas.listings import folder_manifests, list_folder
 from storage_schemas.which_workspace import command
-from storage_schemas.workspace import retrained
+from storage_schemas.workspace import Workspace, beside_retrained, recipe, retrained
 from tasks.artifact import Artifact
-from tasks.config.judging import JudgeConfig
+from tasks.config.judging import JudgeConfig, RetrainConfig, TrainerConfig
 from tasks.context import Context
 from tasks.inputs.queries import load_queries
+from tasks.inputs.samples import samples_table
 from tasks.teaching.cost import KindCost, Size
 from tasks.teaching.latents import load_block, unreadable_samples
 from tasks.teaching.parts import Parts
+from tasks.teaching.trainer import Trainer
 
 STATE_SECONDS = 60.0  # between two states from which a training goes on
 REMOVAL_PLAN = "removal plan"
@@ -75,9 +90,9 @@ def judged_by(
 
     Their key is the recipe's, and what models are taught and asked: whoever asks for the same model gets it.
     """
-    begun_with = context.model_hash if config.retrain.continued else "fresh"
-    recipe = config.model_dump(mode="json", include={"retrain", "draws", "seed"})
-    key = input_key("retrainings", latents.key, queries.key, begun_with, recipe, table=tables.RETRAINED_LOSSES)
+    continued = isinstance(config.retrain, RetrainConfig) and config.retrain.continued
+    begun_with = context.model_hash if continued else "fresh"
+    key = input_key("retrainings", latents.key, queries.key, begun_with, config.recipe, table=tables.RETRAINED_LOSSES)
     rows, folder = queries.rows * config.draws, context.workspace.retrainings(key)
     found = [Artifact(RetrainingParts.kind, key, folder, len(pool_of(config)) * rows)]
     if config.leave_out is not None:
@@ -91,9 +106,12 @@ class TrainedAgain(Parts):
 
     after_scores = when_judged = True
 
-    def __init__(self, context: Context, latents: Artifact, queries: Artifact, models: Artifact) -> None:
+    def __init__(
+        self, context: Context, samples: Artifact, latents: Artifact, queries: Artifact, models: Artifact
+    ) -> None:
         assert context.config.judge is not None
-        self.context, self.latents, self.queries, self.artifact = context, latents, queries, models
+        self.context, self.samples, self.latents, self.queries = context, samples, latents, queries
+        self.artifact = models
         self.config = context.config.judge
         self._known: dict[str, Retraining] = {}
 
@@ -131,14 +149,32 @@ class TrainedAgain(Parts):
         return self.queries.rows * self.config.draws
 
     def make(self, number: int) -> Manifest:
-        """Train one model, from its last state where one was kept, and commit its losses."""
-        started, path = time.monotonic(), self.path(number)
-        kept, retraining = self.pool[number].kept(self.config, self.latents.rows), self.pool[number]
+        """Train one model, from where another start left it, and commit what is kept of it."""
+        started = time.monotonic()
+        if isinstance(self.config.retrain, RetrainConfig):
+            made = self._keep(number, self._train(number, self.config.retrain), started)
+            remove(self._beside(number, "state"))
+            return made
+        trainer = self._trainer(number, self.config.retrain)
+        with trainer.alone() as lock:
+            manifest = self.made(number)  # by a process that this one waited for
+            if manifest is None:
+                manifest = self._keep(number, self._train_by_command(number, trainer, lock), started)
+            trainer.clear()
+        return manifest
+
+    def _beside(self, number: int, what: str) -> AnyPath:
+        return beside_retrained(self.artifact.path, self.ids[number], what)
+
+    def _train(self, number: int, recipe: RetrainConfig) -> torch.nn.Module:
+        """Train one model by the built-in recipe, from its last state where one was kept."""
+        retraining = self.pool[number]
+        kept = retraining.kept(self.config, self.latents.rows)
         model, data = self.context.model(), self.data()
-        denoiser = to_train(model, seed=retraining.seed, continued=self.config.retrain.continued)
-        training = DenoiserTraining(**self.config.retrain.hyperparameters, seed=retraining.seed)
+        denoiser = to_train(model, seed=retraining.seed, continued=recipe.continued)
+        training = DenoiserTraining(**recipe.hyperparameters, seed=retraining.seed)
         trainer = DenoiserTrainer(denoiser, model.schedule, data.without((~kept).nonzero().flatten()), training)
-        state = path.with_suffix(".state")
+        state = self._beside(number, "state")
         if is_there(state):
             trainer.restore(torch.load(io.BytesIO(read_whole(state)), weights_only=True, map_location="cpu"))
         written = time.monotonic()
@@ -150,12 +186,52 @@ class TrainedAgain(Parts):
                 write_atomically(state, _packed(trainer.state()))
                 written = time.monotonic()
 
-        trained = trainer.run(on_step=look)
+        return trainer.run(on_step=look)
+
+    def _trainer(self, number: int, config: TrainerConfig) -> Trainer:
+        """Return the training of one model by the user's command, whose folder is on this machine's disk."""
+        folder, log = self._beside(number, "begun"), self._beside(number, "log")
+        if isinstance(folder, Path) and isinstance(log, Path):
+            return Trainer(config, folder, log)
+        here = private_folder("trainings") / self.artifact.key / self.ids[number]
+        return Trainer(config, here, here.with_suffix(".log"))
+
+    def _train_by_command(self, number: int, trainer: Trainer, lock: int) -> torch.nn.Module:
+        retraining = self.pool[number]
+        removed = (~retraining.kept(self.config, self.latents.rows)).nonzero().flatten()
+        named = samples_table(self.samples.path).select(["train_id", "key", "shard"]).take(pa.array(removed.numpy()))
+        try:
+            trainer.train(named, retraining.seed, str(self.context.device), lock)
+            trained: torch.nn.Module = trainer.load(self.context.model())
+            return trained
+        finally:
+            log = self._beside(number, "log")
+            if trainer.log != log and trainer.log.exists():
+                write_atomically(log, trainer.log.read_bytes())
+
+    def _keep(self, number: int, trained: torch.nn.Module, started: float) -> Manifest:
+        """Commit what is kept of a trained model: its losses."""
+        described = json.dumps(self.config.recipe, indent=2, sort_keys=True) + "\n"
+        write_changed(recipe(self.artifact.path), described.encode())
         rows = pa.Table.from_batches(self._losses(number, trained), schema=tables.RETRAINED_LOSSES.schema)
-        device = str(self.context.device)
-        made = commit_table(path, rows, tables.RETRAINED_LOSSES, key=self.key(number), started=started, device=device)
-        remove(state)
-        return made
+        return commit_table(
+            self.path(number),
+            rows,
+            tables.RETRAINED_LOSSES,
+            key=self.key(number),
+            started=started,
+            device=str(self.context.device),
+        )
+
+    def check(self) -> None:
+        """Delete what is left of trainings whose process died after it had committed what is kept of the model."""
+        there = list_folder(self.artifact.path)
+        for number in range(self.count):
+            state, begun = self._beside(number, "state"), self._beside(number, "begun")
+            if state.name in there:
+                remove(state)
+            if begun.name in there and isinstance(self.config.retrain, TrainerConfig):
+                self._trainer(number, self.config.retrain).clear()
 
     def data(self) -> CaptionedLatents:
         """All readable samples, on the CPU; loaded once a process."""
@@ -228,9 +304,15 @@ class RemovalParts(TrainedAgain):
     kind, title = "removals", "models without what was named"
 
     def __init__(
-        self, context: Context, latents: Artifact, queries: Artifact, models: Artifact, plan: Artifact
+        self,
+        context: Context,
+        samples: Artifact,
+        latents: Artifact,
+        queries: Artifact,
+        models: Artifact,
+        plan: Artifact,
     ) -> None:
-        super().__init__(context, latents, queries, models)
+        super().__init__(context, samples, latents, queries, models)
         self.plan = plan
 
     def _pool(self) -> list[Retraining]:
@@ -248,14 +330,36 @@ class RemovalParts(TrainedAgain):
         return found
 
 
-def retraining_costs(config: JudgeConfig, size: Size) -> list[KindCost]:
-    """Return what a judge's models take, in forward passes; of removals, where no two methods name the same."""
+def retraining_costs(config: JudgeConfig, size: Size, workspace: Workspace) -> list[KindCost]:
+    """Return what a judge's models take, in forward passes; of removals, where no two methods name the same.
+
+    The time of a command of the user's own is that of models that it made in this workspace, else unknown.
+    """
     asked = size.queries * config.draws
-    each = config.retrain.steps * config.retrain.batch_size * TRAINING_FORWARDS + asked
+    each: float = asked
+    measured, unknown = None, False
+    if isinstance(config.retrain, RetrainConfig):
+        each += config.retrain.steps * config.retrain.batch_size * TRAINING_FORWARDS
+    else:
+        measured = measured_seconds(workspace, config)
+        unknown = measured is None
     models = {RetrainingParts.kind: len(pool_of(config))}
     if config.leave_out is not None:
         models[RemovalParts.kind] = config.leave_out.models
-    return [KindCost(kind, count, count * asked, count * each) for kind, count in models.items()]
+    return [
+        KindCost(kind, count, count * asked, count * each, measured=measured, unknown=unknown)
+        for kind, count in models.items()
+    ]
+
+
+def measured_seconds(workspace: Workspace, config: JudgeConfig) -> float | None:
+    """Return the median seconds of the models that were made here by the same recipe; None where there is none."""
+    wanted, found = config.recipe["retrain"], []
+    for path in matching(workspace.root / "retrainings", "*/recipe.json"):
+        content = read_if_there(path)
+        if content is not None and json.loads(content)["retrain"] == wanted:
+            found += [manifest.seconds for manifest in folder_manifests(path.parent).values()]
+    return statistics.median(found) if found else None
 
 
 def _packed(state: dict[str, Any]) -> bytes:
