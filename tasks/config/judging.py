@@ -84,13 +84,42 @@ class LeaveOutConfig(Section):
     k: list[Annotated[int, Field(ge=1)]] = Field(
         default=[40], min_length=1, description="most influential samples of each target that are removed, all at once"
     )
-    targets: int = Field(default=6, ge=1, description="test queries whose samples are removed; the others are controls")
+    targets: int = Field(
+        default=6,
+        ge=0,
+        description="test queries whose samples are removed together, once for each method; the others are controls; "
+        "0: none are",
+    )
+    each: int = Field(
+        default=0, ge=0, description="test queries that have models of their own: one for each method and k of each_k"
+    )
+    each_k: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[], description="most influential samples of one query that are removed; empty: those of k"
+    )
     seeds: int = Field(default=1, ge=1, description="trainings of each removal, and as many with nothing removed")
+
+    @property
+    def own_k(self) -> list[int]:
+        """How many samples of one query are removed, ascending; empty where no query has models of its own."""
+        return sorted(set(self.each_k or self.k)) if self.each else []
+
+    @property
+    def pooled_k(self) -> list[int]:
+        """How many samples of each target are removed at once; empty where there are no targets."""
+        return self.k if self.targets else []
 
     @property
     def models(self) -> int:
         """How many models are trained, at most."""
-        return self.seeds * (1 + METHODS * len(self.k))
+        return self.seeds * (1 + METHODS * (len(self.pooled_k) + self.each * len(self.own_k)))
+
+    @model_validator(mode="after")
+    def _something_is_removed(self) -> Self:
+        if not self.targets and not self.each:
+            raise ValueError("targets and each are both 0: raise one, or remove leave_out")
+        if self.each_k and not self.each:
+            raise ValueError("each_k is of queries with models of their own, and each is 0: raise each, or remove it")
+        return self
 
 
 class JudgeConfig(Section):
@@ -107,6 +136,11 @@ class JudgeConfig(Section):
     leave_out: LeaveOutConfig | None = Field(
         default=None, description="train without what the teacher, and cheaper methods, name for some test queries"
     )
+    regenerate: bool = Field(
+        default=False,
+        description="models without what was named generate the test queries' pictures again, from the same noise",
+    )
+    keep_weights: bool = Field(default=False, description="keep every model's weights; else its losses alone")
 
     def seen_from(self, folder: Path) -> Self:
         """Return the section with the folder in which a command runs made absolute."""
@@ -128,4 +162,10 @@ class JudgeConfig(Section):
     def _again_are_subsets(self) -> Self:
         if self.again and not 3 <= self.again <= self.subsets:
             raise ValueError(f"again is {self.again}: give 0, or from 3 to the {self.subsets} subsets")
+        return self
+
+    @model_validator(mode="after")
+    def _pictures_are_of_removals(self) -> Self:
+        if self.regenerate and self.leave_out is None:
+            raise ValueError("regenerate shows pictures without what was named for them: add leave_out")
         return self

@@ -23,7 +23,7 @@ from tasks.context import Context
 from tasks.inputs.samples import samples_table
 from tasks.teaching.cost import KindCost, Size, scores_of
 from tasks.teaching.families import family_of
-from tasks.teaching.retrainings import retraining_costs
+from tasks.teaching.retraining_costs import retraining_costs
 
 TRIAL_SECONDS = 1.0
 TRIAL_ROWS = 8
@@ -40,8 +40,7 @@ class Rate:
 def run_costs(context: Context, size: Size) -> list[KindCost]:
     """Return what each kind of part takes, the judge's pool included."""
     config = context.config
-    costs = family_of(config).costs(config, size)
-    return costs if config.judge is None else [*costs, *retraining_costs(config.judge, size, context.workspace)]
+    return [*family_of(config).costs(config, size), *retraining_costs(config, size, context.workspace)]
 
 
 def known_rate(context: Context) -> Rate | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
-import statistics
 import time
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,70 +17,37 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from fastgda_core.diffusion.folder import read_index
 from fastgda_core.diffusion.training import CaptionedLatents, DenoiserTrainer, DenoiserTraining
 from fastgda_core.errors import UsageError
-from fastgda_core.evaluation.retraining import query_losses, random_subset, to_train
+from fastgda_core.evaluation.retraining import query_losses, to_train
 from fastgda_core.interruption import checkpoint
 from storage_schemas import tables
-from storage_schemas.commit import Manifest, commit_table, input_key, write_atomically
+from storage_schemas.commit import Manifest, commit_table, committed, input_key, read_manifest, write_atomically
 from storage_schemas.files import (
     AnyPath,
     is_there,
-    matching,
     private_folder,
-    read_if_there,
     read_whole,
     remove,
     write_changed,
 )
-from storage_schemas.listings import folder_manifests, list_folder
+from storage_schemas.listings import committed_parts, list_folder
 from storage_schemas.which_workspace import command
-from storage_schemas.workspace import Workspace, beside_retrained, recipe, retrained
+from storage_schemas.workspace import beside_retrained, recipe, regenerated, retrained
 from tasks.artifact import Artifact
 from tasks.config.judging import JudgeConfig, RetrainConfig, TrainerConfig
 from tasks.context import Context
 from tasks.inputs.queries import load_queries
 from tasks.inputs.samples import samples_table
-from tasks.teaching.cost import KindCost, Size
+from tasks.teaching.kept_models import KeptModel, pictures_key
 from tasks.teaching.latents import load_block, unreadable_samples
 from tasks.teaching.parts import Parts
+from tasks.teaching.pool import Reason, Retraining, pool_of
 from tasks.teaching.trainer import Trainer
 
 STATE_SECONDS = 60.0  # between two states from which a training goes on
 REMOVAL_PLAN = "removal plan"
-TRAINING_FORWARDS = 3.0  # one forward and backward to all weights, in forwards
-
-
-@dataclass(frozen=True)
-class Retraining:
-    """A model that is trained again.
-
-    seed: of weights and draws; subset: number of the random subset that it is trained on; else on all but `removed`.
-    """
-
-    seed: int
-    subset: int | None = None
-    removed: tuple[int, ...] = ()
-
-    def kept(self, config: JudgeConfig, samples: int) -> Tensor:
-        """Return which samples it is trained on, (samples,) bool."""
-        if self.subset is not None:
-            return random_subset(samples, self.subset, seed=config.seed, share=config.share)
-        kept = torch.ones(samples, dtype=torch.bool)
-        kept[list(self.removed)] = False
-        return kept
-
-    def id(self, config: JudgeConfig, samples: int) -> str:
-        """Return a hash of the removed samples and the seed: who asks for the same gets the same."""
-        removed = (~self.kept(config, samples)).nonzero().flatten().tolist()
-        return input_key("retraining", removed, self.seed)
-
-
-def pool_of(config: JudgeConfig) -> list[Retraining]:
-    """Return the models of a pool: of all samples, of each subset, and of some of them from another seed."""
-    first, second = config.seed, config.seed + 1
-    subsets = [Retraining(first, number) for number in range(config.subsets)]
-    return [Retraining(first), *subsets, *(Retraining(second, number) for number in range(config.again))]
 
 
 def judged_by(
@@ -90,8 +57,7 @@ def judged_by(
 
     Their key is the recipe's, and what models are taught and asked: whoever asks for the same model gets it.
     """
-    continued = isinstance(config.retrain, RetrainConfig) and config.retrain.continued
-    begun_with = context.model_hash if continued else "fresh"
+    begun_with = context.model_hash if _continued(config) else "fresh"
     key = input_key("retrainings", latents.key, queries.key, begun_with, config.recipe, table=tables.RETRAINED_LOSSES)
     rows, folder = queries.rows * config.draws, context.workspace.retrainings(key)
     found = [Artifact(RetrainingParts.kind, key, folder, len(pool_of(config)) * rows)]
@@ -135,8 +101,8 @@ class TrainedAgain(Parts):
         """Return the models; none as long as they are not known."""
 
     @abstractmethod
-    def reasons(self) -> list[tuple[Retraining, tuple[str, int]]]:
-        """Return the models, each with the method that named what is removed, and its k."""
+    def reasons(self) -> list[tuple[Retraining, Reason]]:
+        """Return the models, each with why it is trained without what; one may have several reasons."""
 
     @property
     def count(self) -> int:
@@ -148,9 +114,41 @@ class TrainedAgain(Parts):
     def rows(self, number: int) -> int:
         return self.queries.rows * self.config.draws
 
+    def made(self, number: int) -> Manifest | None:
+        kept = self._kept(number)
+        there = (not self.config.keep_weights or kept.has_weights()) and (
+            not self._draws_again(number) or kept.has_pictures()
+        )
+        return super().made(number) if there else None
+
+    def committed(self) -> dict[int, Manifest]:
+        there = super().committed()
+        if self.config.keep_weights:
+            there = {number: manifest for number, manifest in there.items() if self._kept(number).has_weights()}
+        if self.config.regenerate:
+            pictures = committed_parts(regenerated(self.artifact.path, "").parent, pictures_key(self.artifact.key))
+            drawn = {
+                number for number, name in enumerate(self.ids) if regenerated(self.artifact.path, name).name in pictures
+            }
+            there = {number: there[number] for number in there if number in drawn or not self._draws_again(number)}
+        return there
+
+    def _kept(self, number: int) -> KeptModel:
+        return KeptModel(self.artifact.path, self.artifact.key, self.ids[number], self._part)
+
+    @functools.cached_property
+    def _part(self) -> str:
+        return read_index(self.context.config.model.folder).denoiser_part
+
+    def _draws_again(self, number: int) -> bool:
+        return self.config.regenerate and self.pool[number].draws_again
+
     def make(self, number: int) -> Manifest:
         """Train one model, from where another start left it, and commit what is kept of it."""
         started = time.monotonic()
+        if self.config.keep_weights and self._kept(number).has_weights():
+            denoiser = to_train(self.context.model(), seed=0, continued=_continued(self.config))
+            return self._keep(number, self._kept(number).load_into(denoiser), started)
         if isinstance(self.config.retrain, RetrainConfig):
             made = self._keep(number, self._train(number, self.config.retrain), started)
             remove(self._beside(number, "state"))
@@ -210,9 +208,17 @@ class TrainedAgain(Parts):
                 write_atomically(log, trainer.log.read_bytes())
 
     def _keep(self, number: int, trained: torch.nn.Module, started: float) -> Manifest:
-        """Commit what is kept of a trained model: its losses."""
+        """Commit what is kept of a trained model and is not there yet: its losses last, by which it counts as made."""
         described = json.dumps(self.config.recipe, indent=2, sort_keys=True) + "\n"
         write_changed(recipe(self.artifact.path), described.encode())
+        kept = self._kept(number)
+        if self.config.keep_weights and not kept.has_weights():
+            kept.keep_weights(trained)
+        if self._draws_again(number) and not kept.has_pictures():
+            model = replace(self.context.model(), denoiser=trained)
+            kept.keep_pictures(model, self.context.config.queries, self.queries)
+        if (manifest := committed(self.path(number), self.key(number))) is not None:
+            return manifest
         rows = pa.Table.from_batches(self._losses(number, trained), schema=tables.RETRAINED_LOSSES.schema)
         return commit_table(
             self.path(number),
@@ -294,8 +300,8 @@ class RetrainingParts(TrainedAgain):
     def _pool(self) -> list[Retraining]:
         return pool_of(self.config)
 
-    def reasons(self) -> list[tuple[Retraining, tuple[str, int]]]:
-        return [(each, ("" if each.subset is None else "subset", 0)) for each in self.pool]
+    def reasons(self) -> list[tuple[Retraining, Reason]]:
+        return [(each, Reason("" if each.subset is None else "subset")) for each in self.pool]
 
 
 class RemovalParts(TrainedAgain):
@@ -314,52 +320,48 @@ class RemovalParts(TrainedAgain):
     ) -> None:
         super().__init__(context, samples, latents, queries, models)
         self.plan = plan
+        self._planned: Manifest | None = None
+
+    @property
+    def count(self) -> int:
+        self._look_at_the_plan()
+        return super().count
+
+    def made(self, number: int) -> Manifest | None:
+        self._look_at_the_plan()
+        return super().made(number)
+
+    def _look_at_the_plan(self) -> None:
+        """Forget the models of an earlier plan: settings and labels may change under a run."""
+        manifest = read_manifest(self.plan.path)
+        if manifest != self._planned:
+            self._planned, self._known = manifest, {}
 
     def _pool(self) -> list[Retraining]:
         return [each for each, _ in self.reasons()]
 
-    def reasons(self) -> list[tuple[Retraining, tuple[str, int]]]:
-        if not is_there(self.plan.path):
-            return []
-        assert self.config.leave_out is not None
-        plan = tables.read(self.plan.path, tables.REMOVALS).to_pylist()
-        found: list[tuple[Retraining, tuple[str, int]]] = []
-        for seed in range(self.config.seed, self.config.seed + self.config.leave_out.seeds):
-            found.append((Retraining(seed), ("", 0)))
-            found += [(Retraining(seed, removed=tuple(row["removed"])), (row["method"], row["k"])) for row in plan]
+    def reasons(self) -> list[tuple[Retraining, Reason]]:
+        found: list[tuple[Retraining, Reason]] = []
+        for seed in self.seeds if self.removals() else ():
+            found.append((Retraining(seed), Reason()))
+            for row in self.removals():
+                only = "" if row["pooled"] else row["targets"][0]
+                found.append((Retraining(seed, removed=tuple(row["removed"])), Reason(row["method"], row["k"], only)))
         return found
 
+    @property
+    def seeds(self) -> range:
+        """From which each removal is trained."""
+        assert self.config.leave_out is not None
+        return range(self.config.seed, self.config.seed + self.config.leave_out.seeds)
 
-def retraining_costs(config: JudgeConfig, size: Size, workspace: Workspace) -> list[KindCost]:
-    """Return what a judge's models take, in forward passes; of removals, where no two methods name the same.
-
-    The time of a command of the user's own is that of models that it made in this workspace, else unknown.
-    """
-    asked = size.queries * config.draws
-    each: float = asked
-    measured, unknown = None, False
-    if isinstance(config.retrain, RetrainConfig):
-        each += config.retrain.steps * config.retrain.batch_size * TRAINING_FORWARDS
-    else:
-        measured = measured_seconds(workspace, config)
-        unknown = measured is None
-    models = {RetrainingParts.kind: len(pool_of(config))}
-    if config.leave_out is not None:
-        models[RemovalParts.kind] = config.leave_out.models
-    return [
-        KindCost(kind, count, count * asked, count * each, measured=measured, unknown=unknown)
-        for kind, count in models.items()
-    ]
+    def removals(self) -> list[dict[str, Any]]:
+        """Read the run's plan of removals; empty as long as there is none."""
+        return tables.read(self.plan.path, tables.REMOVALS).to_pylist() if is_there(self.plan.path) else []
 
 
-def measured_seconds(workspace: Workspace, config: JudgeConfig) -> float | None:
-    """Return the median seconds of the models that were made here by the same recipe; None where there is none."""
-    wanted, found = config.recipe["retrain"], []
-    for path in matching(workspace.root / "retrainings", "*/recipe.json"):
-        content = read_if_there(path)
-        if content is not None and json.loads(content)["retrain"] == wanted:
-            found += [manifest.seconds for manifest in folder_manifests(path.parent).values()]
-    return statistics.median(found) if found else None
+def _continued(config: JudgeConfig) -> bool:
+    return isinstance(config.retrain, RetrainConfig) and config.retrain.continued
 
 
 def _packed(state: dict[str, Any]) -> bytes:

@@ -24,7 +24,8 @@ from tasks.judging.left_out import CHANGE, OF_CONTROLS, SEPARATION
 from tasks.judging.methods import RANDOM, UNTUNED
 from tasks.judging.retrained import OVER_MODELS, check_by_retraining
 from tasks.teaching import retrainings
-from tasks.teaching.retrainings import RemovalParts, Retraining, RetrainingParts, judged_by
+from tasks.teaching.pool import Retraining
+from tasks.teaching.retrainings import RemovalParts, RetrainingParts, judged_by
 from tasks.watching.trust import LDS, RETRAINED_AGAIN, TEACHER, trust_in
 from tests.tasks.whole_runs import SAMPLES, WholeRun
 
