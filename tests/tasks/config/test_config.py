@@ -9,6 +9,7 @@ import yaml
 from fastgda_core.errors import UsageError
 from tasks.config.files import load_config
 from tasks.config.inputs import SplitConfig
+from tasks.config.judging import TrainerConfig
 from tasks.config.pipeline import PipelineConfig, check_sizes
 from tasks.demo.openmoji import CONFIG, list_openmoji
 from tasks.inputs.tars import find_shards
@@ -42,6 +43,17 @@ def test_the_demo_config_is_valid_and_asks_for_no_training_caption() -> None:
     known = {caption for image in list_openmoji() for caption in image.captions}
     assert len(known) > 3000
     assert known.isdisjoint(caption.lower() for caption in captions)
+
+
+def test_a_trainer_runs_beside_the_config_and_is_stored_with_its_command(tmp_path: Path) -> None:
+    words = ["train", "{removed}", "{seed}", "--to={output}", "{device} {other}"]
+    for given, folder in (({}, tmp_path), ({"folder": "trainer"}, tmp_path / "trainer")):
+        config = load_config(write(tmp_path, judge={"retrain": {"command": words, **given}}))
+        assert config.judge is not None and isinstance(config.judge.retrain, TrainerConfig)
+        assert config.judge.retrain.folder == folder
+        told = config.judge.retrain.words(removed="a b.csv", seed=3, output="/x", device="cuda:1")
+        assert told == ["train", "a b.csv", "3", "--to=/x", "cuda:1 {other}"]
+        assert PipelineConfig.model_validate(config.model_dump(mode="json")) == config
 
 
 def test_a_stored_config_loads_again_as_it_was() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,18 @@ def test_pictures_are_those_of_the_model_from_the_querys_noise_and_their_distanc
     assert rows[f"{OWN} mse", NOTHING, 0, ""]["queries"] == EACH
     assert rows["regeneration mse", TEACHER, 3, ""]["queries"] == 2
     assert rows["regeneration similarity of controls", TEACHER, 3, ""]["queries"] == 3
+
+
+@pytest.mark.heavy
+def test_distances_are_averaged_by_the_statement_of_the_documents(
+    judged: Curation, rows: dict[tuple[str, str, int, str], dict]
+) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "judges.md").read_text(encoding="utf-8")
+    (statement,) = re.findall(r'fastgda sql "([^"]* AS mse[^"]*)"', page)
+    found = query(judged.run.workspace.root, statement).to_pylist()
+    assert [(row["method"], row["k"]) for row in found] == [(method, k) for k in KS for method in sorted(METHODS)]
+    for row in found:
+        assert row["mse"] == pytest.approx(rows[f"{OWN} mse", row["method"], row["k"], ""]["value"])
 
 
 @pytest.mark.heavy

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from fastgda_core.evaluation.retraining import query_losses
 from flows.curation import Curation, curate
 from flows.evaluation import judge_run
+from storage_schemas.files import any_path
 from storage_schemas.runs.attempts import ShardState, read_attempts
 from storage_schemas.sql.views import query
 from tasks.config.execution import ExecutionConfig
@@ -24,6 +27,7 @@ from tasks.execution.outcomes import RunIncomplete
 from tasks.execution.retry import release
 from tasks.inputs.queries import load_queries
 from tasks.teaching.retrainings import RemovalParts, RetrainingParts, judged_by
+from tasks.teaching.trainer import TrainingFailed
 from tests.tasks.teaching import a_trainer
 from tests.tasks.whole_runs import configuration
 from tests.tasks.without_prefect import without_prefect
@@ -139,6 +143,31 @@ def test_what_is_removed_decides_the_model_and_its_losses(curation: Curation, mo
         curation.run.workspace.root, "SELECT count(DISTINCT retraining) AS n FROM retrained_losses"
     ).to_pylist()
     assert rows == [{"n": len({*parts.ids, *parts_of(curation, RemovalParts.kind).ids})}]
+
+
+@pytest.mark.heavy
+def test_in_an_object_store_trainings_are_on_this_machines_disk_and_logs_in_the_store(
+    curation: Curation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    parts = parts_of(curation, RetrainingParts.kind)
+    folder = any_path(f"memory://{uuid.uuid4().hex}/retrainings/key")
+    config = parts.config.model_copy(update={"keep_weights": True})
+    context = replace(parts.context, config=parts.context.config.model_copy(update={"judge": config}))
+    there = RetrainingParts(context, parts.samples, parts.latents, parts.queries, replace(parts.artifact, path=folder))
+    script = Path(curation.run.config.workspace).parent / "trainer.py"
+    mended = script.read_text()
+    script.write_text("print('the cluster is full')\nraise SystemExit(3)\n")
+    with pytest.raises(TrainingFailed, match="the cluster is full"):
+        there.make(1)
+    assert "the cluster is full" in (folder / f"{there.ids[1]}.log").read_text()
+    script.write_text(mended)
+    there.make(1)
+    assert torch.equal(there.losses(1), parts.losses(1))
+    assert "without 12 samples, seed 0" in (folder / f"{there.ids[1]}.log").read_text()
+    assert (folder / there.ids[1] / "unet" / "config.json").exists() and there.made(1) is not None
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {f"{there.ids[1]}.log"}
 
 
 def test_the_text_of_the_command_is_part_of_the_models_key_and_where_it_runs_is_not(curation: Curation) -> None:
