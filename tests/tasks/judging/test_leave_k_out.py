@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import statistics
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from storage_schemas import tables
 from storage_schemas.snapshots.snapshots import read_influence
 from storage_schemas.sql.views import query
 from storage_schemas.workspace import regenerated, retrained_weights
-from tasks.config.judging import JudgeConfig
+from tasks.config.judging import JudgeConfig, TrainerConfig
 from tasks.config.pipeline import PipelineConfig
 from tasks.execution.cost import run_costs
 from tasks.inputs.queries import draw_again, load_queries
@@ -28,11 +31,13 @@ from tasks.judging.kept_checks import read_checks
 from tasks.judging.leave_k_out import BRITTLENESS, BROKEN, OWN, OWN_CHANGE
 from tasks.judging.methods import RANDOM, UNTUNED
 from tasks.judging.removals import NOTHING
+from tasks.teaching import kept_models, retrainings, trainer
 from tasks.teaching.cost import Size
 from tasks.teaching.pool import Retraining
 from tasks.teaching.retraining_costs import TRAINING_FORWARDS
 from tasks.teaching.retrainings import RemovalParts, RetrainingParts
 from tasks.watching.trust import TEACHER
+from tests.tasks.teaching import a_trainer
 from tests.tasks.whole_runs import SAMPLES, configuration
 from tests.tasks.without_prefect import without_prefect
 
@@ -223,6 +228,62 @@ def test_what_is_asked_for_later_is_made_from_kept_weights_or_by_training_again_
     assert losses.read_bytes() == before[0]
     parts.make(1)
     assert [path.read_bytes() for path in (losses, pictures)] == before
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_crash_at_any_write_leaves_what_the_next_start_completes(
+    parts: RemovalParts, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    script = [sys.executable, a_trainer.__file__, str(model_folder), "{removed}", "{seed}", "{output}"]
+    judge = parts.config.model_copy(update={"retrain": TrainerConfig(command=script, folder=tmp_path)})
+    context = replace(parts.context, config=parts.context.config.model_copy(update={"judge": judge}))
+
+    def of(folder: Path) -> RemovalParts:
+        artifact = replace(parts.artifact, path=tmp_path / folder)
+        return RemovalParts(context, parts.samples, parts.latents, parts.queries, artifact, parts.plan)
+
+    straight, crashing = of(Path("straight")), of(Path("crashing"))
+    straight.make(1)
+    written: list[Path] = []
+
+    class Crash(BaseException):
+        pass
+
+    def dying(write: Callable[..., object]) -> Callable[..., object]:
+        """Die over each file at its first write, before it or after it."""
+
+        def act(path: Path, *arguments: object, **how: object) -> object:
+            dies = path not in written
+            written.extend([path] if dies else [])
+            if dies and not after:
+                raise Crash
+            made = write(path, *arguments, **how)
+            if dies:
+                raise Crash
+            return made
+
+        return act
+
+    for module in (retrainings, kept_models, trainer):
+        for name in ("write_atomically", "write_changed", "commit", "commit_table"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, dying(getattr(module, name)))
+    while crashing.made(1) is None:
+        with contextlib.suppress(Crash):
+            crashing.make(1)
+    name = parts.ids[1]
+    weights = ["config.json", "diffusion_pytorch_model.safetensors"]
+    pictures_and_losses = [f"{name}.parquet"] * 2
+    order = ["removed.csv", "finished", "recipe.json", *weights, *pictures_and_losses]
+    assert [path.name for path in written] == order
+    crashing.check()
+    names = [sorted(str(path.relative_to(each)) for path in each.rglob("*") if path.suffix != ".json")
+             for each in (straight.artifact.path, crashing.artifact.path)]  # fmt: skip
+    assert names[0] == names[1]
+    for name in names[0]:
+        if name.endswith((".parquet", ".safetensors")):
+            assert (straight.artifact.path / name).read_bytes() == (crashing.artifact.path / name).read_bytes()
 
 
 @pytest.mark.heavy
