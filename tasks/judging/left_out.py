@@ -5,7 +5,6 @@ Source: the pooled evaluation of MUCS (arXiv 2605.17938), which spares a retrain
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -22,7 +21,7 @@ from tasks.inputs.features import features_key
 from tasks.inputs.queries import load_queries
 from tasks.judging.methods import RANDOM, method_scores
 from tasks.judging.metric_rows import metric_row, metric_rows
-from tasks.judging.removals import Removals
+from tasks.judging.removals import NOTHING, Removals
 from tasks.teaching.retrainings import REMOVAL_PLAN
 from tasks.teaching.run import Run
 from tasks.watching.trust import TEACHER
@@ -121,18 +120,26 @@ def leave_out_rows(run: Run) -> list[dict[str, object]]:
     for removal in removals.plan:
         if not removal["pooled"]:
             continue
-        removed, method = tuple(removal["removed"]), removal["method"]
-        changes = removals.changes(removed)
-        row = functools.partial(metric_row, cutoff=removal["k"])
+        method, k = removal["method"], removal["k"]
+        changes = removals.changes(tuple(removal["removed"]))
         apart, error = separation(changes[targets], changes[controls])
-        alone = row(SEPARATION, method, torch.tensor([apart], dtype=torch.float64))
+        alone = metric_row(SEPARATION, method, torch.tensor([apart], dtype=torch.float64), cutoff=k)
         rows += [
-            *metric_rows(CHANGE, method, changes[targets], _names(run, targets), cutoff=removal["k"]),
-            row(OF_CONTROLS, method, changes[controls]),
+            *metric_rows(CHANGE, method, changes[targets], _names(run, targets), cutoff=k),
+            metric_row(OF_CONTROLS, method, changes[controls], cutoff=k),
             alone | {"standard_error": error, "queries": len(targets)},
         ]
-        for name, value in removals.distances(removed, _names(run, targets)).items():
-            rows += metric_rows(f"regeneration {name}", method, value, _names(run, targets), cutoff=removal["k"])
-        for name, value in removals.distances(removed, _names(run, controls)).items():
-            rows.append(row(f"regeneration {name} of controls", method, value))
-    return rows
+    return [*rows, *_regeneration_rows(run, removals, targets, controls)]
+
+
+def _regeneration_rows(
+    run: Run, removals: Removals, targets: list[int], controls: list[int]
+) -> Iterator[dict[str, object]]:
+    """Yield how far the pictures of targets and of controls are, without what each method named and with all."""
+    pooled = [(each["method"], each["k"], each["removed"]) for each in removals.plan if each["pooled"]]
+    for method, k, removed in [(NOTHING, 0, []), *pooled] if pooled else []:
+        names = _names(run, targets)
+        for name, values in removals.distances(tuple(removed), names).items():
+            yield from metric_rows(f"regeneration {name}", method, values, names, cutoff=k)
+        for name, values in removals.distances(tuple(removed), _names(run, controls)).items():
+            yield metric_row(f"regeneration {name} of controls", method, values, cutoff=k)

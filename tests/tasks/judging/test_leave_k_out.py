@@ -189,6 +189,7 @@ def test_pictures_are_those_of_the_model_from_the_querys_noise_and_their_distanc
     assert told == [{"mse": pytest.approx(mse), "space": "pixel", "similarity": pytest.approx(similarity)}]
     assert rows[f"{OWN} mse", NOTHING, 0, ""]["queries"] == EACH
     assert rows["regeneration mse", TEACHER, 3, ""]["queries"] == 2
+    assert rows["regeneration mse of controls", NOTHING, 0, ""]["queries"] == 3
     assert rows["regeneration similarity of controls", TEACHER, 3, ""]["queries"] == 3
 
 
