@@ -82,7 +82,7 @@ METHODS = 4  # whose images are removed: teacher, untuned features, captions alo
 
 class LeaveOutConfig(Section):
     k: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[40], min_length=1, description="most influential samples of each target that are removed, all at once"
+        default=[10], min_length=1, description="most influential samples of each target that are removed, all at once"
     )
     targets: int = Field(
         default=6,
