@@ -82,7 +82,7 @@ class World:
         latents = latents_of(context, self.samples)
         assert context.config.judge is not None
         pool = judged_by(context, context.config.judge, latents, self.queries, "")[RetrainingParts.kind]
-        self.parts = RetrainingParts(context, latents, self.queries, pool)
+        self.parts = RetrainingParts(context, self.samples, latents, self.queries, pool)
         assert not self.parts.missing(), "the pool is not complete: run `fastgda judge CONFIG`"
         config, losses = self.parts.config, [self.parts.losses(number).mean(0) for number in range(self.parts.count)]
         first, last = 1, 1 + config.subsets

@@ -65,10 +65,11 @@ def judge_run(run: Run) -> list[Made]:
         checks.append(check_tail_patch(run, ranks))
     retrained = []
     if config.judge is not None:
+        if config.judge.leave_out is not None:
+            plan_removals(run, ranks)
         with begin_run(run) as coordinator:
             retrained.append(coordinator.make(RetrainingParts.kind))
             if config.judge.leave_out is not None:
-                plan_removals(run, ranks)
                 retrained.append(coordinator.make(RemovalParts.kind))
         checks.append(check_by_retraining(run, ranks))
     publish_checks(run, [check.artifact for check in checks])

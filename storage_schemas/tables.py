@@ -170,8 +170,11 @@ RETRAININGS = Table(
         ("k", pa.int32(), "first samples of each target that are removed; 0 of subsets"),
         ("samples_left", pa.int64(), "how many it was trained on"),
         ("removed", pa.list_(pa.field("element", pa.int64(), nullable=False)), "train_ids, ascending"),
+        ("query_id", pa.string(), "the only query that they were named for; empty where there are several, or none"),
     ),
-    dictionary=("recipe", "method"),
+    dictionary=("recipe", "method", "query_id"),
+    version=3,
+    added={"query_id": Added(3, "")},
 )
 
 RETRAINED_LOSSES = Table(
@@ -188,6 +191,34 @@ RETRAINED_LOSSES = Table(
     dictionary=("retraining", "query_id"),
 )
 
+REGENERATIONS = Table(
+    "regenerations",
+    "the picture of a query's caption, from the query's own noise, by a model that was trained again",
+    schema(
+        ("retraining", pa.string(), "recipe, removed samples and seed, hashed"),
+        ("query_id", pa.string(), "the query"),
+        ("image", pa.binary(), "encoded PNG"),
+        ("image_sha256", pa.string(), "sha256 of the encoded image"),
+    ),
+    sorted_by=("query_id",),
+    dictionary=("retraining",),
+)
+
+REGENERATION_DISTANCES = Table(
+    "regeneration_distances",
+    "how far such a picture is from the query's, which the attributed model made",
+    schema(
+        ("retraining", pa.string(), "recipe, removed samples and seed, hashed"),
+        ("query_id", pa.string(), "the query"),
+        ("mse", pa.float64(), "mean squared difference over pixels and colours, each from 0 to 1"),
+        ("space", pa.string(), "the encoders of similarity: those of the configured space that see images"),
+        ("similarity", pa.float64(), "cosine of the two pictures' features, not centred; null where no encoder sees"),
+        nullable={"similarity"},
+    ),
+    sorted_by=("query_id",),
+    dictionary=("retraining", "space"),
+)
+
 REMOVALS = Table(
     "removals",
     "the samples that a method named for some queries, and a model is trained again without",
@@ -196,7 +227,10 @@ REMOVALS = Table(
         ("k", pa.int32(), "first samples of each target"),
         ("targets", TEXTS, "the queries that they were named for"),
         ("removed", pa.list_(pa.field("element", pa.int64(), nullable=False)), "train_ids, ascending"),
+        ("pooled", pa.bool_(), "named for all targets together, and not for one query"),
     ),
+    version=3,
+    added={"pooled": Added(3, True)},
 )
 
 INDEX_IDS = Table(

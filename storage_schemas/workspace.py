@@ -156,12 +156,16 @@ class Workspace:
         return self.runs / run / "in_lake"
 
     def retrainings(self, key: str) -> AnyPath:
-        """Folder of the models that were trained again by one recipe: a file of losses each."""
+        """Folder of the models that were trained again by one recipe: a file of losses each, and what belongs to it."""
         return self.root / "retrainings" / key
 
     def retraining_list(self, run: str) -> AnyPath:
         """The models by which a run was judged, with what each was trained without."""
         return self.runs / run / "retrainings.parquet"
+
+    def regeneration_distances(self, run: str) -> AnyPath:
+        """How far the pictures of the models by which a run was judged are from the queries'."""
+        return self.runs / run / "regeneration_distances.parquet"
 
     def removals(self, run: str) -> AnyPath:
         """What methods named for some queries, and models are trained again without."""
@@ -219,6 +223,26 @@ class Workspace:
 def retrained(folder: AnyPath, retraining: str) -> AnyPath:
     """Return the path of one model's losses on all queries, in the folder of its recipe."""
     return folder / f"{retraining}.parquet"
+
+
+def retrained_weights(folder: AnyPath, retraining: str, part: str) -> AnyPath:
+    """Return the path of one model's weights, in a folder as diffusers lays out the part: `unet` or `transformer`."""
+    return folder / retraining / part / "diffusion_pytorch_model.safetensors"
+
+
+def regenerated(folder: AnyPath, retraining: str) -> AnyPath:
+    """Return the path of the pictures that one model generated, in the folder of its recipe."""
+    return folder / "regenerated" / f"{retraining}.parquet"
+
+
+def beside_retrained(folder: AnyPath, retraining: str, what: str) -> AnyPath:
+    """Return the path of what belongs to one model: the `state` or folder `begun` of its training, its `log`."""
+    return folder / f"{retraining}.{what}"
+
+
+def recipe(folder: AnyPath) -> AnyPath:
+    """Return the path of the settings by which the models of a folder were trained."""
+    return folder / "recipe.json"
 
 
 def part(folder: AnyPath, number: int, suffix: str = "parquet") -> AnyPath:

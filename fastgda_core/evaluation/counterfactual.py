@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,43 @@ def loss_changes(losses: Tensor, before: Tensor) -> Tensor:
     return (after - base) / base
 
 
+def above_chance(changes: Tensor, random: Tensor) -> Tensor:
+    """Return which queries lost more than by chance: above mean + 2 standard deviations of random removals.
+
+    The deviation of a removal, and not the error of the mean: one in forty random removals would lie above it.
+
+    Args:
+        changes: (queries,), of one removal each.
+        random: (removals, queries), at least two, each of as many samples.
+    """
+    return changes.double() > random.double().mean(0) + 2 * random.double().std(0)
+
+
+def smallest(counts: Sequence[int], broken: Tensor) -> Tensor:
+    """Return the smallest count at which each query is broken, (queries,) float64; infinity where it never is.
+
+    Source: Park et al., TRAK (2023), whose brittleness test looks for the smallest set that changes an output.
+
+    Args:
+        counts: ascending.
+        broken: (counts, queries) bool.
+    """
+    found = torch.full((broken.shape[1],), torch.inf, dtype=torch.float64)
+    for count, row in zip(reversed(counts), broken.flip(0), strict=True):
+        found[row] = count
+    return found
+
+
+def pixel_mse(pictures: Tensor, others: Tensor) -> Tensor:
+    """Return the mean squared difference of pairs of pictures over pixels and colours, (n,) float64, in [0, 1].
+
+    Args:
+        pictures: (n, h, w, colours) bytes, which stand for 0 to 1.
+        others: the same.
+    """
+    return ((pictures.double() - others.double()) / 255).square().flatten(1).mean(1)
+
+
 def compared(means: Mapping[str, tuple[float, float]], *, higher: bool = True) -> dict[str, Change]:
     """Return the mean of each method with its standard error, the best of them marked, and those close to it.
 
@@ -50,18 +87,21 @@ def compared(means: Mapping[str, tuple[float, float]], *, higher: bool = True) -
     return {name: Change(value, mine, place(value)) for name, (value, mine) in means.items()}
 
 
-def separation(targets: Tensor, controls: Tensor) -> float:
-    """Return the share of (target, control) pairs in which the target's loss rose more; ties count half.
+def separation(targets: Tensor, controls: Tensor) -> tuple[float, float]:
+    """Return the share of (target, control) pairs in which the target's loss rose more, and its standard error.
 
-    The area under the receiver operating characteristic, as the Mann-Whitney statistic (Hanley & McNeil, 1982). One
-    retraining without the images named for many targets tells how far they were hurt, and others were not.
+    Ties count half. The share is the area under the receiver operating characteristic, as the Mann-Whitney statistic
+    (Hanley & McNeil, 1982), the error is over targets and controls (DeLong et al., 1988); 0 where either is one alone.
+    One retraining without the images named for many targets tells how far they were hurt, and others were not.
 
     Args:
         targets: (t,) changes of the queries whose images were removed.
         controls: (c,) changes of other queries under the same model.
     """
     above = targets[:, None].double() - controls[None].double()
-    return float(((above > 0).double() + (above == 0).double() / 2).mean())
+    won = (above > 0).double() + (above == 0).double() / 2
+    variance = sum(won.mean(other).var() / won.shape[1 - other] for other in (0, 1)) if min(won.shape) > 1 else 0.0
+    return float(won.mean()), float(variance) ** 0.5
 
 
 def union_of_first(scores: Tensor, count: int) -> Tensor:

@@ -6,9 +6,20 @@ from fastgda_core.features.encoders import (
     ENCODERS,
     concatenate,
     cosines,
+    image_space,
     load_encoder,
     mean_over,
     text_space,
 )
 
-__all__ = ["ENCODERS", "Encoder", "concatenate", "cosines", "encoder_names", "load_encoder", "mean_over", "text_space"]
+__all__ = [
+    "ENCODERS",
+    "Encoder",
+    "concatenate",
+    "cosines",
+    "encoder_names",
+    "image_space",
+    "load_encoder",
+    "mean_over",
+    "text_space",
+]

@@ -292,6 +292,11 @@ def text_space(space: str) -> str:
     return "+".join(name for name in encoder_names(space) if ENCODERS[name].text)
 
 
+def image_space(space: str) -> str:
+    """Return the encoders of a feature space that see images, joined by `+`; empty where none does."""
+    return "+".join(name for name in encoder_names(space) if not ENCODERS[name].text)
+
+
 def concatenate(parts: list[Tensor], *, unit_length: bool = True, mean: Tensor | None = None) -> Tensor:
     """Return phi: the outputs of several encoders, laid end to end.
 

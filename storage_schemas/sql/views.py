@@ -46,7 +46,7 @@ from storage_schemas.snapshots.published import NotPublished, OtherRelease, Publ
 from storage_schemas.snapshots.snapshots import Snapshot, read_snapshot
 from storage_schemas.sql.answers import Answer
 from storage_schemas.table import Table
-from storage_schemas.workspace import Workspace, retrained, twins_beside
+from storage_schemas.workspace import Workspace, regenerated, retrained, twins_beside
 
 
 class RefusedStatement(StoreError):
@@ -209,7 +209,7 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, s
         tables.SCORES: ranks,
         tables.METRICS: files(published.metrics, published.study) if published else None,
         tables.STUDY: files(published.compared_heads) if published else None,
-        **(_retrainings(workspace, published.run) if published else {}),
+        **_retrainings(workspace, published.run if published else None),
     }
     for table, source in sources.items():
         # Two tables of what was rejected may have a tar in common.
@@ -230,15 +230,22 @@ def _twins(workspace: Workspace, queries: Iterable[str]) -> Iterator[str]:
             yield workspace.relative(path)
 
 
-def _retrainings(workspace: Workspace, run: str) -> dict[Table, str | None]:
-    """Return SQL for the models by which a run was judged, and for their losses."""
-    path = workspace.retraining_list(run)
-    if not path.exists():
-        return {tables.RETRAININGS: None, tables.RETRAINED_LOSSES: None}
+def _retrainings(workspace: Workspace, run: str | None) -> dict[Table, str | None]:
+    """Return SQL for the models by which a run was judged, their losses, their pictures, and how far these are."""
+    several = (tables.RETRAININGS, tables.RETRAINED_LOSSES, tables.REGENERATIONS, tables.REGENERATION_DISTANCES)
+    found: dict[Table, str | None] = dict.fromkeys(several)
+    if run is None or not (path := workspace.retraining_list(run)).exists():
+        return found
     rows = tables.read(path, tables.RETRAININGS)
-    recipes, names = rows["recipe"].to_pylist(), rows["retraining"].to_pylist()
-    losses = [retrained(workspace.retrainings(recipe), name) for recipe, name in zip(recipes, names, strict=True)]
-    return {tables.RETRAININGS: file_list([path]), tables.RETRAINED_LOSSES: file_list(dict.fromkeys(losses))}
+    models = dict.fromkeys(zip(rows["recipe"].to_pylist(), rows["retraining"].to_pylist(), strict=True))
+    places = [(workspace.retrainings(recipe), name) for recipe, name in models]
+    found[tables.RETRAININGS] = file_list([path])
+    found[tables.RETRAINED_LOSSES] = file_list(retrained(*place) for place in places)
+    if pictures := [there for place in places if (there := regenerated(*place)).exists()]:
+        found[tables.REGENERATIONS] = file_list(pictures)
+    if (distances := workspace.regeneration_distances(run)).exists():
+        found[tables.REGENERATION_DISTANCES] = file_list([distances])
+    return found
 
 
 def _ranks(workspace: Workspace, parts: Iterable[Part]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 Location = tuple[int | str, ...]
+KINDS = ("counts", "shares", "recipe", "trainer")  # of a section that has several: no steps in the document
 
 
 def faults(error: ValidationError, model: type[BaseModel]) -> list[str]:
@@ -18,7 +19,7 @@ def faults(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 def _fault(detail: dict[str, Any], model: type[BaseModel]) -> str:
     location: Location = detail["loc"]
-    field = ".".join(str(step) for step in location if step not in ("counts", "shares")) or "config"
+    field = ".".join(str(step) for step in location if step not in KINDS) or "config"
     message = str(detail["msg"]).removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
         likely = difflib.get_close_matches(str(location[-1]), _fields_beside(location, model), 1)

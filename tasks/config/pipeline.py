@@ -98,11 +98,22 @@ class PipelineConfig(Section):
         split = self.queries.split
         if self.judge is None or self.judge.leave_out is None or not isinstance(split, SplitConfig):
             return self
-        targets = self.judge.leave_out.targets
+        targets, each = self.judge.leave_out.targets, self.judge.leave_out.each
+        if each > split.test:
+            raise ValueError(f"judge.leave_out.each is {each} but the split has {split.test} test queries: lower it")
         if targets >= split.test:
             raise ValueError(
                 f"judge.leave_out.targets is {targets} of the split's {split.test} test queries: lower it, so that "
                 "some are left as controls"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pictures_have_their_noise(self) -> Self:
+        if self.judge is not None and self.judge.regenerate and self.queries.captions is None:
+            raise ValueError(
+                "judge.regenerate begins with the queries' own noise, which pictures of queries.shards do not tell: "
+                "remove it, or give queries.captions"
             )
         return self
 

@@ -19,7 +19,7 @@ from fastgda_core.diffusion.model import load_model
 from fastgda_core.diffusion.training import CaptionedLatents, DenoiserTrainer, DenoiserTraining
 from fastgda_core.evaluation.retraining import to_train
 from storage_schemas.commit import input_key
-from tasks.config.judging import JudgeConfig
+from tasks.config.judging import JudgeConfig, RetrainConfig
 from tasks.demo.model import checkpoint_folder, save_unet, train_keeping
 from tasks.demo.openmoji import ASSETS, MODEL_INDEX, OpenMoji, write_text_encoder
 from tasks.devices import pick_device
@@ -84,6 +84,7 @@ def write_model(folder: Path, shards: Path, judge: JudgeConfig) -> None:
 
     The folder is complete once `ORIGIN.txt` is there and names the recipe and what was kept on the way.
     """
+    assert isinstance(judge.retrain, RetrainConfig)
     pictures = (shards / "ORIGIN.txt").read_text()
     recipe = input_key("world", judge.retrain, judge.seed, KEPT, pictures)
     origin, note = folder / "ORIGIN.txt", f"recipe {recipe}\n"

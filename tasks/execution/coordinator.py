@@ -318,5 +318,6 @@ def _part_seconds(run: Run) -> dict[str, float]:
     samples, queries = run.artifacts["samples"], run.artifacts["queries"]
     candidates = run.artifacts["candidates"].rows // max(1, queries.rows)
     size = Size(samples.rows, mean_captions(samples.path), queries.rows, candidates)
-    per_second, config = speed.forwards_per_second, run.config
-    return {cost.kind: cost.seconds(per_second) / cost.parts for cost in run_costs(config, size)}
+    per_second = speed.forwards_per_second
+    known = (cost for cost in run_costs(run.context, size) if not cost.unknown)
+    return {cost.kind: cost.seconds(per_second) / cost.parts for cost in known}

@@ -25,7 +25,7 @@ from tasks.inputs.samples import samples_table
 from tasks.teaching.cost import KindCost, Size, scores_of
 from tasks.teaching.families import family_of
 from tasks.teaching.noise import planned
-from tasks.teaching.retrainings import retraining_costs
+from tasks.teaching.retraining_costs import retraining_costs
 
 TRIAL_SECONDS = 1.0
 TRIAL_ROWS = 8
@@ -39,10 +39,10 @@ class Rate:
     source: str
 
 
-def run_costs(config: PipelineConfig, size: Size) -> list[KindCost]:
+def run_costs(context: Context, size: Size) -> list[KindCost]:
     """Return what each kind of part takes, the judge's pool included."""
-    costs = family_of(config).costs(config, size)
-    return costs if config.judge is None else [*costs, *retraining_costs(config.judge, size)]
+    config = context.config
+    return [*family_of(config).costs(config, size), *retraining_costs(config, size, context.workspace)]
 
 
 def known_rate(context: Context) -> Rate | None:

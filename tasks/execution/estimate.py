@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from rich.console import RenderableType
 from rich.filesize import decimal
@@ -66,9 +66,17 @@ class Estimate:
         for kind in self.kinds:
             seconds = kind.seconds(self.rate.forwards_per_second)
             one = duration(seconds / kind.parts) if seconds / kind.parts >= 1 else f"{seconds / kind.parts:.2f} s"
-            rows = f"{kind.rows:,}"
-            table.add_row(kind.kind, f"{kind.parts:,}", rows, f"{kind.forwards:,.0f}", duration(seconds), one)
+            rows, whole = f"{kind.rows:,}", duration(seconds)
+            if kind.unknown:
+                whole = one = "?"
+            table.add_row(kind.kind, f"{kind.parts:,}", rows, f"{kind.forwards:,.0f}", whole, one)
         yield table
+        if unknown := [kind for kind in self.kinds if kind.unknown]:
+            models = sum(kind.parts for kind in unknown)
+            yield (
+                f"{models:,} models by judge.retrain.command, which are not among the device-hours: how long one takes "
+                "is known when the first was made in this workspace"
+            )
         for kind in self.kinds:
             if kind.kept_bytes:
                 yield f"{kind.kind} take {decimal(kind.kept_bytes)}, {kind.kept_bytes // kind.rows:,} bytes a sample"
@@ -109,11 +117,12 @@ def estimate(config: PipelineConfig) -> Estimate:
     check_sizes(config, samples.rows, candidates)
     size = Size(samples.rows, mean_captions(samples.path), queries, candidates)
     execution = config.execution
-    costs = run_costs(config, size)
+    costs = run_costs(context, size)
     least = None
     if config.teacher.agreement is not None:
         pilot = [cost for cost in costs if cost.kind == NOISE_PLAN]
-        least = [*run_costs(planned(config, *CHEAPEST), size), *pilot]
+        cheapest = replace(context, config=planned(config, *CHEAPEST))
+        least = [*run_costs(cheapest, size), *pilot]
     return Estimate(size, costs, rate(context), execution.price_per_device_hour, execution.currency, least)
 
 

@@ -25,7 +25,6 @@ from prefect.tasks import Task, exponential_backoff
 
 from fastgda_core.errors import Remedy, Stopped, device_lost, remedy
 from fastgda_core.interruption import stopping
-from storage_schemas.commit import committed
 from storage_schemas.runs.attempts import AttemptLog, ShardState, deaths, read_attempts
 from storage_schemas.workspace import Workspace
 from tasks import logs
@@ -99,8 +98,7 @@ def _part(
         hold_device()
     loaded = load_run(location, run, assignment)
     parts = loaded.parts[kind]
-    path, key = parts.path(number), parts.key(number)
-    manifest = committed(path, key)
+    manifest = parts.made(number)
     if manifest is None:
         worker = worker_on(location, run)
         try:
@@ -114,7 +112,7 @@ def _part(
         left_out = len(manifest.quarantined)
         made = "%s %05d is made: %d rows in %.1f s, %d samples left out"
         log.debug(made, kind, number, manifest.rows, manifest.seconds, left_out)
-    relative = loaded.workspace.relative(path)
+    relative = loaded.workspace.relative(parts.path(number))
     return PartReference(kind, number, relative, manifest.sha256, manifest.rows, manifest.seconds)
 
 

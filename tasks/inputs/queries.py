@@ -7,7 +7,7 @@ import hashlib
 import io
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,9 +16,11 @@ from PIL import Image
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.sampling import can_generate, generate
 from fastgda_core.errors import UsageError
 from fastgda_core.images import decode_image
+from fastgda_core.interruption import checkpoint
 from storage_schemas import tables
 from storage_schemas.commit import (
     Manifest,
@@ -132,22 +134,36 @@ def _generate(context: Context) -> list[tuple[str, str, bytes]]:
 
 def _images_of(context: Context, name: str, captions: list[str], numbers: Sequence[int]) -> list[bytes]:
     """Generate a PNG from each caption; its starting noise depends on its number alone."""
-    config, model = context.config.queries, context.model()
     images: list[bytes] = []
     with stage(name, len(captions)) as advance:
-        for start in range(0, len(captions), GENERATION_BATCH):
-            batch = slice(start, start + GENERATION_BATCH)
-            latents = generate(
-                model,
-                captions[batch],
-                list(numbers[batch]),
-                seed=config.seed,
-                steps=config.steps,
-                guidance_scale=config.guidance_scale,
-            )
-            images += [_png(image) for image in model.decode_images(latents)]
-            advance(len(captions[batch]))
+        for batch in _generated(context.model(), context.config.queries, captions, numbers):
+            images += batch
+            advance(len(batch))
     return images
+
+
+def _generated(
+    model: DiffusionModel, config: QueriesConfig, captions: Sequence[str], numbers: Sequence[int]
+) -> Iterator[list[bytes]]:
+    """Yield PNGs in batches, by the sampler of the configuration."""
+    for start in range(0, len(captions), GENERATION_BATCH):
+        checkpoint()
+        batch = slice(start, start + GENERATION_BATCH)
+        latents = generate(
+            model,
+            list(captions[batch]),
+            list(numbers[batch]),
+            seed=config.seed,
+            steps=config.steps,
+            guidance_scale=config.guidance_scale,
+        )
+        yield [_png(image) for image in model.decode_images(latents)]
+
+
+def draw_again(model: DiffusionModel, config: QueriesConfig, several: Sequence[Query]) -> list[bytes]:
+    """Generate the PNGs of queries of `config.captions` by another model, from the starting noise that each had."""
+    captions, numbers = [query.caption for query in several], [query.row for query in several]
+    return [png for batch in _generated(model, config, captions, numbers) for png in batch]
 
 
 def _twin_queries(context: Context, samples: Artifact, key: str) -> tuple[pa.Table, list[Row]]:

@@ -5,8 +5,7 @@ Source: the pooled evaluation of MUCS (arXiv 2605.17938), which spares a retrain
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from prefect import task
@@ -14,51 +13,87 @@ from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
 from fastgda_core.errors import UsageError
-from fastgda_core.evaluation.counterfactual import loss_changes, separation, union_of_first
+from fastgda_core.evaluation.counterfactual import separation, union_of_first
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table, input_key
 from tasks.artifact import Artifact, Made, once
 from tasks.inputs.features import features_key
 from tasks.inputs.queries import load_queries
 from tasks.judging.methods import RANDOM, method_scores
-from tasks.judging.metric_rows import metric_row
-from tasks.teaching.retrainings import REMOVAL_PLAN, RemovalParts, Retraining
+from tasks.judging.metric_rows import metric_row, metric_rows
+from tasks.judging.removals import NOTHING, Removals
+from tasks.teaching.retrainings import REMOVAL_PLAN
 from tasks.teaching.run import Run
 from tasks.watching.trust import TEACHER
 
 CHANGE, OF_CONTROLS, SEPARATION = "loss change", "loss change of controls", "targets apart from controls"
+Removal = tuple[str, int, list[str], list[int], bool]  # method, k, queries, samples, pooled: columns of the plan
 
 
 @task(task_run_name="removal plan", cache_policy=NO_CACHE)
 def plan_removals(run: Run, ranks: Artifact) -> Made:
-    """Write down what each method names for the targets: what models are trained again without."""
+    """Write down what each method names: what models are trained again without."""
     judge = run.config.judge
     assert judge is not None and judge.leave_out is not None
     plan, config = run.artifacts[REMOVAL_PLAN], judge.leave_out
-    key = input_key("removals", ranks.key, config, judge.seed, features_key(run.context, run.artifacts["samples"]))
-    targets, _ = _targets_and_controls(run)
+    features = features_key(run.context, run.artifacts["samples"])
+    key = input_key("removals", ranks.key, config, judge.seed, features, table=tables.REMOVALS)
 
     def make(started: float) -> Manifest:
-        scores = method_scores(run, ranks, targets)
-        rows = [(method, k, removed) for k in config.k for method, removed in _named(scores, k, judge.seed).items()]
-        queries = load_queries(run.artifacts["queries"])
-        table = tables.REMOVALS.rows(
-            method=[method for method, _, _ in rows],
-            k=[k for _, k, _ in rows],
-            targets=[[queries[number].query_id for number in targets]] * len(rows),
-            removed=[removed for _, _, removed in rows],
-        )
+        rows = [*_pooled(run, ranks), *_of_each(run, ranks)]
+        method, k, targets, removed, pooled = (list(column) for column in zip(*rows, strict=True))
+        table = tables.REMOVALS.rows(method=method, k=k, targets=targets, removed=removed, pooled=pooled)
         return commit_table(plan.path, table, tables.REMOVALS, key=key, started=started)
 
     return once(Artifact(REMOVAL_PLAN, key, plan.path, 0), plan.path, make)
 
 
-def _targets_and_controls(run: Run) -> tuple[list[int], list[int]]:
-    """Return numbers of the test queries whose samples are removed, and of the others."""
+def _pooled(run: Run, ranks: Artifact) -> Iterator[Removal]:
+    """Yield what is removed for all targets together."""
     judge = run.config.judge
     assert judge is not None and judge.leave_out is not None
+    if not judge.leave_out.targets:
+        return
+    targets, _ = _targets_and_controls(run)
+    scores, names = method_scores(run, ranks, targets), _names(run, targets)
+    for k in judge.leave_out.pooled_k:
+        for method, removed in _named(scores, k, judge.seed).items():
+            yield method, k, names, removed, True
+
+
+def _of_each(run: Run, ranks: Artifact) -> Iterator[Removal]:
+    """Yield what is removed for one query alone."""
+    judge = run.config.judge
+    assert judge is not None and judge.leave_out is not None
+    if not judge.leave_out.each:
+        return
+    test = _test_queries(run)
+    each = judge.leave_out.each
+    # Evenly along the list, in which captions of a kind stand together.
+    chosen = [test[len(test) * number // each] for number in range(each)]
+    scores, names = method_scores(run, ranks, chosen), _names(run, chosen)
+    for k in judge.leave_out.own_k:
+        for method, several in scores.items():
+            if k >= several.shape[1]:
+                raise UsageError(f"judge.leave_out removes all {several.shape[1]:,} samples with k {k}: lower it")
+            for name, row in zip(names, several, strict=True):
+                yield method, k, [name], sorted(row.topk(k).indices.tolist()), False
+
+
+def _test_queries(run: Run) -> list[int]:
     several = load_queries(run.artifacts["queries"])
-    test = [number for number, query in enumerate(several) if query.split == "test"]
+    return [number for number, query in enumerate(several) if query.split == "test"]
+
+
+def _names(run: Run, numbers: list[int]) -> list[str]:
+    several = load_queries(run.artifacts["queries"])
+    return [several[number].query_id for number in numbers]
+
+
+def _targets_and_controls(run: Run) -> tuple[list[int], list[int]]:
+    """Return numbers of the test queries whose samples are removed together, and of the others."""
+    judge, test = run.config.judge, _test_queries(run)
+    assert judge is not None and judge.leave_out is not None
     return test[: judge.leave_out.targets], test[judge.leave_out.targets :]
 
 
@@ -79,24 +114,32 @@ def _named(scores: Mapping[str, Tensor], k: int, seed: int) -> dict[str, list[in
 
 def leave_out_rows(run: Run) -> list[dict[str, object]]:
     """Return how much the targets of each method lost without what it named, and the controls with them."""
-    parts = run.parts[RemovalParts.kind]
-    assert isinstance(parts, RemovalParts) and parts.config.leave_out is not None
+    removals = Removals.of(run)
     targets, controls = _targets_and_controls(run)
-    seeds = range(parts.config.seed, parts.config.seed + parts.config.leave_out.seeds)
     rows: list[dict[str, object]] = []
-    for removal in tables.read(parts.plan.path, tables.REMOVALS).to_pylist():
-        changes = _mean_change(parts, tuple(removal["removed"]), seeds)
-        row = functools.partial(metric_row, cutoff=removal["k"])
-        apart = torch.tensor([separation(changes[targets], changes[controls])], dtype=torch.float64)
+    for removal in removals.plan:
+        if not removal["pooled"]:
+            continue
+        method, k = removal["method"], removal["k"]
+        changes = removals.changes(tuple(removal["removed"]))
+        apart, error = separation(changes[targets], changes[controls])
+        alone = metric_row(SEPARATION, method, torch.tensor([apart], dtype=torch.float64), cutoff=k)
         rows += [
-            row(CHANGE, removal["method"], changes[targets]),
-            row(OF_CONTROLS, removal["method"], changes[controls]),
-            row(SEPARATION, removal["method"], apart) | {"queries": len(targets)},
+            *metric_rows(CHANGE, method, changes[targets], _names(run, targets), cutoff=k),
+            metric_row(OF_CONTROLS, method, changes[controls], cutoff=k),
+            alone | {"standard_error": error, "queries": len(targets)},
         ]
-    return rows
+    return [*rows, *_regeneration_rows(run, removals, targets, controls)]
 
 
-def _mean_change(parts: RemovalParts, removed: tuple[int, ...], seeds: range) -> Tensor:
-    """Return the change of each query's loss, as a share, mean over seeds: (queries,) float64."""
-    pairs = [(parts.losses_of(Retraining(seed, removed=removed)), parts.losses_of(Retraining(seed))) for seed in seeds]
-    return torch.stack([loss_changes(*pair) for pair in pairs]).mean(0)
+def _regeneration_rows(
+    run: Run, removals: Removals, targets: list[int], controls: list[int]
+) -> Iterator[dict[str, object]]:
+    """Yield how far the pictures of targets and of controls are, without what each method named and with all."""
+    pooled = [(each["method"], each["k"], each["removed"]) for each in removals.plan if each["pooled"]]
+    for method, k, removed in [(NOTHING, 0, []), *pooled] if pooled else []:
+        names = _names(run, targets)
+        for name, values in removals.distances(tuple(removed), names).items():
+            yield from metric_rows(f"regeneration {name}", method, values, names, cutoff=k)
+        for name, values in removals.distances(tuple(removed), _names(run, controls)).items():
+            yield metric_row(f"regeneration {name} of controls", method, values, cutoff=k)

@@ -20,9 +20,11 @@ from tasks.artifact import Artifact, Made, once
 from tasks.inputs.features import features_key
 from tasks.inputs.queries import Query, load_queries
 from tasks.inputs.twins import load_twins
+from tasks.judging.leave_k_out import leave_k_out_rows
 from tasks.judging.left_out import leave_out_rows
 from tasks.judging.methods import every_method
 from tasks.judging.metric_rows import metric_row, metric_rows, twin_rows
+from tasks.judging.regenerated import regeneration_distances
 from tasks.judging.tiers import Tiers
 from tasks.teaching.retrainings import RemovalParts, RetrainingParts, TrainedAgain
 from tasks.teaching.run import Run
@@ -50,15 +52,20 @@ def check_by_retraining(run: Run, ranks: Artifact) -> Made:
     )
     path = run.workspace.teacher_check(key)
 
-    listed = run.workspace.retraining_list(run.name)
+    listed, distances = run.workspace.retraining_list(run.name), run.workspace.regeneration_distances(run.name)
+    drawn_again = judge is not None and judge.regenerate
 
     def make(started: float) -> Manifest:
+        if drawn_again:
+            far = regeneration_distances(run)
+            commit_table(distances, far, tables.REGENERATION_DISTANCES, key=key, started=started)
         models = pa.Table.from_pylist(list(_models(run)), schema=tables.RETRAININGS.schema)
         commit_table(listed, models, tables.RETRAININGS, key=key, started=started)
         table = pa.Table.from_pylist(_rows(run, ranks, tiers), schema=tables.METRICS.schema)
         return commit_table(path, table, tables.METRICS, key=key, started=started)
 
-    return once(Artifact(RETRAINING_CHECK, key, path, 0), path, make, beside=[listed])
+    beside = [listed, distances] if drawn_again else [listed]
+    return once(Artifact(RETRAINING_CHECK, key, path, 0), path, make, beside=beside)
 
 
 def _models(run: Run) -> Iterator[dict[str, object]]:
@@ -68,16 +75,17 @@ def _models(run: Run) -> Iterator[dict[str, object]]:
             continue
         parts = run.parts[kind]
         assert isinstance(parts, TrainedAgain)
-        for each, (method, k) in parts.reasons():
+        for each, reason in parts.reasons():
             kept = each.kept(parts.config, parts.latents.rows)
             yield {
                 "retraining": each.id(parts.config, parts.latents.rows),
                 "recipe": parts.artifact.key,
                 "seed": each.seed,
-                "method": method,
-                "k": k,
+                "method": reason.method,
+                "k": reason.k,
                 "samples_left": int(kept.sum()),
                 "removed": (~kept).nonzero().flatten().tolist(),
+                "query_id": reason.query_id,
             }
 
 
@@ -110,7 +118,7 @@ def _rows(run: Run, ranks: Artifact, tiers: Tiers) -> list[dict[str, object]]:
             rows.append(metric_row(LDS, RETRAINED_AGAIN, reliability(once_, twice), split=split))
     rows += _twin_rows(run, queries, scores)
     if config.leave_out is not None:
-        rows += leave_out_rows(run)
+        rows += [*leave_out_rows(run), *leave_k_out_rows(run)]
     return rows
 
 

@@ -20,16 +20,24 @@ class Size:
 
 @dataclass(frozen=True)
 class KindCost:
-    """The cost of one kind of part: number of parts, their rows, their forward passes, what they keep for answers."""
+    """The cost of one kind of part: number of parts, their rows, their forward passes, what they keep for answers.
+
+    measured: seconds that one part took, where they were measured and no count of forward passes says them.
+    unknown: the forward passes are the least part of the work, and nothing tells how long the rest takes.
+    """
 
     kind: str
     parts: int
     rows: int
     forwards: float
     kept_bytes: int = 0
+    measured: float | None = None
+    unknown: bool = False
 
     def seconds(self, rate: float) -> float:
         """Return the seconds of one device that makes `rate` forward passes a second."""
+        if self.measured is not None:
+            return self.parts * self.measured
         return self.forwards / rate
 
 

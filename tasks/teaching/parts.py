@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from storage_schemas.commit import Manifest
+from storage_schemas.commit import Manifest, committed
 from storage_schemas.files import AnyPath
 from storage_schemas.listings import committed_parts
 from storage_schemas.workspace import Workspace, part
@@ -67,6 +67,10 @@ class Parts(ABC):
     @abstractmethod
     def make(self, number: int) -> Manifest:
         """Compute and commit one part."""
+
+    def made(self, number: int) -> Manifest | None:
+        """Return the manifest of one part, None as long as it is not there."""
+        return committed(self.path(number), self.key(number))
 
     def committed(self) -> dict[int, Manifest]:
         """Return the manifests of the parts that are there, by number, from one listing."""

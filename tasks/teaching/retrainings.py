@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import json
 import time
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,58 +17,37 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from fastgda_core.diffusion.folder import read_index
 from fastgda_core.diffusion.training import CaptionedLatents, DenoiserTrainer, DenoiserTraining
 from fastgda_core.errors import UsageError
-from fastgda_core.evaluation.retraining import query_losses, random_subset, to_train
+from fastgda_core.evaluation.retraining import query_losses, to_train
 from fastgda_core.interruption import checkpoint
 from storage_schemas import tables
-from storage_schemas.commit import Manifest, commit_table, input_key, write_atomically
-from storage_schemas.files import AnyPath, is_there, read_whole, remove
+from storage_schemas.commit import Manifest, commit_table, committed, input_key, read_manifest, write_atomically
+from storage_schemas.files import (
+    AnyPath,
+    is_there,
+    private_folder,
+    read_whole,
+    remove,
+    write_changed,
+)
+from storage_schemas.listings import committed_parts, list_folder
 from storage_schemas.which_workspace import command
-from storage_schemas.workspace import retrained
+from storage_schemas.workspace import beside_retrained, recipe, regenerated, retrained
 from tasks.artifact import Artifact
-from tasks.config.judging import JudgeConfig
+from tasks.config.judging import JudgeConfig, RetrainConfig, TrainerConfig
 from tasks.context import Context
 from tasks.inputs.queries import load_queries
-from tasks.teaching.cost import KindCost, Size
+from tasks.inputs.samples import samples_table
+from tasks.teaching.kept_models import KeptModel, pictures_key
 from tasks.teaching.latents import load_block, unreadable_samples
 from tasks.teaching.parts import Parts
+from tasks.teaching.pool import Reason, Retraining, pool_of
+from tasks.teaching.trainer import Trainer
 
 STATE_SECONDS = 60.0  # between two states from which a training goes on
 REMOVAL_PLAN = "removal plan"
-TRAINING_FORWARDS = 3.0  # one forward and backward to all weights, in forwards
-
-
-@dataclass(frozen=True)
-class Retraining:
-    """A model that is trained again.
-
-    seed: of weights and draws; subset: number of the random subset that it is trained on; else on all but `removed`.
-    """
-
-    seed: int
-    subset: int | None = None
-    removed: tuple[int, ...] = ()
-
-    def kept(self, config: JudgeConfig, samples: int) -> Tensor:
-        """Return which samples it is trained on, (samples,) bool."""
-        if self.subset is not None:
-            return random_subset(samples, self.subset, seed=config.seed, share=config.share)
-        kept = torch.ones(samples, dtype=torch.bool)
-        kept[list(self.removed)] = False
-        return kept
-
-    def id(self, config: JudgeConfig, samples: int) -> str:
-        """Return a hash of the removed samples and the seed: who asks for the same gets the same."""
-        removed = (~self.kept(config, samples)).nonzero().flatten().tolist()
-        return input_key("retraining", removed, self.seed)
-
-
-def pool_of(config: JudgeConfig) -> list[Retraining]:
-    """Return the models of a pool: of all samples, of each subset, and of some of them from another seed."""
-    first, second = config.seed, config.seed + 1
-    subsets = [Retraining(first, number) for number in range(config.subsets)]
-    return [Retraining(first), *subsets, *(Retraining(second, number) for number in range(config.again))]
 
 
 def judged_by(
@@ -75,9 +57,8 @@ def judged_by(
 
     Their key is the recipe's, and what models are taught and asked: whoever asks for the same model gets it.
     """
-    begun_with = context.model_hash if config.retrain.continued else "fresh"
-    recipe = config.model_dump(mode="json", include={"retrain", "draws", "seed"})
-    key = input_key("retrainings", latents.key, queries.key, begun_with, recipe, table=tables.RETRAINED_LOSSES)
+    begun_with = context.model_hash if _continued(config) else "fresh"
+    key = input_key("retrainings", latents.key, queries.key, begun_with, config.recipe, table=tables.RETRAINED_LOSSES)
     rows, folder = queries.rows * config.draws, context.workspace.retrainings(key)
     found = [Artifact(RetrainingParts.kind, key, folder, len(pool_of(config)) * rows)]
     if config.leave_out is not None:
@@ -91,9 +72,12 @@ class TrainedAgain(Parts):
 
     after_scores = when_judged = True
 
-    def __init__(self, context: Context, latents: Artifact, queries: Artifact, models: Artifact) -> None:
+    def __init__(
+        self, context: Context, samples: Artifact, latents: Artifact, queries: Artifact, models: Artifact
+    ) -> None:
         assert context.config.judge is not None
-        self.context, self.latents, self.queries, self.artifact = context, latents, queries, models
+        self.context, self.samples, self.latents, self.queries = context, samples, latents, queries
+        self.artifact = models
         self.config = context.config.judge
         self._known: dict[str, Retraining] = {}
 
@@ -117,8 +101,8 @@ class TrainedAgain(Parts):
         """Return the models; none as long as they are not known."""
 
     @abstractmethod
-    def reasons(self) -> list[tuple[Retraining, tuple[str, int]]]:
-        """Return the models, each with the method that named what is removed, and its k."""
+    def reasons(self) -> list[tuple[Retraining, Reason]]:
+        """Return the models, each with why it is trained without what; one may have several reasons."""
 
     @property
     def count(self) -> int:
@@ -130,15 +114,65 @@ class TrainedAgain(Parts):
     def rows(self, number: int) -> int:
         return self.queries.rows * self.config.draws
 
+    def made(self, number: int) -> Manifest | None:
+        kept = self._kept(number)
+        there = (not self.config.keep_weights or kept.has_weights()) and (
+            not self._draws_again(number) or kept.has_pictures()
+        )
+        return super().made(number) if there else None
+
+    def committed(self) -> dict[int, Manifest]:
+        there = super().committed()
+        if self.config.keep_weights:
+            there = {number: manifest for number, manifest in there.items() if self._kept(number).has_weights()}
+        if self.config.regenerate:
+            pictures = committed_parts(regenerated(self.artifact.path, "").parent, pictures_key(self.artifact.key))
+            drawn = {
+                number for number, name in enumerate(self.ids) if regenerated(self.artifact.path, name).name in pictures
+            }
+            there = {number: there[number] for number in there if number in drawn or not self._draws_again(number)}
+        return there
+
+    def _kept(self, number: int) -> KeptModel:
+        return KeptModel(self.artifact.path, self.artifact.key, self.ids[number], self._part)
+
+    @functools.cached_property
+    def _part(self) -> str:
+        return read_index(self.context.config.model.folder).denoiser_part
+
+    def _draws_again(self, number: int) -> bool:
+        return self.config.regenerate and self.pool[number].draws_again
+
     def make(self, number: int) -> Manifest:
-        """Train one model, from its last state where one was kept, and commit its losses."""
-        started, path = time.monotonic(), self.path(number)
-        kept, retraining = self.pool[number].kept(self.config, self.latents.rows), self.pool[number]
+        """Train one model, from where another start left it, and commit what is kept of it."""
+        started = time.monotonic()
+        if self.config.keep_weights and self._kept(number).has_weights():
+            denoiser = to_train(self.context.model(), seed=0, continued=_continued(self.config))
+            return self._keep(number, self._kept(number).load_into(denoiser), started)
+        if isinstance(self.config.retrain, RetrainConfig):
+            made = self._keep(number, self._train(number, self.config.retrain), started)
+            remove(self._beside(number, "state"))
+            return made
+        trainer = self._trainer(number, self.config.retrain)
+        with trainer.alone() as lock:
+            manifest = self.made(number)  # by a process that this one waited for
+            if manifest is None:
+                manifest = self._keep(number, self._train_by_command(number, trainer, lock), started)
+            trainer.clear()
+        return manifest
+
+    def _beside(self, number: int, what: str) -> AnyPath:
+        return beside_retrained(self.artifact.path, self.ids[number], what)
+
+    def _train(self, number: int, recipe: RetrainConfig) -> torch.nn.Module:
+        """Train one model by the built-in recipe, from its last state where one was kept."""
+        retraining = self.pool[number]
+        kept = retraining.kept(self.config, self.latents.rows)
         model, data = self.context.model(), self.data()
-        denoiser = to_train(model, seed=retraining.seed, continued=self.config.retrain.continued)
-        training = DenoiserTraining(**self.config.retrain.hyperparameters, seed=retraining.seed)
+        denoiser = to_train(model, seed=retraining.seed, continued=recipe.continued)
+        training = DenoiserTraining(**recipe.hyperparameters, seed=retraining.seed)
         trainer = DenoiserTrainer(denoiser, model.schedule, data.without((~kept).nonzero().flatten()), training)
-        state = path.with_suffix(".state")
+        state = self._beside(number, "state")
         if is_there(state):
             trainer.restore(torch.load(io.BytesIO(read_whole(state)), weights_only=True, map_location="cpu"))
         written = time.monotonic()
@@ -150,12 +184,60 @@ class TrainedAgain(Parts):
                 write_atomically(state, _packed(trainer.state()))
                 written = time.monotonic()
 
-        trained = trainer.run(on_step=look)
+        return trainer.run(on_step=look)
+
+    def _trainer(self, number: int, config: TrainerConfig) -> Trainer:
+        """Return the training of one model by the user's command, whose folder is on this machine's disk."""
+        folder, log = self._beside(number, "begun"), self._beside(number, "log")
+        if isinstance(folder, Path) and isinstance(log, Path):
+            return Trainer(config, folder, log)
+        here = private_folder("trainings") / self.artifact.key / self.ids[number]
+        return Trainer(config, here, here.with_suffix(".log"))
+
+    def _train_by_command(self, number: int, trainer: Trainer, lock: int) -> torch.nn.Module:
+        retraining = self.pool[number]
+        removed = (~retraining.kept(self.config, self.latents.rows)).nonzero().flatten()
+        named = samples_table(self.samples.path).select(["train_id", "key", "shard"]).take(pa.array(removed.numpy()))
+        try:
+            trainer.train(named, retraining.seed, str(self.context.device), lock)
+            trained: torch.nn.Module = trainer.load(self.context.model())
+            return trained
+        finally:
+            log = self._beside(number, "log")
+            if trainer.log != log and trainer.log.exists():
+                write_atomically(log, trainer.log.read_bytes())
+
+    def _keep(self, number: int, trained: torch.nn.Module, started: float) -> Manifest:
+        """Commit what is kept of a trained model and is not there yet: its losses last, by which it counts as made."""
+        described = json.dumps(self.config.recipe, indent=2, sort_keys=True) + "\n"
+        write_changed(recipe(self.artifact.path), described.encode())
+        kept = self._kept(number)
+        if self.config.keep_weights and not kept.has_weights():
+            kept.keep_weights(trained)
+        if self._draws_again(number) and not kept.has_pictures():
+            model = replace(self.context.model(), denoiser=trained)
+            kept.keep_pictures(model, self.context.config.queries, self.queries)
+        if (manifest := committed(self.path(number), self.key(number))) is not None:
+            return manifest
         rows = pa.Table.from_batches(self._losses(number, trained), schema=tables.RETRAINED_LOSSES.schema)
-        device = str(self.context.device)
-        made = commit_table(path, rows, tables.RETRAINED_LOSSES, key=self.key(number), started=started, device=device)
-        remove(state)
-        return made
+        return commit_table(
+            self.path(number),
+            rows,
+            tables.RETRAINED_LOSSES,
+            key=self.key(number),
+            started=started,
+            device=str(self.context.device),
+        )
+
+    def check(self) -> None:
+        """Delete what is left of trainings whose process died after it had committed what is kept of the model."""
+        there = list_folder(self.artifact.path)
+        for number in range(self.count):
+            state, begun = self._beside(number, "state"), self._beside(number, "begun")
+            if state.name in there:
+                remove(state)
+            if begun.name in there and isinstance(self.config.retrain, TrainerConfig):
+                self._trainer(number, self.config.retrain).clear()
 
     def data(self) -> CaptionedLatents:
         """All readable samples, on the CPU; loaded once a process."""
@@ -218,8 +300,8 @@ class RetrainingParts(TrainedAgain):
     def _pool(self) -> list[Retraining]:
         return pool_of(self.config)
 
-    def reasons(self) -> list[tuple[Retraining, tuple[str, int]]]:
-        return [(each, ("" if each.subset is None else "subset", 0)) for each in self.pool]
+    def reasons(self) -> list[tuple[Retraining, Reason]]:
+        return [(each, Reason("" if each.subset is None else "subset")) for each in self.pool]
 
 
 class RemovalParts(TrainedAgain):
@@ -228,34 +310,58 @@ class RemovalParts(TrainedAgain):
     kind, title = "removals", "models without what was named"
 
     def __init__(
-        self, context: Context, latents: Artifact, queries: Artifact, models: Artifact, plan: Artifact
+        self,
+        context: Context,
+        samples: Artifact,
+        latents: Artifact,
+        queries: Artifact,
+        models: Artifact,
+        plan: Artifact,
     ) -> None:
-        super().__init__(context, latents, queries, models)
+        super().__init__(context, samples, latents, queries, models)
         self.plan = plan
+        self._planned: Manifest | None = None
+
+    @property
+    def count(self) -> int:
+        self._look_at_the_plan()
+        return super().count
+
+    def made(self, number: int) -> Manifest | None:
+        self._look_at_the_plan()
+        return super().made(number)
+
+    def _look_at_the_plan(self) -> None:
+        """Forget the models of an earlier plan: settings and labels may change under a run."""
+        manifest = read_manifest(self.plan.path)
+        if manifest != self._planned:
+            self._planned, self._known = manifest, {}
 
     def _pool(self) -> list[Retraining]:
         return [each for each, _ in self.reasons()]
 
-    def reasons(self) -> list[tuple[Retraining, tuple[str, int]]]:
-        if not is_there(self.plan.path):
-            return []
-        assert self.config.leave_out is not None
-        plan = tables.read(self.plan.path, tables.REMOVALS).to_pylist()
-        found: list[tuple[Retraining, tuple[str, int]]] = []
-        for seed in range(self.config.seed, self.config.seed + self.config.leave_out.seeds):
-            found.append((Retraining(seed), ("", 0)))
-            found += [(Retraining(seed, removed=tuple(row["removed"])), (row["method"], row["k"])) for row in plan]
+    def reasons(self) -> list[tuple[Retraining, Reason]]:
+        found: list[tuple[Retraining, Reason]] = []
+        for seed in self.seeds if self.removals() else ():
+            found.append((Retraining(seed), Reason()))
+            for row in self.removals():
+                only = "" if row["pooled"] else row["targets"][0]
+                found.append((Retraining(seed, removed=tuple(row["removed"])), Reason(row["method"], row["k"], only)))
         return found
 
+    @property
+    def seeds(self) -> range:
+        """From which each removal is trained."""
+        assert self.config.leave_out is not None
+        return range(self.config.seed, self.config.seed + self.config.leave_out.seeds)
 
-def retraining_costs(config: JudgeConfig, size: Size) -> list[KindCost]:
-    """Return what a judge's models take, in forward passes; of removals, where no two methods name the same."""
-    asked = size.queries * config.draws
-    each = config.retrain.steps * config.retrain.batch_size * TRAINING_FORWARDS + asked
-    models = {RetrainingParts.kind: len(pool_of(config))}
-    if config.leave_out is not None:
-        models[RemovalParts.kind] = config.leave_out.models
-    return [KindCost(kind, count, count * asked, count * each) for kind, count in models.items()]
+    def removals(self) -> list[dict[str, Any]]:
+        """Read the run's plan of removals; empty as long as there is none."""
+        return tables.read(self.plan.path, tables.REMOVALS).to_pylist() if is_there(self.plan.path) else []
+
+
+def _continued(config: JudgeConfig) -> bool:
+    return isinstance(config.retrain, RetrainConfig) and config.retrain.continued
 
 
 def _packed(state: dict[str, Any]) -> bytes:

@@ -52,10 +52,10 @@ class Run:
             if all(parts.kind != LatentParts.kind for parts in made):  # of a teacher that needs none
                 made.insert(0, LatentParts(self.context, samples, latents))
             queries = self.artifacts["queries"]
-            made.append(RetrainingParts(self.context, latents, queries, self.artifacts[RetrainingParts.kind]))
+            made.append(RetrainingParts(self.context, samples, latents, queries, self.artifacts[RetrainingParts.kind]))
             if RemovalParts.kind in self.artifacts:
                 models, plan = self.artifacts[RemovalParts.kind], self.artifacts[REMOVAL_PLAN]
-                made.append(RemovalParts(self.context, latents, queries, models, plan))
+                made.append(RemovalParts(self.context, samples, latents, queries, models, plan))
         return {parts.kind: parts for parts in sorted(made, key=lambda parts: parts.after_scores)}
 
     @functools.cached_property

@@ -35,6 +35,8 @@ VIEWS = (
     "study",
     "retrainings",
     "retrained_losses",
+    "regenerations",
+    "regeneration_distances",
 )
 LOADED = ("shards", "quarantined_samples", "runs", "heads", "indexes", "sketches")
 

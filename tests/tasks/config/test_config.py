@@ -9,6 +9,7 @@ import yaml
 from fastgda_core.errors import UsageError
 from tasks.config.files import load_config
 from tasks.config.inputs import SplitConfig
+from tasks.config.judging import TrainerConfig
 from tasks.config.pipeline import PipelineConfig, check_sizes
 from tasks.demo.openmoji import CONFIG, list_openmoji
 from tasks.inputs.tars import find_shards
@@ -42,6 +43,17 @@ def test_the_demo_config_is_valid_and_asks_for_no_training_caption() -> None:
     known = {caption for image in list_openmoji() for caption in image.captions}
     assert len(known) > 3000
     assert known.isdisjoint(caption.lower() for caption in captions)
+
+
+def test_a_trainer_runs_beside_the_config_and_is_stored_with_its_command(tmp_path: Path) -> None:
+    words = ["train", "{removed}", "{seed}", "--to={output}", "{device} {other}"]
+    for given, folder in (({}, tmp_path), ({"folder": "trainer"}, tmp_path / "trainer")):
+        config = load_config(write(tmp_path, judge={"retrain": {"command": words, **given}}))
+        assert config.judge is not None and isinstance(config.judge.retrain, TrainerConfig)
+        assert config.judge.retrain.folder == folder
+        told = config.judge.retrain.words(removed="a b.csv", seed=3, output="/x", device="cuda:1")
+        assert told == ["train", "a b.csv", "3", "--to=/x", "cuda:1 {other}"]
+        assert PipelineConfig.model_validate(config.model_dump(mode="json")) == config
 
 
 def test_a_stored_config_loads_again_as_it_was() -> None:
@@ -165,6 +177,14 @@ def test_shards_are_found_whatever_the_folder_of_the_config_is_called(tmp_path: 
         ({"judge": {"retrain": {"steps": 1}, "again": 40}}, "judge", "from 3 to the 32 subsets"),
         ({"judge": {"retrain": {"steps": 1}, "leave_out": {"targets": 1}}}, "config", "some are left as controls"),
         ({"judge": {"retrain": {}}}, "judge.retrain.steps", "is missing"),
+        ({"judge": {"retrain": {"command": ["train", "{removed}", "{seed}"]}}}, "judge.retrain", "lacks {output}"),
+        ({"judge": {"retrain": {"command": []}}}, "judge.retrain.command", "at least 1"),
+        ({"judge": {"retrain": {"comand": ["train"], "steps": 1}}}, "judge.retrain.comand", "did you mean command?"),
+        (
+            {"judge": {"retrain": {"command": ["{removed}{seed}{output}"], "steps": 1, "continued": True}}},
+            "judge.retrain",
+            "the command says itself how it trains: remove continued, steps, or the command",
+        ),
         ({"evaluation__validation_cutoff": 2}, "evaluation", "2 is not among evaluation.cutoffs: add it"),
         ({"evaluation__cutoffs": []}, "evaluation.cutoffs", "at least 1"),
         ({"evaluation__cutoffs": [-5]}, "evaluation.cutoffs.0", "greater than"),

@@ -26,7 +26,8 @@ from tasks.judging.methods import RANDOM, UNTUNED, every_method
 from tasks.judging.retrained import BESIDE_TEACHER, OVER_MODELS, check_by_retraining
 from tasks.judging.tiers import Tiers
 from tasks.teaching import retrainings
-from tasks.teaching.retrainings import RemovalParts, Retraining, RetrainingParts, judged_by
+from tasks.teaching.pool import Retraining
+from tasks.teaching.retrainings import RemovalParts, RetrainingParts, judged_by
 from tasks.watching.trust import LDS, RETRAINED_AGAIN, TEACHER, TWIN_SHARE, WORST_TWIN, trust_in
 from tests.tasks.whole_runs import SAMPLES, WholeRun
 
@@ -50,7 +51,7 @@ def of_test_split(run: WholeRun) -> list[Query]:
 def elsewhere(parts: RetrainingParts, folder: Path) -> RetrainingParts:
     """The same parts, none of them made, in another folder."""
     artifact = replace(parts.artifact, path=folder)
-    return RetrainingParts(parts.context, parts.latents, parts.queries, artifact)
+    return RetrainingParts(parts.context, parts.samples, parts.latents, parts.queries, artifact)
 
 
 def test_a_pool_is_halves_some_of_them_twice_and_a_model_of_all(parts: RetrainingParts) -> None:
@@ -68,7 +69,7 @@ def test_a_larger_pool_trains_only_what_it_lacks(parts: RetrainingParts) -> None
     larger = parts.config.model_copy(update={"subsets": 6, "again": 4})
     context = replace(parts.context, config=parts.context.config.model_copy(update={"judge": larger}))
     pool = judged_by(context, larger, parts.latents, parts.queries, "run")[RetrainingParts.kind]
-    more = RetrainingParts(context, parts.latents, parts.queries, pool)
+    more = RetrainingParts(context, parts.samples, parts.latents, parts.queries, pool)
     assert pool.path == parts.artifact.path
     wanted = [more.pool[number] for number in more.missing()]
     assert wanted == [Retraining(0, 4), Retraining(0, 5), Retraining(1, 3)]
@@ -192,7 +193,7 @@ def test_a_removal_of_everything_is_refused() -> None:
 def test_samples_that_cannot_be_read_are_no_lesson(parts: RetrainingParts, monkeypatch: pytest.MonkeyPatch) -> None:
     context = replace(parts.context, loaded=Loaded())
     monkeypatch.setattr(retrainings, "unreadable_samples", lambda *_: {4: "the tar is cut"})
-    again = RetrainingParts(context, parts.latents, parts.queries, parts.artifact)
+    again = RetrainingParts(context, parts.samples, parts.latents, parts.queries, parts.artifact)
     with pytest.raises(UsageError, match=r"1 samples cannot be trained on, first 4 \(the tar is cut\): mend them"):
         again.data()
 
