@@ -96,7 +96,10 @@ def test_both_configs_of_the_judges_world_ask_the_same_of_it() -> None:
     first, tiers = (load_config(path) for path in (judge_world.CONFIG, judge_world.TIERS_CONFIG))
     for section in ("data", "model", "queries", "features", "curvature", "candidates"):
         assert getattr(first, section) == getattr(tiers, section)
-    assert first.judge is not None and first.judge.model_copy(update={"leave_out": None, "regenerate": False}) == tiers.judge
+    assert (
+        first.judge is not None
+        and first.judge.model_copy(update={"leave_out": None, "regenerate": False}) == tiers.judge
+    )
     assert set(tiers.teacher.checkpoints) <= {
         judge_world.CONFIG.parent / "model" / "checkpoints" / f"{share:g}" for share in judge_world.KEPT
     }
