@@ -71,6 +71,7 @@ def test_the_judges_world_keeps_what_its_recipe_passes_through(tmp_path: Path) -
     """Bit for bit the averaged weights of the judge's own training, stopped there."""
     shards, folder = tmp_path / "shards", tmp_path / "world"
     tiny.write_tar(shards / "0.tar", tiny.sample_members(range(8)))
+    (shards / "ORIGIN.txt").write_text("eight pictures\n")
     recipe = {"steps": 8, "batch_size": 4, "warmup_steps": 1, "learning_rate": 1e-2}
     judge = JudgeConfig.model_validate({"retrain": recipe, "subsets": 3, "again": 0})
     judge_world.write_model(folder, shards, judge)

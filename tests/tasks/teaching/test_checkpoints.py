@@ -150,7 +150,8 @@ def checked(training: Training) -> tuple[Run, list[Made]]:
 def test_every_check_of_a_teacher_looks_at_all_checkpoints(checked: tuple[Run, list[Made]]) -> None:
     run, checks = checked
     names = {check.artifact.name: check.artifact for check in checks}
-    assert names.keys() == {"precision check", "twin test", "low-rank error", "exact check", "self-consistency"}
+    checks_of_all = {"precision check", "twin test", "low-rank error", "exact check", "self-consistency"}
+    assert names.keys() == checks_of_all | {"planted truth"}
     exact = tables.read_parts(names["exact check"].path, tables.SCORES).to_pandas()
     first_order = tables.read_parts(run.artifacts["scores"].path, tables.SCORES).to_pandas()
     both = exact.merge(first_order, on=["query_id", "train_id"])
