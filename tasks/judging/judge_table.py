@@ -11,7 +11,7 @@ from fastgda_core.evaluation.counterfactual import compared
 from storage_schemas import tables
 from storage_schemas.workspace import Workspace
 from tasks.judging.kept_checks import read_checks
-from tasks.judging.left_out import OF_CONTROLS
+from tasks.judging.leave_k_out import OWN
 from tasks.judging.retrained import AHEAD, BESIDE_TEACHER, HIGH, LOW, OVER_MODELS
 from tasks.watching.trust import CAPTIONS, KINDS, LDS, RETRAINED_AGAIN, TEACHER, TWIN_SHARE, WORST_TWIN
 
@@ -20,7 +20,7 @@ Means = Mapping[tuple[str, str, str, int], Mapping[str, Any]]  # by metric, meth
 REACH = "what a score can reach"
 ENOUGH = 2.0  # errors by which a teacher has to be ahead of captions
 # Nothing is better for it alone: a random removal hurts controls least, and targets too.
-UNMARKED = (OF_CONTROLS, BESIDE_TEACHER)
+UNMARKED = "of controls", BESIDE_TEACHER
 OF_SPLITS = {"test": "test queries", **KINDS, "validation": "validation queries"}  # in this order
 _NAMES = {
     LDS: "LDS",
@@ -148,8 +148,13 @@ class JudgeTable:
         groups = {
             "Models trained on random subsets": _chosen(self.columns, scores, [first]),
             "Models trained on random subsets, other queries": _chosen(self.columns, [LDS], others),
-            "Models trained without what a method named": [each for each in rest if each.cutoff],
-            "Without training": [each for each in rest if not each.cutoff],
+            "Models trained without what a method named for several queries": [
+                each for each in rest if each.cutoff and not each.metric.startswith(OWN)
+            ],
+            "Models trained without what a method named for one query": [
+                each for each in rest if each.metric.startswith(OWN)
+            ],
+            "Without training": [each for each in rest if not each.cutoff and not each.metric.startswith(OWN)],
         }
         return [
             Section(title, columns, [name for name in self.methods if any(name in each.figures for each in columns)])
@@ -222,7 +227,7 @@ def _column(means: Means, metric: str, split: str, cutoff: int) -> Column:
         if name == metric and where == [split, cutoff]
     }
     reach = figures.pop(RETRAINED_AGAIN, None)
-    if metric not in UNMARKED:
+    if not metric.endswith(UNMARKED):
         pairs = {name: (figure.value, figure.error) for name, figure in figures.items()}
         places = compared(pairs, higher=higher_is_better(metric))
         figures = {name: replace(figure, place=places[name].place) for name, figure in figures.items()}
