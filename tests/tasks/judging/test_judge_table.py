@@ -10,10 +10,13 @@ import pytest
 from fastgda_core.evaluation.twins import TwinTest
 from storage_schemas.tables import PSEUDO, TWIN
 from tasks.judging.judge_table import REACH, JudgeTable, figures_of, table_of
+from tasks.judging.leave_k_out import BRITTLENESS, OWN_CHANGE
 from tasks.judging.left_out import CHANGE, OF_CONTROLS
 from tasks.judging.metric_rows import twin_rows
 from tasks.judging.retrained import AHEAD, BESIDE_TEACHER, HIGH, LOW, OVER_MODELS
 from tasks.watching.trust import CAPTIONS, LDS, RETRAINED_AGAIN, TEACHER
+
+WITHOUT = "Models trained without what a method named"
 
 
 def row(metric: str, space: str, value: float, error: float = 0.0, **where: Any) -> dict[str, Any]:
@@ -103,16 +106,18 @@ def test_a_judge_is_what_the_teacher_itself_has_a_figure_by() -> None:
 def test_columns_are_read_together_under_what_they_share() -> None:
     removals = [row(CHANGE, TEACHER, 1.0, 0.1, cutoff=k) for k in (100, 40)]
     twins = [*twin_rows(TwinTest((1, 9), (4, 4)), TEACHER, TWIN), row("R-precision", TEACHER, 0.5)]
-    sections = {section.shared: section for section in table(*removals, *twins).sections}
+    alone = [row(OWN_CHANGE, TEACHER, 1.0, 0.1, cutoff=10), row(BRITTLENESS, TEACHER, 10.0, 0.0)]
+    sections = {section.shared: section for section in table(*removals, *twins, *alone).sections}
     assert {title: section.heads for title, section in sections.items()} == {
         "Models trained on random subsets, test queries": ["LDS", "ahead of captions", "ahead of the teacher"],
         "Models trained on random subsets, other queries: LDS, training images as queries": ["LDS"],
-        "Models trained without what a method named, test queries": ["loss change, k = 40", "loss change, k = 100"],
+        f"{WITHOUT} for several queries, test queries": ["loss change, k = 40", "loss change, k = 100"],
+        f"{WITHOUT} for one query, test queries": ["leave-k-out brittleness", "leave-k-out loss change, k = 10"],
         "Without training": ["R-precision, test queries", "twins found, generated from training captions"],
     }
     (_, twins_found) = sections["Without training"].columns
     assert twins_found.text(TEACHER) == "1 of 2, worst at rank 9"
-    assert sections["Models trained without what a method named, test queries"].methods == [TEACHER]
+    assert sections[f"{WITHOUT} for several queries, test queries"].methods == [TEACHER]
 
 
 @pytest.mark.parametrize(("lead", "doubted"), [(0.11, False), (0.09, True), (-0.2, True)])
