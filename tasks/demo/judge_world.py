@@ -30,6 +30,9 @@ CONFIG = ASSETS.parent / "openmoji_judge.yaml"
 TIERS_CONFIG = ASSETS.parent / "openmoji_judge_tiers.yaml"
 CAPTION_TOKENS = 12
 KEPT = (0.125, 0.25, 0.5)  # of the steps: where the averaged weights are kept, for teacher.checkpoints
+WIDTH = 32  # channels of the denoiser
+# The picture itself as the target: of a model this small and this short in training the pictures are recognisable.
+TARGET = "sample"
 FACTOR = 4  # pixels of a latent's side: 16 x 16 pictures are latents of 48 x 4 x 4
 _COUNTRY = re.compile(r"1F1[EF][0-9A-F]-1F1[EF][0-9A-F]")
 # The first group with a word of the first caption has the picture, as long as it has room.
@@ -79,20 +82,28 @@ def choose(every: list[OpenMoji]) -> list[OpenMoji]:
     return sorted((image for group in found.values() for image in group), key=lambda image: image.key)
 
 
-def write_model(folder: Path, shards: Path, judge: JudgeConfig) -> None:
+def write_model(folder: Path, shards: Path, judge: JudgeConfig, *, width: int = WIDTH, target: str = TARGET) -> None:
     """Train the world's denoiser by the judge's recipe on all samples, and lay it out as a diffusers-style folder.
 
-    The folder is complete once `ORIGIN.txt` is there and names the recipe and what was kept on the way.
+    The folder is complete once `ORIGIN.txt` is there and names the recipe, and what of the model is not the demo's.
+
+    Args:
+        folder: of the model.
+        shards: folder of the samples.
+        judge: recipe and seed.
+        width: channels of the denoiser, a multiple of 16.
+        target: `prediction_type` of the scheduler.
     """
     assert isinstance(judge.retrain, RetrainConfig)
     pictures = (shards / "ORIGIN.txt").read_text()
+    changed = "" if (width, target) == (WIDTH, TARGET) else f", width {width}, target {target}"
     recipe = input_key("world", judge.retrain, judge.seed, KEPT, pictures)
-    origin, note = folder / "ORIGIN.txt", f"recipe {recipe}\n"
+    origin, note = folder / "ORIGIN.txt", f"recipe {recipe}{changed}\n"
     if origin.is_file() and origin.read_text() == note:
         return
     staging = folder.with_name(f".{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)
-    _write_untrained(staging)
+    _write_untrained(staging, width, target)
     model = load_model(staging, pick_device("auto"))
     samples, _ = scan(find_shards(str(shards / "*.tar"), "shards"), lambda: None)
     images = [read_image(sample.shard, sample.offset, sample.size) for sample in samples]
@@ -112,14 +123,14 @@ def write_model(folder: Path, shards: Path, judge: JudgeConfig) -> None:
     staging.rename(folder)
 
 
-def _write_untrained(folder: Path) -> None:
+def _write_untrained(folder: Path, width: int, target: str) -> None:
     write_text_encoder(folder, CAPTION_TOKENS)
     unet = UNet2DConditionModel(
         sample_size=4,
         in_channels=3 * FACTOR**2,
         out_channels=3 * FACTOR**2,
         layers_per_block=1,
-        block_out_channels=(32,),
+        block_out_channels=(width,),
         down_block_types=("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",),
         cross_attention_dim=384,
@@ -127,11 +138,10 @@ def _write_untrained(folder: Path) -> None:
         norm_num_groups=16,
     )
     unet.save_pretrained(folder / "unet")
-    # The picture itself as the target: of a model this small and this short in training the pictures are recognisable.
     scheduler = DDIMScheduler(
         num_train_timesteps=1000,
         beta_schedule="squaredcos_cap_v2",
-        prediction_type="sample",
+        prediction_type=target,
         clip_sample=True,
         timestep_spacing="trailing",
     )
