@@ -40,6 +40,7 @@ from storage_schemas.tables import PSEUDO, TWIN
 from tasks.config.files import load_config
 from tasks.context import Context, open_context
 from tasks.demo import judge_world
+from tasks.demo.invented import invented_pictures
 from tasks.demo.openmoji import write_shards
 from tasks.inputs.queries import make_queries
 from tasks.inputs.samples import ingest_samples, samples_table
@@ -275,7 +276,7 @@ def main() -> None:
     parser.add_argument("--again", type=int, default=6, help="of them from another seed (default: %(default)s)")
     arguments = parser.parse_args()
     shards = arguments.folder.resolve() / "shards"
-    write_shards(shards, judge_world.choose)
+    write_shards(shards, judge_world.choose, invented_pictures())
     base = yaml.safe_load(judge_world.CONFIG.read_text())
     base["judge"] |= {"subsets": arguments.subsets, "again": arguments.again}
     found = []
