@@ -78,7 +78,7 @@ LABELS = {
     "eigen sketch, 16,384 numbers": Label("eigen sketch, 17 KB", "tab:orange", (18, 0)),
     "principal sketch, 256 numbers": Label("principal sketch, 0.3 KB", "tab:blue", (-6, -15), "right"),
     "principal sketch, 1,024 numbers": Label("principal sketch, 1.1 KB", "tab:blue", (-12, -9), "right"),
-    "query tower and centred features": Label("query tower and features, 2.6 KB", "tab:green", (14, 0)),
+    "query tower and centred features": Label("query tower and features, 2.6 KB", "tab:green", (0, 16), "center"),
     "two stages, the tower's first 400": Label("two stages, first 400, 3.7 KB", "tab:red", (12, -14)),
 }
 
