@@ -12,24 +12,21 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import platform
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.judged_teachers import SPLITS, World, mean_lds, row
+from benchmarks.judged_teachers import HEAD, SPLITS, World, ahead, mean_lds, row
 from fastgda_core.curvature.layers import select_layers
 from fastgda_core.diffusion.objective import Objective
-from fastgda_core.evaluation.lds import difference, reliability
 from tasks.config.files import load_config
 from tasks.context import open_context
 
 SHARES = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0)
+OBJECTIVES = Objective.loss, Objective.output_norm  # the ratio is judged apart
 DAMPINGS = (0.01, 0.1, 1.0)
 LAYERS = "cross-attn-kv"
 MOST = 3  # places of a sum
@@ -55,7 +52,7 @@ def at_places(world: World) -> Iterator[tuple[tuple[Place, float], Placed]]:
     """Yield the scores at each place under each damping."""
     for share, model in world.models(SHARES).items():
         fisher = world.fisher(model, list(select_layers(model.denoiser, LAYERS)))
-        for objective in Objective:
+        for objective in OBJECTIVES:
             both = world.rotated(model.with_objective(objective), fisher)
             for damping in DAMPINGS:
                 total = torch.zeros(len(world.several), world.samples.rows, dtype=torch.float64)
@@ -88,13 +85,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     world = World(open_context(load_config(parser.parse_args().config)))
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
-    print(f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, {packages}")
-    twice = reliability(world.losses[: len(world.again)], world.again)
-    ceilings = [f"{split} {float(twice[world.of_split[split]].mean()):.3f}" for split in SPLITS]
-    print(f"what a score can reach: {', '.join(ceilings)}")
-    print("\n| | LDS, validation | test | generated from training captions | training images | twins first, worst |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    world.introduce()
+    print(f"\n{HEAD}")
     found = dict(at_places(world))
     best: dict[str, tuple[float, str, Tensor]] = {}
     tried = 0
@@ -109,11 +101,8 @@ def main() -> None:
     pair = best["2 places, loss, expected spread"]
     print(f"\nbest of {tried} by the validation queries of each kind; ahead of the best single place with the loss:")
     for split in SPLITS[1:]:
-        mine = world.of_split[split]
-        lead = difference(world.kept, pair[2][mine], best["one place, loss"][2][mine], world.losses[:, mine])
-        low, high = lead.interval
-        errors = f"± {lead.over_queries:.3f} ± {lead.over_models:.3f}, {low:+.3f} to {high:+.3f}"
-        print(f"{pair[1]}, {split}: {lead.mean:+.3f} {errors}")
+        lead = world.lead(pair[2], best["one place, loss"][2], split)
+        print(f"{pair[1]}, {split}: {ahead(lead)}")
 
 
 if __name__ == "__main__":

@@ -11,24 +11,17 @@ Run: python benchmarks/judged_ratio.py CONFIG
 from __future__ import annotations
 
 import argparse
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from judged_teachers import PAIRS, SPLITS, World, mean_lds, row
+from judged_teachers import HEAD, SPLITS, World, mean_lds, row, scores_of
 from torch import Tensor
 
-from fastgda_core.curvature.fisher import EkfacFisher
-from fastgda_core.curvature.layers import Layer, select_layers
+from fastgda_core.curvature.layers import select_layers
 from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.noise import CommonNoisePlan, NoisePlan
 from fastgda_core.diffusion.objective import Objective
-from fastgda_core.evaluation.lds import difference
-from fastgda_core.teachers.micro_batch import MicroBatch
-from fastgda_core.teachers.sample_gradients import sample_gradients
-from fastgda_core.teachers.unlearning import query_gradients
 from tasks.config.files import load_config
 from tasks.context import open_context
 
@@ -75,46 +68,26 @@ class AtShare:
 
     def __init__(self, world: World, model: DiffusionModel) -> None:
         self.world, self.model = world, model
-        self.layers: dict[str, Layer] = select_layers(model.denoiser, "cross-attn-kv")
-        self.fisher: EkfacFisher = world.fisher(model, list(self.layers))
-        self.asked = {objective: self._asked(objective) for objective in (Objective.loss, Objective.ratio)}
-
-    def _asked(self, objective: Objective) -> dict[str, Tensor]:
-        found, model = defaultdict[str, list[Tensor]](list), self.model.with_objective(objective)
-        for query in self.world.several:
-            gradient = query_gradients(
-                model, self.layers, model.encode_images([query.image])[0], model.encode_captions([query.caption]),
-                owner=query.owner, seed=0, pairs=PAIRS, groups=1, micro_batch=MicroBatch(PAIRS),
-            )  # fmt: skip
-            for name, each in gradient.items():
-                found[name].append(self.fisher.layers[name].rotate(each).flatten(1))
-        return {name: torch.cat(several) for name, several in found.items()}
+        self.fisher = world.fisher(model, list(select_layers(model.denoiser, "cross-attn-kv")))
+        self.asked = {
+            objective: world.of_queries(model.with_objective(objective), self.fisher)
+            for objective in (Objective.loss, Objective.ratio)
+        }
 
     def scores(self, variant: Variant) -> Iterator[tuple[str, Tensor]]:
         """Yield scores of all samples, (queries, samples), under every damping, in three forms."""
-        kept, model = defaultdict[str, list[Tensor]](list), self.model.with_objective(variant.objective)
-        plan = variant.plan(model.schedule.train_timesteps)
-        for some in sample_gradients(model, self.layers, plan, self.world.block, MicroBatch(64)):
-            for name in self.layers:
-                kept[name].append(some.rotated(name, self.fisher.layers[name]))
-        for damping in DAMPINGS:
-            total, length = torch.zeros(()), torch.zeros(())
-            for name, several in kept.items():
-                weight = self.fisher.layers[name].damped(damping).flatten().reciprocal()
-                samples = torch.cat(several)
-                total = total + ((self.asked[variant.asked][name] * weight) @ samples.T).double()
-                length = length + (samples.square() * weight).sum(1).double()
-            yield f"damping {damping:g}", total
-            yield f"damping {damping:g}, negative ones 0", total.clamp_min(0)
-            yield f"damping {damping:g}, divided by the sample's length", total / length.sqrt()
+        model, plan = self.model.with_objective(variant.objective), variant.plan(self.model.schedule.train_timesteps)
+        kept = self.world.of_samples(model, self.fisher, plan)
+        both = {name: (self.asked[variant.asked][name], of_samples) for name, of_samples in kept.items()}
+        for damping, form, found in scores_of(self.fisher, both, DAMPINGS):
+            yield f"damping {damping:g}{form}", found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     world = World(open_context(load_config(parser.parse_args().config)))
-    print("| | LDS, validation | test | generated from training captions | training images | twins first, worst |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    print(HEAD)
     best: dict[Variant, Tensor] = {}
     chosen: dict[Variant, str] = {}
     for share, model in world.models().items():
@@ -132,8 +105,7 @@ def main() -> None:
     for variant, scores in best.items():
         cells = [f"{mean_lds(world, scores, 'test'):+.3f}"]
         for split in (SPLITS[1], SPLITS[3]):
-            mine = world.of_split[split]
-            lead = difference(world.kept, scores[mine], best[PUBLISHED][mine], world.losses[:, mine])
+            lead = world.lead(scores, best[PUBLISHED], split)
             cells.append(f"{lead.mean:+.3f} ± {lead.over_queries:.3f} ± {lead.over_models:.3f}")
         print(f"| {variant} | {chosen[variant]} | {' | '.join(cells)} |")
 

@@ -17,7 +17,7 @@ import itertools
 import os
 import platform
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,10 +31,10 @@ from fastgda_core.curvature.fisher import EkfacFisher, fit_fisher
 from fastgda_core.curvature.layers import select_layers
 from fastgda_core.diffusion.loss import per_sample_loss
 from fastgda_core.diffusion.model import DiffusionModel
-from fastgda_core.diffusion.noise import gaussian_noise, stratified_timesteps, stream_key
+from fastgda_core.diffusion.noise import NoisePlan, gaussian_noise, stratified_timesteps, stream_key
 from fastgda_core.diffusion.objective import Objective
 from fastgda_core.diffusion.training import DenoiserTrainer, DenoiserTraining
-from fastgda_core.evaluation.lds import difference, linear_datamodelling, predictions, reliability
+from fastgda_core.evaluation.lds import Lds, difference, linear_datamodelling, predictions, reliability
 from fastgda_core.evaluation.ranking_metrics import spearman, twin_ranks
 from fastgda_core.evaluation.retraining import to_train
 from fastgda_core.features import text_space
@@ -57,6 +57,8 @@ SHARES = (0.25, 0.5, 1.0)  # of the training, at which gradients are taken
 FISHER_ROWS, PAIRS = 1024, 128
 FRESH = 1000  # added to the seed of weights that no training began with
 SPLITS = ("validation", "test", TWIN, PSEUDO)
+HEAD = """| | LDS, validation | test | generated from training captions | training images | twins first, worst |
+| --- | ---: | ---: | ---: | ---: | ---: |"""  # of a table of `row`
 
 
 @dataclass(frozen=True)
@@ -145,36 +147,51 @@ class World:
         """Yield scores of all samples, (queries, samples) float64, under every damping, in three forms."""
         fisher = self.fisher(model, list(select_layers(model.denoiser, layers)))
         both = self.rotated(model.with_objective(objective), fisher)
-        for damping in DAMPINGS:
-            total = torch.zeros(len(self.several), self.samples.rows, dtype=torch.float64)
-            length = torch.zeros(self.samples.rows, dtype=torch.float64)
-            for name, (of_queries, of_samples) in both.items():
-                weight = fisher.layers[name].damped(damping).flatten().reciprocal().float()
-                total += ((of_queries * weight) @ of_samples.T).double()
-                length += (of_samples.square() * weight).sum(1).double()
-            setting = Setting(objective, layers, share, damping, "")
-            yield setting, total
-            yield replace(setting, form=", negative ones 0"), total.clamp_min(0)
-            yield replace(setting, form=", divided by the sample's length"), total / length.sqrt()
+        for damping, form, found in scores_of(fisher, both, DAMPINGS):
+            yield Setting(objective, layers, share, damping, form), found
 
     def rotated(self, seen: DiffusionModel, fisher: EkfacFisher) -> dict[str, tuple[Tensor, Tensor]]:
         """Return gradients in the Fisher's eigenbasis of queries and of samples, (n, d_out * d_in) each, by layer."""
-        chosen = {name: seen.denoiser.get_submodule(name) for name in fisher.layers}
-        learned = seen.with_objective(seen.objective.of_query)
-        asked, kept = defaultdict[str, list[Tensor]](list), defaultdict[str, list[Tensor]](list)
+        asked = self.of_queries(seen.with_objective(seen.objective.of_query), fisher)
+        teacher = self.context.config.teacher.model_copy(update={"objective": seen.objective})
+        kept = self.of_samples(seen, fisher, noise_plan(self.context.config.model_copy(update={"teacher": teacher})))
+        return {name: (asked[name], kept[name]) for name in fisher.layers}
+
+    def of_queries(self, model: DiffusionModel, fisher: EkfacFisher) -> dict[str, Tensor]:
+        """Return the queries' gradients in the Fisher's eigenbasis, (queries, d_out * d_in) by layer."""
+        layers = {name: model.denoiser.get_submodule(name) for name in fisher.layers}
+        found = defaultdict[str, list[Tensor]](list)
         for query in self.several:
             gradient = query_gradients(
-                learned, chosen, seen.encode_images([query.image])[0], seen.encode_captions([query.caption]),
+                model, layers, model.encode_images([query.image])[0], model.encode_captions([query.caption]),
                 owner=query.owner, seed=0, pairs=PAIRS, groups=1, micro_batch=MicroBatch(PAIRS),
             )  # fmt: skip
             for name, each in gradient.items():
-                asked[name].append(fisher.layers[name].rotate(each).flatten(1))
-        teacher = self.context.config.teacher.model_copy(update={"objective": seen.objective})
-        plan = noise_plan(self.context.config.model_copy(update={"teacher": teacher}))
-        for some in sample_gradients(seen, chosen, plan, self.block, MicroBatch(64)):
-            for name in chosen:
-                kept[name].append(some.rotated(name, fisher.layers[name]))
-        return {name: (torch.cat(asked[name]).float(), torch.cat(kept[name]).float()) for name in chosen}
+                found[name].append(fisher.layers[name].rotate(each).flatten(1))
+        return {name: torch.cat(several).float() for name, several in found.items()}
+
+    def of_samples(self, model: DiffusionModel, fisher: EkfacFisher, plan: NoisePlan) -> dict[str, Tensor]:
+        """Return the samples' gradients under a noise plan in the eigenbasis, (samples, d_out * d_in) by layer."""
+        layers = {name: model.denoiser.get_submodule(name) for name in fisher.layers}
+        found = defaultdict[str, list[Tensor]](list)
+        for some in sample_gradients(model, layers, plan, self.block, MicroBatch(64)):
+            for name in layers:
+                found[name].append(some.rotated(name, fisher.layers[name]))
+        return {name: torch.cat(several).float() for name, several in found.items()}
+
+    def introduce(self) -> None:
+        """Print the machine, the pool, and what a score can reach on each split."""
+        packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
+        print(f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, {packages}")
+        print(f"{self.samples.rows} samples, {len(self.kept)} models on random halves, {len(self.again)} of them again")
+        twice = reliability(self.losses[: len(self.again)], self.again)
+        ceilings = [f"{split} {float(twice[self.of_split[split]].mean()):.3f}" for split in SPLITS]
+        print(f"what a score can reach: {', '.join(ceilings)}")
+
+    def lead(self, scores: Tensor, rival: Tensor, split: str) -> Lds:
+        """Return how far scores are ahead of others, (queries, samples) each, on the queries of a split."""
+        mine = self.of_split[split]
+        return difference(self.kept, scores[mine], rival[mine], self.losses[:, mine])
 
     def cheap(self) -> dict[str, Tensor]:
         """Return what needs no teacher."""
@@ -195,6 +212,21 @@ class World:
         return found
 
 
+def scores_of(
+    fisher: EkfacFisher, both: Mapping[str, tuple[Tensor, Tensor]], dampings: Sequence[float]
+) -> Iterator[tuple[float, str, Tensor]]:
+    """Yield damping, form and scores, (queries, samples) float64, of gradients in the eigenbasis, in three forms."""
+    for damping in dampings:
+        total, length = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for name, (of_queries, of_samples) in both.items():
+            weight = fisher.layers[name].damped(damping).flatten().reciprocal().float()
+            total = total + ((of_queries * weight) @ of_samples.T).double()
+            length = length + (of_samples.square() * weight).sum(1).double()
+        yield damping, "", total
+        yield damping, ", negative ones 0", total.clamp_min(0)
+        yield damping, ", divided by the sample's length", total / length.sqrt()
+
+
 def row(world: World, name: str, scores: Tensor) -> str:
     cells = []
     for split in SPLITS:
@@ -204,6 +236,12 @@ def row(world: World, name: str, scores: Tensor) -> str:
     ranks = twin_ranks(scores[world.of_split[TWIN]], world.twins)
     first = int((ranks <= max(1, world.samples.rows // 100)).sum())
     return f"| {name} | {' | '.join(cells)} | {first} of {len(ranks)}, {int(ranks.max())} |"
+
+
+def ahead(lead: Lds) -> str:
+    """Return a lead with both errors and the interval over models."""
+    low, high = lead.interval
+    return f"{lead.mean:+.3f} ± {lead.over_queries:.3f} ± {lead.over_models:.3f}, {low:+.3f} to {high:+.3f}"
 
 
 def mean_lds(world: World, scores: Tensor, split: str) -> float:
@@ -217,14 +255,8 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", default=["cross-attn-kv", "attn", "all"])
     arguments = parser.parse_args()
     world = World(open_context(load_config(arguments.config)))
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
-    print(f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, {packages}")
-    print(f"{world.samples.rows} samples, {len(world.kept)} models on random halves, {len(world.again)} of them again")
-    twice = reliability(world.losses[: len(world.again)], world.again)
-    ceilings = [f"{split} {float(twice[world.of_split[split]].mean()):.3f}" for split in SPLITS]
-    print(f"what a score can reach: {', '.join(ceilings)}")
-    print("\n| | LDS, validation | test | generated from training captions | training images | twins first, worst |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    world.introduce()
+    print(f"\n{HEAD}")
     cheap = world.cheap()
     for name, scores in cheap.items():
         print(row(world, name, scores), flush=True)
@@ -249,11 +281,7 @@ def main() -> None:
     best = max(found, key=lambda each: mean_lds(world, found[each], "validation"))
     print(row(world, f"**chosen on validation: {best}**", found[best]))
     for split, (name, rival) in itertools.product(SPLITS[1:], rivals.items()):
-        mine = world.of_split[split]
-        lead = difference(world.kept, found[best][mine], rival[mine], world.losses[:, mine])
-        low, high = lead.interval
-        errors = f"± {lead.over_queries:.3f} ± {lead.over_models:.3f}, {low:+.3f} to {high:+.3f}"
-        print(f"\nahead of {name}, {split}: {lead.mean:+.3f} {errors}")
+        print(f"\nahead of {name}, {split}: {ahead(world.lead(found[best], rival, split))}")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,6 @@ Run: python benchmarks/tail_patch.py CONFIG
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -75,8 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     world = World(open_context(load_config(parser.parse_args().config)))
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
-    print(f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, {packages}")
+    world.introduce()
     scores = methods(world)
     patch = TailPatch(world.context.model(), seed=0, pairs=PAIRS, micro_batch=MicroBatch(64))
     falls: dict[str, dict[str, Tensor]] = {}

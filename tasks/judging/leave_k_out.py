@@ -21,14 +21,13 @@ OWN = "leave-k-out"
 OWN_CHANGE, BROKEN, BRITTLENESS = f"{OWN} loss change", f"{OWN} broken", f"{OWN} brittleness"
 
 
-def leave_k_out_rows(run: Run) -> list[dict[str, object]]:
+def leave_k_out_rows(run: Run, removals: Removals) -> list[dict[str, object]]:
     """Return what each query lost without the samples that a method named for it, and how its picture changed.
 
     By method and K: mean and standard error over the queries, and each query's own figure. Brittleness is the smallest
     K at which a query's loss rises further than by removing K at random (`above_chance`), the median over queries
     where at least half are broken; the share of broken queries stands beside it.
     """
-    removals = Removals.of(run)
     place = {query.query_id: number for number, query in enumerate(load_queries(run.artifacts["queries"]))}
     by_choice: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for removal in removals.plan:

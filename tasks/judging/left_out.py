@@ -112,9 +112,8 @@ def _named(scores: Mapping[str, Tensor], k: int, seed: int) -> dict[str, list[in
     return found
 
 
-def leave_out_rows(run: Run) -> list[dict[str, object]]:
+def leave_out_rows(run: Run, removals: Removals) -> list[dict[str, object]]:
     """Return how much the targets of each method lost without what it named, and the controls with them."""
-    removals = Removals.of(run)
     targets, controls = _targets_and_controls(run)
     rows: list[dict[str, object]] = []
     for removal in removals.plan:

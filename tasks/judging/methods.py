@@ -36,10 +36,7 @@ def method_scores(run: Run, ranks: Artifact, chosen: list[int]) -> dict[str, Ten
     several = load_queries(run.artifacts["queries"])
     names = [several[number].query_id for number in chosen]
     context, samples, queries = run.context, run.artifacts["samples"], run.artifacts["queries"]
-    labels = candidate_scores(run.workspace, ranks, names)
-    teacher = torch.zeros(len(names), samples.rows, dtype=torch.float64)
-    for row, (train_ids, scores, known) in enumerate(zip(labels.train_ids, labels.scores, labels.known, strict=True)):
-        teacher[row, train_ids[known].long()] = scores[known].double()
+    teacher = teacher_scores(run, ranks, names, left_out=0.0)
     found = {TEACHER: teacher}
     spaces = {UNTUNED: context}
     words = text_space(context.config.features.space)
@@ -49,6 +46,15 @@ def method_scores(run: Run, ranks: Artifact, chosen: list[int]) -> dict[str, Ten
         found[name] = _cosines(space, samples, queries, chosen)
     draw = torch.Generator().manual_seed(run.config.judge.seed if run.config.judge else 0)
     found[RANDOM] = torch.randn(teacher.shape, generator=draw, dtype=torch.float64)
+    return found
+
+
+def teacher_scores(run: Run, ranks: Artifact, query_ids: list[str], *, left_out: float) -> Tensor:
+    """Return the run's scores of some queries, (queries, samples) float64; of what is no candidate, `left_out`."""
+    labels = candidate_scores(run.workspace, ranks, query_ids)
+    found = torch.full((len(query_ids), run.artifacts["samples"].rows), left_out, dtype=torch.float64)
+    for row, (train_ids, scores, known) in enumerate(zip(labels.train_ids, labels.scores, labels.known, strict=True)):
+        found[row, train_ids[known].long()] = scores[known].double()
     return found
 
 

@@ -12,17 +12,15 @@ import pyarrow.compute as pc
 import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from torch import Tensor
 
 from fastgda_core.evaluation.ranking_metrics import r_precision
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table, input_key
 from tasks.artifact import Artifact, Made, once
-from tasks.distilling.ranks import candidate_scores
 from tasks.inputs.features import features_key
 from tasks.inputs.queries import load_queries
 from tasks.inputs.samples import samples_table
-from tasks.judging.methods import method_scores
+from tasks.judging.methods import method_scores, teacher_scores
 from tasks.judging.metric_rows import metric_row, metric_rows
 from tasks.teaching.run import Run
 from tasks.watching.trust import TEACHER
@@ -80,7 +78,9 @@ def _rows(run: Run, ranks: Artifact, planted: dict[int, list[int]]) -> list[dict
     for row, number in enumerate(chosen):
         relevant[row, planted[number]] = True
     methods = method_scores(run, ranks, chosen) if run.config.judge else {}
-    methods |= {TEACHER: _teacher_scores(run, ranks, [queries[number].query_id for number in chosen])}
+    # What is no candidate comes last: a sample below 0 was at least asked for.
+    ids = [queries[number].query_id for number in chosen]
+    methods |= {TEACHER: teacher_scores(run, ranks, ids, left_out=-torch.inf)}
     rows: list[dict[str, object]] = []
     for split in SPLITS:
         mine = [row for row, number in enumerate(chosen) if queries[number].split == split]
@@ -90,12 +90,3 @@ def _rows(run: Run, ranks: Artifact, planted: dict[int, list[int]]) -> list[dict
             rows.append(metric_row(R_PRECISION, method, values, split=split))
             rows += [row | {"split": split} for row in metric_rows(R_PRECISION, method, values, names)][1:]
     return rows
-
-
-def _teacher_scores(run: Run, ranks: Artifact, query_ids: list[str]) -> Tensor:
-    """Return the teacher's scores, (queries, samples) float64, minus infinity of what is no candidate."""
-    found = candidate_scores(run.workspace, ranks, query_ids)
-    scores = torch.full((len(query_ids), run.artifacts["samples"].rows), -torch.inf, dtype=torch.float64)
-    for row, known in enumerate(found.known):
-        scores[row, found.train_ids[row, known].long()] = found.scores[row, known]
-    return scores

@@ -25,6 +25,7 @@ from tasks.judging.left_out import leave_out_rows
 from tasks.judging.methods import every_method
 from tasks.judging.metric_rows import metric_row, metric_rows, twin_rows
 from tasks.judging.regenerated import regeneration_distances
+from tasks.judging.removals import Removals
 from tasks.judging.tiers import Tiers
 from tasks.teaching.retrainings import RemovalParts, RetrainingParts, TrainedAgain
 from tasks.teaching.run import Run
@@ -118,7 +119,8 @@ def _rows(run: Run, ranks: Artifact, tiers: Tiers) -> list[dict[str, object]]:
             rows.append(metric_row(LDS, RETRAINED_AGAIN, reliability(once_, twice), split=split))
     rows += _twin_rows(run, queries, scores)
     if config.leave_out is not None:
-        rows += [*leave_out_rows(run), *leave_k_out_rows(run)]
+        removals = Removals.of(run)
+        rows += [*leave_out_rows(run, removals), *leave_k_out_rows(run, removals)]
     return rows
 
 
