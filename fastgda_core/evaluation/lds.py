@@ -94,6 +94,29 @@ def predictions(kept: Tensor, scores: Tensor) -> Tensor:
     return scores.double() @ kept.double().T
 
 
+def inclusion_effects(kept: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what training on each sample did to the queries' losses, and its standard error, (queries, samples) each.
+
+    It is the mean loss of the models that were trained on the sample less that of the others, as a share of the mean of
+    all: below 0 where the sample helps. The error is Welch's; both are NaN where fewer than two models have the sample,
+    or lack it.
+
+    Args:
+        kept: (models, samples) bool, what each was trained on.
+        losses: (models, queries), of each model on each query.
+    """
+    shares = losses.double() / losses.double().mean(0)
+    parts = []
+    for members in (kept.double(), (~kept).double()):
+        count = members.sum(0)
+        count = count.masked_fill(count < 2, torch.nan)
+        mean = shares.T @ members / count
+        spread = (shares.T.square() @ members - count * mean.square()) / (count - 1)
+        parts.append((mean, spread.clamp_min(0) / count))
+    (with_it, error), (without, other) = parts
+    return with_it - without, (error + other).sqrt()
+
+
 def reliability(losses: Tensor, again: Tensor) -> Tensor:
     """Return the highest score that a method could have, by query, (q,) float64: what retraining itself leaves open.
 

@@ -13,7 +13,16 @@ from storage_schemas.workspace import Workspace
 from tasks.judging.kept_checks import read_checks
 from tasks.judging.leave_k_out import OWN
 from tasks.judging.retrained import AHEAD, BESIDE_TEACHER, HIGH, LOW, OVER_MODELS
-from tasks.watching.trust import CAPTIONS, KINDS, LDS, RETRAINED_AGAIN, TEACHER, TWIN_SHARE, WORST_TWIN
+from tasks.watching.trust import (
+    CAPTIONS,
+    CONFIRMED_SHARE,
+    KINDS,
+    LDS,
+    RETRAINED_AGAIN,
+    TEACHER,
+    TWIN_SHARE,
+    WORST_TWIN,
+)
 
 Means = Mapping[tuple[str, str, str, int], Mapping[str, Any]]  # by metric, method, split and cutoff
 
@@ -27,6 +36,7 @@ _NAMES = {
     AHEAD: "ahead of captions",
     BESIDE_TEACHER: "ahead of the teacher",
     TWIN_SHARE: "twins found",
+    CONFIRMED_SHARE: "twins found that retraining confirms",
 }
 _BESIDE, _OTHER_ERROR = (OVER_MODELS, LOW, HIGH, WORST_TWIN), ", error over models"  # shown with another figure
 
@@ -84,7 +94,7 @@ class Column:
         figure = self.reach if method == REACH else self.figures.get(method)
         if figure is None:
             return ""
-        if self.metric == TWIN_SHARE:
+        if self.metric in (TWIN_SHARE, CONFIRMED_SHARE):
             found = f"{figure.value * figure.queries:.0f} of {figure.queries}"
             return found if figure.worst is None else f"{found}, worst at rank {figure.worst:,.0f}"
         errors = [figure.over_queries] if figure.over_queries or figure.over_models is not None else []

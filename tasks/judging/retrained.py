@@ -10,7 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
-from fastgda_core.evaluation.lds import Lds, linear_datamodelling, reliability
+from fastgda_core.evaluation.lds import Lds, inclusion_effects, linear_datamodelling, reliability
 from fastgda_core.evaluation.ranking_metrics import twin_ranks
 from fastgda_core.evaluation.twins import TwinTest, first_places
 from storage_schemas import tables
@@ -29,10 +29,12 @@ from tasks.judging.removals import Removals
 from tasks.judging.tiers import Tiers
 from tasks.teaching.retrainings import RemovalParts, RetrainingParts, TrainedAgain
 from tasks.teaching.run import Run
-from tasks.watching.trust import CAPTIONS, KINDS, LDS, RETRAINED_AGAIN, TEACHER
+from tasks.watching.trust import CAPTIONS, CONFIRMED_SHARE, KINDS, LDS, RETRAINED_AGAIN, TEACHER
 
 RETRAINING_CHECK = "retraining check"  # name of the artifact
 OVER_MODELS, LOW, HIGH = "lds error over models", "lds low", "lds high"
+TWIN_EFFECT = "twin effect"
+CONFIRMED = 2.0  # standard errors by which a twin has to help
 AHEAD, BESIDE_TEACHER = "lds ahead of captions", "lds ahead of the teacher"
 SPLITS = ("validation", "test", TWIN, PSEUDO)
 
@@ -49,7 +51,7 @@ def check_by_retraining(run: Run, ranks: Artifact) -> Made:
     judge, features = run.config.judge, features_key(run.context, run.artifacts["samples"])
     tiers, near = Tiers.of(run), run.config.candidates.space
     key = input_key(
-        "retraining check 3", ranks.key, pool.key, judge, features, near, tiers.key(run), table=tables.METRICS
+        "retraining check 4", ranks.key, pool.key, judge, features, near, tiers.key(run), table=tables.METRICS
     )
     path = run.workspace.teacher_check(key)
 
@@ -117,15 +119,24 @@ def _rows(run: Run, ranks: Artifact, tiers: Tiers) -> list[dict[str, object]]:
             twice = torch.stack([losses[each] for each in again])[:, chosen]
             once_ = of_subsets[: len(again)][:, chosen]
             rows.append(metric_row(LDS, RETRAINED_AGAIN, reliability(once_, twice), split=split))
-    rows += _twin_rows(run, queries, scores)
+    rows += _twin_rows(run, queries, scores, inclusion_effects(kept, of_subsets))
     if config.leave_out is not None:
         removals = Removals.of(run)
         rows += [*leave_out_rows(run, removals), *leave_k_out_rows(run, removals)]
     return rows
 
 
-def _twin_rows(run: Run, queries: Sequence[Query], scores: Mapping[str, Tensor]) -> list[dict[str, object]]:
-    """Return how often each method but the teacher, which has a test of its own, ranks twins first."""
+def _twin_rows(
+    run: Run, queries: Sequence[Query], scores: Mapping[str, Tensor], effects: tuple[Tensor, Tensor]
+) -> list[dict[str, object]]:
+    """Return what training on each twin did to its query, and which methods rank twins first.
+
+    A twin is confirmed where models that were trained on it know the query better by two standard errors. Of all twins
+    the teacher's own test says how many it finds.
+
+    Args:
+        effects: by `inclusion_effects`.
+    """
     twins = load_twins(run.artifacts["queries"].path)
     rows: list[dict[str, object]] = []
     for kind in KINDS:
@@ -133,11 +144,21 @@ def _twin_rows(run: Run, queries: Sequence[Query], scores: Mapping[str, Tensor])
         if not chosen:
             continue
         places = torch.tensor([twins[queries[number].query_id] for number in chosen])
+        effect, error = (each[chosen, places] for each in effects)
+        confirmed = effect < -CONFIRMED * error  # never of NaN
+        rows += [
+            metric_row(TWIN_EFFECT, RETRAINED_AGAIN, value[None], query_id=queries[number].query_id, split=kind)
+            | {"standard_error": float(its_error)}
+            for number, value, its_error in zip(chosen, effect, error, strict=True)
+            if value.isfinite()
+        ]
         for name, each in scores.items():
+            ranks = twin_ranks(each[chosen], places)
+            first = first_places(each.shape[1])
+            if confirmed.any():
+                rows.append(metric_row(CONFIRMED_SHARE, name, (ranks <= first)[confirmed].double(), split=kind))
             if name != TEACHER:
-                ranks = twin_ranks(each[chosen], places).tolist()
-                test = TwinTest(tuple(ranks), (first_places(each.shape[1]),) * len(ranks))
-                rows += twin_rows(test, name, kind)
+                rows += twin_rows(TwinTest(tuple(ranks.tolist()), (first,) * len(ranks)), name, kind)
     return rows
 
 

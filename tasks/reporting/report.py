@@ -122,7 +122,9 @@ def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: 
         spaces=spaces,
         sketched={"seconds": took["value"], "bytes": size["value"]} if took and size else None,
         ceiling=means.get(("spearman", OTHER_TEACHER, 0)),
-        trust=trust_of(by_itself(metrics, head.kind), _objective(context)),
+        trust=trust_of(
+            by_itself(metrics, head.kind), _objective(context), checkpoints=bool(context.config.teacher.checkpoints)
+        ),
         kinds=KINDS,
         objective=_WHOSE[_objective(context)],
         agreement=means.get(("spearman", "exact vs first order", 0)),

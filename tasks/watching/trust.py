@@ -21,6 +21,7 @@ from storage_schemas.workspace import Workspace
 KINDS = {TWIN: "generated from training captions", PSEUDO: "training images as queries"}
 TEACHER = "teacher"  # what the twin test's rows of `metrics` are about
 TWIN_SHARE, TWIN_RANK, WORST_TWIN = "twin share", "twin rank", "worst twin rank"
+CONFIRMED_SHARE = "confirmed twin share"  # found, of the twins that models trained again say helped
 OTHER_NOISE, OTHER_GRADIENT = "teacher with other noise", "teacher with other gradient"
 OTHER_CURVATURE, OTHER_TEACHER = "teacher with other curvature", "another teacher"
 HEAD, CAPTIONS = "tuned", "captions alone"
@@ -37,6 +38,8 @@ _LOST_SIGN = (
     "on pictures that the model made itself the loss's gradient can lose its sign: set teacher.objective: output_norm, "
     "or take gradients at early checkpoints of the training (teacher.checkpoints)"
 )
+_OTHER_CHECKPOINTS = "take gradients at earlier checkpoints of the training (teacher.checkpoints), or at more of them"
+_BY_JUDGES = "choose another teacher by docs/judges.md"
 _OF_LOSS = {Objective.loss, Objective.ratio}
 _OTHER_SPACE = "its features do not tell these images apart: choose another candidates.space"
 _NOISY = (
@@ -55,6 +58,8 @@ class Trust:
     parts: Spearman's of the teacher with itself where one part alone is drawn again, by the name of that teacher.
     retrained: linear datamodelling score and its error over test queries, by method, where models were trained again.
     precision: mean of mAP(L) over L, of another whole teacher and of the head, where both were measured.
+    confirmed: twins of each kind that models trained again say helped: how many the teacher found, and of how many.
+    checkpoints: gradients are taken at checkpoints of the training.
     plan: the noise plan that the run's pilot chose, in words; empty where none did.
     """
 
@@ -64,6 +69,8 @@ class Trust:
     parts: dict[str, float] = field(default_factory=dict)
     precision: tuple[float, float] | None = None
     retrained: dict[str, tuple[float, float]] = field(default_factory=dict)
+    confirmed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    checkpoints: bool = False
     plan: str = ""
 
     @property
@@ -71,7 +78,7 @@ class Trust:
         """The results as (name, value)."""
         facts = [
             ("noise plan", self._chosen_plan()),
-            ("twins found", "; ".join(_summary(kind, test) for kind, test in self.twins.items())),
+            ("twins found", "; ".join(self._found(kind) for kind in self.twins)),
         ]
         if self.agreement is not None:
             facts.append(("two teachers agree", f"Spearman {self.agreement:.3f}"))
@@ -97,24 +104,46 @@ class Trust:
     def warnings(self) -> list[str]:
         """A line for each test that failed: what, and how to mend it."""
         wrong = [
-            f"the teacher names wrong images: it found {_summary(kind, test)}; {self._advice(kind)}"
+            f"the teacher names wrong images: it found {self._found(kind)}; {self._advice(kind)}"
             for kind, test in self.twins.items()
-            if not test.passed
+            if not test.passed and not self._true_all_the_same(kind)
         ]
         return [*wrong, *self._disagreement(), *self._untrue()]
+
+    def _found(self, kind: str) -> str:
+        """Return how many twins of a kind the teacher found, and how many of those that retraining confirms."""
+        test = self.twins[kind]
+        words = (
+            f"{test.found} of {len(test.ranks)} {KINDS[kind]} among the first {max(test.places)}, "
+            f"the worst at rank {test.worst:,}"
+        )
+        return words + (
+            ", and {} of the {} that retraining confirms".format(*self.confirmed[kind])
+            if self.confirmed.get(kind)
+            else ""
+        )
+
+    def _true_all_the_same(self, kind: str) -> bool:
+        """Return whether retraining says that the twins which are not found did not help, and the teacher is true."""
+        found, confirmed = self.confirmed.get(kind, (0, 0))
+        return 0 < confirmed == found and TEACHER in self.retrained and not self._untrue()
 
     def _untrue(self) -> list[str]:
         """Return a warning where captions alone predict retraining as well as the teacher does."""
         if not {TEACHER, CAPTIONS} <= self.retrained.keys() or self.retrained[TEACHER][0] > self.retrained[CAPTIONS][0]:
             return []
-        lost = _LOST_SIGN if self.objective in _OF_LOSS else "choose another teacher by docs/judges.md"
+        lost = self._lost_sign if self.objective in _OF_LOSS else _BY_JUDGES
         return [f"models that were trained again say that captions alone are as good: {self._retrained()}; {lost}"]
 
     def _advice(self, kind: str) -> str:
         """Return how to mend a teacher that does not find the twins of one kind of query."""
         if self.objective is None:
             return _OTHER_SPACE
-        return _LOST_SIGN if kind == TWIN and self.objective in _OF_LOSS else _NOISY
+        return self._lost_sign if kind == TWIN and self.objective in _OF_LOSS else _NOISY
+
+    @property
+    def _lost_sign(self) -> str:
+        return _OTHER_CHECKPOINTS if self.checkpoints else _LOST_SIGN
 
     def _disagreement(self) -> list[str]:
         """Return a warning where the teacher, drawn again, is another one; empty where it is not."""
@@ -138,13 +167,6 @@ class Trust:
         ]
 
 
-def _summary(kind: str, test: TwinTest) -> str:
-    return (
-        f"{test.found} of {len(test.ranks)} {KINDS[kind]} among the first {max(test.places)}, "
-        f"the worst at rank {test.worst:,}"
-    )
-
-
 def trust_in(workspace: Workspace, run: str) -> Trust:
     """Read what the checks of a run have found so far; nothing of a run that was never judged."""
     rows = _of_the_head(workspace, run)
@@ -152,11 +174,13 @@ def trust_in(workspace: Workspace, run: str) -> Trust:
         if name != "exact check":  # pairs, not metrics
             rows += tables.read(workspace.file(check.path), tables.METRICS).to_pylist()
     plan = noise_plan_of(workspace, run)
-    return replace(trust_of(rows, _objective(workspace, run)), plan="" if plan is None else str(plan))
+    teacher = _teacher(workspace, run)
+    trust = trust_of(rows, _objective(teacher), checkpoints=bool(teacher and teacher.get("checkpoints")))
+    return replace(trust, plan="" if plan is None else str(plan))
 
 
-def trust_of(rows: list[dict[str, Any]], objective: Objective | None) -> Trust:
-    """Return what rows of `metrics` tell of a teacher."""
+def trust_of(rows: list[dict[str, Any]], objective: Objective | None, *, checkpoints: bool = False) -> Trust:
+    """Return what rows of `metrics` tell of a teacher; `checkpoints`: its gradients are taken at some."""
     twins = {}
     for kind in KINDS:
         of_kind = [row for row in rows if row["metric"] == TWIN_RANK and row["split"] == kind]
@@ -180,6 +204,12 @@ def trust_of(rows: list[dict[str, Any]], objective: Objective | None) -> Trust:
             for row in rows
             if (row["metric"], row["split"], row["query_id"]) == (LDS, "test", "")
         },
+        {
+            row["split"]: (round(row["value"] * row["queries"]), row["queries"])
+            for row in rows
+            if (row["metric"], row["space"]) == (CONFIRMED_SHARE, TEACHER)
+        },
+        checkpoints,
     )
 
 
@@ -205,12 +235,17 @@ def by_itself(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [row for row in rows if kind != "gradient" or row["space"] != HEAD]
 
 
-def _objective(workspace: Workspace, run: str) -> Objective | None:
+def _teacher(workspace: Workspace, run: str) -> dict[str, Any] | None:
+    """Return the section `teacher` of a run's configuration; None of a run that has none."""
     try:
         teacher = read_run(workspace, run).config.get("teacher")
     except StoreError:
-        teacher = None
-    if not isinstance(teacher, dict):
+        return None
+    return teacher if isinstance(teacher, dict) else None
+
+
+def _objective(teacher: dict[str, Any] | None) -> Objective | None:
+    if teacher is None:
         return Objective.loss
     return compared(teacher.get("name"), Objective(teacher.get("objective", Objective.loss)))
 

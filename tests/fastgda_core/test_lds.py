@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from fastgda_core.evaluation.lds import difference, linear_datamodelling, predictions, reliability
+from fastgda_core.evaluation.lds import difference, inclusion_effects, linear_datamodelling, predictions, reliability
 
 MODELS, SAMPLES, QUERIES, WIDTH, RIDGE = 48, 60, 6, 5, 4.0
 
@@ -129,3 +129,19 @@ def _mean(kept: Tensor, scores: Tensor, losses: Tensor) -> float:
 def test_two_models_have_no_order() -> None:
     with pytest.raises(ValueError, match="2 models have no order: retrain at least three"):
         linear_datamodelling(torch.ones(2, 4, dtype=torch.bool), torch.ones(1, 4), torch.ones(2, 1))
+
+
+def test_the_effect_of_a_sample_is_the_difference_of_mean_losses_with_welchs_error() -> None:
+    draw = torch.Generator().manual_seed(3)
+    kept = torch.rand(12, 5, generator=draw) < 0.5
+    kept[:, 3], kept[:, 4] = True, torch.arange(12) == 0  # in all models, and in one
+    losses = 0.2 + torch.rand(12, 2, generator=draw)
+    values, errors = inclusion_effects(kept, losses)
+    assert values[:, 3:].isnan().all() and errors[:, 3:].isnan().all()
+    for query in range(2):
+        shares = (losses[:, query].double() / losses[:, query].double().mean()).numpy()
+        for sample in range(3):
+            with_it, without = shares[kept[:, sample].numpy()], shares[~kept[:, sample].numpy()]
+            found = stats.ttest_ind(with_it, without, equal_var=False)
+            assert float(values[query, sample]) == pytest.approx(with_it.mean() - without.mean())
+            assert float(values[query, sample] / errors[query, sample]) == pytest.approx(found.statistic)

@@ -21,6 +21,9 @@ from tasks.inputs.tars import scan
 from tasks.inputs.twins import draw_twins
 from tasks.watching.run_status import run_status
 from tasks.watching.trust import (
+    CAPTIONS,
+    CONFIRMED_SHARE,
+    LDS,
     OTHER_CURVATURE,
     OTHER_GRADIENT,
     OTHER_NOISE,
@@ -107,6 +110,30 @@ def test_a_failed_test_names_the_line_to_change(objective: Objective | None, men
     (warning,) = trust.warnings
     assert "found 11 of 16 generated" in warning and "worst at rank 3,953" in warning and mend in warning
     assert "8 of 8 training images" in dict(trust.facts)["twins found"]
+
+
+def judged_row(metric: str, space: str, value: float, queries: int, split: str) -> dict[str, object]:
+    own = {"metric": metric, "space": space, "split": split, "cutoff": 0, "query_id": ""}
+    return own | {"value": value, "standard_error": 0.04, "queries": queries}
+
+
+@pytest.mark.parametrize(
+    ("lds", "confirmed_found", "warned"), [(0.6, 1.0, False), (0.6, 2 / 3, True), (0.2, 1.0, True)]
+)
+def test_twins_that_retraining_does_not_confirm_are_no_fault_of_a_true_teacher(
+    lds: float, confirmed_found: float, warned: bool
+) -> None:
+    ranks = [1] * 9 + [10, 182, 399]
+    rows = [
+        *(rank_row(TWIN, rank) for rank in ranks),
+        judged_row(CONFIRMED_SHARE, TEACHER, confirmed_found, 3, TWIN),
+        judged_row(LDS, TEACHER, lds, 16, "test"),
+        judged_row(LDS, CAPTIONS, 0.3, 16, "test"),
+    ]
+    trust = trust_of(rows, Objective.loss, checkpoints=True)
+    assert any("names wrong images" in warning for warning in trust.warnings) == warned
+    assert f"and {3 * confirmed_found:.0f} of the 3 that retraining confirms" in dict(trust.facts)["twins found"]
+    assert not any("output_norm" in warning for warning in trust.warnings)  # it has checkpoints already
 
 
 def mean_row(metric: str, space: str, value: float, cutoff: int = 0) -> dict[str, object]:

@@ -23,7 +23,7 @@ from tasks.judging import left_out
 from tasks.judging.kept_checks import read_checks
 from tasks.judging.left_out import CHANGE, OF_CONTROLS, SEPARATION
 from tasks.judging.methods import RANDOM, UNTUNED, every_method
-from tasks.judging.retrained import BESIDE_TEACHER, OVER_MODELS, check_by_retraining
+from tasks.judging.retrained import BESIDE_TEACHER, OVER_MODELS, TWIN_EFFECT, check_by_retraining
 from tasks.judging.tiers import Tiers
 from tasks.teaching import retrainings
 from tasks.teaching.pool import Retraining
@@ -160,6 +160,27 @@ def test_every_method_is_judged_as_the_teacher_is(unlearned: WholeRun, parts: Re
             ranks = [int((each[row] >= each[row, twins[query.query_id]]).sum()) for row, query in of_twins.items()]
             assert rows[WORST_TWIN, name, PSEUDO]["value"] == max(ranks)
             assert rows[TWIN_SHARE, name, PSEUDO]["value"] == sum(rank == 1 for rank in ranks) / len(ranks)
+
+
+def test_what_training_on_a_twin_did_is_told_by_the_models_with_it_and_without(
+    unlearned: WholeRun, parts: RetrainingParts
+) -> None:
+    queries = load_queries(unlearned.run.artifacts["queries"])
+    twins = load_twins(unlearned.run.artifacts["queries"].path)
+    kept = torch.stack([each.kept(parts.config, SAMPLES) for each in parts.pool[1:5]])
+    losses = torch.stack([parts.losses(number).mean(0) for number in range(1, 5)])
+    told = {row["query_id"]: row for row in check_rows(unlearned) if row["metric"] == TWIN_EFFECT}
+    assert told
+    for number, each in enumerate(queries):
+        if each.query_id not in twins:
+            continue
+        mine, its = kept[:, twins[each.query_id]], losses[:, number] / losses[:, number].mean()
+        if mine.sum() == 2:  # of four models
+            assert told[each.query_id]["value"] == pytest.approx(float(its[mine].mean() - its[~mine].mean()))
+            squares = its[mine].var() / 2 + its[~mine].var() / 2
+            assert told[each.query_id]["standard_error"] == pytest.approx(float(squares.sqrt()))
+        else:
+            assert each.query_id not in told
 
 
 def test_what_the_teacher_names_is_removed_and_its_queries_losses_are_compared(unlearned: WholeRun) -> None:
