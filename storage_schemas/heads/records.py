@@ -7,11 +7,12 @@ from typing import Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from storage_schemas.errors import StoreError
-from storage_schemas.files import AnyPath, read_if_there, write_changed
+from storage_schemas.files import AnyPath, is_there, read_if_there, write_changed
 from storage_schemas.runs.ledger import read_run
 from storage_schemas.workspace import Workspace
 
 HEAD_FILE, INDEX_FILE = "head.json", "index.json"
+EXACT_CHECK = "exact check"  # the only check that writes pairs, and no rows of `metrics`
 Record = TypeVar("Record", bound=BaseModel)
 
 
@@ -120,6 +121,22 @@ def read_checks_record(workspace: Workspace, run: str) -> dict[str, CheckRecord]
     """
     path = workspace.checks(run)
     return _parsed(TeacherChecks, read_if_there(path) or b"{}", path).root
+
+
+def check_tables(workspace: Workspace, run: str) -> list[AnyPath]:
+    """Return the files of `metrics` rows that the checks of a run's teacher wrote.
+
+    Raises:
+        StoreError: one of them is gone, or the record is damaged.
+    """
+    checks = {name: workspace.file(check.path) for name, check in read_checks_record(workspace, run).items()}
+    found = [path for name, path in checks.items() if name != EXACT_CHECK]
+    for path in found:
+        if not is_there(path):
+            raise StoreError(
+                f"{path}, which a check of run {run} wrote, is gone: `fastgda judge CONFIG` makes it again"
+            )
+    return found
 
 
 def write_checks_record(workspace: Workspace, run: str, checks: dict[str, CheckRecord]) -> None:

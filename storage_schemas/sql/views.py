@@ -37,7 +37,7 @@ from storage_schemas.database import (
 )
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, matching, temporary_name
-from storage_schemas.heads.records import HEAD_FILE, read_head_record
+from storage_schemas.heads.records import HEAD_FILE, check_tables, read_head_record
 from storage_schemas.indexed_samples import Indexed, read_indexed
 from storage_schemas.runs.ledger import read_compaction, read_run, run_names
 from storage_schemas.runs.records import Part
@@ -207,7 +207,6 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, s
         tables.CANDIDATES: files(*published.candidates) if published else None,
         tables.BASE_LOSSES: folder(published.base_losses) if published else None,
         tables.SCORES: ranks,
-        tables.METRICS: files(published.metrics, published.study) if published else None,
         tables.STUDY: files(published.compared_heads) if published else None,
         **_retrainings(workspace, published.run if published else None),
     }
@@ -216,6 +215,7 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, s
         rows = "DISTINCT " if table is tables.REJECTED_SAMPLES and len(state.rejected_samples) > 1 else ""
         _create_view(connection, table, [_select(table, source, rows)] if source else [])
     _create_view(connection, tables.RANKS_VIEW, _ranks(workspace, snapshot.parts) if snapshot else [])
+    _create_view(connection, tables.METRICS, _metrics(workspace, published) if published else [])
     exact = folder(published.exact_check) if published else None
     _create_view(connection, tables.EXACT_CHECK, [_select(tables.SCORES, exact)] if exact else [])
     _create_view(connection, tables.RUN_SCORES, _run_scores(workspace, state.runs))
@@ -246,6 +246,19 @@ def _retrainings(workspace: Workspace, run: str | None) -> dict[Table, str | Non
     if (distances := workspace.regeneration_distances(run)).exists():
         found[tables.REGENERATION_DISTANCES] = file_list([distances])
     return found
+
+
+def _metrics(workspace: Workspace, published: Published) -> Iterator[str]:
+    """Yield SQL for the figures of the published head, and for what its run's teacher was found to be since then."""
+    checks = check_tables(workspace, published.run)
+    found = _select(tables.METRICS, file_list(checks)) if checks else ""
+    measured = [workspace.file(path) for path in (published.metrics, published.study) if path is not None]
+    if found:
+        yield found
+    if measured:
+        # An evaluation copies what the checks had found; those may have been made again after it.
+        again = f" ANTI JOIN ({found}) USING (metric, space, split, cutoff)" if found else ""
+        yield _select(tables.METRICS, file_list(measured)) + again
 
 
 def _ranks(workspace: Workspace, parts: Iterable[Part]) -> Iterator[str]:

@@ -22,6 +22,7 @@ from fastgda_core.features import text_space
 from fastgda_core.ranking.head import RankHead
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table, input_key
+from storage_schemas.heads.records import EXACT_CHECK
 from storage_schemas.snapshots.snapshots import read_ranks
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made, once
@@ -45,7 +46,7 @@ def measure_head(
 ) -> Made:
     """Measure how far untuned and tuned features and chance rank as the teacher does; add what its checks found."""
     cutoffs = context.config.evaluation.cutoffs
-    exact = next((check for check in checks if check.name == "exact check"), None)
+    exact = next((check for check in checks if check.name == EXACT_CHECK), None)
     others = [check for check in checks if check is not exact]
     behind = [exact.key if exact else None, [check.key for check in others]]
     key = input_key("metrics 3", head.key, ranks.key, cutoffs, *behind, table=tables.METRICS)

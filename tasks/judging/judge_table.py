@@ -9,8 +9,8 @@ from typing import Any
 
 from fastgda_core.evaluation.counterfactual import compared
 from storage_schemas import tables
+from storage_schemas.heads.records import check_tables
 from storage_schemas.workspace import Workspace
-from tasks.judging.kept_checks import read_checks
 from tasks.judging.leave_k_out import OWN
 from tasks.judging.retrained import AHEAD, BESIDE_TEACHER, HIGH, LOW, OVER_MODELS
 from tasks.watching.trust import (
@@ -194,9 +194,8 @@ def _chosen(columns: Sequence[Column], metrics: Sequence[str], splits: Sequence[
 def judge_table(workspace: Workspace, run: str) -> JudgeTable | None:
     """Read what the judges of a run have found so far; None where no model was trained again for it."""
     rows: list[dict[str, Any]] = []
-    for check in read_checks(workspace, run):
-        if check.name != "exact check":  # pairs, not metrics
-            rows += tables.read(check.path, tables.METRICS).to_pylist()
+    for path in check_tables(workspace, run):
+        rows += tables.read(path, tables.METRICS).to_pylist()
     return table_of(rows)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from storage_schemas.heads.records import CheckRecord, read_checks_record, write_checks_record
+from storage_schemas.heads.records import EXACT_CHECK, CheckRecord, read_checks_record, write_checks_record
 from storage_schemas.publishing.publish import update_published
 from storage_schemas.snapshots.published import Published
 from storage_schemas.workspace import Workspace
@@ -16,7 +16,7 @@ def publish_checks(run: Run, checks: list[Artifact]) -> None:
     made = {check.name: CheckRecord(check.key, workspace.relative(check.path), check.rows) for check in checks}
     known = read_checks_record(workspace, run.name) | made
     write_checks_record(workspace, run.name, known)
-    exact = known["exact check"].path if "exact check" in known else None
+    exact = known[EXACT_CHECK].path if EXACT_CHECK in known else None
 
     def with_check(before: Published | None) -> Published | None:
         return before.model_copy(update={"exact_check": exact}) if before and before.run == run.name else before

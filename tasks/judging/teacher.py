@@ -24,6 +24,7 @@ from fastgda_core.teachers.training_loss import SampleBlock
 from fastgda_core.teachers.unlearning import compress, expand, expected_spread
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table, committed, input_key
+from storage_schemas.heads.records import EXACT_CHECK
 from storage_schemas.runs.noise_plan import NOISE_PLAN
 from storage_schemas.snapshots.snapshots import read_influence, read_ranks
 from storage_schemas.workspace import part
@@ -319,7 +320,7 @@ def check_against_exact(run: Run, ranks: Artifact) -> Made:
             commit_table(paths[number], table, tables.SCORES, key=key, started=started, device=str(context.device))
             advance(1)
     manifests = [made for path in paths.values() if (made := committed(path, key))]
-    artifact = Artifact("exact check", key, folder, sum(manifest.rows for manifest in manifests))
+    artifact = Artifact(EXACT_CHECK, key, folder, sum(manifest.rows for manifest in manifests))
     return Made(artifact, sum(manifest.seconds for manifest in manifests), not missing)
 
 

@@ -11,7 +11,7 @@ from fastgda_core.evaluation.twins import TwinTest
 from fastgda_core.teachers.registry import TEACHERS
 from storage_schemas import tables
 from storage_schemas.errors import StoreError
-from storage_schemas.heads.records import read_checks_record, read_head_record
+from storage_schemas.heads.records import check_tables, read_head_record
 from storage_schemas.runs.ledger import read_run
 from storage_schemas.runs.noise_plan import noise_plan_of
 from storage_schemas.snapshots.published import read_published
@@ -170,9 +170,8 @@ class Trust:
 def trust_in(workspace: Workspace, run: str) -> Trust:
     """Read what the checks of a run have found so far; nothing of a run that was never judged."""
     rows = _of_the_head(workspace, run)
-    for name, check in read_checks_record(workspace, run).items():
-        if name != "exact check":  # pairs, not metrics
-            rows += tables.read(workspace.file(check.path), tables.METRICS).to_pylist()
+    for path in check_tables(workspace, run):
+        rows += tables.read(path, tables.METRICS).to_pylist()
     plan = noise_plan_of(workspace, run)
     teacher = _teacher(workspace, run)
     trust = trust_of(rows, _objective(teacher), checkpoints=bool(teacher and teacher.get("checkpoints")))

@@ -11,6 +11,8 @@ import pytest
 
 from storage_schemas import tables
 from storage_schemas.commit import manifest_path
+from storage_schemas.errors import StoreError
+from storage_schemas.heads.records import CheckRecord, write_checks_record
 from storage_schemas.publishing.publish import publish_runs
 from storage_schemas.runs.attempts import AttemptLog
 from storage_schemas.runs.ledger import run_names, write_ledger
@@ -119,6 +121,30 @@ def test_a_study_of_an_earlier_release_stays_among_the_metrics(tmp_path: Path) -
     show(workspace, compared_heads=workspace.relative(new))
     assert publish_runs(workspace, [run]).compared_heads == workspace.relative(new)
     assert rows(tmp_path, "SELECT question, choice, seed, value FROM study") == [("loss", "mse", 0, 0.5)]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("extras", [True, False])
+def test_what_a_teacher_was_found_to_be_is_seen_at_once_and_in_place_of_what_it_was(
+    tmp_path: Path, extras: bool
+) -> None:
+    publish_run(tmp_path, extras=extras)
+    workspace = Workspace(tmp_path)
+    (run,) = run_names(workspace)
+    before = rows(tmp_path, "SELECT metric, space, value FROM metrics")
+    figure = {"split": "test", "cutoff": 0, "query_id": "", "standard_error": 0.1, "queries": 3}
+    found = [figure | {"metric": "lds", "space": "teacher", "value": 0.5}]
+    found += [
+        figure | {"metric": metric, "space": space, "value": -1.0, "cutoff": 2}  # a copy of it is older
+        for metric, space, _ in before
+    ]
+    path = write_table(workspace.teacher_check("k"), tables.METRICS, found)
+    write_checks_record(workspace, run, {"retraining check": CheckRecord("k", workspace.relative(path), len(found))})
+    seen = rows(tmp_path, "SELECT metric, space, value FROM metrics ORDER BY metric")
+    assert seen == [("lds", "teacher", 0.5), *((metric, space, -1.0) for metric, space, _ in before)]
+    path.unlink()
+    with pytest.raises(StoreError, match=r"which a check of run .* is gone: `fastgda judge CONFIG`"):
+        rows(tmp_path, "SELECT count(*) FROM metrics")
 
 
 @pytest.mark.heavy
