@@ -32,6 +32,18 @@ def loss_changes(losses: Tensor, before: Tensor) -> Tensor:
     return (after - base) / base
 
 
+def lead(changes: Tensor, others: Tensor) -> Tensor:
+    """Return how much further one removal raised each query's loss than another, (queries,) float64.
+
+    The logarithm of the losses' ratio: the mean of it is not that of the one query whose loss rose twelvefold.
+
+    Args:
+        changes: (queries,), of `loss_changes`.
+        others: of another removal, the same queries.
+    """
+    return torch.log1p(changes.double()) - torch.log1p(others.double())
+
+
 def above_chance(changes: Tensor, random: Tensor) -> Tensor:
     """Return which queries lost more than by chance: above mean + 2 standard deviations of random removals.
 

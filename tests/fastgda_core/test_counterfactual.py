@@ -14,6 +14,7 @@ from fastgda_core.evaluation.counterfactual import (
     Change,
     above_chance,
     compared,
+    lead,
     loss_changes,
     pixel_mse,
     separation,
@@ -77,3 +78,10 @@ def test_the_union_names_each_sample_once() -> None:
     scores = torch.tensor([[5.0, 4.0, 0.0, 1.0], [0.0, 3.0, 9.0, 1.0]])
     assert union_of_first(scores, 2).tolist() == [0, 1, 2]
     assert union_of_first(scores, 9).tolist() == [0, 1, 2, 3]
+
+
+def test_a_lead_is_the_logarithm_of_the_ratio_of_the_losses() -> None:
+    draw = np.random.default_rng(0)
+    before, after, other = (torch.from_numpy(draw.uniform(0.5, 2, (3, 4))) for _ in range(3))
+    found = lead(loss_changes(after, before), loss_changes(other, before))
+    assert found.tolist() == pytest.approx([math.log(a / b) for a, b in zip(after.mean(0), other.mean(0), strict=True)])

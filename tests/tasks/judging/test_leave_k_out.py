@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import re
 import statistics
 import sys
@@ -144,6 +146,12 @@ def test_changes_of_the_loss_and_brittleness_are_those_of_the_losses(
                 assert rows[OWN_CHANGE, method, k, name]["value"] == pytest.approx(value)
                 chance = [changes[RANDOM, k, other][place[name]] for other in names]
                 broken[method, k, name] = value > statistics.mean(chance) + 2 * statistics.stdev(chance)
+    for method, k in itertools.product((TEACHER, RANDOM), KS):
+        pairs = [(changes[method, k, name][place[name]], changes[UNTUNED, k, name][place[name]]) for name in names]
+        leads = [math.log((1 + mine) / (1 + other)) for mine, other in pairs]
+        ahead = rows[f"{OWN} ahead of {UNTUNED}", method, k, ""]
+        assert ahead["value"] == pytest.approx(statistics.mean(leads), abs=1e-12)
+        assert ahead["standard_error"] == pytest.approx(statistics.stdev(leads) / EACH**0.5, abs=1e-12)
     for method in (TEACHER, UNTUNED):
         for k in KS:
             assert rows[BROKEN, method, k, ""]["value"] == pytest.approx(
