@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
+from fastgda_core.teachers.kernel import KERNEL_TEACHERS
 from fastgda_core.teachers.needs import GRADIENT_FORWARDS, Needs, Work
 from fastgda_core.teachers.similarity import SimilarityTeacher
 
@@ -131,7 +132,11 @@ UNLEARNING_TEACHERS: dict[str, UnlearningTeacher] = {
     "abu_plus": UnlearningTeacher("ekfac", first_order=False),
     "abu_plus_first_order": UnlearningTeacher("ekfac", first_order=True),
 }
-TEACHERS: dict[str, Teacher] = {**UNLEARNING_TEACHERS, "similarity": SimilarityTeacher()}
+TEACHERS: dict[str, Teacher] = {
+    **UNLEARNING_TEACHERS,
+    "similarity": SimilarityTeacher(),
+    **KERNEL_TEACHERS,
+}
 
 
 def _one_by_one(update: Update) -> Iterable[dict[str, Tensor]]:
