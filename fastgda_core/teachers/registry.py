@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
+from fastgda_core.teachers.kernel import KERNEL_TEACHERS
+from fastgda_core.teachers.needs import GRADIENT_FORWARDS, Needs, Work
 from fastgda_core.teachers.similarity import SimilarityTeacher
 
 if TYPE_CHECKING:  # a configuration looks teachers up, and is checked before torch is loaded
@@ -39,6 +41,9 @@ class Teacher(Protocol):
 
     def check_precision(self, precision: Precision) -> None:
         """Raise `UsageError` where scores in this precision would not be this teacher's."""
+
+    def needs(self, work: Work) -> Needs:
+        """Return what this teacher needs for so much work."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,20 @@ class UnlearningTeacher:
                 f"teacher.precision is {precision}, but an exact score is the difference of two losses that agree in "
                 "their first digits, and those are all that it keeps: use float32, or teacher abu_plus_first_order"
             )
+
+    def needs(self, work: Work) -> Needs:
+        """Return a Fisher, base losses where scores are exact, and the samples run again for a new query.
+
+        In memory are one query's step or gradient, and as many float32 numbers of the Fisher: EK-FAC's eigenvalues, as
+        its bases are smaller.
+        """
+        forwards = work.pairs * GRADIENT_FORWARDS
+        memory = 8.0 * work.weights
+        if self.first_order:
+            again = work.samples * work.noises * GRADIENT_FORWARDS
+            return Needs(f"{self.fisher} Fisher", 0.0, 0.0, forwards + again, memory)
+        again = work.samples * work.noises
+        return Needs(f"{self.fisher} Fisher, base losses", 8.0, work.noises, forwards + again, memory)
 
     def scores(
         self,
@@ -113,7 +132,11 @@ UNLEARNING_TEACHERS: dict[str, UnlearningTeacher] = {
     "abu_plus": UnlearningTeacher("ekfac", first_order=False),
     "abu_plus_first_order": UnlearningTeacher("ekfac", first_order=True),
 }
-TEACHERS: dict[str, Teacher] = {**UNLEARNING_TEACHERS, "similarity": SimilarityTeacher()}
+TEACHERS: dict[str, Teacher] = {
+    **UNLEARNING_TEACHERS,
+    "similarity": SimilarityTeacher(),
+    **KERNEL_TEACHERS,
+}
 
 
 def _one_by_one(update: Update) -> Iterable[dict[str, Tensor]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
+from fastgda_core.teachers.needs import Needs, Work
 
 if TYPE_CHECKING:  # a configuration looks teachers up, and is checked before torch is loaded
     from torch import Tensor
@@ -27,6 +28,10 @@ class SimilarityTeacher:
         """Raise `UsageError` for anything but float32, in which features are stored."""
         if precision is not Precision.float32:
             raise UsageError(f"teacher.precision is {precision}, but features are float32: remove it")
+
+    def needs(self, work: Work) -> Needs:
+        """Return no pass of the denoiser; features are kept anyway, for the rank head."""
+        return Needs("", 0.0, 0.0, 0.0, 0.0)
 
     def scores(self, queries: Tensor, samples: Tensor) -> Tensor:
         """Return cosines, (queries, n) float64, of features (queries, d) and (n, d); 0 where a vector has no length."""

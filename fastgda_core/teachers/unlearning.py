@@ -72,17 +72,46 @@ def query_gradients(
         raise ValueError(f"{pairs} pairs cannot be split into {groups} groups of one size")
     steps = model.schedule.train_timesteps
     timesteps = stratified_timesteps(stream_key(seed, "query timesteps"), owner, pairs, steps).to(model.device)
+    latents = latent.expand(pairs, *latent.shape)
+    key = stream_key(seed, "query noise")
+    return mean_gradients(model, layers, latents, condition, timesteps, key, owner, groups, micro_batch)
+
+
+def mean_gradients(
+    model: DiffusionModel,
+    layers: Mapping[str, Layer],
+    latents: Tensor,
+    condition: Condition,
+    timesteps: Tensor,
+    noise_key: tuple[int, int],
+    owner: int,
+    groups: int,
+    micro_batch: MicroBatch,
+) -> dict[str, Tensor]:
+    """Return the mean gradient of each group of rows, by layer name (groups, d_out, d_in); row i is in i mod `groups`.
+
+    Args:
+        model: the frozen model.
+        layers: whose gradients are wanted.
+        latents: clean, (rows, c, h, w).
+        condition: of one caption, one row.
+        timesteps: (rows,).
+        noise_key: the stream; row i has the owner's draw i.
+        owner: whose noise it is, in [0, 2^48).
+        groups: how many means; it divides the number of rows.
+        micro_batch: rows per forward.
+    """
+    pairs = len(timesteps)
     draws = torch.arange(pairs, device=model.device)
-    noise_key = stream_key(seed, "query noise")
 
     def gradients_of(stretch: slice) -> dict[str, Tensor]:
         rows = len(draws[stretch])
         owners = torch.full_like(draws[stretch], owner)
-        noise = gaussian_noise(noise_key, owners, timesteps[stretch], draws[stretch], tuple(latent.shape))
+        noise = gaussian_noise(noise_key, owners, timesteps[stretch], draws[stretch], tuple(latents.shape[1:]))
         losses, seen, gradients = output_gradients(
             model,
             layers,
-            latent.expand(rows, *latent.shape),
+            latents[stretch],
             {name: row.expand(rows, *row.shape[1:]) for name, row in condition.items()},
             timesteps[stretch],
             noise,

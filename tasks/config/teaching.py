@@ -58,7 +58,8 @@ def _teacher_name(name: str) -> str:
 class TeacherConfig(Section):
     name: Annotated[str, AfterValidator(_teacher_name)] = Field(
         description="abu, abu_plus: exact loss difference with a diagonal or an EK-FAC Fisher; abu_plus_first_order: "
-        "the latter's linear part; similarity: cosine of the features of candidates.space"
+        "the latter's linear part; similarity: cosine of the features of candidates.space; "
+        "trak, d_trak, journey_trak, tracin, dmin: inner products of gradient features"
     )
     objective: Objective = Field(
         default=Objective.loss,
@@ -99,6 +100,12 @@ class TeacherConfig(Section):
     gradient_pairs: int = Field(default=128, ge=1, description="Monte-Carlo (eps, t) pairs of a query's gradient")
     update_rank: int | None = Field(
         default=None, ge=1, description="keep each layer's Delta theta at this rank, and measure the error"
+    )
+    projection: int | None = Field(
+        default=None, ge=1, description="numbers of a gradient feature; default: as the teacher's paper has it"
+    )
+    ridge: float | None = Field(
+        default=None, ge=0, description="lambda of a kernel of gradient features; default: as in its authors' code"
     )
     shard_samples: int = Field(default=256, ge=1, description="training samples per first-order score shard")
     shard_queries: int | None = Field(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastgda_core.diffusion.model import train_timesteps
 from fastgda_core.sketches.int8 import bytes_of
+from fastgda_core.teachers.needs import GRADIENT_FORWARDS
 from fastgda_core.teachers.registry import UNLEARNING_TEACHERS, UnlearningTeacher
 from storage_schemas.commit import input_key
 from storage_schemas.runs.noise_plan import NOISE_PLAN
@@ -36,7 +37,6 @@ from tasks.teaching.parts import Parts
 from tasks.teaching.sketches import BasisParts, SketchParts, basis_of, sketches_of
 from tasks.teaching.updates import UpdateParts, updates_of
 
-GRADIENT_FORWARDS = 2.1  # one forward and backward to the chosen layers, in forwards (benchmarks/RESULTS.md)
 # Of one row, in forwards: kronfluence's pass; for EK-FAC a pass for the eigenvalues after it.
 FISHER_FORWARDS = {"diagonal": 3.0, "ekfac": 3.0 + GRADIENT_FORWARDS}
 

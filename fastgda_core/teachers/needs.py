@@ -1,0 +1,41 @@
+"""What a teacher needs, told before it is run: what is fitted, stored, computed and held in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GRADIENT_FORWARDS = 2.1  # one forward and backward to the chosen layers, in forwards (benchmarks/RESULTS.md)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The size of the work that a teacher is asked for.
+
+    weights: of the layers whose gradients are taken.
+    samples: training samples.
+    noises: forwards of one sample under the noise plan, over captions and mirrored images.
+    pairs: Monte-Carlo (eps, t) pairs of a query's gradient.
+    """
+
+    weights: int
+    samples: int
+    noises: float
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a teacher needs for a `Work`. A forward is one of the denoiser; a backward counts as forwards.
+
+    fits: what is fitted before any score, in words; an empty text: nothing.
+    stored_bytes: kept on disk for each training sample.
+    sample_forwards: of one training sample, once, whatever is asked later.
+    query_forwards: of a new query, those of all samples that have to be run again for it among them.
+    memory_bytes: beside the model and one micro-batch, at most.
+    """
+
+    fits: str
+    stored_bytes: float
+    sample_forwards: float
+    query_forwards: float
+    memory_bytes: float
