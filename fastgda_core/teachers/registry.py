@@ -108,12 +108,28 @@ class UnlearningTeacher:
         return Scores.whole(values)  # base losses are kept as means over the draws
 
 
+@dataclass(frozen=True)
+class NdaTeacher:
+    """Scores by shares of the training patches that a perfect denoiser averages; see `fastgda_core.teachers.nda`."""
+
+    family: ClassVar[str] = "nda"
+    settings: ClassVar[frozenset[str]] = frozenset(
+        {"timestep_list", "draws", "seed", "patch_sizes", "patch_matches", "patch_pixels"}
+    )
+    redrawn: ClassVar[bool] = False  # as the check of self-consistency knows the unlearning family alone
+
+    def check_precision(self, precision: Precision) -> None:
+        """Raise `UsageError` for anything but float32, in which distances of patches are computed."""
+        if precision is not Precision.float32:
+            raise UsageError(f"teacher.precision is {precision}, but patches are compared in float32: remove it")
+
+
 UNLEARNING_TEACHERS: dict[str, UnlearningTeacher] = {
     "abu": UnlearningTeacher("diagonal", first_order=False),
     "abu_plus": UnlearningTeacher("ekfac", first_order=False),
     "abu_plus_first_order": UnlearningTeacher("ekfac", first_order=True),
 }
-TEACHERS: dict[str, Teacher] = {**UNLEARNING_TEACHERS, "similarity": SimilarityTeacher()}
+TEACHERS: dict[str, Teacher] = {**UNLEARNING_TEACHERS, "similarity": SimilarityTeacher(), "nda": NdaTeacher()}
 
 
 def _one_by_one(update: Update) -> Iterable[dict[str, Tensor]]:
