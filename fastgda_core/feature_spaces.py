@@ -16,7 +16,11 @@ SOURCES = {
     "dinov2": "facebook/dinov2-with-registers-large",
     "caption_tokens": "",
     "bottleneck": "",
+    "abc_clip": "",
+    "abc_dino": "",
 }
+# Their weights are a folder of the user's that `features.weights` has to name: no package and no hub has them.
+OF_USER = ("abc_clip", "abc_dino")
 # Their weights are a folder with a diffusion model: that of the configuration, unless `features.weights` names another.
 OF_MODEL = ("caption_tokens", "bottleneck")
 PACKAGES = {

@@ -22,6 +22,7 @@ from fastgda_core.errors import UsageError
 from fastgda_core.feature_spaces import SOURCES, encoder_names, require_encoders
 from fastgda_core.features.denoiser import load_bottleneck, load_caption_tokens
 from fastgda_core.features.encoder import Encoder
+from fastgda_core.features.learned_maps import mapped, read_maps
 from fastgda_core.images import square
 
 
@@ -207,6 +208,23 @@ def load_dinov2(source: str, device: torch.device) -> Encoder:
     return _image_encoder(network, "dinov2", source, lambda found: found.last_hidden_state[:, 0], device)
 
 
+def load_abc_clip(source: str, device: torch.device) -> Encoder:
+    """Load AbC on CLIP: CLIP's embedding through learned linear maps, one of training images and one of queries."""
+    return _abc("clip", load_clip, source, device)
+
+
+def load_abc_dino(source: str, device: torch.device) -> Encoder:
+    """Load AbC on DINO: DINO's class token through learned linear maps, one of training images and one of queries."""
+    return _abc("dino", load_dino, source, device)
+
+
+def _abc(name: str, load: Callable[[str, torch.device], Encoder], source: str, device: torch.device) -> Encoder:
+    if not source:
+        raise UsageError(f"features.weights.abc_{name} is missing: name a folder with the weights of {name} and AbC's")
+    published = f"{name}_tuned.pth"
+    return mapped(load(source, device), read_maps(Path(source), published), name)
+
+
 def _pretrained(kind: Any, source: str, **options: Any) -> Any:
     """Load a transformers module from a folder or hub id.
 
@@ -258,6 +276,8 @@ ENCODERS: dict[str, Registered] = {
     "dinov2": Registered(load_dinov2, SOURCES["dinov2"]),
     "caption_tokens": Registered(load_caption_tokens, batch=256, text=True),
     "bottleneck": Registered(load_bottleneck),
+    "abc_clip": Registered(load_abc_clip, batch=256),
+    "abc_dino": Registered(load_abc_dino, batch=128),
 }
 
 
@@ -267,7 +287,8 @@ def load_encoder(name: str, device: torch.device, source: str | None = None) -> 
     Args:
         name: of `ENCODERS`.
         device: where it runs.
-        source: a folder with its weights, or a hub id; None: the registered one, which those of `OF_MODEL` lack.
+        source: a folder with its weights, or a hub id; None: the registered one, which those of `OF_MODEL` and
+            `OF_USER` lack.
 
     Raises:
         UsageError: the weights do not exist or are of another kind of network, or their package is missing.

@@ -127,6 +127,26 @@ class UnlearningTeacher:
         return Scores.whole(values)  # base losses are kept as means over the draws
 
 
+@dataclass(frozen=True)
+class NdaTeacher:
+    """Scores by shares of the training patches that a perfect denoiser averages; see `fastgda_core.teachers.nda`."""
+
+    family: ClassVar[str] = "nda"
+    settings: ClassVar[frozenset[str]] = frozenset(
+        {"timestep_list", "draws", "seed", "patch_sizes", "patch_matches", "patch_pixels"}
+    )
+    redrawn: ClassVar[bool] = False  # as the check of self-consistency knows the unlearning family alone
+
+    def check_precision(self, precision: Precision) -> None:
+        """Raise `UsageError` for anything but float32, in which distances of patches are computed."""
+        if precision is not Precision.float32:
+            raise UsageError(f"teacher.precision is {precision}, but patches are compared in float32: remove it")
+
+    def needs(self, work: Work) -> Needs:
+        """Return no pass of the denoiser; all samples are read for a new query, some patches of them at a time."""
+        return Needs("", 0.0, 0.0, 0.0, 2.0**27)
+
+
 UNLEARNING_TEACHERS: dict[str, UnlearningTeacher] = {
     "abu": UnlearningTeacher("diagonal", first_order=False),
     "abu_plus": UnlearningTeacher("ekfac", first_order=False),
@@ -136,6 +156,7 @@ TEACHERS: dict[str, Teacher] = {
     **UNLEARNING_TEACHERS,
     "similarity": SimilarityTeacher(),
     **KERNEL_TEACHERS,
+    "nda": NdaTeacher(),
 }
 
 

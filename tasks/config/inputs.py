@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from fastgda_core.errors import UsageError
-from fastgda_core.feature_spaces import OF_MODEL, SOURCES, encoder_names
+from fastgda_core.feature_spaces import OF_MODEL, OF_USER, SOURCES, encoder_names
 from tasks.config.section import Section
 
 
@@ -152,7 +152,8 @@ class FeaturesConfig(Section):
     weights: dict[str, str] = Field(
         default={},
         description="of clip, clip_text, dino, dinov2: a folder, relative to the config file, or a hub id; of "
-        "caption_tokens, bottleneck: the folder of a diffusion model, by default model.folder",
+        "caption_tokens, bottleneck: the folder of a diffusion model, by default model.folder; of abc_clip, abc_dino: "
+        "a folder with the weights of clip or dino and AbC's clip_tuned.pth or dino_tuned.pth",
     )
 
     @field_validator("space")
@@ -164,7 +165,7 @@ class FeaturesConfig(Section):
     @field_validator("weights")
     @classmethod
     def _wanted(cls, weights: dict[str, str]) -> dict[str, str]:
-        takers = [name for name, source in SOURCES.items() if source or name in OF_MODEL]
+        takers = [name for name, source in SOURCES.items() if source or name in (*OF_MODEL, *OF_USER)]
         if strange := sorted(weights.keys() - set(takers)):
             raise ValueError(f"{strange[0]!r} is no encoder that takes weights: these are {', '.join(takers)}")
         return weights

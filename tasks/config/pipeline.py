@@ -10,7 +10,7 @@ from pydantic import (
 )
 
 from fastgda_core.errors import UsageError
-from fastgda_core.feature_spaces import OF_MODEL, encoder_names
+from fastgda_core.feature_spaces import OF_MODEL, OF_USER, encoder_names
 from tasks.config.distilling import EvaluationConfig, HeadConfig, StudyConfig
 from tasks.config.execution import ExecutionConfig
 from tasks.config.inputs import CandidatesConfig, DataConfig, FeaturesConfig, QueriesConfig, SplitConfig
@@ -65,9 +65,16 @@ class PipelineConfig(Section):
 
     @model_validator(mode="after")
     def _encoders_of_the_model(self) -> Self:
-        """Return the configuration with `model.folder` as the weights of encoders that are parts of the model."""
+        """Return the configuration with `model.folder` as the weights of encoders that are parts of the model.
+
+        Raises:
+            ValueError: an encoder has no weights but those of the user, and the configuration names none.
+        """
         spaces = [self.features.space, self.candidates.space or self.features.space, *self.study.spaces]
-        wanted = {name for space in spaces for name in encoder_names(space)} & set(OF_MODEL)
+        named = {name for space in spaces for name in encoder_names(space)}
+        for name in sorted(named & set(OF_USER) - self.features.weights.keys()):
+            raise ValueError(f"features.weights.{name} is missing: name a folder with its weights")
+        wanted = named & set(OF_MODEL)
         if not (missing := wanted - self.features.weights.keys()):
             return self
         weights = self.features.weights | {name: str(self.model.folder) for name in sorted(missing)}

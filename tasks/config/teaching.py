@@ -10,6 +10,7 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveFloat,
+    PositiveInt,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -59,7 +60,8 @@ class TeacherConfig(Section):
     name: Annotated[str, AfterValidator(_teacher_name)] = Field(
         description="abu, abu_plus: exact loss difference with a diagonal or an EK-FAC Fisher; abu_plus_first_order: "
         "the latter's linear part; similarity: cosine of the features of candidates.space; "
-        "trak, d_trak, journey_trak, tracin, dmin: inner products of gradient features"
+        "trak, d_trak, journey_trak, tracin, dmin: inner products of gradient features; "
+        "nda: shares of the training patches that a perfect denoiser averages"
     )
     objective: Objective = Field(
         default=Objective.loss,
@@ -83,7 +85,9 @@ class TeacherConfig(Section):
     timesteps: int = Field(default=10, ge=1, description="T of the noise plan, evenly spaced")
     first_timestep: int = Field(default=0, ge=0, description="where the grid of T timesteps starts, below T_train / T")
     timestep_list: tuple[NonNegativeInt, ...] | None = Field(
-        default=None, min_length=1, description="instead of the even grid: the timesteps themselves"
+        default=None,
+        min_length=1,
+        description="instead of the even grid: the timesteps themselves; nda: its noise levels, by default a tenth",
     )
     timestep_weights: tuple[PositiveFloat, ...] | None = Field(
         default=None, description="of each timestep listed: the stretch of the schedule that it stands for"
@@ -106,6 +110,17 @@ class TeacherConfig(Section):
     )
     ridge: float | None = Field(
         default=None, ge=0, description="lambda of a kernel of gradient features; default: as in its authors' code"
+    )
+    patch_sizes: tuple[PositiveInt, ...] = Field(
+        default=(7, 14),
+        min_length=1,
+        description="of nda: pixels a side of its patches; even ones are compared in blocks of two by two pixels",
+    )
+    patch_matches: PositiveInt | None = Field(
+        default=100, description="of nda: the most patches of one sample that count for a patch of the query; null: all"
+    )
+    patch_pixels: int | None = Field(
+        default=None, ge=2, description="of nda: a side of its pictures; default: the model's own, at most 32"
     )
     shard_samples: int = Field(default=256, ge=1, description="training samples per first-order score shard")
     shard_queries: int | None = Field(
@@ -151,6 +166,13 @@ class TeacherConfig(Section):
         if alpha is None and teacher is not None and "alpha" in teacher.settings:
             raise ValueError("is missing")
         return alpha
+
+    @field_validator("patch_sizes")
+    @classmethod
+    def _each_size_counts_once(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(sizes)) != len(sizes):
+            raise ValueError("name a size twice: remove one of the two")
+        return sizes
 
     @field_validator("checkpoints")
     @classmethod

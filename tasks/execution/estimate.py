@@ -71,7 +71,9 @@ class Estimate:
                 whole = one = "?"
             table.add_row(kind.kind, f"{kind.parts:,}", rows, f"{kind.forwards:,.0f}", whole, one)
         yield table
-        if unknown := [kind for kind in self.kinds if kind.unknown]:
+        if other := [kind.kind for kind in self.kinds if kind.unknown and not kind.forwards]:
+            yield f"the time of {' and of '.join(other)} is not among the device-hours: they run no model"
+        if unknown := [kind for kind in self.kinds if kind.unknown and kind.forwards]:
             models = sum(kind.parts for kind in unknown)
             yield (
                 f"{models:,} models by judge.retrain.command, which are not among the device-hours: how long one takes "
@@ -96,6 +98,8 @@ class Estimate:
     def advice(self) -> Iterator[str]:
         """Yield advice on the size of score shards."""
         scores = scores_of(self.kinds)
+        if scores.unknown:
+            return
         seconds = scores.seconds(self.rate.forwards_per_second) / scores.parts
         if seconds < CHEAP_SECONDS and scores.parts > 100:
             yield "score shards are short: a larger teacher.shard_samples would spend less on their overhead"

@@ -278,9 +278,9 @@ def _encode(
     if encoder.modality == "text":
         return _encode_texts(encoder, _captions(items, numbers), size, advance), {}
     unreadable: dict[int, str] = {}
-    features = []
+    features, encode = [], encoder.encode_queries if items.name == "queries" else encoder.encode
     for images, faults in _images(items, numbers, size):
-        features.append(encoder.encode(images))
+        features.append(encode(images))
         unreadable |= faults
         advance(len(images))
     return torch.cat(features), unreadable

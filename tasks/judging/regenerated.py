@@ -52,7 +52,7 @@ def _features(encoders: Sequence[Encoder], pictures: list[Image.Image]) -> Tenso
     """Return phi of some pictures, (n, d), not centred; of no encoder (n, 0)."""
     if not encoders:
         return torch.empty(len(pictures), 0)
-    return concatenate([encoder.encode(pictures) for encoder in encoders]).cpu()
+    return concatenate([encoder.encode_queries(pictures) for encoder in encoders]).cpu()
 
 
 def _bytes(pictures: list[Image.Image]) -> Tensor:

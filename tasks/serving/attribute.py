@@ -61,7 +61,8 @@ class AttributionService:
     def embed(self, image: Image.Image, caption: str) -> Tensor:
         """Return the vector that one query is searched by, (1, width of the head)."""
         parts = [
-            encoder.encode([as_rgb(image) if encoder.modality == "image" else caption]) for encoder in self.encoders
+            encoder.encode_queries([as_rgb(image) if encoder.modality == "image" else caption])
+            for encoder in self.encoders
         ]
         return self.head.queries(concatenate(parts, unit_length=self.unit_length, mean=self.mean), [caption])
 

@@ -51,7 +51,20 @@ def save_dinov2(folder: Path) -> None:
     Dinov2WithRegistersModel(config).save_pretrained(folder)
 
 
+def save_abc(save: Callable[[Path], None], name: str, width: int) -> Callable[[Path], None]:
+    """An encoder's weights with AbC's file beside them, laid out as the one that is published."""
+
+    def saved(folder: Path) -> None:
+        save(folder)
+        maps = {side: torch.nn.Linear(width, width).state_dict() for side in ("real_mapper", "synth_mapper")}
+        torch.save(maps, folder / f"{name}_tuned.pth")
+
+    return saved
+
+
 SAVE: dict[str, Callable[[Path], None]] = {
+    "abc_clip": save_abc(save_clip, "clip", 24),
+    "abc_dino": save_abc(save_dino, "dino", 16),
     "clip": save_clip,
     "clip_text": save_clip,
     "dino": save_dino,
@@ -193,6 +206,73 @@ def test_dino_gives_the_class_token(folders: dict[str, str], name: str) -> None:
     with torch.no_grad():
         expected = network(pixel_values=pixels).last_hidden_state[:, 0]
     torch.testing.assert_close(load_encoder(name, CPU, folders[name]).encode(images()), expected)
+
+
+@pytest.mark.parametrize("name", ["clip", "dino"])
+def test_abc_maps_samples_and_queries_by_two_linear_layers(folders: dict[str, str], name: str) -> None:
+    folder = folders[f"abc_{name}"]
+    layers, stored = {}, torch.load(Path(folder) / f"{name}_tuned.pth", weights_only=True)
+    for side in ("real_mapper", "synth_mapper"):
+        layers[side] = torch.nn.Linear(*stored[side]["weight"].shape)
+        layers[side].load_state_dict(stored[side])
+    encoder, base = load_encoder(f"abc_{name}", CPU, folder), load_encoder(name, CPU, folder).encode(images())
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.encode(images()), layers["real_mapper"](base))
+        torch.testing.assert_close(encoder.encode_queries(images()), layers["synth_mapper"](base))
+    assert load_encoder(name, CPU, folder).encode_queries(images()).equal(base), "others know one map"
+
+
+def test_abc_reads_the_same_maps_from_safetensors(folders: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(folders["abc_dino"], tmp_path / "safe")
+    stored = torch.load(tmp_path / "safe" / "dino_tuned.pth", weights_only=True)
+    flat = {f"{side}.{name}": tensor for side, state in stored.items() for name, tensor in state.items()}
+    save_file(flat, tmp_path / "safe" / "mapper.safetensors")
+    (tmp_path / "safe" / "dino_tuned.pth").unlink()
+    found, expected = (load_encoder("abc_dino", CPU, str(each)) for each in (tmp_path / "safe", folders["abc_dino"]))
+    assert found.encode(images()).equal(expected.encode(images()))
+    assert found.encode_queries(images()).equal(expected.encode_queries(images()))
+
+
+class Malicious:
+    """Runs code where a pickle is loaded without care."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (Path("ran"),)
+
+
+SIDES = ("real_mapper", "synth_mapper")
+LINEAR = torch.nn.Linear(16, 16).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "neither dino_tuned.pth nor mapper.safetensors"),
+        ({"real_mapper": LINEAR}, "of synth_mapper"),
+        ({"real_mapper": LINEAR, "synth_mapper": {**LINEAR, "more": torch.ones(1)}}, "of synth_mapper"),
+        ({"real_mapper": LINEAR, "synth_mapper": {"weight": torch.ones(16), "bias": torch.ones(16)}}, "no linear map"),
+        ({"real_mapper": LINEAR, "synth_mapper": torch.nn.Linear(16, 8).state_dict()}, "different shapes"),
+        ({side: torch.nn.Linear(24, 8).state_dict() for side in SIDES}, "take 24 .* dino has 16"),
+        ({side: {**LINEAR, "bias": torch.full((16,), torch.nan)} for side in SIDES}, "not finite"),
+        ([1, 2], "of real_mapper"),
+        (Malicious(), "of tensors alone"),
+    ],
+)
+def test_a_wrong_file_of_abc_is_told_in_one_line_and_runs_nothing(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: object, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folders["dino"], tmp_path / "wrong")
+    if content is not None:
+        torch.save(content, tmp_path / "wrong" / "dino_tuned.pth")
+    with pytest.raises(UsageError, match=rf"encoder abc_dino: .*{message}.*features.weights.abc_dino") as caught:
+        load_encoder("abc_dino", CPU, str(tmp_path / "wrong"))
+    assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
+
+
+def test_abc_without_weights_asks_for_them() -> None:
+    with pytest.raises(UsageError, match=r"features.weights.abc_clip is missing: name a folder"):
+        load_encoder("abc_clip", CPU)
 
 
 @pytest.mark.parametrize("name", sorted(ENCODERS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
 from tasks.inputs import features
 from tasks.inputs.features import extract_features, feature_mean, in_space, load_features, map_features
+from tasks.inputs.queries import load_queries, make_queries
 from tasks.inputs.samples import ingest_samples
 from tests import tiny
 from tests.tasks.configs import document
@@ -59,6 +61,26 @@ def test_the_mean_is_that_of_all_samples_and_is_made_once(context: Context) -> N
     assert path.stat().st_mtime_ns == written
     path.unlink()
     assert not extract_features.fn(context, samples).reused and mean_files(context) == [path]
+
+
+def test_queries_go_through_their_own_map_where_one_was_learned(
+    context: Context, monkeypatch: pytest.MonkeyPatch, model_folder: Path
+) -> None:
+    pixel = load_encoder("pixel", torch.device("cpu"))
+    twice = Encoder("image", pixel.encode, lambda images: 1 - 2 * pixel.encode(images))
+    monkeypatch.setattr(features, "load_encoder", lambda *_: twice)
+    context = in_space(context, centre=False, unit_length=False)
+    samples = ingest_samples.fn(context).artifact
+    asked = tiny.write_tar(context.workspace.root.parent / "asked" / "queries.tar", tiny.sample_members(range(4, 7)))
+    shards = {"shards": str(asked), "captions": None, "twins": 0}
+    config = context.config.model_copy(update={"queries": context.config.queries.model_copy(update=shards)})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"folder": model_folder})})
+    queries = make_queries.fn(dataclasses.replace(context, config=config), samples).artifact
+    for items in (samples, queries):
+        extract_features.fn(context, items)
+    of_samples, of_queries = (load_features(context, items, samples) for items in (samples, queries))
+    rows = [int(query.query_id.removeprefix("s")) for query in load_queries(queries)]
+    torch.testing.assert_close(of_queries, 1 - 2 * of_samples[rows])
 
 
 def test_features_that_are_not_centred_have_no_mean_and_are_the_encoders_own(context: Context) -> None:

@@ -94,6 +94,28 @@ def test_a_setting_changes_the_keys_of_what_depends_on_it_and_no_others(
     assert {name for name in before if before[name] != after[name]} == expected
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"samples": "other"}, {"patch pictures", "patch posteriors", "run"}),
+        ({"queries": "other"}, {"patch posteriors", "run"}),
+        ({"model__flips": True}, {"patch posteriors", "run"}),
+        ({"teacher__patch_pixels": 8}, {"patch pictures", "patch posteriors", "run"}),
+        ({"teacher__patch_sizes": [3]}, {"patch posteriors", "run"}),
+        ({"teacher__timestep_list": [3]}, {"patch posteriors", "run"}),
+        ({"teacher__draws": 2}, {"patch posteriors", "run"}),
+        ({"teacher__seed": 2}, {"patch posteriors", "run"}),
+        ({"teacher__patch_matches": None}, {"run"}),
+        ({"teacher__negatives": "tie"}, set()),
+    ],
+)
+def test_a_setting_of_nda_changes_what_depends_on_it(
+    tmp_path: Path, changes: dict[str, object], expected: set[str]
+) -> None:
+    before, after = (keys(tmp_path, teacher={"name": "nda"}, **each) for each in ({}, changes))  # type: ignore[arg-type]
+    assert {name for name in before if before[name] != after[name]} == expected
+
+
 def test_other_weights_of_an_encoder_are_other_features(tmp_path: Path) -> None:
     found = set()
     for content in ("old", "new"):
