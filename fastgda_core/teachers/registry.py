@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from fastgda_core.diffusion.objective import Objective
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
 from fastgda_core.teachers.similarity import SimilarityTeacher
@@ -108,12 +109,48 @@ class UnlearningTeacher:
         return Scores.whole(values)  # base losses are kept as means over the draws
 
 
+@dataclass(frozen=True)
+class MucsTeacher:
+    """Scores a training sample by the rise of its loss after a query was unlearned by bounded ascent; see `mucs`."""
+
+    family: ClassVar[str] = "mucs"
+    settings: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("objective", "layers", "precision", "learning_rate", "forget_weight", "most_steps", "gradient_pairs"),
+            *("timestep_list", "timestep_weights", "draws", "antithetic", "seed", "update_rank", "checkpoints"),
+        }
+    )
+    redrawn: ClassVar[bool] = False
+
+    def check_precision(self, precision: Precision) -> None:
+        """Raise `UsageError` where a score would be lost in rounding."""
+        if not precision.exact:
+            raise UsageError(
+                f"teacher.precision is {precision}, but a score of mucs is made of two losses of nearly one size: use "
+                "float32"
+            )
+
+
 UNLEARNING_TEACHERS: dict[str, UnlearningTeacher] = {
     "abu": UnlearningTeacher("diagonal", first_order=False),
     "abu_plus": UnlearningTeacher("ekfac", first_order=False),
     "abu_plus_first_order": UnlearningTeacher("ekfac", first_order=True),
 }
-TEACHERS: dict[str, Teacher] = {**UNLEARNING_TEACHERS, "similarity": SimilarityTeacher()}
+TEACHERS: dict[str, Teacher] = {
+    **UNLEARNING_TEACHERS,
+    "similarity": SimilarityTeacher(),
+    "mucs": MucsTeacher(),
+}
+# What a teacher's settings are where nobody sets them, and its source has them other than the field.
+DEFAULTS: dict[str, dict[str, object]] = {
+    # sony/mucs: ratios, weights of the MLPs, batches of 100, and 100 places in the noisier 70 % of the schedule.
+    "mucs": {
+        "objective": Objective.ratio,
+        "layers": "mlp",
+        "gradient_pairs": 100,
+        "timestep_list": tuple(range(306, 1000, 7)),
+    }
+}
 
 
 def _one_by_one(update: Update) -> Iterable[dict[str, Tensor]]:
