@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from fastgda_core.curvature.fisher import EkfacFisher, fit_fisher
+from fastgda_core.curvature.fisher import EkfacFisher, Fisher, FisherKind, fit_fisher
 from fastgda_core.curvature.layers import select_layers
 from fastgda_core.diffusion.loss import per_sample_loss
 from fastgda_core.diffusion.model import DiffusionModel
@@ -121,6 +121,11 @@ class World:
         return replace(model, denoiser=denoiser.eval())
 
     def fisher(self, model: DiffusionModel, names: list[str]) -> EkfacFisher:
+        found = self.fisher_of_kind("ekfac", model, names)
+        assert isinstance(found, EkfacFisher)
+        return found
+
+    def fisher_of_kind(self, kind: FisherKind, model: DiffusionModel, names: list[str]) -> Fisher:
         rows = torch.arange(FISHER_ROWS)
         chosen = torch.randperm(FISHER_ROWS, generator=torch.Generator().manual_seed(0)) % self.samples.rows
         key, steps = stream_key(0, "judged Fisher"), model.schedule.train_timesteps
@@ -137,9 +142,7 @@ class World:
             ).sum()
 
         dataset = TensorDataset(self.block.latents[chosen, 0], timesteps, noise, *condition.values())
-        found = fit_fisher("ekfac", model.denoiser, names, dataset, loss, 64, self.context.device)
-        assert isinstance(found, EkfacFisher)
-        return found
+        return fit_fisher(kind, model.denoiser, names, dataset, loss, 64, self.context.device)
 
     def scores(
         self, objective: Objective, layers: str, share: float, model: DiffusionModel

@@ -20,6 +20,8 @@ _PATTERNS = {
     "cross-attn-kv": r"attn2\.to_[kv]|add_[kv]_proj",
     "cross-attn": r"attn2\.(to_[qkv]|to_out\.0)|add_[qkv]_proj|to_add_out",
     "attn": r"to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out",
+    # Of transformer blocks, and what stands for it in a convolutional block.
+    "mlp": r"ff(_context)?\.net\..+|resnets\.\d+\.conv[12]",
     "all": r".*",
 }
 SELECTIONS = tuple(_PATTERNS)
@@ -28,7 +30,7 @@ Layer = nn.Linear | nn.Conv2d
 
 
 def select_layers(denoiser: nn.Module, selection: str) -> dict[str, Layer]:
-    """Select layers by name: `cross-attn-kv`, `cross-attn`, `attn`, or `all` linear and convolutional ones.
+    """Select layers by name: `cross-attn-kv`, `cross-attn`, `attn`, `mlp`, or `all` linear and convolutional ones.
 
     Raises:
         UsageError: the model has no such layer, or the gradient of a selected convolution is not one matrix.

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from fastgda_core.diffusion.objective import Objective
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
 from fastgda_core.teachers.kernel import KERNEL_TEACHERS
@@ -44,6 +45,9 @@ class Teacher(Protocol):
 
     def needs(self, work: Work) -> Needs:
         """Return what this teacher needs for so much work."""
+
+
+MOST_STEPS = 500  # of an ascent by MUCS, where none are configured
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,38 @@ class NdaTeacher:
         return Needs("", 0.0, 0.0, 0.0, 2.0**27)
 
 
+@dataclass(frozen=True)
+class MucsTeacher:
+    """Scores a training sample by the rise of its loss after a query was unlearned by bounded ascent; see `mucs`."""
+
+    family: ClassVar[str] = "mucs"
+    settings: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("objective", "layers", "precision", "learning_rate", "forget_weight", "most_steps", "gradient_pairs"),
+            *("timestep_list", "timestep_weights", "draws", "antithetic", "seed", "update_rank", "checkpoints"),
+        }
+    )
+    redrawn: ClassVar[bool] = False
+
+    def check_precision(self, precision: Precision) -> None:
+        """Raise `UsageError` where a score would be lost in rounding."""
+        if not precision.exact:
+            raise UsageError(
+                f"teacher.precision is {precision}, but a score of mucs is made of two losses of nearly one size: use "
+                "float32"
+            )
+
+    def needs(self, work: Work) -> Needs:
+        """Return base losses, and for a new query the steps' own forwards and the losses of all samples after them.
+
+        A step takes one batch of the query's pairs and one of the samples; there are at most `MOST_STEPS`, and often
+        fewer.
+        """
+        steps = MOST_STEPS * 2 * work.pairs * GRADIENT_FORWARDS
+        noises = 8.0 * work.noises
+        return Needs("base losses", noises, work.noises, steps + work.samples * work.noises, 12.0 * work.weights)
+
+
 UNLEARNING_TEACHERS: dict[str, UnlearningTeacher] = {
     "abu": UnlearningTeacher("diagonal", first_order=False),
     "abu_plus": UnlearningTeacher("ekfac", first_order=False),
@@ -157,6 +193,17 @@ TEACHERS: dict[str, Teacher] = {
     "similarity": SimilarityTeacher(),
     **KERNEL_TEACHERS,
     "nda": NdaTeacher(),
+    "mucs": MucsTeacher(),
+}
+# What a teacher's settings are where nobody sets them, and its source has them other than the field.
+DEFAULTS: dict[str, dict[str, object]] = {
+    # sony/mucs: ratios, weights of the MLPs, batches of 100, and 100 places in the noisier 70 % of the schedule.
+    "mucs": {
+        "objective": Objective.ratio,
+        "layers": "mlp",
+        "gradient_pairs": 100,
+        "timestep_list": tuple(range(306, 1000, 7)),
+    }
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -19,7 +19,7 @@ from pydantic import (
 from fastgda_core.curvature.damping import DAMPING
 from fastgda_core.diffusion.objective import Objective
 from fastgda_core.diffusion.precision import Precision
-from fastgda_core.teachers.registry import TEACHERS
+from fastgda_core.teachers.registry import DEFAULTS, MOST_STEPS, TEACHERS
 from storage_schemas.runs.records import Negatives
 from tasks.config.section import Section
 
@@ -61,7 +61,8 @@ class TeacherConfig(Section):
         description="abu, abu_plus: exact loss difference with a diagonal or an EK-FAC Fisher; abu_plus_first_order: "
         "the latter's linear part; similarity: cosine of the features of candidates.space; "
         "trak, d_trak, journey_trak, tracin, dmin: inner products of gradient features; "
-        "nda: shares of the training patches that a perfect denoiser averages"
+        "nda: shares of the training patches that a perfect denoiser averages; "
+        "mucs: loss ratio after many bounded steps"
     )
     objective: Objective = Field(
         default=Objective.loss,
@@ -73,13 +74,24 @@ class TeacherConfig(Section):
         description="folders of the training's checkpoints whose weights Fisher and gradients are taken at, relative "
         "to the config file; default: the model's own weights; of several, standardised scores are added",
     )
-    layers: Literal["cross-attn-kv", "cross-attn", "attn", "all"] = Field(
-        default="cross-attn-kv", description="whose weights the unlearning step moves"
+    layers: Literal["cross-attn-kv", "cross-attn", "attn", "mlp", "all"] = Field(
+        default="cross-attn-kv", description="whose weights the unlearning step moves; of mucs: mlp"
     )
     damping: float = Field(default=DAMPING, gt=0, description="of the Fisher, x the layer's mean eigenvalue")
     precision: Precision = Field(default=Precision.float32, description="of the forwards; tf32, bf16: first order only")
     alpha: float | None = Field(
         default=None, gt=0, validate_default=True, description="step size: Delta theta = (alpha / N) F^-1 grad L"
+    )
+    learning_rate: float | None = Field(
+        default=None, gt=0, validate_default=True, description="of the steps of mucs: a tenth of the training's"
+    )
+    forget_weight: float = Field(
+        default=0.2, gt=0, description="of mucs: how the query's loss counts beside that of retained images"
+    )
+    most_steps: int = Field(
+        default=MOST_STEPS,
+        ge=1,
+        description="of mucs: it ends before, where the query's loss is nearly an untrained model's",
     )
     training_size: int | None = Field(default=None, ge=1, description="N; default: the samples in the workspace")
     timesteps: int = Field(default=10, ge=1, description="T of the noise plan, evenly spaced")
@@ -101,7 +113,9 @@ class TeacherConfig(Section):
         description="instead of a noise plan: a pilot chooses the cheapest two of which agree so well (Spearman)",
     )
     seed: int = Field(default=0, ge=0, description="of the noise plan")
-    gradient_pairs: int = Field(default=128, ge=1, description="Monte-Carlo (eps, t) pairs of a query's gradient")
+    gradient_pairs: int = Field(
+        default=128, ge=1, description="Monte-Carlo (eps, t) pairs of a query's gradient; of mucs: of each step, 100"
+    )
     update_rank: int | None = Field(
         default=None, ge=1, description="keep each layer's Delta theta at this rank, and measure the error"
     )
@@ -150,6 +164,12 @@ class TeacherConfig(Section):
         count = len(self.checkpoints)
         return [kind] if count < 2 else [f"{kind} of checkpoint {number}" for number in range(1, count + 1)]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_teacher(cls, given: Any) -> Any:
+        """Fill in what the teacher's source has other than the fields."""
+        return {**DEFAULTS.get(str(given.get("name")), {}), **given} if isinstance(given, dict) else given
+
     @model_validator(mode="after")
     def _settings_are_read(self) -> Self:
         # By value, not by model_fields_set: a stored config names every setting and must load again.
@@ -159,13 +179,13 @@ class TeacherConfig(Section):
                 raise ValueError(f"{name} is no setting of teacher {self.name}: remove it")
         return self
 
-    @field_validator("alpha")
+    @field_validator("alpha", "learning_rate")
     @classmethod
-    def _step_is_given(cls, alpha: float | None, info: ValidationInfo) -> float | None:
+    def _step_is_given(cls, size: float | None, info: ValidationInfo) -> float | None:
         teacher = TEACHERS.get(info.data.get("name", ""))
-        if alpha is None and teacher is not None and "alpha" in teacher.settings:
+        if size is None and teacher is not None and info.field_name in teacher.settings:
             raise ValueError("is missing")
-        return alpha
+        return size
 
     @field_validator("patch_sizes")
     @classmethod
@@ -180,6 +200,14 @@ class TeacherConfig(Section):
         if len(set(checkpoints)) != len(checkpoints):
             raise ValueError("name a folder twice: remove one of the two")
         return checkpoints
+
+    @model_validator(mode="after")
+    def _mucs_has_one_place(self) -> Self:
+        if self.name == "mucs" and len(self.checkpoints) > 1:
+            raise ValueError("checkpoints of teacher mucs are at most one: its scores have no Fisher to be added by")
+        if self.name == "mucs" and self.objective is Objective.output_norm:
+            raise ValueError("objective of teacher mucs is ratio, or loss: an untrained model bounds nothing else")
+        return self
 
     @model_validator(mode="after")
     def _plan_is_given_or_chosen(self) -> Self:

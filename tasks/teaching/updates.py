@@ -85,7 +85,7 @@ class UpdateParts(Parts):
                 "the query set or mend it"
             ) from error
         update = update_of(context, gradient, fisher, self.samples)
-        stored = _stored(update, config.update_rank)
+        stored = update_tensors(update, config.update_rank)
         if context.taught_at:
             stored[_SPREAD] = torch.tensor(expected_spread(fisher, update), dtype=torch.float64)
         return commit(
@@ -145,7 +145,8 @@ def update_of(context: Context, gradient: dict[str, Tensor], fisher: Fisher, sam
     return unlearning_update(fisher, gradient, alpha=config.alpha, training_size=config.training_size or samples)
 
 
-def _stored(update: dict[str, Tensor], rank: int | None) -> dict[str, Tensor]:
+def update_tensors(update: dict[str, Tensor], rank: int | None) -> dict[str, Tensor]:
+    """Return Delta theta as a part keeps it, at a low rank where one is given, with what that loses."""
     error = 0.0
     if rank is not None:
         update, error = compress(update, rank)

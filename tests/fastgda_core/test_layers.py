@@ -83,6 +83,9 @@ def test_selections_name_the_layers_of_a_unet(tiny_model: DiffusionModel) -> Non
     assert select_layers(unet, "cross-attn-kv").keys() == cross_kv
     assert select_layers(unet, "cross-attn").keys() == cross
     assert select_layers(unet, "attn").keys() == cross | self_attention
+    feedforward = names(["ff.net.0.proj", "ff.net.2"])
+    convolutions = {name for name, _ in unet.named_modules() if name.endswith((".conv1", ".conv2"))}
+    assert select_layers(unet, "mlp").keys() == feedforward | convolutions and len(convolutions) > 4
     # Every matrix of the state dict belongs to a linear or convolutional layer: there is no embedding in a UNet.
     matrices = {name.removesuffix(".weight") for name, tensor in unet.state_dict().items() if tensor.ndim > 1}
     assert select_layers(unet, "all").keys() == matrices

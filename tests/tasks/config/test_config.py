@@ -148,7 +148,7 @@ def test_shards_are_found_whatever_the_folder_of_the_config_is_called(tmp_path: 
         ({"candidates": {"policy": "top_k", "k": 5, "scored": 6}}, "candidates", "at most k"),
         ({"candidates": {"policy": "pooled", "k": 5, "scored": 3}}, "candidates", "scored belongs to policy top_k"),
         ({"candidates__space": "crystal_ball"}, "candidates.space", "crystal_ball"),
-        ({"teacher__layers": "mlp"}, "teacher.layers", "cross-attn-kv"),
+        ({"teacher__layers": "norms"}, "teacher.layers", "cross-attn-kv"),
         ({"teacher__damping": 0}, "teacher.damping", "greater than"),
         ({"teacher__precision": "bf16"}, "teacher", "difference of two losses"),
         ({"teacher__precision": "tf32", "teacher__name": "abu"}, "teacher", "difference of two losses"),

@@ -52,12 +52,12 @@ def test_a_retry_lifts_the_configuration_of_another_release(tmp_path: Path, caps
 
 
 def test_a_setting_that_means_something_else_now_is_refused(tmp_path: Path) -> None:
-    store(tmp_path, teacher__layers="mlp")
+    store(tmp_path, teacher__layers="norms")
     with pytest.raises(UsageError, match=r"run run-1, which another release stored: teacher\.layers: .*cross-attn-kv"):
         config_of(str(tmp_path), "run-1")
 
 
-@pytest.mark.parametrize(("layers", "known"), [("attn", True), ("mlp", False)])
+@pytest.mark.parametrize(("layers", "known"), [("attn", True), ("norms", False)])
 def test_a_run_of_another_release_stops_no_other_run(tmp_path: Path, layers: str, known: bool) -> None:
     workspace = store(tmp_path, teacher__layers=layers)
     for shard, query in enumerate(QUERIES):
