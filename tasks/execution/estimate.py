@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from math import prod
 
 from rich.console import RenderableType
 from rich.filesize import decimal
 from rich.table import Table
 
+from fastgda_core.curvature.layers import matrix_shape
+from fastgda_core.teachers.needs import Needs, Work
+from fastgda_core.teachers.registry import TEACHERS
 from storage_schemas.runs.noise_plan import NOISE_PLAN
 from tasks.config.inputs import CandidatesConfig
 from tasks.config.pipeline import PipelineConfig, check_sizes
-from tasks.context import open_context
+from tasks.context import Context, open_context
 from tasks.execution.cost import Rate, mean_captions, rate, run_costs
 from tasks.inputs.queries import count_queries
 from tasks.inputs.samples import ingest_samples
 from tasks.teaching.cost import KindCost, Size, scores_of
 from tasks.teaching.families import family_of
 from tasks.teaching.noise import planned
-from tasks.teaching.noise_pilot import CHEAPEST
+from tasks.teaching.noise_pilot import CHEAPEST, DEAREST
 from tasks.watching.status_text import duration
 
 CHEAP_SECONDS, LONG_SECONDS = 2.0, 3600.0  # of one shard: below, overhead shows; above, a failure costs much
@@ -29,6 +33,7 @@ CHEAP_SECONDS, LONG_SECONDS = 2.0, 3600.0  # of one shard: below, overhead shows
 class Estimate:
     """Parts, rows and forward passes of a run, and what they take at a rate.
 
+    needs: of the teacher, of the whole training set.
     least: the same under the cheapest noise plan, where a pilot of the run will choose among cheaper and dearer ones.
     """
 
@@ -37,6 +42,7 @@ class Estimate:
     rate: Rate
     price: float | None
     currency: str
+    needs: Needs
     least: list[KindCost] | None = None
 
     @property
@@ -82,6 +88,7 @@ class Estimate:
         for kind in self.kinds:
             if kind.kept_bytes:
                 yield f"{kind.kind} take {decimal(kind.kept_bytes)}, {kind.kept_bytes // kind.rows:,} bytes a sample"
+        yield self._needs()
         hours, per_second = self.device_hours, self.rate.forwards_per_second
         yield (
             f"{hours:.2f} device-hours{self._money(hours)}, at {per_second:,.1f} forward passes a second "
@@ -94,6 +101,17 @@ class Estimate:
                 f"{hours:.2f} device-hours{self._money(hours)} with the cheapest; `fastgda status` tells which it is"
             )
         yield from self.advice()
+
+    def _needs(self) -> str:
+        """Return in one line what answers by this teacher need, for a query that comes later, too."""
+        needs = self.needs
+        words = [
+            f"fits {needs.fits}" if needs.fits else "fits nothing",
+            f"keeps {needs.stored_bytes:,.0f} bytes a sample for its scores",
+            f"takes {needs.query_forwards:,.0f} forward passes for one more query against all samples",
+            f"and at most {decimal(round(needs.memory_bytes))} beside the model and a micro-batch",
+        ]
+        return f"the teacher {', '.join(words)}"
 
     def advice(self) -> Iterator[str]:
         """Yield advice on the size of score shards."""
@@ -127,7 +145,21 @@ def estimate(config: PipelineConfig) -> Estimate:
         pilot = [cost for cost in costs if cost.kind == NOISE_PLAN]
         cheapest = replace(context, config=planned(config, *CHEAPEST))
         least = [*run_costs(cheapest, size), *pilot]
-    return Estimate(size, costs, rate(context), execution.price_per_device_hour, execution.currency, least)
+    price, currency = execution.price_per_device_hour, execution.currency
+    return Estimate(size, costs, rate(context), price, currency, _needs(context, size), least)
+
+
+def _needs(context: Context, size: Size) -> Needs:
+    """Return what the configured teacher needs; of a noise plan that a pilot will choose, the dearest counts."""
+    config = context.config
+    teacher = (planned(config, *DEAREST) if config.teacher.agreement is not None else config).teacher
+    method, weights = TEACHERS[teacher.name], 0
+    if "layers" in method.settings:
+        at = context.at_checkpoints()[0]
+        weights = sum(prod(matrix_shape(layer)) for layer in at.layers(at.teacher_model()).values())
+    timesteps = len(teacher.timestep_list) if teacher.timestep_list is not None else teacher.timesteps
+    noises = timesteps * teacher.draws * config.model.images * size.captions
+    return method.needs(Work(weights, size.samples, noises, teacher.gradient_pairs))
 
 
 def _candidates(config: CandidatesConfig, samples: int, queries: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from fastgda_core.teachers.needs import Needs
 from tasks.config.execution import ExecutionConfig
 from tasks.config.inputs import CandidatesConfig
 from tasks.config.pipeline import PipelineConfig
@@ -50,6 +51,9 @@ def test_an_estimate_counts_what_the_run_then_made(unlearned: WholeRun) -> None:
             console.print(line)
     assert "24 training samples (1.0 captions each), 12 queries, 24 candidates each" in captured.get()
     assert "sketches take 26.1 kB, 1,088 bytes a sample" in captured.get()
+    pairs = unlearned.config.teacher.gradient_pairs
+    assert found.needs.query_forwards == pytest.approx((pairs + 2 * SAMPLES) * 2.1)
+    assert "the teacher fits ekfac Fisher, keeps 0 bytes a sample for its scores" in captured.get()
     assert "EUR, at 100.0 forward passes a second (execution.forwards_per_second)" in captured.get()
 
 
@@ -113,7 +117,7 @@ def test_captions_are_counted_over_all_samples(similar: WholeRun) -> None:
 )
 def test_shards_that_are_short_or_long_are_told_of(seconds: float, parts: int, advice: str) -> None:
     kinds = [KindCost("scores", parts, parts, seconds * parts)]
-    found = Estimate(Size(1, 1.0, 1, 1), kinds, cost.Rate(1.0, "x"), None, "USD")
+    found = Estimate(Size(1, 1.0, 1, 1), kinds, cost.Rate(1.0, "x"), None, "USD", Needs("", 0.0, 0.0, 0.0, 0.0))
     said = " ".join(found.advice())
     assert (f"a {advice} teacher.shard_samples" in said) if advice else said == ""
     assert found.as_json()["cost"] is None
