@@ -27,7 +27,7 @@ from tasks.inputs.queries import load_queries, make_queries
 from tasks.inputs.samples import ingest_samples, readable_images_ahead
 from tasks.teaching.nda import FAMILY, POSTERIOR_PART, query_heat_maps
 
-PICTURED = (3, 13, 14, 15, 44, 45, 46)  # queries, of three parts
+PICTURED = (3, 14, 15, 44, 45)  # queries, of two parts
 # Half of the demo's resolution: as many places as there are in the judge's world. One scale, else as published.
 TEACHER = TeacherConfig(name="nda", patch_pixels=16, patch_sizes=(7,))
 SHOWN, TILE, GAP, LABEL = 6, 80, 8, 16
