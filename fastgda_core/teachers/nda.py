@@ -201,15 +201,14 @@ def _logits(view: View, samples: Tensor) -> Iterator[tuple[Tensor, int, Tensor]]
         dtype of the samples.
     """
     (noisy, level, scale), (channels, height, width) = view, samples.shape[1:]
-    asked, groups = scale.patches(noisy), scale.alike(height, width)
+    asked, groups, sharpness = scale.patches(noisy), scale.alike(height, width), level.noise**-2
     some = max(1, _PATCHES_AT_ONCE // (channels * scale.side**2 * height * width))
     for first in range(0, len(samples), some):
         kept = scale.patches(samples[first : first + some]) * level.signal
         for group in groups:
             here = kept[:, group]
-            half_norms = here.square().sum(2) / 2
-            step = max(1, _LOGITS_AT_ONCE // (len(asked) * half_norms.numel()))
+            less = here.square().sum(2).flatten() * (-sharpness / 2)
+            step = max(1, _LOGITS_AT_ONCE // (len(asked) * len(less)))
             for where in group.split(step):
-                products = (asked[:, where].flatten(0, 1) @ here.flatten(0, 1).T).unflatten(1, half_norms.shape)
-                logits = (products - half_norms) / level.noise**2
-                yield where, first, logits.unflatten(0, (len(asked), len(where)))
+                logits = torch.addmm(less, asked[:, where].flatten(0, 1), here.flatten(0, 1).T, alpha=sharpness)
+                yield where, first, logits.view(len(asked), len(where), len(here), len(group))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from diffusers import DDIMScheduler
 from numpy.typing import NDArray
 
 from fastgda_core.diffusion.schedule import DiffusionSchedule, FlowMatchingSchedule
+from fastgda_core.teachers import nda
 from fastgda_core.teachers.nda import (
     NoiseLevel,
     PatchPlan,
@@ -158,6 +160,23 @@ def test_a_score_is_the_same_alone_in_any_batch_and_with_samples_in_any_blocks(b
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-9)
     alone = torch.cat([scored(plan, query[None], samples, block) for query in queries])
     torch.testing.assert_close(alone, whole, rtol=1e-4, atol=1e-9)
+
+
+def test_what_is_held_at_once_does_not_grow_with_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, queries, samples = PatchPlan((300,), (3, 4), 2), pictures(2, 1), pictures(40, 2)
+    expected = scored(plan, queries, samples)
+    monkeypatch.setattr(nda, "_LOGITS_AT_ONCE", 300)
+    monkeypatch.setattr(nda, "_PATCHES_AT_ONCE", 2000)
+    largest, original = [], nda._logits
+
+    def watched(view: nda.View, some: torch.Tensor) -> Iterator[tuple[torch.Tensor, int, torch.Tensor]]:
+        for found in original(view, some):
+            largest.append(found[2].numel())
+            yield found
+
+    monkeypatch.setattr(nda, "_logits", watched)
+    torch.testing.assert_close(scored(plan, queries, samples), expected, rtol=1e-4, atol=1e-9)
+    assert max(largest) <= 300 and len(largest) > 100
 
 
 def test_a_copy_of_the_query_has_all_influence_where_there_is_little_noise() -> None:

@@ -16,6 +16,7 @@ from storage_schemas.snapshots.snapshots import read_ranks
 from tasks.artifact import Artifact
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
+from tasks.execution.estimate import estimate
 from tasks.inputs.queries import load_queries, make_queries
 from tasks.inputs.samples import ingest_samples, readable_images_ahead
 from tasks.teaching.cost import Size
@@ -24,6 +25,7 @@ from tests.tasks.configs import document
 from tests.tasks.whole_runs import SAMPLES, WholeRun, configuration, whole_run
 from tests.tasks.without_prefect import without_prefect
 
+pytestmark = pytest.mark.heavy
 TEACHER = {"name": "nda", "patch_sizes": [3, 6], "timestep_list": [10, 50], "shard_samples": 7, "patch_matches": 20}
 
 
@@ -117,6 +119,15 @@ def test_a_sample_whose_picture_cannot_be_read_is_left_out_and_takes_no_share(
     found = FAMILY.scores(context, artifacts, [0, 5], np.arange(SAMPLES))
     assert list(found.left_out) == [0] and found.train_ids.tolist() == list(range(1, SAMPLES))
     torch.testing.assert_close(found.scores.sum(1), torch.ones(2, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+def test_an_estimate_counts_the_parts_and_says_that_their_time_is_unknown(patched: WholeRun) -> None:
+    found = estimate(patched.config)
+    assert {kind.kind: kind.parts for kind in found.kinds} == {
+        kind: parts.count for kind, parts in patched.run.parts.items()
+    }
+    told = [line for line in found.shown() if isinstance(line, str)]
+    assert "the time of patch posteriors and of scores is not among the device-hours: they run no model" in told
 
 
 def test_costs_name_every_kind_of_part_and_no_forward_pass() -> None:
