@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # a configuration looks teachers up, and is checked before to
     from fastgda_core.teachers.training_loss import SampleBlock
 
 STORED_BYTES = 2  # of a number of a feature
+_ROWS_OF_TILES = 3072  # of a kernel's matrix are in memory at a time: those of a tile, and half of them as a product
+_HELD = 16  # samples whose gradients are in memory at a time, or fewer; no product waits for more of them
 _NO_LENGTH = 1e-30  # below, a gradient is 0 and stays so
 
 
@@ -78,14 +80,15 @@ class KernelTeacher:
 
     def needs(self, work: Work) -> Needs:
         """Return the features of all samples, made once: a query takes its own gradient and one product with them."""
-        size = min(self.dimensions, work.weights)
-        stored = float(STORED_BYTES * size) * (work.noises if self.each_timestep else 1)
+        size = min(work.dimensions or self.dimensions, work.weights)
+        vectors = work.images * (work.timesteps if self.each_timestep else 1)
         pairs = work.noises if self.each_timestep else work.pairs
-        fits = "gradient features" if self.ridge is None else "gradient features, kernel"
-        rows = min(work.samples, size)
-        memory = 4.0 * work.weights + (0.0 if self.ridge is None else 8.0 * min(rows * rows, size * 3000))
+        fits, memory = "gradient features", 4.0 * work.weights
+        if self.ridge is not None:
+            fits = "gradient features, kernel"
+            memory += 8.0 * min(work.samples * work.samples, _ROWS_OF_TILES * size)
         forwards = GRADIENT_FORWARDS
-        return Needs(fits, stored, work.noises * forwards, pairs * forwards, memory)
+        return Needs(fits, float(STORED_BYTES * size * vectors), work.noises * forwards, pairs * forwards, memory)
 
     def of_samples(
         self,
@@ -186,8 +189,10 @@ def _projected(
     """Yield the features of some samples at a time, (some, flips, d), of gradients of length 1 where asked."""
     from fastgda_core.teachers.sample_gradients import sample_gradients
 
-    for some in sample_gradients(model, layers, plan, block, micro_batch):
-        yield _feature(some, list(layers), projection, unit).unflatten(0, (-1, block.flips))
+    for start in range(0, len(block.train_ids), _HELD):
+        few = block.samples(slice(start, start + _HELD))
+        for some in sample_gradients(model, layers, plan, few, micro_batch):
+            yield _feature(some, list(layers), projection, unit).unflatten(0, (-1, block.flips))
 
 
 def _feature(some: SampleGradients, names: Sequence[str], projection: Projection, unit: bool) -> Tensor:

@@ -15,12 +15,18 @@ class Work:
     samples: training samples.
     noises: forwards of one sample under the noise plan, over captions and mirrored images.
     pairs: Monte-Carlo (eps, t) pairs of a query's gradient.
+    timesteps: of the noise plan.
+    images: of a sample that count, 2 with the mirrored one.
+    dimensions: of a projection, where they are configured.
     """
 
     weights: int
     samples: int
     noises: float
     pairs: int
+    timesteps: int = 1
+    images: int = 1
+    dimensions: int | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fastgda_core.teachers.needs import GRADIENT_FORWARDS, Work
@@ -22,3 +24,12 @@ def test_unlearning_teachers_run_all_samples_again_for_a_query() -> None:
     assert exact.query_forwards == 10 * GRADIENT_FORWARDS + 50 * 4 and exact.sample_forwards == 4
     assert linear.query_forwards == pytest.approx((10 + 50 * 4) * GRADIENT_FORWARDS) and not linear.sample_forwards
     assert TEACHERS["similarity"].needs(WORK).query_forwards == 0
+
+
+def test_teachers_of_gradient_features_store_them_and_run_no_sample_again() -> None:
+    trak, dmin = TEACHERS["trak"].needs(WORK), TEACHERS["dmin"].needs(replace(WORK, timesteps=4, images=2))
+    assert trak.stored_bytes == 2 * 1000, "no more numbers than weights"
+    assert dmin.stored_bytes == 2 * 1000 * 4 * 2
+    assert TEACHERS["d_trak"].needs(replace(WORK, weights=10**7, dimensions=64)).stored_bytes == 128
+    assert trak.query_forwards == 10 * GRADIENT_FORWARDS and trak.sample_forwards == 4 * GRADIENT_FORWARDS
+    assert "kernel" in trak.fits and "kernel" not in dmin.fits
