@@ -7,28 +7,39 @@ from dataclasses import dataclass, replace
 from math import hypot
 from typing import Any
 
+from rich.filesize import decimal
+
 from fastgda_core.evaluation.counterfactual import compared
 from storage_schemas import tables
 from storage_schemas.workspace import Workspace
+from tasks.judging.costs import LATENCY, PREPARED, STORED, WHOLE_PASS
 from tasks.judging.kept_checks import read_checks
 from tasks.judging.leave_k_out import OWN
 from tasks.judging.retrained import AHEAD, BESIDE_TEACHER, HIGH, LOW, OVER_MODELS
+from tasks.watching.status_text import duration
 from tasks.watching.trust import CAPTIONS, KINDS, LDS, RETRAINED_AGAIN, TEACHER, TWIN_SHARE, WORST_TWIN
 
 Means = Mapping[tuple[str, str, str, int], Mapping[str, Any]]  # by metric, method, split and cutoff
 
 REACH = "what a score can reach"
+COSTS_SHOWN = PREPARED, STORED, LATENCY
 ENOUGH = 2.0  # errors by which a teacher has to be ahead of captions
 # Nothing is better for it alone: a random removal hurts controls least, and targets too.
-UNMARKED = "of controls", BESIDE_TEACHER
+UNMARKED = "of controls", BESIDE_TEACHER, *COSTS_SHOWN
 OF_SPLITS = {"test": "test queries", **KINDS, "validation": "validation queries"}  # in this order
 _NAMES = {
     LDS: "LDS",
     AHEAD: "ahead of captions",
     BESIDE_TEACHER: "ahead of the teacher",
     TWIN_SHARE: "twins found",
+    PREPARED: "to prepare",
+    STORED: "kept, a sample",
+    LATENCY: "a new query",
 }
-_BESIDE, _OTHER_ERROR = (OVER_MODELS, LOW, HIGH, WORST_TWIN), ", error over models"  # shown with another figure
+_BESIDE, _OTHER_ERROR = (
+    (OVER_MODELS, LOW, HIGH, WORST_TWIN, WHOLE_PASS),
+    ", error over models",
+)  # shown with another figure
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,7 @@ class Figure:
     over_queries, over_models: standard errors; the second is None where all queries are of the same models.
     interval: 95 % of pools of models, or None.
     worst: rank of the worst twin, where twins are looked for.
+    whole_pass: the model looks at every sample anew, where this is a latency.
     place: "best", "close" (within one standard error of it, of both kinds together) or "".
     """
 
@@ -47,6 +59,7 @@ class Figure:
     interval: tuple[float, float] | None
     queries: int
     worst: float | None = None
+    whole_pass: bool = False
     place: str = ""
 
     @property
@@ -84,6 +97,8 @@ class Column:
         figure = self.reach if method == REACH else self.figures.get(method)
         if figure is None:
             return ""
+        if self.metric in COSTS_SHOWN:
+            return _cost_text(self.metric, figure)
         if self.metric == TWIN_SHARE:
             found = f"{figure.value * figure.queries:.0f} of {figure.queries}"
             return found if figure.worst is None else f"{found}, worst at rank {figure.worst:,.0f}"
@@ -119,7 +134,8 @@ class Section:
         """The title, with the metric and the queries where all columns have the same."""
         names, asked = ({getattr(each, part) for each in self.columns} for part in ("name", "asked"))
         metric = f": {names.pop()}" if len(names) == 1 else ""
-        return f"{self.title}{metric}, {asked.pop()}" if len(asked) == 1 else f"{self.title}{metric}"
+        queries = asked.pop() if len(asked) == 1 else ""
+        return f"{self.title}{metric}, {queries}" if queries else f"{self.title}{metric}"
 
 
 @dataclass(frozen=True)
@@ -144,7 +160,7 @@ class JudgeTable:
     def sections(self) -> list[Section]:
         """The columns in groups that a page has room for."""
         scores, (first, *others) = (LDS, AHEAD, BESIDE_TEACHER), OF_SPLITS
-        rest = [each for each in self.columns if each.metric not in scores]
+        rest = [each for each in self.columns if each.metric not in (*scores, *COSTS_SHOWN)]
         groups = {
             "Models trained on random subsets": _chosen(self.columns, scores, [first]),
             "Models trained on random subsets, other queries": _chosen(self.columns, [LDS], others),
@@ -155,6 +171,7 @@ class JudgeTable:
                 each for each in rest if each.metric.startswith(OWN)
             ],
             "Without training": [each for each in rest if not each.cutoff and not each.metric.startswith(OWN)],
+            "What it costs": [each for each in self.columns if each.metric in COSTS_SHOWN],
         }
         return [
             Section(title, columns, [name for name in self.methods if any(name in each.figures for each in columns)])
@@ -211,7 +228,7 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> JudgeTable | None:
 
 def _order(judge: tuple[str, str, int]) -> tuple[int, int, int]:
     metric, split, cutoff = judge
-    first = [LDS, AHEAD, BESIDE_TEACHER]
+    first = [LDS, AHEAD, BESIDE_TEACHER, *COSTS_SHOWN]
     splits = list(OF_SPLITS)
     return (
         first.index(metric) if metric in first else len(first),
@@ -258,7 +275,18 @@ def _figure(means: Means, row: Mapping[str, Any]) -> Figure:
         None if low is None or high is None else (low, high),
         row["queries"],
         beside(WORST_TWIN) if row["metric"] == TWIN_SHARE else None,
+        bool(row["metric"] == LATENCY and beside(WHOLE_PASS)),
     )
+
+
+def _cost_text(metric: str, figure: Figure) -> str:
+    """Return a cost as people read it."""
+    if metric == STORED:
+        return f"{decimal(round(figure.value))}" if figure.value else "nothing"
+    if metric == PREPARED:
+        return duration(figure.value) if figure.value >= 1 else "under 1 s"
+    taken = f"{1000 * figure.value:.3g} ms" if figure.value < 1 else f"{figure.value:.2g} s"
+    return f"{taken}, whole pass" if figure.whole_pass else taken
 
 
 def figures_of(table: JudgeTable) -> Iterator[dict[str, object]]:
@@ -280,4 +308,5 @@ def figures_of(table: JudgeTable) -> Iterator[dict[str, object]]:
                 "queries": figure.queries,
                 "worst_rank": figure.worst,
                 "place": figure.place,
+                "whole_pass": figure.whole_pass,
             }
