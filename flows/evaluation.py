@@ -24,6 +24,7 @@ from tasks.judging.kept_checks import publish_checks, read_checks
 from tasks.judging.left_out import plan_removals
 from tasks.judging.planted import check_planted, planted_samples
 from tasks.judging.retrained import check_by_retraining
+from tasks.judging.rivals import Rivals
 from tasks.judging.sketches import check_sketches
 from tasks.judging.tail_patch import check_tail_patch
 from tasks.judging.teacher import check_against_exact, check_self_consistency, measure_low_rank
@@ -36,17 +37,22 @@ from tasks.teaching.run import Run
 
 @dataclass(frozen=True)
 class Judgement:
-    """The checks of a run, and what they needed, in order."""
+    """The checks of a run, and what they needed, in order.
+
+    failed: names of rivals that have no scores.
+    """
 
     run: str
     made: list[Made]
+    failed: list[str]
 
 
 @flow(name="judge", flow_run_name=named("judge"))
 def judge(config: PipelineConfig) -> Judgement:
     """Check the teacher of a finished run: against the exact one, itself, and models trained again for it."""
     run = plan_run(config)
-    return Judgement(run.name, judge_run(run))
+    made = judge_run(run)
+    return Judgement(run.name, made, list(Rivals.of(run).failed))
 
 
 def judge_run(run: Run) -> list[Made]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fastgda_core.errors import UsageError
 from flows.curation import curate
-from storage_schemas.runs.rivals import RivalRecord, write_rivals
+from storage_schemas.runs.rivals import RivalRecord, read_rivals, write_rivals
 from tasks import logs
 from tasks.artifact import Made
 from tasks.execution.outcomes import RunCancelled, RunIncomplete
@@ -42,6 +42,8 @@ def score_rivals(run: Run) -> list[Made]:
             new = [each.seconds for each in curation.made if not each.reused]
             made.append(Made(replace(curation.ranks, name=f"rival {name}"), sum(new), reused=not new))
         write_rivals(run.workspace, run.name, found)
+    if not found and read_rivals(run.workspace, run.name):
+        write_rivals(run.workspace, run.name, {})
     return made
 
 

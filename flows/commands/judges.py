@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tasks.config.pipeline import PipelineConfig
     from tasks.judging.judge_table import JudgeTable, Section
 
-ENDINGS = {".csv": "csv", ".md": "md", ".html": "html"}
+ENDINGS = {".csv": "csv", ".md": "md", ".html": "html", ".svg": "svg", ".png": "png"}
 _STYLES = {"best": "bold", "close": "underline", "": ""}
 _WIDE = 1_000  # columns of an output that another program reads
 

@@ -190,7 +190,8 @@ def judge(
     """Check the teacher of a finished run: against the exact one, itself, and models that are trained again.
 
     Where models are trained again (section `judge`), what they say of the teacher, the features, the head and every
-    other tier of answers is printed as a table, and kept beside the run's report.
+    other tier of answers is printed as a table, and kept beside the run's report. Rivals (`judge.rivals`) are scored
+    first and are rows of it. Exit code 1 where one of them has no scores.
 
     Example: `fastgda judge my_config.yaml`
     """
@@ -218,7 +219,10 @@ def judge(
     print_judges(table)
     if output is not None:
         write_table(workspace, judged.run, output)
-    say(f"Table and picture: {workspace.judge_table(judged.run, 'html')}; .md and .csv lie beside it")
+    say(f"Table and picture: {workspace.judge_table(judged.run, 'html')}; .md, .csv and the scatter lie beside it")
+    if judged.failed:
+        warn(f"without scores: {'; '.join(judged.failed)}: mend what is said above and ask again, for these alone")
+        raise typer.Exit(1)
 
 
 def backfill(

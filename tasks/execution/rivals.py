@@ -30,8 +30,7 @@ def check_rivals(config: PipelineConfig, samples: int) -> dict[str, Context]:
     for name in rival_names(config):
         with _named(name):
             alone = config.of_rival(name)
-            if alone.candidates.space is not None:
-                require_encoders(alone.candidates.space, "space")
+            require_encoders(alone.candidates.space or alone.features.space, "space")
             context = open_context(alone)
             family_of(alone).check(context)
             check_sizes(alone, samples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import hypot
 from typing import Any
 
@@ -11,8 +11,10 @@ from rich.filesize import decimal
 
 from fastgda_core.evaluation.counterfactual import compared
 from storage_schemas import tables
+from storage_schemas.commit import read_manifest
+from storage_schemas.runs.rivals import read_rivals
 from storage_schemas.workspace import Workspace
-from tasks.judging.costs import LATENCY, PREPARED, STORED, WHOLE_PASS
+from tasks.judging.costs import COSTS, LATENCY, PREPARED, STORED, WHOLE_PASS
 from tasks.judging.kept_checks import read_checks
 from tasks.judging.leave_k_out import OWN
 from tasks.judging.retrained import AHEAD, BESIDE_TEACHER, HIGH, LOW, OVER_MODELS
@@ -140,9 +142,16 @@ class Section:
 
 @dataclass(frozen=True)
 class JudgeTable:
-    """All judges of a run's teacher and of what stands beside it."""
+    """All judges of a run's teacher and of what stands beside it.
+
+    rivals: the names of those that were scored; lacking: why others have no scores, by name.
+    machine: where costs were measured; empty where they were not.
+    """
 
     columns: Sequence[Column]
+    rivals: Sequence[str] = ()
+    lacking: Mapping[str, str] = field(default_factory=dict)
+    machine: str = ""
 
     def find(self, metric: str, split: str = "test") -> Column | None:
         """Return the first column of a metric on a split."""
@@ -201,10 +210,22 @@ def _chosen(columns: Sequence[Column], metrics: Sequence[str], splits: Sequence[
 def judge_table(workspace: Workspace, run: str) -> JudgeTable | None:
     """Read what the judges of a run have found so far; None where no model was trained again for it."""
     rows: list[dict[str, Any]] = []
+    machine = ""
     for check in read_checks(workspace, run):
         if check.name != "exact check":  # pairs, not metrics
             rows += tables.read(check.path, tables.METRICS).to_pylist()
-    return table_of(rows)
+        if check.name == COSTS and (manifest := read_manifest(check.path)) is not None:
+            machine = manifest.device
+    found, known = table_of(rows), read_rivals(workspace, run)
+    if found is None:
+        return None
+    scored = [name for name, rival in known.items() if rival.snapshot]
+    return replace(
+        found,
+        rivals=scored,
+        lacking={name: rival.failed for name, rival in known.items() if not rival.snapshot},
+        machine=machine,
+    )
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> JudgeTable | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 from pathlib import Path
 
 import pytest
@@ -15,27 +15,27 @@ from flows.curation import curate, plan_run
 from flows.evaluation import judge_run
 from flows.rivals import score_rivals
 from storage_schemas import tables
-from storage_schemas.runs.attempts import AttemptLog, ShardState
 from storage_schemas.runs.liveness import read_assignment
 from storage_schemas.runs.rivals import read_rivals
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.snapshots.snapshots import read_influence
 from tasks.config.pipeline import PipelineConfig
 from tasks.config.stored import config_of
+from tasks.inputs.features import load_features
 from tasks.inputs.queries import load_queries
 from tasks.inputs.twins import load_twins
 from tasks.judging.costs import COSTS, LATENCY, PREPARED, STORED, WHOLE_PASS
 from tasks.judging.ensembles import BEST
 from tasks.judging.judge_table import judge_table
 from tasks.judging.kept_checks import read_checks
-from tasks.judging.retrained import AHEAD, BESIDE_TEACHER
+from tasks.judging.retrained import BESIDE_TEACHER
 from tasks.judging.retrained_pool import RetrainedPool
 from tasks.judging.rivals import Rivals
 from tasks.teaching import similarity
 from tasks.teaching.retrainings import REMOVAL_PLAN
-from tasks.watching.trust import CAPTIONS, LDS, TEACHER, TWIN_SHARE
+from tasks.watching.trust import LDS, TEACHER, TWIN_SHARE
 from tests.tasks.configs import document
-from tests.tasks.whole_runs import CUTOFFS, SAMPLES, WholeRun, configuration
+from tests.tasks.whole_runs import SAMPLES, WholeRun, configuration
 from tests.tasks.without_prefect import without_prefect
 
 EXACT, TIED, NEAR = "AbU, exact", "first order, negatives 0", "pixels, nearest 5"
@@ -86,8 +86,13 @@ def test_a_rivals_scores_are_those_that_a_run_with_that_teacher_publishes(
     rivals = Rivals.of(judged.run)
     assert list(rivals.scored) == list(RIVALS) and not rivals.failed
     scores = rivals.scores(left_out=0.0)
-    names = [query.query_id for query in load_queries(judged.run.artifacts["queries"])]
-    for name, candidates in ((EXACT, {"policy": "all"}), (TIED, {"policy": "all"}), (NEAR, {"policy": "top_k", "k": 5})):
+    twins = load_twins(judged.run.artifacts["queries"].path)  # whose names differ between workspaces
+    names = [each.query_id for each in load_queries(judged.run.artifacts["queries"]) if each.query_id not in twins]
+    for name, candidates in (
+        (EXACT, {"policy": "all"}),
+        (TIED, {"policy": "all"}),
+        (NEAR, {"policy": "top_k", "k": 5}),
+    ):
         section = {key: value for key, value in RIVALS[name].items() if key != "nearest"}
         step = {} if name == NEAR else {"alpha": 1e-4}
         config = configuration(
@@ -95,16 +100,10 @@ def test_a_rivals_scores_are_those_that_a_run_with_that_teacher_publishes(
         )
         with without_prefect():
             alone = curate(config)
-        twins = load_twins(judged.run.artifacts["queries"].path)
         expected = torch.zeros(len(names), SAMPLES, dtype=torch.float64)
         for row in read_influence(alone.run.workspace, alone.ranks.key, names).to_pylist():
             expected[names.index(row["query_id"]), row["train_id"]] = row["score"]
-        if name == NEAR:  # which a twin that is not among the nearest is no candidate of
-            for query_id, twin in twins.items():
-                row = names.index(query_id)
-                if (expected[row] != 0).sum() > 5:
-                    expected[row, twin] = 0
-        assert torch.equal(scores[name], expected), name
+        assert torch.equal(scores[name][: len(names)], expected), name
 
 
 def test_rivals_are_judged_as_every_method_is(judged: WholeRun) -> None:
@@ -112,8 +111,10 @@ def test_rivals_are_judged_as_every_method_is(judged: WholeRun) -> None:
     test = [number for number, query in enumerate(queries) if query.split == "test"]
     for name, scores in Rivals.of(judged.run).scores(left_out=0.0).items():
         sums, losses = pool.kept.double() @ scores[test].T, -pool.losses[:, test]
-        expected = [stats.spearmanr(sums[:, row].tolist(), losses[:, row].tolist()).statistic for row in range(len(test))]
-        if not any(value != value for value in expected):
+        expected = [
+            stats.spearmanr(sums[:, row].tolist(), losses[:, row].tolist()).statistic for row in range(len(test))
+        ]
+        if not any(map(math.isnan, expected)):
             assert found[LDS, name, "test"]["value"] == pytest.approx(sum(expected) / len(expected))
         assert (BESIDE_TEACHER, name, "test") in found and (TWIN_SHARE, name, "pseudo") in found
     table = judge_table(judged.workspace, judged.run.name)
@@ -127,7 +128,9 @@ def test_a_sample_that_a_rival_was_not_asked_for_comes_last(judged: WholeRun) ->
 
 
 def test_models_are_trained_without_what_a_rival_names(judged: WholeRun) -> None:
-    plan = {row["method"]: row for row in tables.read(judged.run.artifacts[REMOVAL_PLAN].path, tables.REMOVALS).to_pylist()}
+    plan = {
+        row["method"]: row for row in tables.read(judged.run.artifacts[REMOVAL_PLAN].path, tables.REMOVALS).to_pylist()
+    }
     assert list(plan) == [TEACHER, "untuned", EXACT, "random"]
     names = [query.query_id for query in load_queries(judged.run.artifacts["queries"])]
     (target,) = plan[EXACT]["targets"]
@@ -153,7 +156,7 @@ def test_a_rival_makes_nothing_of_the_run_again(judged: WholeRun) -> None:
         assert again.run.name == judged.run.name and all(made.reused for made in again.made)
         made = {each.artifact.name: each.reused for each in judge_run(again.run)}
     new = {name for name, reused in made.items() if not reused}
-    assert new == {"rival pixels", "retraining check", "costs", "judge table"}
+    assert new == {"rival pixels", "retraining check", "planted truth", "costs", "judge table"}
     with without_prefect():  # as it was, for the other tests
         judge_run(plan_run(config))
 
@@ -171,7 +174,7 @@ def test_a_rival_that_fails_does_not_stop_the_rest(
         patch.setattr(similarity.Similarity, "scores", fail)
         run = curate(config).run
         assert [made.artifact.name for made in score_rivals(run)] == ["rival good"]
-    assert "rival bad has no scores" in capsys.readouterr().out
+    assert "rival bad has no scores" in capsys.readouterr().err
     found = Rivals.of(run)
     assert list(found.scored) == ["good"] and "FloatingPointError: no cosine" in found.failed["bad"]
     bad = read_rivals(run.workspace, run.name)["bad"].run
@@ -214,8 +217,6 @@ def test_ensembles_are_chosen_on_the_validation_queries_and_judged_like_the_rest
         members = name.split(": ")[1].replace(EXACT, "exact").replace(TIED, "tied").replace(NEAR, "near").split(", ")
         assert len(members) == int(name[len(BEST)])
         assert {(LDS, name, "test"), (BESIDE_TEACHER, name, "test"), (TWIN_SHARE, name, "pseudo")} <= found.keys()
-    assert all(not name.startswith(BEST) for name in ("random",))
-    assert (AHEAD, TEACHER, "test") not in found or CAPTIONS
 
 
 def test_what_a_method_costs_stands_beside_what_it_is_worth(judged: WholeRun) -> None:
@@ -225,8 +226,8 @@ def test_what_a_method_costs_stands_beside_what_it_is_worth(judged: WholeRun) ->
     whole = {name for (metric, name), value in found.items() if metric == WHOLE_PASS and value and name in methods}
     assert whole == {TEACHER, EXACT, TIED}
     assert all(found[LATENCY, name] > 0 and found[PREPARED, name] >= 0 for name in methods)
-    vectors = 4 * tables.read_parts(judged.workspace.root / "features" / "pixel", tables.FEATURES).num_rows if False else 0
-    assert found[STORED, "pixel"] > vectors
+    of_pixels = load_features(judged.run.context, judged.run.artifacts["samples"], judged.run.artifacts["samples"])
+    assert found[STORED, "pixel"] > of_pixels.shape[1], "compressed, more than a byte a number"
     table = judge_table(judged.workspace, judged.run.name)
     assert table is not None
     (section,) = (each for each in table.sections if each.title == "What it costs")
@@ -256,12 +257,12 @@ def test_a_step_size_that_is_left_out_is_the_runs() -> None:
     judge = {"retrain": {"steps": 2}, "rivals": {"x": {"name": "abu"}, "y": {"name": "abu", "alpha": 0.5}}}
     config = PipelineConfig.model_validate(document(judge=judge))
     assert config.of_rival("x").teacher.alpha == config.teacher.alpha and config.of_rival("y").teacher.alpha == 0.5
-    with pytest.raises(ValidationError, match="judge.rivals: x: teacher.alpha: is missing"):
+    with pytest.raises(ValidationError, match=r"judge\.rivals: x: teacher\.alpha: is missing"):
         PipelineConfig.model_validate(document(judge=judge, teacher={"name": "similarity"}))
 
 
 def test_a_rival_that_does_not_fit_is_refused_by_name_before_any_work(tmp_path: Path, model_folder: Path) -> None:
     config = with_rivals(tmp_path, model_folder, {"too near": {"name": "similarity", "nearest": 1000}})
-    with without_prefect(), pytest.raises(UsageError, match="judge.rivals: too near: candidates.k is 1000"):
+    with without_prefect(), pytest.raises(UsageError, match=r"judge\.rivals: too near: candidates\.k is 1000"):
         plan_run(config)
     assert not list((tmp_path / "workspace").glob("queries/*"))
