@@ -6,6 +6,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from statistics import median
 
 import pyarrow as pa
 import torch
@@ -23,7 +24,7 @@ from tasks.inputs.candidates import candidate_space
 from tasks.inputs.features import extract_features, feature_folders, features_key
 from tasks.inputs.queries import Query, load_queries
 from tasks.judging.ensembles import ensembles_of
-from tasks.judging.latency import Answer, Latency, by_features, by_head, measured
+from tasks.judging.latency import Answer, Latency, by_features, by_head, measured, scored_anew
 from tasks.judging.methods import every_method, members, named_spaces
 from tasks.judging.metric_rows import metric_row
 from tasks.judging.rivals import Rivals
@@ -41,6 +42,7 @@ from tasks.watching.trust import TEACHER
 COSTS = "costs"  # name of the artifact
 LATENCY, WHOLE_PASS = "latency", "latency of a whole pass"
 PREPARED, STORED = "seconds to prepare", "stored bytes a sample"
+MOST_SECONDS = 60.0  # of a query's scores: where the run took longer for them, they are not made once more
 OF_SKETCHES = ("sketch basis", "sketches")  # kinds of parts that the teacher itself answers without
 
 
@@ -143,8 +145,10 @@ def _of_teacher(run: Run, queries: Sequence[Query]) -> Cost:
         cost = cost.and_then(_features(candidate_space(run.context), samples))
     size = Size(samples.rows, 1.0, run.artifacts["queries"].rows, samples.rows)
     runs_the_model = scores_of(family_of(config).costs(config, size)).forwards > 0
-    seconds = _seconds_of_a_query(run) + sum(_mean_seconds(each) for each in before if each.of_queries)
-    return Cost(cost.seconds, cost.kept, Latency(seconds, whole_pass=runs_the_model))
+    own = sum(_median_seconds(each) for each in before if each.of_queries)
+    taken = scored_anew(run, most=MOST_SECONDS) if _seconds_of_a_query(run) < MOST_SECONDS else None
+    answer = taken or Latency(_seconds_of_a_query(run))
+    return Cost(cost.seconds, cost.kept, Latency(own + answer.seconds, answer.error, runs_the_model))
 
 
 def _before_scores(run: Run) -> list[Parts]:
@@ -157,9 +161,10 @@ def _parts(parts: Parts) -> Cost:
     return _made(f"{parts.kind} {parts.artifact.key}", parts.committed().values())
 
 
-def _mean_seconds(parts: Parts) -> float:
+def _median_seconds(parts: Parts) -> float:
+    """Return what one of these parts takes; the first of a process loads what all need."""
     seconds = [manifest.seconds for manifest in parts.committed().values()]
-    return sum(seconds) / max(1, len(seconds))
+    return median(seconds) if seconds else 0.0
 
 
 def _seconds_of_a_query(run: Run) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -19,10 +20,12 @@ from tasks.distilling.answering import answering_head
 from tasks.distilling.versions import read_head, space_of_head
 from tasks.inputs.features import feature_mean, load_encoders, load_features
 from tasks.inputs.queries import Query
+from tasks.teaching.families import family_of
 from tasks.teaching.run import Run
 
 WARM, MEASURED = 10, 20  # queries, as for Table 1 of FastGDA (arXiv 2511.10721)
 SHOWN = 20  # samples of an answer
+WHOLE_PASSES = 3  # queries that are scored against all samples
 
 Answer = Callable[[Image.Image, str], Tensor]  # scores of all samples, (samples,), for a picture and its caption
 
@@ -98,3 +101,25 @@ def by_head(run: Run, head: Artifact) -> tuple[Answer, int]:
         return (asked @ vectors.T)[0]
 
     return answer, vectors.numel() * vectors.element_size()
+
+
+def scored_anew(run: Run, *, most: float) -> Latency:
+    """Return what the scores of one query against its candidates take, from all that leads to them.
+
+    Args:
+        run: a finished one.
+        most: seconds after which no further query is asked.
+    """
+    # Scores are to be made alone, not sketches beside them.
+    context = dataclasses.replace(run.context, config=run.config.model_copy(update={"sketches": None}))
+    artifacts = {name: each for name, each in run.artifacts.items() if not name.startswith("sketch")}
+    family, plan, seconds = family_of(run.config), run.score_run, []
+    family.scores(context, artifacts, [0], plan.candidates[0][:1])  # what is loaded once is loaded now
+    for number in range(min(WHOLE_PASSES, len(plan.query_ids))):
+        started = time.perf_counter()
+        family.scores(context, artifacts, [number], plan.candidates[number])
+        seconds.append(time.perf_counter() - started)
+        if sum(seconds) > most:
+            break
+    taken = torch.tensor(seconds, dtype=torch.float64)
+    return Latency(taken.mean().item(), (taken.std() / len(taken) ** 0.5).item() if len(taken) > 1 else 0.0)

@@ -58,8 +58,7 @@ def planted_samples(run: Run) -> dict[int, list[int]]:
 def check_planted(run: Run, ranks: Artifact, planted: dict[int, list[int]]) -> Made:
     """Measure how many of a query's n planted samples are among the first n of its teacher.
 
-    Where the run has a judge, whose pool is complete by now, the methods beside the teacher are asked, too, with rivals
-    and ensembles.
+    Where the run has a judge, whose pool is complete by now, all methods but tiers are asked, too.
 
     Args:
         run: a scored one.
@@ -106,5 +105,5 @@ def _beside_teacher(run: Run, ranks: Artifact, chosen: list[int]) -> dict[str, T
     """Return what the methods beside the teacher say of some queries, rivals and ensembles among them."""
     none = Tiers({}, sketched=False, first=0)
     every = members(every_method(run, ranks, none), none)
-    beside = Rivals.of(run).scores(left_out=-torch.inf) | ensemble_scores(run, every)
+    beside = every | Rivals.of(run).scores(left_out=-torch.inf) | ensemble_scores(run, every)
     return method_scores(run, ranks, chosen) | {name: each[chosen] for name, each in beside.items()}

@@ -79,7 +79,7 @@ def judged_scatter(table: JudgeTable, form: Literal["svg", "png"] = "svg") -> by
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.4, max(5.6, 1.6 + 0.2 * len(points))))
-    axis = figure.add_axes((0.065, 0.11, 0.545, 0.8))
+    axis = figure.add_axes((0.065, 0.1, 0.535, 0.84))
     axis.set_xscale("log")
     axis.margins(0.12, 0.08)
     _draw(axis, points)
@@ -132,11 +132,12 @@ def _number(figure: Figure, axis: Axes, points: Sequence[Point]) -> None:
                 options.append((_covered(box, taken, inside), left, low, box))
         _, left, low, box = min(options, key=lambda option: option[0])
         taken.append(box)
+        line = {"arrowstyle": "-", "color": "#4a5568", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 2}
         far = (left**2 + low**2) ** 0.5 > _RADII[0] + 1
         axis.annotate(
             str(number), (points[number - 1].throughput, points[number - 1].quality), xytext=(left, low),
             textcoords="offset points", ha="center", va="center", fontsize=8, zorder=3,
-            arrowprops={"arrowstyle": "-", "color": "#718096", "linewidth": 0.5, "shrinkB": 4} if far else None,
+            arrowprops=line if far else None,
         )  # fmt: skip
 
 
