@@ -184,7 +184,7 @@ def study(config: ConfigArgument, as_json: JsonOption = False) -> None:
 def judge(
     config: ConfigArgument,
     output: Annotated[
-        Path | None, typer.Option(help="File for the judges' table: CSV, Markdown (.md) or HTML by its ending.")
+        Path | None, typer.Option(help="File for the judges' table (.csv, .md, .html) or its scatter (.svg, .png).")
     ] = None,
 ) -> None:
     """Check the teacher of a finished run: against the exact one, itself, and models that are trained again.

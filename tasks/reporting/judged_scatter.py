@@ -76,6 +76,7 @@ def judged_scatter(table: JudgeTable, form: Literal["svg", "png"] = "svg") -> by
     points = points_of(table)
     if not installed("matplotlib") or not points:
         return None
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.4, max(5.6, 1.6 + 0.2 * len(points))))
@@ -98,7 +99,8 @@ def judged_scatter(table: JudgeTable, form: Literal["svg", "png"] = "svg") -> by
     _name(figure, points)
     buffer = io.BytesIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type")) if form == "svg" else {"Software": None}
-    figure.savefig(buffer, format=form, dpi=160, metadata=metadata)
+    with rc_context({"svg.hashsalt": "fastgda"}):  # else each drawing names its parts anew
+        figure.savefig(buffer, format=form, dpi=160, metadata=metadata)
     return buffer.getvalue()
 
 

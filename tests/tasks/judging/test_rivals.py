@@ -19,8 +19,10 @@ from storage_schemas.runs.liveness import read_assignment
 from storage_schemas.runs.rivals import read_rivals
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.snapshots.snapshots import read_influence
+from tasks.config.execution import ExecutionConfig
 from tasks.config.pipeline import PipelineConfig
 from tasks.config.stored import config_of
+from tasks.execution.estimate import estimate
 from tasks.inputs.features import feature_folders
 from tasks.inputs.queries import load_queries
 from tasks.inputs.twins import load_twins
@@ -33,6 +35,8 @@ from tasks.judging.retrained_pool import RetrainedPool
 from tasks.judging.rivals import Rivals
 from tasks.teaching import similarity
 from tasks.teaching.retrainings import REMOVAL_PLAN
+from tasks.teaching.run import read_run_anew
+from tasks.watching.run_status import latest_run, run_status
 from tasks.watching.trust import LDS, TEACHER, TWIN_SHARE
 from tests.tasks.configs import document
 from tests.tasks.whole_runs import SAMPLES, WholeRun, configuration
@@ -80,6 +84,7 @@ def figures(run: WholeRun, name: str = "retraining check") -> dict[tuple[str, st
     return {(row["metric"], row["space"], row["split"]): row for row in rows_of(run, name) if not row["query_id"]}
 
 
+@pytest.mark.heavy
 def test_a_rivals_scores_are_those_that_a_run_with_that_teacher_publishes(
     judged: WholeRun, tmp_path: Path, model_folder: Path
 ) -> None:
@@ -145,6 +150,7 @@ def test_what_the_run_published_is_what_it_was(judged: WholeRun) -> None:
         assert record.run.startswith("rival-") and config_of(str(judged.workspace.root), record.run).publish == "never"
 
 
+@pytest.mark.heavy
 def test_a_rival_makes_nothing_of_the_run_again(judged: WholeRun) -> None:
     """Neither its parts nor the pool nor another rival: what is judged, and what it costs, are taken again."""
     config = judged.config
@@ -161,6 +167,7 @@ def test_a_rival_makes_nothing_of_the_run_again(judged: WholeRun) -> None:
         judge_run(plan_run(config))
 
 
+@pytest.mark.heavy
 def test_a_rival_that_fails_does_not_stop_the_rest(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,6 +192,7 @@ def test_a_rival_that_fails_does_not_stop_the_rest(
     assert list(Rivals.of(run).scored) == ["bad", "good"]
 
 
+@pytest.mark.heavy
 def test_a_rival_that_was_killed_is_resumed(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +241,26 @@ def test_what_a_method_costs_stands_beside_what_it_is_worth(judged: WholeRun) ->
     (section,) = (each for each in table.sections if each.title == "What it costs")
     assert section.heads == ["to prepare", "kept, a sample", "a new query"]
     assert section.columns[2].text(TEACHER).endswith("whole pass")
+
+
+@pytest.mark.heavy
+def test_an_estimate_counts_what_rivals_take_beyond_the_run(judged: WholeRun) -> None:
+    config = judged.config.model_copy(update={"execution": ExecutionConfig(forwards_per_second=100.0)})
+    found = {kind.kind: kind for kind in estimate(config).kinds}
+    expected = {"curvature", "unlearning steps", "base losses", "scores"}  # by another Fisher, and an exact teacher
+    assert {name.removeprefix(f"{EXACT}: ") for name in found if name.startswith(EXACT)} == expected
+    assert f"{TIED}: scores" in found and f"{TIED}: unlearning steps" not in found, "the run's own"
+    for name, record in read_rivals(judged.workspace, judged.run.name).items():
+        parts = read_run_anew(str(judged.workspace.root), record.run).parts
+        for kind in ("curvature", "unlearning steps", "base losses", "scores"):
+            if (cost := found.get(f"{name}: {kind}")) is not None:
+                assert cost.parts == parts[kind].count
+
+
+def test_the_status_of_a_run_tells_its_rivals_and_the_latest_run_is_none_of_them(judged: WholeRun) -> None:
+    told = run_status(judged.workspace, judged.run.name).rivals
+    assert list(told) == list(RIVALS) and all(run.startswith("rival-") for run in told.values())
+    assert latest_run(judged.workspace) == judged.run.name
 
 
 @pytest.mark.parametrize(
