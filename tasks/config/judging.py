@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
-from fastgda_core.feature_spaces import encoder_names
+from fastgda_core.feature_spaces import SOURCES, encoder_names
 from fastgda_core.teachers.registry import TEACHERS
 from tasks.config.section import Section
 from tasks.config.teaching import TeacherConfig
@@ -83,6 +83,11 @@ Retrain = Annotated[
 # Methods whose images may be removed, whatever rivals there are. The first two always are: who is judged, and chance.
 ALWAYS_REMOVED = TEACHER, RANDOM = "teacher", "random"
 BASELINES = UNTUNED, CAPTIONS = "untuned", "captions alone"
+# Other rows of tables and of `retrainings`, or how they begin; every feature space is one, too.
+OTHER_ROWS = (
+    *("captions + images", "symmetric head", "gradient head", "sketch", "two stages", "best "),
+    *("subset", "nothing removed", "retraining again", "what a score can reach"),
+)
 
 
 class LeaveOutConfig(Section):
@@ -190,7 +195,7 @@ class RivalConfig(TeacherConfig):
         return found
 
 
-RivalName = Annotated[str, Field(pattern=r"^[^\s|,].{0,59}$", description="row of the table")]
+RivalName = Annotated[str, Field(pattern=r"^[^\s|;][^|;\n]{0,59}$", description="row of the table")]
 
 
 class JudgeConfig(Section):
@@ -250,8 +255,11 @@ class JudgeConfig(Section):
 
     @model_validator(mode="after")
     def _rivals_have_names_of_their_own(self) -> Self:
-        if taken := sorted(self.rivals.keys() & {*ALWAYS_REMOVED, *BASELINES}):
-            raise ValueError(f"rivals has a {taken[0]!r}, which is another row of the table: give it another name")
+        for name in self.rivals:
+            spaces = name.removesuffix(", centred").split("+")
+            known = name in (*ALWAYS_REMOVED, *BASELINES) or name.startswith(OTHER_ROWS)
+            if known or all(each in SOURCES for each in spaces):
+                raise ValueError(f"rivals has a {name!r}, which is another row of the table: give it another name")
         return self
 
     @model_validator(mode="after")

@@ -94,7 +94,7 @@ def _machine(context: Context) -> str:
     device = context.device
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads of a {platform.machine()} CPU"
+    return f"{platform.machine()} CPU, threads: {torch.get_num_threads()}"
 
 
 def _costs(run: Run, tiers: Tiers, rivals: Rivals) -> dict[str, Cost]:

@@ -57,7 +57,7 @@ def chosen_members(
     truth = -losses[:, asked].T.double()
     judged = {name: spearman(predictions(kept, each[asked]), truth).mean().item() for name, each in scores.items()}
     best = sorted(judged, key=lambda name: -judged[name])
-    return {f"{BEST}{size}: {', '.join(best[:size])}": best[:size] for size in SIZES if len(best) >= size}
+    return {f"{BEST}{size}: {'; '.join(best[:size])}": best[:size] for size in SIZES if len(best) >= size}
 
 
 def standardised_sum(several: Sequence[Tensor]) -> Tensor:

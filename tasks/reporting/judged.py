@@ -164,7 +164,7 @@ def notes(table: JudgeTable, config: PipelineConfig) -> list[str]:
     ]
     if table.machine:
         found.append(
-            f"Costs were measured on {table.machine}. A new query is answered warm, alone, the mean of 20. Where it "
+            f"Costs were measured here: {table.machine}. A new query is answered warm, alone, the mean of 20. Where it "
             "says whole pass, the model looks at every sample anew: the mean of 3, and the query's own gradient."
         )
     if any(name.startswith(BEST) for name in table.methods):

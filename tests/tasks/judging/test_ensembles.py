@@ -42,8 +42,8 @@ def test_members_are_best_on_the_validation_queries_whatever_they_are_on_others(
         order = sorted(judged, key=lambda name: -judged[name])
         found = chosen_members(methods, kept, losses, validation)
         assert found == {
-            f"best 2: {order[0]}, {order[1]}": order[:2],
-            f"best 3: {order[0]}, {order[1]}, {order[2]}": order[:3],
+            f"best 2: {order[0]}; {order[1]}": order[:2],
+            f"best 3: {order[0]}; {order[1]}; {order[2]}": order[:3],
         }
         assert order[0] == best
         others = [row for row in range(QUERIES) if row not in validation]
