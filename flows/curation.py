@@ -12,7 +12,7 @@ from tasks.artifact import Artifact, Made
 from tasks.config.pipeline import PipelineConfig, check_sizes
 from tasks.config.stored import config_of
 from tasks.context import open_context
-from tasks.distilling.publish import publish_scores
+from tasks.distilling.publish import publish_scores, rank_scores
 from tasks.execution.coordinator import begin_run
 from tasks.execution.outcomes import RunCancelled
 from tasks.execution.partitions import (
@@ -25,6 +25,7 @@ from tasks.execution.partitions import (
 )
 from tasks.execution.plan import planned_run, run_artifacts, run_name
 from tasks.execution.retry import release
+from tasks.execution.rivals import check_rivals
 from tasks.inputs.candidates import candidate_features, choose_candidates
 from tasks.inputs.features import extract_features
 from tasks.inputs.queries import make_queries
@@ -58,6 +59,7 @@ def plan_run(config: PipelineConfig) -> Run:
     made_samples = ingest_samples(context)
     samples = made_samples.artifact
     check_sizes(config, samples.rows)
+    check_rivals(config, samples.rows)
     made_queries = make_queries(context, samples)
     queries = made_queries.artifact
     features = [extract_features(context, items) for items in (samples, queries)]
@@ -73,6 +75,8 @@ def plan_run(config: PipelineConfig) -> Run:
 def curate(config: PipelineConfig) -> Curation:
     """Plan a run, make its parts up to the score shards, and publish them; what is there already is reused.
 
+    With `publish: never`, as of a rival, readers see nothing of it.
+
     Raises:
         RunIncomplete: parts failed for good; nothing is published unless `execution.publish_incomplete` says so.
         RunCancelled: somebody asked for it.
@@ -82,9 +86,13 @@ def curate(config: PipelineConfig) -> Curation:
         made = [*run.planned, *map(coordinator.make, coordinator.before("scores"))]
         if not config.teacher.precision.exact:
             made.append(check_precision(run))
-        make = coordinator.make_unless_incomplete if config.execution.publish_incomplete else coordinator.make
+        partly = config.execution.publish_incomplete and config.publish != "never"
+        make = coordinator.make_unless_incomplete if partly else coordinator.make
         scores = make("scores")
         after = list(map(make, coordinator.after("scores")))
+    if config.publish == "never":
+        labels = rank_scores(run)
+        return Curation(run, [*made, *filter(None, [scores, *after]), labels], labels.artifact)
     ranks = publish_scores(run, incomplete=scores is None)
     announce_scores(run, ranks.artifact.key)
     checks = [check_twins(run, ranks.artifact)] if config.queries.twins else []

@@ -28,7 +28,7 @@ def prepare_judge(folder: Path) -> Path:
 
     write_shards(folder / "shards", judge_world.choose, invented_pictures())
     config = folder / judge_world.CONFIG.name
-    for source in (judge_world.CONFIG, judge_world.TIERS_CONFIG):
+    for source in (judge_world.CONFIG, judge_world.TIERS_CONFIG, judge_world.RIVALS_CONFIG):
         if not (folder / source.name).is_file():
             write_atomically(folder / source.name, source.read_bytes())
     judge = load_config(judge_world.CONFIG).judge

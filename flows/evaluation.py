@@ -9,6 +9,7 @@ from prefect import flow
 from fastgda_core.teachers.registry import TEACHERS
 from flows.curation import plan_run
 from flows.names import named
+from flows.rivals import score_rivals
 from tasks.artifact import Made
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import open_context
@@ -17,11 +18,13 @@ from tasks.distilling.publish import rank_scores
 from tasks.distilling.versions import latest_index, read_head, read_index, space_of_head
 from tasks.execution.coordinator import begin_run
 from tasks.inputs.features import extract_features
+from tasks.judging.costs import measure_costs
 from tasks.judging.head import measure_head
 from tasks.judging.kept_checks import publish_checks, read_checks
 from tasks.judging.left_out import plan_removals
 from tasks.judging.planted import check_planted, planted_samples
 from tasks.judging.retrained import check_by_retraining
+from tasks.judging.rivals import Rivals
 from tasks.judging.sketches import check_sketches
 from tasks.judging.tail_patch import check_tail_patch
 from tasks.judging.teacher import check_against_exact, check_self_consistency, measure_low_rank
@@ -34,17 +37,22 @@ from tasks.teaching.run import Run
 
 @dataclass(frozen=True)
 class Judgement:
-    """The checks of a run, and what they needed, in order."""
+    """The checks of a run, and what they needed, in order.
+
+    failed: names of rivals that have no scores.
+    """
 
     run: str
     made: list[Made]
+    failed: list[str]
 
 
 @flow(name="judge", flow_run_name=named("judge"))
 def judge(config: PipelineConfig) -> Judgement:
     """Check the teacher of a finished run: against the exact one, itself, and models trained again for it."""
     run = plan_run(config)
-    return Judgement(run.name, judge_run(run))
+    made = judge_run(run)
+    return Judgement(run.name, made, list(Rivals.of(run).failed))
 
 
 def judge_run(run: Run) -> list[Made]:
@@ -59,19 +67,20 @@ def judge_run(run: Run) -> list[Made]:
         checks.append(check_self_consistency(run, ranks))
     if config.sketches is not None:
         checks.append(check_sketches(run, ranks))
-    if planted := planted_samples(run):
-        checks.append(check_planted(run, ranks, planted))
     if config.tail_patch is not None:
         checks.append(check_tail_patch(run, ranks))
     retrained = []
     if config.judge is not None:
+        retrained += score_rivals(run)
         if config.judge.leave_out is not None:
             plan_removals(run, ranks)
         with begin_run(run) as coordinator:
             retrained.append(coordinator.make(RetrainingParts.kind))
             if config.judge.leave_out is not None:
                 retrained.append(coordinator.make(RemovalParts.kind))
-        checks.append(check_by_retraining(run, ranks))
+        checks += [check_by_retraining(run, ranks), measure_costs(run, ranks)]
+    if planted := planted_samples(run):
+        checks.append(check_planted(run, ranks, planted))
     publish_checks(run, [check.artifact for check in checks])
     announce_trust(run)
     if config.judge is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
+from fastgda_core.errors import UsageError
 from flows.curation import curate
 from flows.evaluation import evaluate, judge_run
 from flows.indexing import rebuild_index
@@ -18,7 +19,13 @@ from tasks.watching import events
 
 @flow(name="attribution pipeline", flow_run_name=named("pipeline"))
 def attribution_pipeline(config: PipelineConfig) -> RunSummary:
-    """Teach, distil, serve: see the design's first section."""
+    """Teach, distil, serve: see the design's first section.
+
+    Raises:
+        UsageError: the configuration publishes nothing, so that nothing can be served.
+    """
+    if config.publish == "never":
+        raise UsageError("publish is never: `fastgda curate CONFIG` scores and publishes nothing; else remove it")
     with events.followed(), looked_at_once():
         curation = curate(config)
         head = train_rank_head(config, curation.ranks.key)

@@ -167,6 +167,10 @@ class Workspace:
         """How far the pictures of the models by which a run was judged are from the queries'."""
         return self.runs / run / "regeneration_distances.parquet"
 
+    def rivals(self, run: str) -> AnyPath:
+        """The runs that other teachers made of this run's samples and queries: `RivalRecord` by name."""
+        return self.runs / run / "rivals.json"
+
     def removals(self, run: str) -> AnyPath:
         """What methods named for some queries, and models are trained again without."""
         return self.runs / run / "removals.parquet"

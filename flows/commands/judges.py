@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastgda_core.errors import UsageError
+from fastgda_core.extras import require_extra
 from flows.commands.terminal import out, warn
 from storage_schemas.files import read_whole, replace_through
 from storage_schemas.workspace import Workspace
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from tasks.config.pipeline import PipelineConfig
     from tasks.judging.judge_table import JudgeTable, Section
 
-ENDINGS = {".csv": "csv", ".md": "md", ".html": "html"}
+ENDINGS = {".csv": "csv", ".md": "md", ".html": "html", ".svg": "svg", ".png": "png"}
 _STYLES = {"best": "bold", "close": "underline", "": ""}
 _WIDE = 1_000  # columns of an output that another program reads
 
@@ -28,7 +29,8 @@ def check_output(output: Path | None, config: PipelineConfig) -> None:
     """Check where the table is to go, before hours of work.
 
     Raises:
-        UsageError: no format has the file's ending, it is a folder, or no model is trained again for this run.
+        UsageError: no format has the file's ending, a picture lacks its package, it is a folder, or no model is trained
+            again for this run.
     """
     if output is None:
         return
@@ -36,6 +38,8 @@ def check_output(output: Path | None, config: PipelineConfig) -> None:
         raise UsageError(f"--output {output}: end it in {', '.join(ENDINGS)}")
     if output.is_dir():
         raise UsageError(f"--output {output} is a folder: name a file")
+    if output.suffix in (".svg", ".png"):
+        require_extra("report", "matplotlib", wanted_by=f"--output {output}")
     if config.judge is None:
         raise UsageError("--output is for the table of models that are trained again: give the config a section judge")
 

@@ -184,13 +184,14 @@ def study(config: ConfigArgument, as_json: JsonOption = False) -> None:
 def judge(
     config: ConfigArgument,
     output: Annotated[
-        Path | None, typer.Option(help="File for the judges' table: CSV, Markdown (.md) or HTML by its ending.")
+        Path | None, typer.Option(help="File for the judges' table (.csv, .md, .html) or its scatter (.svg, .png).")
     ] = None,
 ) -> None:
     """Check the teacher of a finished run: against the exact one, itself, and models that are trained again.
 
     Where models are trained again (section `judge`), what they say of the teacher, the features, the head and every
-    other tier of answers is printed as a table, and kept beside the run's report.
+    other tier of answers is printed as a table, and kept beside the run's report. Rivals (`judge.rivals`) are scored
+    first and are rows of it. Exit code 1 where one of them has no scores.
 
     Example: `fastgda judge my_config.yaml`
     """
@@ -218,7 +219,10 @@ def judge(
     print_judges(table)
     if output is not None:
         write_table(workspace, judged.run, output)
-    say(f"Table and picture: {workspace.judge_table(judged.run, 'html')}; .md and .csv lie beside it")
+    say(f"Table and picture: {workspace.judge_table(judged.run, 'html')}; .md, .csv and the scatter lie beside it")
+    if judged.failed:
+        warn(f"without scores: {'; '.join(judged.failed)}: mend what is said above and ask again, for these alone")
+        raise typer.Exit(1)
 
 
 def backfill(
@@ -265,10 +269,18 @@ def retry(
 
     wait_for_server()  # before anything is changed
     release(workspace, run, shards)
-    summary = run_flow(attribution_pipeline, config)
-    print_summary(summary)
-    if summary.run != run:
-        warn(f"the data or the model of run {run} changed since it was planned: run {summary.run} was made instead")
+    if config.publish == "never":  # a rival's: `fastgda judge` reads it
+        from flows.curation import curate as curation
+
+        done = run_flow(curation, config)
+        made = done.run.name
+        print_made(made, done.made, done.trust)
+    else:
+        summary = run_flow(attribution_pipeline, config)
+        made = summary.run
+        print_summary(summary)
+    if made != run:
+        warn(f"the data or the model of run {run} changed since it was planned: run {made} was made instead")
 
 
 def _say_head(head: Made, config: Path) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
+from fastgda_core.feature_spaces import SOURCES, encoder_names
+from fastgda_core.teachers.registry import TEACHERS
 from tasks.config.section import Section
+from tasks.config.teaching import TeacherConfig
 
 
 class RetrainConfig(Section):
@@ -77,10 +80,22 @@ Retrain = Annotated[
     Annotated[RetrainConfig, Tag("recipe")] | Annotated[TrainerConfig, Tag("trainer")], Discriminator(_kind_of_recipe)
 ]
 
-METHODS = 4  # whose images are removed: teacher, untuned features, captions alone, chance
+# Methods whose images may be removed, whatever rivals there are. The first two always are: who is judged, and chance.
+ALWAYS_REMOVED = TEACHER, RANDOM = "teacher", "random"
+BASELINES = UNTUNED, CAPTIONS = "untuned", "captions alone"
+# Other rows of tables and of `retrainings`, or how they begin; every feature space is one, too.
+OTHER_ROWS = (
+    *("captions + images", "symmetric head", "gradient head", "sketch", "two stages", "best "),
+    *("subset", "nothing removed", "retraining again", "what a score can reach"),
+)
 
 
 class LeaveOutConfig(Section):
+    methods: list[str] = Field(
+        default=list(BASELINES),
+        description="beside the teacher and chance, the methods whose samples are removed: untuned, captions alone, "
+        "names of rivals",
+    )
     k: list[Annotated[int, Field(ge=1)]] = Field(
         default=[10], min_length=1, description="most influential samples of each target that are removed, all at once"
     )
@@ -111,7 +126,13 @@ class LeaveOutConfig(Section):
     @property
     def models(self) -> int:
         """How many models are trained, at most."""
-        return self.seeds * (1 + METHODS * (len(self.pooled_k) + self.each * len(self.own_k)))
+        methods = len(ALWAYS_REMOVED) + len(self.methods)
+        return self.seeds * (1 + methods * (len(self.pooled_k) + self.each * len(self.own_k)))
+
+    @property
+    def most(self) -> int:
+        """The most samples of one query that are removed."""
+        return max([*self.pooled_k, *self.own_k])
 
     @model_validator(mode="after")
     def _something_is_removed(self) -> Self:
@@ -135,6 +156,48 @@ class TailPatchConfig(Section):
     seed: int = Field(default=0, ge=0, description="of the pairs")
 
 
+class RivalConfig(TeacherConfig):
+    """A teacher beside the run's own: fields of the section `teacher`, with its defaults.
+
+    A step size that is left out is the run's.
+    """
+
+    space: str | None = Field(
+        default=None,
+        description="encoders joined by '+' in whose space samples are near: what teacher similarity compares, and "
+        "what nearest goes by; default: candidates.space of the run",
+    )
+    nearest: int | None = Field(
+        default=None, ge=2, description="score each query against so many nearest samples; all others count as 0"
+    )
+
+    @field_validator("alpha")
+    @classmethod
+    def _step_is_given(cls, alpha: float | None, info: ValidationInfo) -> float | None:
+        return alpha  # the run's where there is none
+
+    @field_validator("space")
+    @classmethod
+    def _known(cls, space: str | None) -> str | None:
+        if space is not None:
+            encoder_names(space)
+        return space
+
+    def teacher(self, alpha: float | None) -> dict[str, Any]:
+        """Return the section `teacher` of the rival's own run.
+
+        Args:
+            alpha: of the run that it is a rival of.
+        """
+        found = self.model_dump(exclude={"space", "nearest"})
+        if found["alpha"] is None and "alpha" in TEACHERS[self.name].settings:
+            found["alpha"] = alpha
+        return found
+
+
+RivalName = Annotated[str, Field(pattern=r"^[^\s|;][^|;\n]{0,59}$", description="row of the table")]
+
+
 class JudgeConfig(Section):
     retrain: Retrain
     subsets: int = Field(default=32, ge=3, description="models, each trained on a random subset of the samples")
@@ -154,13 +217,20 @@ class JudgeConfig(Section):
         description="models without what was named generate the test queries' pictures again, from the same noise",
     )
     keep_weights: bool = Field(default=False, description="keep every model's weights; else its losses alone")
+    rivals: dict[RivalName, RivalConfig] = Field(
+        default={},
+        description="teachers by the name of their row, each scored on the run's samples and queries and judged beside "
+        "the run's own",
+    )
 
     def seen_from(self, folder: Path) -> Self:
-        """Return the section with the folder in which a command runs made absolute."""
-        if isinstance(self.retrain, RetrainConfig):
-            return self
-        retrain = self.retrain.model_copy(update={"folder": folder / self.retrain.folder})
-        return self.model_copy(update={"retrain": retrain})
+        """Return the section with the folders of a command and of rivals' checkpoints made absolute."""
+        retrain, rivals = self.retrain, {}
+        if isinstance(retrain, TrainerConfig):
+            retrain = retrain.model_copy(update={"folder": folder / retrain.folder})
+        for name, rival in self.rivals.items():
+            rivals[name] = rival.model_copy(update={"checkpoints": tuple(folder / each for each in rival.checkpoints)})
+        return self.model_copy(update={"retrain": retrain, "rivals": rivals})
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -181,4 +251,27 @@ class JudgeConfig(Section):
     def _pictures_are_of_removals(self) -> Self:
         if self.regenerate and self.leave_out is None:
             raise ValueError("regenerate shows pictures without what was named for them: add leave_out")
+        return self
+
+    @model_validator(mode="after")
+    def _rivals_have_names_of_their_own(self) -> Self:
+        for name in self.rivals:
+            spaces = name.removesuffix(", centred").split("+")
+            known = name in (*ALWAYS_REMOVED, *BASELINES) or name.startswith(OTHER_ROWS)
+            if known or all(each in SOURCES for each in spaces):
+                raise ValueError(f"rivals has a {name!r}, which is another row of the table: give it another name")
+        return self
+
+    @model_validator(mode="after")
+    def _removed_are_methods(self) -> Self:
+        for name in self.leave_out.methods if self.leave_out else ():
+            if name not in (*BASELINES, *self.rivals):
+                known = ", ".join([*BASELINES, *self.rivals])
+                raise ValueError(f"leave_out.methods has {name!r:.60}: choose of {known}")
+            nearest = self.rivals[name].nearest if name in self.rivals else None
+            if self.leave_out is not None and nearest is not None and nearest < self.leave_out.most:
+                raise ValueError(
+                    f"leave_out removes the first {self.leave_out.most} samples of {name}, which scores the nearest "
+                    f"{nearest} alone: lower k, or leave it out of leave_out.methods"
+                )
         return self

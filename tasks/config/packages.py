@@ -18,6 +18,9 @@ def require_packages(config: PipelineConfig) -> None:
     require_runner(config.execution.runner)
     require_encoders(config.features.space, "features.space")
     require_encoders(config.candidates.space or config.features.space, "candidates.space")
+    for name, rival in (config.judge.rivals if config.judge else {}).items():
+        if rival.space is not None:
+            require_encoders(rival.space, f"judge.rivals.{name}.space")
 
 
 def require_runner(runner: str) -> None:

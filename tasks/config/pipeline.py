@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import (
     Field,
+    ValidationError,
     model_validator,
 )
 
@@ -13,6 +14,7 @@ from fastgda_core.errors import UsageError
 from fastgda_core.feature_spaces import OF_MODEL, OF_USER, encoder_names
 from tasks.config.distilling import EvaluationConfig, HeadConfig, StudyConfig
 from tasks.config.execution import ExecutionConfig
+from tasks.config.faults import faults
 from tasks.config.inputs import CandidatesConfig, DataConfig, FeaturesConfig, QueriesConfig, SplitConfig
 from tasks.config.judging import JudgeConfig, TailPatchConfig
 from tasks.config.section import Section
@@ -58,8 +60,10 @@ class PipelineConfig(Section):
     head: HeadConfig = HeadConfig()
     evaluation: EvaluationConfig
     study: StudyConfig = StudyConfig()
-    publish: Literal["alone", "add"] = Field(
-        default="alone", description="a finished run replaces what is published, or joins it"
+    publish: Literal["alone", "add", "never"] = Field(
+        default="alone",
+        description="a finished run replaces what is published, or joins it; never: it is curated alone, for a judge "
+        "to read",
     )
     execution: ExecutionConfig = ExecutionConfig()
 
@@ -114,6 +118,40 @@ class PipelineConfig(Section):
                 "some are left as controls"
             )
         return self
+
+    @model_validator(mode="after")
+    def _rivals_can_run(self) -> Self:
+        for name in self.judge.rivals if self.judge else ():
+            try:
+                self.of_rival(name)
+            except ValidationError as error:
+                told = "; ".join(faults(error, PipelineConfig))
+                raise ValueError(f"judge.rivals: {name}: {told}") from None
+        return self
+
+    def of_rival(self, name: str) -> PipelineConfig:
+        """Return the configuration of the run that scores a rival: the same inputs, another teacher, no more than that.
+
+        All such runs have one name, so that whoever asks for the same rival finds its scores.
+        """
+        assert self.judge is not None
+        rival, candidates = self.judge.rivals[name], self.candidates.model_dump()
+        if rival.nearest is not None:
+            candidates |= {"policy": "top_k", "k": rival.nearest, "scored": None}
+        candidates["space"] = rival.space or self.candidates.space
+        alone = dict.fromkeys(("sketches", "exact_check", "self_consistency", "tail_patch", "judge"))
+        evaluation = {"cutoffs": [1], "validation_cutoff": 1, "neighbors": 1}
+        return PipelineConfig.model_validate(
+            {
+                **self.model_dump(exclude={"head", "study"}),
+                **alone,
+                "name": "rival",
+                "teacher": rival.teacher(self.teacher.alpha),
+                "candidates": candidates,
+                "evaluation": evaluation,
+                "publish": "never",
+            }
+        )
 
     @model_validator(mode="after")
     def _pictures_have_their_noise(self) -> Self:

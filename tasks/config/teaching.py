@@ -174,7 +174,7 @@ class TeacherConfig(Section):
     def _settings_are_read(self) -> Self:
         # By value, not by model_fields_set: a stored config names every setting and must load again.
         read = TEACHERS[self.name].settings | ALL_READ
-        for name, field in type(self).model_fields.items():
+        for name, field in TeacherConfig.model_fields.items():
             if name not in read and getattr(self, name) != field.default:
                 raise ValueError(f"{name} is no setting of teacher {self.name}: remove it")
         return self

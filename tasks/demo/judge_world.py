@@ -28,6 +28,7 @@ from tasks.progress import stage
 
 CONFIG = ASSETS.parent / "openmoji_judge.yaml"
 TIERS_CONFIG = ASSETS.parent / "openmoji_judge_tiers.yaml"
+RIVALS_CONFIG = ASSETS.parent / "openmoji_rivals.yaml"
 CAPTION_TOKENS = 12
 KEPT = (0.125, 0.25, 0.5)  # of the steps: where the averaged weights are kept, for teacher.checkpoints
 WIDTH = 32  # channels of the denoiser

@@ -14,10 +14,13 @@ from fastgda_core.curvature.layers import matrix_shape
 from fastgda_core.teachers.needs import Needs, Work
 from fastgda_core.teachers.registry import TEACHERS
 from storage_schemas.runs.noise_plan import NOISE_PLAN
+from tasks.artifact import Artifact
 from tasks.config.inputs import CandidatesConfig
 from tasks.config.pipeline import PipelineConfig, check_sizes
 from tasks.context import Context, open_context
 from tasks.execution.cost import Rate, mean_captions, rate, run_costs
+from tasks.execution.plan import run_artifacts, run_name
+from tasks.execution.rivals import check_rivals
 from tasks.inputs.queries import count_queries
 from tasks.inputs.samples import ingest_samples
 from tasks.teaching.cost import KindCost, Size, scores_of
@@ -140,13 +143,14 @@ def estimate(config: PipelineConfig) -> Estimate:
     size = Size(samples.rows, mean_captions(samples.path), queries, candidates)
     execution = config.execution
     costs = run_costs(context, size)
+    rivals = list(_rival_costs(context, samples, size))
     least = None
     if config.teacher.agreement is not None:
         pilot = [cost for cost in costs if cost.kind == NOISE_PLAN]
         cheapest = replace(context, config=planned(config, *CHEAPEST))
-        least = [*run_costs(cheapest, size), *pilot]
+        least = [*run_costs(cheapest, size), *pilot, *rivals]
     price, currency = execution.price_per_device_hour, execution.currency
-    return Estimate(size, costs, rate(context), price, currency, _needs(context, size), least)
+    return Estimate(size, [*costs, *rivals], rate(context), price, currency, _needs(context, size), least)
 
 
 def _needs(context: Context, size: Size) -> Needs:
@@ -160,6 +164,23 @@ def _needs(context: Context, size: Size) -> Needs:
     timesteps = len(teacher.timestep_list) if teacher.timestep_list is not None else teacher.timesteps
     noises = timesteps * teacher.draws * config.model.images * size.captions
     return method.needs(Work(weights, size.samples, noises, teacher.gradient_pairs))
+
+
+def _rival_costs(context: Context, samples: Artifact, size: Size) -> Iterator[KindCost]:
+    """Yield what each rival takes beyond the run and the rivals before it, which share what has the same key.
+
+    Of a rival whose noise plan a pilot chooses it is the dearest plan.
+    """
+    queries = Artifact("queries", "", samples.path, size.queries)  # their key, the same for all, is not known yet
+    shared = {artifact.key for artifact in run_artifacts(context, samples, queries).values()}
+    for name, alone in check_rivals(context.config, samples.rows).items():
+        candidates = _candidates(alone.config.candidates, samples.rows, size.queries)
+        made = run_artifacts(alone, samples, queries)
+        keys = {kind: artifact.key for kind, artifact in made.items()} | {"scores": run_name(alone, made)}
+        for cost in run_costs(alone, replace(size, candidates=candidates)):
+            if keys[cost.kind] not in shared:
+                yield replace(cost, kind=f"{name}: {cost.kind}")
+        shared |= set(keys.values())
 
 
 def _candidates(config: CandidatesConfig, samples: int, queries: int) -> int:

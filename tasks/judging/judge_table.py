@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import hypot
 from typing import Any
 
+from rich.filesize import decimal
+
 from fastgda_core.evaluation.counterfactual import compared
 from storage_schemas import tables
+from storage_schemas.commit import read_manifest
 from storage_schemas.heads.records import check_tables
+from storage_schemas.runs.rivals import read_rivals
 from storage_schemas.workspace import Workspace
+from tasks.judging.costs import COSTS, LATENCY, PREPARED, STORED, WHOLE_PASS
+from tasks.judging.kept_checks import read_checks
 from tasks.judging.leave_k_out import OWN
 from tasks.judging.retrained import AHEAD, BESIDE_TEACHER, HIGH, LOW, OVER_MODELS
+from tasks.watching.status_text import duration
 from tasks.watching.trust import (
     CAPTIONS,
     CONFIRMED_SHARE,
@@ -27,9 +34,10 @@ from tasks.watching.trust import (
 Means = Mapping[tuple[str, str, str, int], Mapping[str, Any]]  # by metric, method, split and cutoff
 
 REACH = "what a score can reach"
+COSTS_SHOWN = PREPARED, STORED, LATENCY
 ENOUGH = 2.0  # errors by which a teacher has to be ahead of captions
 # Nothing is better for it alone: a random removal hurts controls least, and targets too.
-UNMARKED = "of controls", BESIDE_TEACHER
+UNMARKED = "of controls", BESIDE_TEACHER, *COSTS_SHOWN
 OF_SPLITS = {"test": "test queries", **KINDS, "validation": "validation queries"}  # in this order
 _NAMES = {
     LDS: "LDS",
@@ -37,8 +45,14 @@ _NAMES = {
     BESIDE_TEACHER: "ahead of the teacher",
     TWIN_SHARE: "twins found",
     CONFIRMED_SHARE: "twins found that retraining confirms",
+    PREPARED: "to prepare",
+    STORED: "kept, a sample",
+    LATENCY: "a new query",
 }
-_BESIDE, _OTHER_ERROR = (OVER_MODELS, LOW, HIGH, WORST_TWIN), ", error over models"  # shown with another figure
+_BESIDE, _OTHER_ERROR = (
+    (OVER_MODELS, LOW, HIGH, WORST_TWIN, WHOLE_PASS),
+    ", error over models",
+)  # shown with another figure
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,7 @@ class Figure:
     over_queries, over_models: standard errors; the second is None where all queries are of the same models.
     interval: 95 % of pools of models, or None.
     worst: rank of the worst twin, where twins are looked for.
+    whole_pass: the model looks at every sample anew, where this is a latency.
     place: "best", "close" (within one standard error of it, of both kinds together) or "".
     """
 
@@ -57,6 +72,7 @@ class Figure:
     interval: tuple[float, float] | None
     queries: int
     worst: float | None = None
+    whole_pass: bool = False
     place: str = ""
 
     @property
@@ -94,6 +110,8 @@ class Column:
         figure = self.reach if method == REACH else self.figures.get(method)
         if figure is None:
             return ""
+        if self.metric in COSTS_SHOWN:
+            return _cost_text(self.metric, figure)
         if self.metric in (TWIN_SHARE, CONFIRMED_SHARE):
             found = f"{figure.value * figure.queries:.0f} of {figure.queries}"
             return found if figure.worst is None else f"{found}, worst at rank {figure.worst:,.0f}"
@@ -129,14 +147,22 @@ class Section:
         """The title, with the metric and the queries where all columns have the same."""
         names, asked = ({getattr(each, part) for each in self.columns} for part in ("name", "asked"))
         metric = f": {names.pop()}" if len(names) == 1 else ""
-        return f"{self.title}{metric}, {asked.pop()}" if len(asked) == 1 else f"{self.title}{metric}"
+        queries = asked.pop() if len(asked) == 1 else ""
+        return f"{self.title}{metric}, {queries}" if queries else f"{self.title}{metric}"
 
 
 @dataclass(frozen=True)
 class JudgeTable:
-    """All judges of a run's teacher and of what stands beside it."""
+    """All judges of a run's teacher and of what stands beside it.
+
+    rivals: the names of those that were scored; lacking: why others have no scores, by name.
+    machine: where costs were measured; empty where they were not.
+    """
 
     columns: Sequence[Column]
+    rivals: Sequence[str] = ()
+    lacking: Mapping[str, str] = field(default_factory=dict)
+    machine: str = ""
 
     def find(self, metric: str, split: str = "test") -> Column | None:
         """Return the first column of a metric on a split."""
@@ -154,7 +180,7 @@ class JudgeTable:
     def sections(self) -> list[Section]:
         """The columns in groups that a page has room for."""
         scores, (first, *others) = (LDS, AHEAD, BESIDE_TEACHER), OF_SPLITS
-        rest = [each for each in self.columns if each.metric not in scores]
+        rest = [each for each in self.columns if each.metric not in (*scores, *COSTS_SHOWN)]
         groups = {
             "Models trained on random subsets": _chosen(self.columns, scores, [first]),
             "Models trained on random subsets, other queries": _chosen(self.columns, [LDS], others),
@@ -165,6 +191,7 @@ class JudgeTable:
                 each for each in rest if each.metric.startswith(OWN)
             ],
             "Without training": [each for each in rest if not each.cutoff and not each.metric.startswith(OWN)],
+            "What it costs": [each for each in self.columns if each.metric in COSTS_SHOWN],
         }
         return [
             Section(title, columns, [name for name in self.methods if any(name in each.figures for each in columns)])
@@ -196,7 +223,18 @@ def judge_table(workspace: Workspace, run: str) -> JudgeTable | None:
     rows: list[dict[str, Any]] = []
     for path in check_tables(workspace, run):
         rows += tables.read(path, tables.METRICS).to_pylist()
-    return table_of(rows)
+    costs = next((check for check in read_checks(workspace, run) if check.name == COSTS), None)
+    manifest = read_manifest(costs.path) if costs is not None else None
+    found, known = table_of(rows), read_rivals(workspace, run)
+    if found is None:
+        return None
+    scored = [name for name, rival in known.items() if rival.snapshot]
+    return replace(
+        found,
+        rivals=scored,
+        lacking={name: rival.failed for name, rival in known.items() if not rival.snapshot},
+        machine=manifest.device if manifest is not None else "",
+    )
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> JudgeTable | None:
@@ -220,7 +258,7 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> JudgeTable | None:
 
 def _order(judge: tuple[str, str, int]) -> tuple[int, int, int]:
     metric, split, cutoff = judge
-    first = [LDS, AHEAD, BESIDE_TEACHER]
+    first = [LDS, AHEAD, BESIDE_TEACHER, *COSTS_SHOWN]
     splits = list(OF_SPLITS)
     return (
         first.index(metric) if metric in first else len(first),
@@ -267,7 +305,18 @@ def _figure(means: Means, row: Mapping[str, Any]) -> Figure:
         None if low is None or high is None else (low, high),
         row["queries"],
         beside(WORST_TWIN) if row["metric"] == TWIN_SHARE else None,
+        bool(row["metric"] == LATENCY and beside(WHOLE_PASS)),
     )
+
+
+def _cost_text(metric: str, figure: Figure) -> str:
+    """Return a cost as people read it."""
+    if metric == STORED:
+        return f"{decimal(round(figure.value))}" if figure.value else "nothing"
+    if metric == PREPARED:
+        return duration(figure.value) if figure.value >= 1 else "under 1 s"
+    taken = f"{1000 * figure.value:.3g} ms" if figure.value < 1 else f"{figure.value:.2g} s"
+    return f"{taken}, whole pass" if figure.whole_pass else taken
 
 
 def figures_of(table: JudgeTable) -> Iterator[dict[str, object]]:
@@ -289,4 +338,5 @@ def figures_of(table: JudgeTable) -> Iterator[dict[str, object]]:
                 "queries": figure.queries,
                 "worst_rank": figure.worst,
                 "place": figure.place,
+                "whole_pass": figure.whole_pass,
             }

@@ -22,6 +22,7 @@ from tasks.inputs.queries import load_queries
 from tasks.judging.methods import RANDOM, UNTUNED, method_scores
 from tasks.judging.metric_rows import metric_row, metric_rows
 from tasks.judging.removals import NOTHING, Removals
+from tasks.judging.rivals import Rivals
 from tasks.teaching.retrainings import REMOVAL_PLAN
 from tasks.teaching.run import Run
 from tasks.watching.trust import CAPTIONS, TEACHER
@@ -37,7 +38,8 @@ def plan_removals(run: Run, ranks: Artifact) -> Made:
     assert judge is not None and judge.leave_out is not None
     plan, config = run.artifacts[REMOVAL_PLAN], judge.leave_out
     features = features_key(run.context, run.artifacts["samples"])
-    key = input_key("removals", ranks.key, config, judge.seed, features, table=tables.REMOVALS)
+    rivals = [each for each in Rivals.of(run).key if each[0] in config.methods]
+    key = input_key("removals", ranks.key, config, judge.seed, features, *rivals, table=tables.REMOVALS)
 
     def make(started: float) -> Manifest:
         rows = [*_pooled(run, ranks), *_of_each(run, ranks)]
@@ -55,7 +57,7 @@ def _pooled(run: Run, ranks: Artifact) -> Iterator[Removal]:
     if not judge.leave_out.targets:
         return
     targets, _ = _targets_and_controls(run)
-    scores, names = method_scores(run, ranks, targets), _names(run, targets)
+    scores, names = _removing(run, ranks, targets), _names(run, targets)
     for k in judge.leave_out.pooled_k:
         for method, removed in _named(scores, k, judge.seed).items():
             yield method, k, names, removed, True
@@ -71,13 +73,23 @@ def _of_each(run: Run, ranks: Artifact) -> Iterator[Removal]:
     each = judge.leave_out.each
     # Evenly along the list, in which captions of a kind stand together.
     chosen = [test[len(test) * number // each] for number in range(each)]
-    scores, names = method_scores(run, ranks, chosen), _names(run, chosen)
+    scores, names = _removing(run, ranks, chosen), _names(run, chosen)
     for k in judge.leave_out.own_k:
         for method, several in scores.items():
             if k >= several.shape[1]:
                 raise UsageError(f"judge.leave_out removes all {several.shape[1]:,} samples with k {k}: lower it")
             for name, row in zip(names, several, strict=True):
                 yield method, k, [name], sorted(row.topk(k).indices.tolist()), False
+
+
+def _removing(run: Run, ranks: Artifact, chosen: list[int]) -> dict[str, Tensor]:
+    """Return scores of all samples for some queries by the methods whose samples are removed, (queries, samples)."""
+    judge = run.config.judge
+    assert judge is not None and judge.leave_out is not None
+    rivals = Rivals.of(run).scores(left_out=-torch.inf)
+    known = method_scores(run, ranks, chosen) | {name: each[chosen] for name, each in rivals.items()}
+    wanted = (TEACHER, *judge.leave_out.methods, RANDOM)
+    return {name: known[name] for name in wanted if name in known}
 
 
 def _test_queries(run: Run) -> list[int]:

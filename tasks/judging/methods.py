@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastgda_core.features import encoder_names, text_space
 from tasks.artifact import Artifact
+from tasks.config import judging
 from tasks.context import Context
 from tasks.distilling.ranks import candidate_scores
 from tasks.inputs.features import extract_features, in_space, load_features
 from tasks.inputs.queries import load_queries
+from tasks.judging.rivals import Rivals
 from tasks.judging.tiers import Tiers
 from tasks.teaching.run import Run
 from tasks.watching.trust import CAPTIONS, TEACHER
 
-UNTUNED, RANDOM, SUM = "untuned", "random", "captions + images"
+UNTUNED, RANDOM, SUM = judging.UNTUNED, judging.RANDOM, "captions + images"
 
 
 def every_method(run: Run, ranks: Artifact, tiers: Tiers) -> dict[str, Tensor]:
     """Return scores of all samples for all queries by method: those of `method_scores`, and all that cost no training.
 
-    Beside them stand every feature space, centred and not, the sum of caption and image, and the run's tiers.
+    Beside them stand its rivals, every feature space, centred and not, the sum of caption and image, and its tiers.
     """
     chosen = list(range(run.artifacts["queries"].rows))
-    return method_scores(run, ranks, chosen) | _of_spaces(run, chosen) | tiers.scores(run)
+    rivals = Rivals.of(run).scores(left_out=0.0)
+    return method_scores(run, ranks, chosen) | rivals | _of_spaces(run, chosen) | tiers.scores(run)
+
+
+def members(scores: Mapping[str, Tensor], tiers: Tiers) -> dict[str, Tensor]:
+    """Return those methods that an ensemble may be made of: all but chance and the tiers, which stand for a teacher."""
+    return {name: each for name, each in scores.items() if name not in (RANDOM, *tiers.names)}
 
 
 def method_scores(run: Run, ranks: Artifact, chosen: list[int]) -> dict[str, Tensor]:
@@ -35,15 +45,12 @@ def method_scores(run: Run, ranks: Artifact, chosen: list[int]) -> dict[str, Ten
     """
     several = load_queries(run.artifacts["queries"])
     names = [several[number].query_id for number in chosen]
-    context, samples, queries = run.context, run.artifacts["samples"], run.artifacts["queries"]
+    samples, queries = run.artifacts["samples"], run.artifacts["queries"]
     teacher = teacher_scores(run, ranks, names, left_out=0.0)
     found = {TEACHER: teacher}
-    spaces = {UNTUNED: context}
-    words = text_space(context.config.features.space)
-    if words and words != context.config.features.space:
-        spaces[CAPTIONS] = in_space(context, space=words)
-    for name, space in spaces.items():
-        found[name] = _cosines(space, samples, queries, chosen)
+    for name, spaces in named_spaces(run).items():
+        if name in (UNTUNED, CAPTIONS):
+            found[name] = _cosines(spaces[0], samples, queries, chosen)
     draw = torch.Generator().manual_seed(run.config.judge.seed if run.config.judge else 0)
     found[RANDOM] = torch.randn(teacher.shape, generator=draw, dtype=torch.float64)
     return found
@@ -58,27 +65,37 @@ def teacher_scores(run: Run, ranks: Artifact, query_ids: list[str], *, left_out:
     return found
 
 
-def _of_spaces(run: Run, chosen: list[int]) -> dict[str, Tensor]:
-    """Return cosines in the feature spaces of the run, and in those of their encoders, centred and not.
+def named_spaces(run: Run) -> dict[str, tuple[Context, ...]]:
+    """Return the feature spaces that are methods, by name: the context of each space whose cosines are added up.
 
-    The configured space and its captions have names of their own, as the configuration has them, and are left out.
+    They are the configured space and its captions, the spaces of the run and of their encoders, centred and not, where
+    that is neither of the two, and the sum of captions and images.
     """
-    context, samples, queries = run.context, run.artifacts["samples"], run.artifacts["queries"]
-    features = context.config.features
-    spaces = [features.space, context.config.candidates.space or features.space]
+    context, features = run.context, run.config.features
     words = text_space(features.space)
+    found: dict[str, tuple[Context, ...]] = {UNTUNED: (context,)}
+    if words and words != features.space:
+        found[CAPTIONS] = (in_space(context, space=words),)
+    spaces = [features.space, context.config.candidates.space or features.space]
     named = {(features.space, features.centre), (words, features.centre)}
-    found: dict[str, Tensor] = {}
     for space in dict.fromkeys([*spaces, *(name for each in spaces for name in encoder_names(each))]):
         for centre in (False, True):
             if (space, centre) not in named:
-                there = in_space(context, space=space, centre=centre)
-                found[f"{space}, centred" if centre else space] = _cosines(there, samples, queries, chosen)
+                found[f"{space}, centred" if centre else space] = (in_space(context, space=space, centre=centre),)
     images = "+".join(name for name in encoder_names(features.space) if name not in words.split("+"))
     if words and images:
-        both = (_cosines(in_space(context, space=each), samples, queries, chosen) for each in (words, images))
-        found[SUM] = sum(both, torch.zeros((), dtype=torch.float64))
+        found[SUM] = tuple(in_space(context, space=each) for each in (words, images))
     return found
+
+
+def _of_spaces(run: Run, chosen: list[int]) -> dict[str, Tensor]:
+    """Return cosines in the feature spaces that are methods, but for the configured one and its captions."""
+    samples, queries = run.artifacts["samples"], run.artifacts["queries"]
+    return {
+        name: torch.stack([_cosines(each, samples, queries, chosen) for each in spaces]).sum(0)
+        for name, spaces in named_spaces(run).items()
+        if name not in (UNTUNED, CAPTIONS)
+    }
 
 
 def _cosines(space: Context, samples: Artifact, queries: Artifact, chosen: list[int]) -> Tensor:

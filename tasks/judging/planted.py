@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from torch import Tensor
 
 from fastgda_core.evaluation.ranking_metrics import r_precision
 from storage_schemas import tables
@@ -20,8 +21,12 @@ from tasks.artifact import Artifact, Made, once
 from tasks.inputs.features import features_key
 from tasks.inputs.queries import load_queries
 from tasks.inputs.samples import samples_table
-from tasks.judging.methods import method_scores, teacher_scores
+from tasks.judging.ensembles import ensemble_scores
+from tasks.judging.methods import every_method, members, method_scores, teacher_scores
 from tasks.judging.metric_rows import metric_row, metric_rows
+from tasks.judging.rivals import Rivals
+from tasks.judging.tiers import Tiers
+from tasks.teaching.retrainings import RetrainingParts
 from tasks.teaching.run import Run
 from tasks.watching.trust import TEACHER
 
@@ -53,7 +58,7 @@ def planted_samples(run: Run) -> dict[int, list[int]]:
 def check_planted(run: Run, ranks: Artifact, planted: dict[int, list[int]]) -> Made:
     """Measure how many of a query's n planted samples are among the first n of its teacher.
 
-    Where the run has a judge, the methods that stand beside the teacher there are asked, too.
+    Where the run has a judge, whose pool is complete by now, all methods but tiers are asked, too.
 
     Args:
         run: a scored one.
@@ -61,8 +66,12 @@ def check_planted(run: Run, ranks: Artifact, planted: dict[int, list[int]]) -> M
         planted: as `planted_samples` returns them, at least one query.
     """
     judge, samples, queries = run.config.judge, run.artifacts["samples"], run.artifacts["queries"]
-    beside = [judge.seed, features_key(run.context, samples)] if judge else None
-    key = input_key("planted truth", ranks.key, samples.key, queries.key, beside, table=tables.METRICS)
+    beside: list[object] | None = None
+    if judge:
+        pool = run.artifacts[RetrainingParts.kind]
+        features, near = features_key(run.context, samples), run.config.candidates.space
+        beside = [judge.seed, judge.subsets, judge.share, features, near, pool.key, Rivals.of(run).key]
+    key = input_key("planted truth 2", ranks.key, samples.key, queries.key, beside, table=tables.METRICS)
     path = run.workspace.teacher_check(key)
 
     def make(started: float) -> Manifest:
@@ -77,7 +86,7 @@ def _rows(run: Run, ranks: Artifact, planted: dict[int, list[int]]) -> list[dict
     relevant = torch.zeros(len(chosen), run.artifacts["samples"].rows, dtype=torch.bool)
     for row, number in enumerate(chosen):
         relevant[row, planted[number]] = True
-    methods = method_scores(run, ranks, chosen) if run.config.judge else {}
+    methods = _beside_teacher(run, ranks, chosen) if run.config.judge else {}
     # What is no candidate comes last: a sample below 0 was at least asked for.
     ids = [queries[number].query_id for number in chosen]
     methods |= {TEACHER: teacher_scores(run, ranks, ids, left_out=-torch.inf)}
@@ -90,3 +99,11 @@ def _rows(run: Run, ranks: Artifact, planted: dict[int, list[int]]) -> list[dict
             rows.append(metric_row(R_PRECISION, method, values, split=split))
             rows += [row | {"split": split} for row in metric_rows(R_PRECISION, method, values, names)][1:]
     return rows
+
+
+def _beside_teacher(run: Run, ranks: Artifact, chosen: list[int]) -> dict[str, Tensor]:
+    """Return what the methods beside the teacher say of some queries, rivals and ensembles among them."""
+    none = Tiers({}, sketched=False, first=0)
+    every = members(every_method(run, ranks, none), none)
+    beside = every | Rivals.of(run).scores(left_out=-torch.inf) | ensemble_scores(run, every)
+    return method_scores(run, ranks, chosen) | {name: each[chosen] for name, each in beside.items()}

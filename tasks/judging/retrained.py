@@ -20,12 +20,15 @@ from tasks.artifact import Artifact, Made, once
 from tasks.inputs.features import features_key
 from tasks.inputs.queries import Query, load_queries
 from tasks.inputs.twins import load_twins
+from tasks.judging.ensembles import ensemble_scores
 from tasks.judging.leave_k_out import leave_k_out_rows
 from tasks.judging.left_out import leave_out_rows
-from tasks.judging.methods import every_method
+from tasks.judging.methods import every_method, members
 from tasks.judging.metric_rows import metric_row, metric_rows, twin_rows
 from tasks.judging.regenerated import regeneration_distances
 from tasks.judging.removals import Removals
+from tasks.judging.retrained_pool import RetrainedPool
+from tasks.judging.rivals import Rivals
 from tasks.judging.tiers import Tiers
 from tasks.teaching.retrainings import RemovalParts, RetrainingParts, TrainedAgain
 from tasks.teaching.run import Run
@@ -43,15 +46,16 @@ SPLITS = ("validation", "test", TWIN, PSEUDO)
 def check_by_retraining(run: Run, ranks: Artifact) -> Made:
     """Measure whether the teacher's scores, cheap rankings beside them and its tiers of answers predict retraining.
 
-    Heads and sketches are judged where they are there, and anew when there are others. A method is asked on the queries
-    of each split, and on those of the twin test. The ceiling is what the losses of the same subsets from another seed
-    allow. Where models were trained without what methods named, these are compared, too.
+    Heads, sketches and rivals are judged where they are there, and anew when there are others. A method is asked on the
+    queries of each split, and on those of the twin test. The ceiling is what the losses of the same subsets from
+    another seed allow. Where models were trained without what methods named, these are compared, too.
     """
     pool = run.artifacts[RetrainingParts.kind]
     judge, features = run.config.judge, features_key(run.context, run.artifacts["samples"])
     tiers, near = Tiers.of(run), run.config.candidates.space
+    beside_teacher = [*tiers.key(run), Rivals.of(run).key]
     key = input_key(
-        "retraining check 4", ranks.key, pool.key, judge, features, near, tiers.key(run), table=tables.METRICS
+        "retraining check 5", ranks.key, pool.key, judge, features, near, beside_teacher, table=tables.METRICS
     )
     path = run.workspace.teacher_check(key)
 
@@ -93,16 +97,9 @@ def _models(run: Run) -> Iterator[dict[str, object]]:
 
 
 def _rows(run: Run, ranks: Artifact, tiers: Tiers) -> list[dict[str, object]]:
-    parts = run.parts[RetrainingParts.kind]
-    assert isinstance(parts, RetrainingParts)
-    config, samples = parts.config, run.artifacts["samples"].rows
-    losses = {each: parts.losses(number).mean(0) for number, each in enumerate(parts.pool)}
-    subsets = [each for each in parts.pool if each.subset is not None and each.seed == config.seed]
-    again = [each for each in parts.pool if each.seed != config.seed]
-    kept = torch.stack([each.kept(config, samples) for each in subsets])
-    of_subsets = torch.stack([losses[each] for each in subsets])
-    queries = load_queries(run.artifacts["queries"])
+    pool, queries = RetrainedPool.of(run), load_queries(run.artifacts["queries"])
     scores = every_method(run, ranks, tiers)
+    scores |= ensemble_scores(run, members(scores, tiers))
     rows: list[dict[str, object]] = []
     for split in SPLITS:
         chosen = [number for number, query in enumerate(queries) if query.split == split]
@@ -110,17 +107,18 @@ def _rows(run: Run, ranks: Artifact, tiers: Tiers) -> list[dict[str, object]]:
             continue
         names = [queries[number].query_id for number in chosen]
         methods = {name: each[chosen] for name, each in scores.items()}
-        judged = {name: linear_datamodelling(kept, each, of_subsets[:, chosen]) for name, each in methods.items()}
+        judged = {name: linear_datamodelling(pool.kept, each, pool.losses[:, chosen]) for name, each in methods.items()}
         rows += _lds_rows(judged, names, split)
         for metric, other in ((AHEAD, CAPTIONS), (BESIDE_TEACHER, TEACHER)):
             for name in (name for name in judged if other in judged and name != other):
                 rows += _summary(metric, name, judged[name].ahead_of(judged[other]), split)
-        if again:
-            twice = torch.stack([losses[each] for each in again])[:, chosen]
-            once_ = of_subsets[: len(again)][:, chosen]
-            rows.append(metric_row(LDS, RETRAINED_AGAIN, reliability(once_, twice), split=split))
-    rows += _twin_rows(run, queries, scores, inclusion_effects(kept, of_subsets))
-    if config.leave_out is not None:
+        if pool.again is not None:
+            first = pool.losses[: len(pool.again), chosen]
+            rows.append(metric_row(LDS, RETRAINED_AGAIN, reliability(first, pool.again[:, chosen]), split=split))
+    # What a rival was not asked for comes last where a twin is looked for.
+    scores |= Rivals.of(run).scores(left_out=-torch.inf)
+    rows += _twin_rows(run, queries, scores, inclusion_effects(pool.kept, pool.losses))
+    if run.config.judge is not None and run.config.judge.leave_out is not None:
         removals = Removals.of(run)
         rows += [*leave_out_rows(run, removals), *leave_k_out_rows(run, removals)]
     return rows

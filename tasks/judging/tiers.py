@@ -40,6 +40,13 @@ class Tiers:
         first = min(samples, max(run.config.evaluation.cutoffs))
         return cls(heads_of_run(run.workspace, run.name), sketched, first)
 
+    @property
+    def names(self) -> list[str]:
+        """The methods that `scores` returns."""
+        heads = [HEADS[kind] for kind in self.heads]
+        stages = [f"{TWO_STAGES}, first {self.first}"] if heads else []
+        return [*heads, SKETCH, *stages] if self.sketched else heads
+
     def key(self, run: Run) -> list[object]:
         """Return what the scores depend on."""
         sketches = [run.artifacts["sketches"].key, self.first] if self.sketched else []

@@ -16,6 +16,7 @@ from storage_schemas.commit import input_key, manifest_path
 from storage_schemas.files import AnyPath, folder_stamps, stamps
 from storage_schemas.listings import list_tree
 from storage_schemas.runs.finished import FinishedRecord, MadeRecord, read_finished, write_finished
+from storage_schemas.runs.rivals import read_rivals
 from storage_schemas.snapshots.published import NotPublished, read_published
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made
@@ -50,23 +51,23 @@ def inputs_stamp(config: PipelineConfig) -> str | None:
     Returns:
         None where an encoder's weights come from a hub: they may change without a file of ours doing so.
     """
-    spaces = (config.features.space, config.candidates.space or config.features.space)
+    rivals = list(config.judge.rivals.values()) if config.judge else []
+    spaces = [config.features.space, config.candidates.space or config.features.space]
+    spaces += [rival.space for rival in rivals if rival.space]
+    checkpoints = [folder for teacher in (config.teacher, *rivals) for folder in teacher.checkpoints]
     weights = {**SOURCES, **config.features.weights}
     sources = {weights[name] for space in spaces for name in encoder_names(space)} - {""}
     if not all(Path(source).is_dir() for source in sources):
         return None
     tars = [path for pattern in (config.data.shards, config.queries.pattern) for path in matching_files(pattern)]
     code = (path for package in _PACKAGES for path in (_CODE / package).rglob("*.[ph]*") if path.suffix != ".pyc")
-    folders = [
-        folder_stamps(folder)
-        for folder in (config.model.folder, *config.teacher.checkpoints, *map(Path, sorted(sources)))
-    ]
+    folders = [folder_stamps(folder) for folder in (config.model.folder, *checkpoints, *map(Path, sorted(sources)))]
     installed = sorted(path.name for path in Path(sysconfig.get_path("purelib")).glob("*.dist-info"))
     return input_key("finished", config, stamps([*tars, *sorted(code)]), folders, installed)
 
 
 def keep_summary(config: PipelineConfig, inputs: str | None, summary: RunSummary) -> None:
-    """Keep the summary of a pipeline, unless it may have left parts undone.
+    """Keep the summary of a pipeline, unless it may have left parts undone, or rivals without scores.
 
     Args:
         inputs: their stamp before the pipeline began; nothing is kept where they changed meanwhile.
@@ -74,6 +75,8 @@ def keep_summary(config: PipelineConfig, inputs: str | None, summary: RunSummary
     if inputs is None or config.execution.publish_incomplete or inputs_stamp(config) != inputs:
         return
     workspace = Workspace.at(config.workspace)
+    if any(rival.failed for rival in read_rivals(workspace, summary.run).values()):
+        return
     made = [
         MadeRecord(
             **{**asdict(each.artifact), "path": workspace.relative(each.artifact.path)},

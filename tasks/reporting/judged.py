@@ -1,4 +1,4 @@
-"""What the judges found, for people: a table in CSV, Markdown and HTML, and the part of the report that shows it."""
+"""What the judges found, for people: a table, a scatter, and the part of the report that shows both."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import jinja2
 from prefect import task
@@ -15,14 +16,17 @@ from prefect.cache_policies import NO_CACHE
 from fastgda_core.extras import installed
 from fastgda_core.features import text_space
 from storage_schemas.commit import Manifest, commit, input_key
+from storage_schemas.runs.rivals import read_rivals
 from tasks.artifact import Artifact, Made, once
 from tasks.config.pipeline import PipelineConfig
+from tasks.judging.ensembles import BEST
 from tasks.judging.judge_table import REACH, Column, JudgeTable, figures_of, judge_table
 from tasks.judging.kept_checks import read_checks
 from tasks.judging.methods import UNTUNED
 from tasks.judging.sketches import SKETCH
 from tasks.judging.tiers import HEADS, TWO_STAGES
 from tasks.reporting.judged_picture import NO_PICTURE, judged_picture
+from tasks.reporting.judged_scatter import judged_scatter
 from tasks.teaching.run import Run
 from tasks.watching.trust import CAPTIONS, LDS, TEACHER
 
@@ -46,16 +50,18 @@ def write_judge_table(run: Run) -> Made:
     """Write the table of a run that was judged by retraining beside its report, in each format of `FORMATS`."""
     checks = [(check.name, check.key) for check in read_checks(run.workspace, run.name)]
     shown = templates_text(), installed("matplotlib"), run.config.judge, run.config.features.space
-    key = input_key("judge table", checks, shown)
-    paths = {ending: run.workspace.judge_table(run.name, ending) for ending in FORMATS}
+    rivals = [(name, record.model_dump()) for name, record in read_rivals(run.workspace, run.name).items()]
+    key = input_key("judge table 2", checks, shown, rivals)
+    formats = FORMATS | (PICTURES if installed("matplotlib") else {})
+    paths = {ending: run.workspace.judge_table(run.name, ending) for ending in formats}
 
     def make(started: float) -> Manifest:
         table = judge_table(run.workspace, run.name)
         assert table is not None
         rows = sum(len(column.figures) for column in table.columns)
         made = {}
-        for ending, render in FORMATS.items():
-            write = functools.partial(Path.write_bytes, data=render(table, run).encode())
+        for ending, render in formats.items():
+            write = functools.partial(Path.write_bytes, data=render(table, run))
             made[ending] = commit(paths[ending], write, key=key, rows=rows, started=started)
         return made["html"]
 
@@ -63,16 +69,16 @@ def write_judge_table(run: Run) -> Made:
     return once(Artifact("judge table", key, paths["html"], 0), paths["html"], make, beside=beside)
 
 
-def _as_csv(table: JudgeTable, run: Run) -> str:
+def _as_csv(table: JudgeTable, run: Run) -> bytes:
     """Return a line for each figure, with full digits."""
     rows, text = list(figures_of(table)), io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue()
+    return text.getvalue().encode()
 
 
-def _as_markdown(table: JudgeTable, run: Run) -> str:
+def _as_markdown(table: JudgeTable, run: Run) -> bytes:
     lines = [f"# Run {run.name}, judged by retraining", "", *meaning(table, run.config)]
     lines += [f"\n**Warning:** {doubt}." for doubt in table.doubts]
     for section in table.sections:
@@ -80,7 +86,8 @@ def _as_markdown(table: JudgeTable, run: Run) -> str:
         lines.append(f"| --- |{' ---: |' * len(section.columns)}")
         rows = [*section.methods, REACH] if any(column.reach for column in section.columns) else section.methods
         lines += [f"| {name} | {' | '.join(_marked(column, name) for column in section.columns)} |" for name in rows]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(table, run.config))]) + "\n"
+    text = "\n".join([*lines, "", *(f"- {note}" for note in notes(table, run.config))]) + "\n"
+    return text.encode()
 
 
 def _marked(column: Column, method: str) -> str:
@@ -88,19 +95,31 @@ def _marked(column: Column, method: str) -> str:
     return _MARKS[column.place(method)].format(text) if text else ""
 
 
-def _as_html(table: JudgeTable, run: Run) -> str:
-    return templates().get_template("judges.html").render(run=run.name, judged=judged_part(table, run.config))
+def _as_html(table: JudgeTable, run: Run) -> bytes:
+    page = templates().get_template("judges.html").render(run=run.name, judged=judged_part(table, run.config))
+    return page.encode()
 
 
-FORMATS: dict[str, Callable[[JudgeTable, Run], str]] = {"csv": _as_csv, "md": _as_markdown, "html": _as_html}
+def _picture(table: JudgeTable, form: Literal["svg", "png"]) -> bytes:
+    """Return the scatter; nothing of a run without test queries."""
+    return judged_scatter(table, form) or b""
+
+
+FORMATS: dict[str, Callable[[JudgeTable, Run], bytes]] = {"csv": _as_csv, "md": _as_markdown, "html": _as_html}
+PICTURES: dict[str, Callable[[JudgeTable, Run], bytes]] = {
+    "svg": lambda table, _: _picture(table, "svg"),
+    "png": lambda table, _: _picture(table, "png"),
+}
 
 
 def judged_part(table: JudgeTable, config: PipelineConfig) -> dict[str, object]:
     """Return what the template `judged.html` shows."""
+    svg = (judged_scatter(table) or b"").decode()
     return {
         "table": table,
         "reach": REACH,
         "picture": judged_picture(table) or NO_PICTURE,
+        "scatter": svg[svg.index("<svg") :] if svg else "",
         "meaning": meaning(table, config),
         "notes": notes(table, config),
     }
@@ -143,6 +162,17 @@ def notes(table: JudgeTable, config: PipelineConfig) -> list[str]:
         "together.",
         f"{named}.",
     ]
+    if table.machine:
+        found.append(
+            f"Costs were measured here: {table.machine}. A new query is answered warm, alone, the mean of 20. Where it "
+            "says whole pass, the model looks at every sample anew: the mean of 3, and the query's own gradient."
+        )
+    if any(name.startswith(BEST) for name in table.methods):
+        found.append(
+            'The sums of standardised scores ("best 2", "best 3") are of the methods with the highest LDS on the '
+            "validation queries: their figures on those are of what chose them."
+        )
+    found += [f"{name} has no scores: {why.splitlines()[0]}" for name, why in table.lacking.items()]
     if HEADS["gradient"] in table.methods:
         found.append(
             "A gradient head is solved from training images as queries: its figures on those are of what it has seen."

@@ -31,6 +31,7 @@ class Parts(ABC):
     kind: the name in the run's files, which tells checkpoints apart; title: what people read while parts are made.
     suffix: of a part's file name.
     after_scores: score shards make most of these parts as they go; what they leave is made when they are done.
+    of_queries: of one query each, so that a new query needs one more: its seconds are a part of an answer's.
     when_judged: made when the run is judged, and not when it is curated.
     artifact: the folder of the parts, their key, their rows together.
     """
@@ -39,6 +40,7 @@ class Parts(ABC):
     title: str
     suffix: ClassVar[str] = "parquet"
     after_scores: ClassVar[bool] = False
+    of_queries: ClassVar[bool] = False
     when_judged: ClassVar[bool] = False
     artifact: Artifact
 

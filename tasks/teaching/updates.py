@@ -53,6 +53,7 @@ class UpdateParts(Parts):
 
     kind = title = "unlearning steps"
     suffix = "safetensors"
+    of_queries = True
 
     def __init__(
         self, context: Context, latents: Artifact, curvature: Artifact, queries: Artifact, updates: Artifact

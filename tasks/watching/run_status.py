@@ -14,6 +14,7 @@ from storage_schemas.errors import StoreError
 from storage_schemas.runs.attempts import ShardState, read_attempts
 from storage_schemas.runs.ledger import derive, process_lives, read_run, run_names
 from storage_schemas.runs.liveness import BEAT_SECONDS, Beat, RunRequest, asked, read_assignment, read_beats
+from storage_schemas.runs.rivals import read_rivals
 from storage_schemas.workspace import Workspace
 from tasks.config.execution import ExecutionConfig
 from tasks.config.stored import lifted
@@ -73,6 +74,7 @@ class RunStatus:
     """The status of a run: counts are of score shards and their rows; seconds are those of devices.
 
     stages: those before the scores; failures: of all stages.
+    rivals: of its judge, by name: the run that scored it, or why none did.
     """
 
     run: str
@@ -97,6 +99,7 @@ class RunStatus:
     left_out: list[LeftOut]
     trust: Trust
     stages: list[StageProgress]
+    rivals: dict[str, str]
 
     def as_json(self) -> dict[str, object]:
         return {**asdict(self), "warnings": self.trust.warnings}
@@ -153,16 +156,20 @@ def run_status(workspace: Workspace, run: str) -> RunStatus:
         left_out=[LeftOut(row["train_id"], row["found_in"], row["reason"]) for row in left_out.to_pylist()],
         trust=trust_in(workspace, run),
         stages=stages,
+        rivals={
+            name: rival.failed.partition("\n")[0] or rival.run for name, rival in read_rivals(workspace, run).items()
+        },
     )
 
 
 def latest_run(workspace: Workspace) -> str:
-    """Return the run that was planned last.
+    """Return the run that was planned last, but for runs of rivals, which are made for another one.
 
     Raises:
         StoreError: there is none.
     """
-    records = [read_run(workspace, run) for run in run_names(workspace)]
+    every = [read_run(workspace, run) for run in run_names(workspace)]
+    records = [record for record in every if record.config.get("publish") != "never"]
     if not records:
         raise StoreError(f"{workspace.root} has no run yet: `fastgda curate CONFIG` plans one")
     return max(records, key=lambda record: record.created_at).run

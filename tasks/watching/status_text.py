@@ -47,6 +47,7 @@ def facts(status: RunStatus) -> list[tuple[str, str]]:
         said.append(("cost", f"{status.cost:,.2f} {status.currency}"))
     if status.failed_attempts:
         said.append(("failed attempts", ", ".join(f"{n} {name}" for name, n in status.failed_attempts.items())))
+    said += [(f"rival {name}", run) for name, run in status.rivals.items()]
     return [*said, *status.trust.facts]
 
 

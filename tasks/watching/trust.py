@@ -17,14 +17,15 @@ from storage_schemas.runs.noise_plan import noise_plan_of
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.tables import PSEUDO, TWIN
 from storage_schemas.workspace import Workspace
+from tasks.config import judging
 
 KINDS = {TWIN: "generated from training captions", PSEUDO: "training images as queries"}
-TEACHER = "teacher"  # what the twin test's rows of `metrics` are about
+TEACHER, CAPTIONS = judging.TEACHER, judging.CAPTIONS
 TWIN_SHARE, TWIN_RANK, WORST_TWIN = "twin share", "twin rank", "worst twin rank"
 CONFIRMED_SHARE = "confirmed twin share"  # found, of the twins that models trained again say helped
 OTHER_NOISE, OTHER_GRADIENT = "teacher with other noise", "teacher with other gradient"
 OTHER_CURVATURE, OTHER_TEACHER = "teacher with other curvature", "another teacher"
-HEAD, CAPTIONS = "tuned", "captions alone"
+HEAD = "tuned"
 LDS, RETRAINED_AGAIN = "lds", "retraining again"  # the judge's score, and what retraining itself leaves of it
 
 # Below it less than half of what orders the samples would come back if the teacher were drawn again.

@@ -92,11 +92,14 @@ def test_the_judges_world_keeps_what_its_recipe_passes_through(tmp_path: Path) -
     assert (folder / "ORIGIN.txt").stat().st_mtime_ns == before, "complete, so it is left as it is"
 
 
-def test_both_configs_of_the_judges_world_ask_the_same_of_it() -> None:
-    """So that the models which were trained again for one are there for the other."""
-    first, tiers = (load_config(path) for path in (judge_world.CONFIG, judge_world.TIERS_CONFIG))
+def test_the_configs_of_the_judges_world_ask_the_same_of_it() -> None:
+    """So that the models which were trained again for one are there for the others."""
+    configs = judge_world.CONFIG, judge_world.TIERS_CONFIG, judge_world.RIVALS_CONFIG
+    first, tiers, rivals = map(load_config, configs)
     for section in ("data", "model", "queries", "features", "curvature", "candidates"):
-        assert getattr(first, section) == getattr(tiers, section)
+        assert getattr(first, section) == getattr(tiers, section) == getattr(rivals, section)
+    assert rivals.judge is not None and rivals.judge.model_copy(update={"rivals": {}}) == first.judge
+    assert rivals.teacher == first.teacher
     assert (
         first.judge is not None
         and first.judge.model_copy(update={"leave_out": None, "regenerate": False}) == tiers.judge

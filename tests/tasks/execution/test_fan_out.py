@@ -273,7 +273,7 @@ def test_shares_of_a_split_add_up(queries: int, validation: float, test: float) 
         ({"queries__split": {"validation_share": 0.6, "test_share": 0.5}}, "queries.split: validation_share and"),
         ({"queries__split": {"train": 1, "test": 1}}, "queries.split.validation: is missing"),
         ({"evaluation__floor": 2}, "evaluation.floor"),
-        ({"publish": "both"}, "publish: Input should be 'alone' or 'add'"),
+        ({"publish": "both"}, "publish: Input should be 'alone', 'add' or 'never'"),
     ],
     ids=str,
 )

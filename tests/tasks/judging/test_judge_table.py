@@ -133,6 +133,6 @@ def test_a_file_for_programs_has_every_figure_with_all_its_digits() -> None:
     assert of_teacher == {
         "method": TEACHER, "judge": LDS, "split": "test", "k": None, "value": 0.45, "error_over_queries": 0.03,
         "error_over_models": 0.04, "low": 0.45 - 0.1, "high": 0.45 + 0.1, "queries": 16, "worst_rank": None,
-        "place": "close",
+        "place": "close", "whole_pass": False,
     }  # fmt: skip
     assert {each["method"] for each in rows if each["judge"] == LDS} == {TEACHER, "sketch", "untuned", CAPTIONS, REACH}

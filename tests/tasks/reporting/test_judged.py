@@ -9,7 +9,7 @@ import pytest
 from storage_schemas import tables
 from tasks.judging.judge_table import judge_table
 from tasks.judging.tiers import HEADS
-from tasks.reporting import announcements, judged, judged_picture
+from tasks.reporting import announcements, judged, judged_picture, judged_scatter
 from tasks.reporting.judged import FORMATS, judged_part, meaning, notes, write_judge_table
 from tasks.reporting.report import write_report
 from tasks.watching.trust import LDS, TEACHER
@@ -35,9 +35,9 @@ def test_the_table_lies_beside_the_report_in_three_formats(unlearned: WholeRun) 
         assert float(row["value"]) == figures[row["method"]]["value"]
         assert float(row["error_over_queries"]) == figures[row["method"]]["standard_error"]
     lines = paths["md"].read_text().splitlines()
-    assert sum(line.startswith(f"| {TEACHER} |") for line in lines) == 4 and any("| **" in line for line in lines)
+    assert sum(line.startswith(f"| {TEACHER} |") for line in lines) == 5 and any("| **" in line for line in lines)
     page = paths["html"].read_text()
-    assert page.count("<svg") == 1 and 'class="best"' in page and "Without training" in page
+    assert page.count("<svg") == 2 and 'class="best"' in page and "Without training" in page
     for method in (HEADS["symmetric"], "two stages, first 4", "pixel"):
         assert f"<td>{method}</td>" in page and any(line.startswith(f"| {method} |") for line in lines)
 
@@ -74,7 +74,8 @@ def test_two_sentences_say_what_was_measured_and_what_came_out(unlearned: WholeR
 def test_without_matplotlib_a_line_says_what_is_missing(unlearned: WholeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     table = judge_table(unlearned.workspace, unlearned.run.name)
     assert table is not None
-    monkeypatch.setattr(judged_picture, "installed", lambda _: False)
+    for module in (judged_picture, judged_scatter):
+        monkeypatch.setattr(module, "installed", lambda _: False)
     part = judged_part(table, unlearned.config)
     assert part["picture"] == judged_picture.NO_PICTURE
     page = judged.templates().get_template("judges.html").render(run="r", judged=part)
