@@ -162,8 +162,8 @@ def _parts(parts: Parts) -> Cost:
 
 
 def _median_seconds(parts: Parts) -> float:
-    """Return what one of these parts takes; the first of a process loads what all need."""
-    seconds = [manifest.seconds for manifest in parts.committed().values()]
+    """Return what a row of these parts takes; the first of a process loads what all need."""
+    seconds = [manifest.seconds / max(1, manifest.rows) for manifest in parts.committed().values()]
     return median(seconds) if seconds else 0.0
 
 

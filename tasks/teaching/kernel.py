@@ -128,6 +128,7 @@ class AskedParts(Parts):
 
     kind = title = ASKED
     suffix = "safetensors"
+    of_queries = True
 
     def __init__(self, context: Context, queries: Artifact, asked: Artifact) -> None:
         self.context, self.queries, self.artifact = context, queries, asked

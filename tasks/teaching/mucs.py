@@ -57,6 +57,7 @@ class AscentParts(Parts):
 
     kind = title = "unlearning steps"
     suffix = "safetensors"
+    of_queries = True
 
     def __init__(self, context: Context, latents: Artifact, queries: Artifact, ascents: Artifact) -> None:
         self.context, self.latents, self.queries, self.artifact = context, latents, queries, ascents

@@ -84,6 +84,7 @@ class PosteriorParts(Parts):
 
     kind = title = "patch posteriors"
     suffix = "safetensors"
+    of_queries = True
 
     def __init__(self, context: Context, pictures: Artifact, queries: Artifact, posteriors: Artifact) -> None:
         self.context, self.pictures, self.queries, self.artifact = context, pictures, queries, posteriors

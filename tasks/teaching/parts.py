@@ -31,7 +31,7 @@ class Parts(ABC):
     kind: the name in the run's files, which tells checkpoints apart; title: what people read while parts are made.
     suffix: of a part's file name.
     after_scores: score shards make most of these parts as they go; what they leave is made when they are done.
-    of_queries: of one query each, so that a new query needs one more: its seconds are a part of an answer's.
+    of_queries: their rows are queries, so that a new query needs one more: its seconds are a part of an answer's.
     when_judged: made when the run is judged, and not when it is curated.
     artifact: the folder of the parts, their key, their rows together.
     """
