@@ -25,7 +25,7 @@ from tasks.execution.cost import run_costs
 from tasks.inputs.queries import TWIN_NUMBERS, load_queries
 from tasks.teaching.cost import Size
 from tasks.teaching.families import family_of
-from tasks.teaching.kernel import ASKED, FEATURES, KERNEL, KernelParts, ScratchTiles, projection_of
+from tasks.teaching.kernel_parts import ASKED, FEATURES, KERNEL, KernelParts, ScratchTiles, projection_of
 from tasks.teaching.latents import load_block
 from tasks.teaching.noise import noise_plan
 from tasks.teaching.run import Run
@@ -214,8 +214,8 @@ def test_tiles_on_disk_make_the_same_kernel(folder: Path, model_folder: Path, mo
     run = curated(configuration(folder, model_folder, "d_trak", projection=64))
     parts = run.parts[KERNEL]
     before = load_file(parts.path(0))["kernel"]
-    monkeypatch.setattr("tasks.teaching.kernel.DUAL_SAMPLES", 1)
-    monkeypatch.setattr("tasks.teaching.kernel._TILES_IN_MEMORY", 1)
+    monkeypatch.setattr("tasks.teaching.kernel_parts.DUAL_SAMPLES", 1)
+    monkeypatch.setattr("tasks.teaching.kernel_parts._TILES_IN_MEMORY", 1)
     monkeypatch.setattr("fastgda_core.teachers.kernels.TILE", 24)
     assert isinstance(parts, KernelParts)
     elsewhere = KernelParts(parts.features, parts.asked, replace(parts.artifact, path=folder / "again"))
