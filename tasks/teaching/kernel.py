@@ -158,6 +158,8 @@ def _of_samples(features: FeatureParts, train_ids: NDArray[np.int64]) -> Tensor:
     found = []
     for number in np.unique(train_ids // features.step).tolist():
         there, values = features.load(number)
+        if not len(there):  # all of the part were left out
+            continue
         found.append(values[torch.from_numpy(np.isin(there, train_ids)).to(values.device)])
     return torch.cat(found) if found else torch.empty(0, 1, 0)
 

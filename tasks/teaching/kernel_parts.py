@@ -91,7 +91,7 @@ class FeatureParts(Parts):
             return method.of_samples(model, context.layers(model), plan, block, projection, size).float().cpu()
 
         known = unreadable_samples(self.latents, train_ids.tolist())
-        nothing = torch.empty(0, context.config.model.images, 0)
+        nothing = torch.empty(0, context.config.model.images, 1)
         good, features, left_out = without_bad_samples(train_ids, known, of_samples, nothing)
         unit = features.abs().amax(2, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         tensors = {"train_ids": torch.from_numpy(good), "features": (features / unit).half(), "units": unit}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgda_core.curvature.layers import input_rows
@@ -208,6 +208,27 @@ def test_a_journey_of_pictures_that_were_read_is_refused(folder: Path, model_fol
     queries = config.queries.model_copy(update={"captions": None, "shards": str(folder / "shapes.tar")})
     with pytest.raises(UsageError, match=r"give queries\.captions, or take teacher trak"):
         family_of(config).check(Context(config.model_copy(update={"queries": queries}), "m"))
+
+
+def test_samples_whose_losses_are_no_numbers_are_left_out_and_named(folder: Path, model_folder: Path) -> None:
+    run, bad = planned(configuration(folder, model_folder, "d_trak", projection=64, shard_samples=2)), [3, 8, 9]
+    latents = run.parts["latents"]
+    latents.make(0)
+    path = latents.path(0)
+    tensors = load_file(path)
+    tensors["latents"][bad] = torch.nan
+    path.unlink()  # not in place: the file may be mapped
+    save_file(tensors, path)
+    for kind in (FEATURES, ASKED, KERNEL):
+        for number in range(run.parts[kind].count):
+            run.parts[kind].make(number)
+    everyone = np.arange(SAMPLES)
+    found = family_of(run.config).scores(run.context, run.artifacts, [0, 1], everyone)
+    assert found.left_out.keys() == set(bad) and "is nan" in found.left_out[3]
+    assert found.train_ids.tolist() == [each for each in range(SAMPLES) if each not in bad]
+    assert found.scores.shape == (2, SAMPLES - 3) and found.scores.isfinite().all()
+    nobody = family_of(run.config).scores(run.context, run.artifacts, [0, 1], np.array([8, 9]))
+    assert nobody.scores.shape == (2, 0) and nobody.left_out.keys() == {8, 9}
 
 
 def test_tiles_on_disk_make_the_same_kernel(folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
