@@ -43,7 +43,8 @@ from tasks.config.teaching import TeacherConfig
 from tasks.context import Context, Loaded, open_context
 from tasks.execution.plan import run_artifacts, run_name
 from tasks.inputs.samples import ingest_samples
-from tasks.teaching.kernel import ASKED, FAMILY, FEATURES, AskedParts, FeatureParts, ScratchTiles
+from tasks.teaching.kernel import FAMILY
+from tasks.teaching.kernel_parts import ASKED, FEATURES, AskedParts, FeatureParts, ScratchTiles
 from tasks.teaching.latents import latents_of, load_block
 from tasks.teaching.noise import noise_plan
 from tasks.teaching.run import read_run_anew

@@ -87,8 +87,9 @@ class KernelTeacher:
         if self.ridge is not None:
             fits = "gradient features, kernel"
             memory += 8.0 * min(work.samples * work.samples, _ROWS_OF_TILES * size)
-        forwards = GRADIENT_FORWARDS
-        return Needs(fits, float(STORED_BYTES * size * vectors), work.noises * forwards, pairs * forwards, memory)
+        stored, of_sample = float(STORED_BYTES * size * vectors), work.noises * GRADIENT_FORWARDS
+        sampling = 2 * work.steps if self.journey else 0  # with and without the caption
+        return Needs(fits, stored, of_sample, pairs * GRADIENT_FORWARDS + sampling, memory)
 
     def of_samples(
         self,

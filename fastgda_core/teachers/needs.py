@@ -18,6 +18,7 @@ class Work:
     timesteps: of the noise plan.
     images: of a sample that count, 2 with the mirrored one.
     dimensions: of a projection, where they are configured.
+    steps: of the sampler that made the queries.
     """
 
     weights: int
@@ -27,6 +28,7 @@ class Work:
     timesteps: int = 1
     images: int = 1
     dimensions: int | None = None
+    steps: int = 0
 
 
 @dataclass(frozen=True)

@@ -32,4 +32,6 @@ def test_teachers_of_gradient_features_store_them_and_run_no_sample_again() -> N
     assert dmin.stored_bytes == 2 * 1000 * 4 * 2
     assert TEACHERS["d_trak"].needs(replace(WORK, weights=10**7, dimensions=64)).stored_bytes == 128
     assert trak.query_forwards == 10 * GRADIENT_FORWARDS and trak.sample_forwards == 4 * GRADIENT_FORWARDS
+    journey = TEACHERS["journey_trak"].needs(replace(WORK, steps=25))
+    assert journey.query_forwards == trak.query_forwards + 50
     assert "kernel" in trak.fits and "kernel" not in dmin.fits

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgda_core.curvature.layers import input_rows
@@ -25,7 +25,7 @@ from tasks.execution.cost import run_costs
 from tasks.inputs.queries import TWIN_NUMBERS, load_queries
 from tasks.teaching.cost import Size
 from tasks.teaching.families import family_of
-from tasks.teaching.kernel import ASKED, FEATURES, KERNEL, KernelParts, ScratchTiles, projection_of
+from tasks.teaching.kernel_parts import ASKED, FEATURES, KERNEL, KernelParts, ScratchTiles, projection_of
 from tasks.teaching.latents import load_block
 from tasks.teaching.noise import noise_plan
 from tasks.teaching.run import Run
@@ -210,12 +210,33 @@ def test_a_journey_of_pictures_that_were_read_is_refused(folder: Path, model_fol
         family_of(config).check(Context(config.model_copy(update={"queries": queries}), "m"))
 
 
+def test_samples_whose_losses_are_no_numbers_are_left_out_and_named(folder: Path, model_folder: Path) -> None:
+    run, bad = planned(configuration(folder, model_folder, "d_trak", projection=64, shard_samples=2)), [3, 8, 9]
+    latents = run.parts["latents"]
+    latents.make(0)
+    path = latents.path(0)
+    tensors = load_file(path)
+    tensors["latents"][bad] = torch.nan
+    path.unlink()  # not in place: the file may be mapped
+    save_file(tensors, path)
+    for kind in (FEATURES, ASKED, KERNEL):
+        for number in range(run.parts[kind].count):
+            run.parts[kind].make(number)
+    everyone = np.arange(SAMPLES)
+    found = family_of(run.config).scores(run.context, run.artifacts, [0, 1], everyone)
+    assert found.left_out.keys() == set(bad) and "is nan" in found.left_out[3]
+    assert found.train_ids.tolist() == [each for each in range(SAMPLES) if each not in bad]
+    assert found.scores.shape == (2, SAMPLES - 3) and found.scores.isfinite().all()
+    nobody = family_of(run.config).scores(run.context, run.artifacts, [0, 1], np.array([8, 9]))
+    assert nobody.scores.shape == (2, 0) and nobody.left_out.keys() == {8, 9}
+
+
 def test_tiles_on_disk_make_the_same_kernel(folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = curated(configuration(folder, model_folder, "d_trak", projection=64))
     parts = run.parts[KERNEL]
     before = load_file(parts.path(0))["kernel"]
-    monkeypatch.setattr("tasks.teaching.kernel.DUAL_SAMPLES", 1)
-    monkeypatch.setattr("tasks.teaching.kernel._TILES_IN_MEMORY", 1)
+    monkeypatch.setattr("tasks.teaching.kernel_parts.DUAL_SAMPLES", 1)
+    monkeypatch.setattr("tasks.teaching.kernel_parts._TILES_IN_MEMORY", 1)
     monkeypatch.setattr("fastgda_core.teachers.kernels.TILE", 24)
     assert isinstance(parts, KernelParts)
     elsewhere = KernelParts(parts.features, parts.asked, replace(parts.artifact, path=folder / "again"))
