@@ -254,7 +254,11 @@ METRICS = Table(
             pa.string(),
             "what is compared with the teacher: untuned, tuned, captions alone, chance, another teacher, ...",
         ),
-        ("split", pa.string(), "the queries it was measured on: test, or twin or pseudo of the twin test"),
+        (
+            "split",
+            pa.string(),
+            "the queries it was measured on: test, or twin or pseudo of the twin test; empty for costs",
+        ),
         ("cutoff", pa.int32(), "L of mAP(L), k of the others; 0 where it has none"),
         ("query_id", pa.string(), "one query, or empty for the mean over the split"),
         ("value", pa.float64(), "the figure"),

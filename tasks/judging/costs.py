@@ -74,8 +74,10 @@ def measure_costs(run: Run, ranks: Artifact) -> Made:
     """
     tiers, rivals, samples = Tiers.of(run), Rivals.of(run), run.artifacts["samples"]
     spaces = [[name, *(features_key(each, samples) for each in several)] for name, several in named_spaces(run).items()]
-    pool = run.artifacts[RetrainingParts.kind]  # chooses ensembles
-    key = input_key("costs 1", ranks.key, pool.key, tiers.key(run), rivals.key, spaces, table=tables.METRICS)
+    judge = run.config.judge
+    assert judge is not None
+    chosen_by = run.artifacts[RetrainingParts.kind].key, judge.subsets, judge.share, judge.seed  # ensembles
+    key = input_key("costs 1", ranks.key, chosen_by, tiers.key(run), rivals.key, spaces, table=tables.METRICS)
     path = run.workspace.teacher_check(key)
 
     def make(started: float) -> Manifest:
