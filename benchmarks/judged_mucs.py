@@ -27,20 +27,21 @@ from fastgda_core.curvature.layers import select_layers
 from fastgda_core.diffusion.model import DiffusionModel, at_checkpoint
 from fastgda_core.diffusion.noise import CommonNoisePlan, NoisePlan
 from fastgda_core.diffusion.objective import RATIO_EPSILON
+from fastgda_core.evaluation.lds import linear_datamodelling
 from fastgda_core.evaluation.retraining import to_train
 from fastgda_core.teachers.micro_batch import MicroBatch
 from fastgda_core.teachers.mucs import Ascent, unlearn, untrained_loss
 from fastgda_core.teachers.scores import exact_scores, first_order_scores
 from fastgda_core.teachers.training_loss import losses_by_row, plan_rows, training_losses
-from fastgda_core.teachers.unlearning import moved, query_gradients, unlearning_update
+from fastgda_core.teachers.unlearning import moved, query_gradient, unlearning_update
 from storage_schemas import tables
 from tasks.config.files import load_config
 from tasks.context import open_context
 from tasks.execution.plan import run_artifacts, run_name
 
 ROWS, MOST_STEPS = 100, 150
-STRIDE = 100  # of the timesteps: ten, seven of them among the noisier
-TIMESTEPS = torch.arange(STRIDE - 1, 1000, STRIDE)
+TIMESTEPS = tuple(range(99, 1000, 100))  # seven of the ten are among the noisier
+PUBLISHED = tuple(range(306, 1000, 7))  # the teacher's own list of 100
 NOISIER = 300  # of 1,000: the first of the noisier 70 %
 FINAL = "final"
 STEP = 0.01  # alpha = 0.01 / N, the published step of MSCOCO
@@ -73,10 +74,10 @@ class Form:
     def __str__(self) -> str:
         return f"{'ratio' if self.ratio else 'rise'} at {'the noisier 70 %' if self.noisier else 'all timesteps'}"
 
-    def scores(self, after: Tensor, before: Tensor) -> Tensor:
+    def scores(self, after: Tensor, before: Tensor, timesteps: Tensor) -> Tensor:
         """Return scores, (queries, samples), of losses after, (queries, samples, timesteps), and before."""
         found = (after - before) / (after + before + RATIO_EPSILON) if self.ratio else after - before
-        return found[..., TIMESTEPS.ge(NOISIER * self.noisier)].double().mean(-1)
+        return found[..., timesteps.ge(NOISIER * self.noisier)].double().mean(-1)
 
 
 FORMS = [Form(ratio, noisier) for ratio in (True, False) for noisier in (True, False)]
@@ -85,8 +86,8 @@ FORMS = [Form(ratio, noisier) for ratio in (True, False) for noisier in (True, F
 class Ascents:
     """The ascents of a world's queries under some setting, and the losses of all samples after them."""
 
-    def __init__(self, world: World, folder: Path) -> None:
-        self.world, self.folder = world, folder
+    def __init__(self, world: World, folder: Path, timesteps: tuple[int, ...] = TIMESTEPS) -> None:
+        self.world, self.folder, self.timesteps = world, folder, timesteps
         folder.mkdir(parents=True, exist_ok=True)
         model = world.context.model()
         config = world.context.config
@@ -98,10 +99,10 @@ class Ascents:
         self.null_loss = untrained_loss(model, untrained, world.block, seed=0, micro_batch=BATCH)
 
     def losses(self, setting: Setting, number: int) -> dict[str, Tensor]:
-        """Return a query's losses after, (samples, timesteps), steps and seconds of the ascent, seconds of the rest."""
+        """Return the losses after a query's ascent, (samples, timesteps), its steps, CPU seconds of it and the rest."""
         path = self.folder / f"{hashlib.sha256(f'{setting} {number}'.encode()).hexdigest()[:16]}.safetensors"
         if not path.exists():
-            model, query, started = self.models[setting.place], self.world.several[number], time.monotonic()
+            model, query, started = self.models[setting.place], self.world.several[number], time.process_time()
             layers = select_layers(model.denoiser, setting.layers)
             ascent = Ascent(
                 learning_rate=setting.learning_rate,
@@ -114,10 +115,10 @@ class Ascents:
             latent, condition = model.encode_images([query.image])[0], model.encode_captions([query.caption])
             block, owner = self.world.block, query.owner
             found = unlearn(model, layers, block, latent, condition, ascent, owner=owner, micro_batch=BATCH)
-            between = time.monotonic()
+            between = time.process_time()
             with moved(layers, found.update):
                 losses = self._losses(model)
-            seconds = torch.tensor([between - started, time.monotonic() - between])
+            seconds = torch.tensor([between - started, time.process_time() - between])
             save_file({"losses": losses, "seconds": seconds, "steps": torch.tensor(found.steps)}, path)
         return load_file(path)
 
@@ -129,7 +130,7 @@ class Ascents:
         return load_file(path)["losses"]
 
     def _losses(self, model: DiffusionModel) -> Tensor:
-        plan = CommonNoisePlan(seed=0, timesteps=tuple(TIMESTEPS.tolist()), draws=1)
+        plan = CommonNoisePlan(seed=0, timesteps=self.timesteps, draws=1)
         rows = plan_rows(model, plan, self.world.block)
         return losses_by_row(model, plan, self.world.block, rows, BATCH).view(self.world.samples.rows, -1).float()
 
@@ -140,9 +141,9 @@ class Ascents:
         kept = [self.losses(setting, number) for number in chosen]
         after = torch.stack([each["losses"] for each in kept])
         for form, scores in whole.items():
-            scores[chosen] = form.scores(after, before)
+            scores[chosen] = form.scores(after, before, torch.tensor(self.timesteps))
         steps, (ascent, rest) = torch.stack([each["steps"] for each in kept]), _mean(kept, "seconds")
-        told = f"{int(steps.min())} to {int(steps.max())} steps, {ascent:.1f} s, and {rest:.1f} s of forwards"
+        told = f"{int(steps.min())} to {int(steps.max())} steps, {ascent:.1f} CPU s, and {rest:.1f} of forwards"
         return whole, told
 
 
@@ -167,9 +168,8 @@ class Search:
                 cells.append(f"{self.found[setting, form]:+.3f}")
             print(f"| {setting} | {' | '.join(cells)} | {told} |", flush=True)
 
-    def best(self, *, place: str | None = None) -> tuple[Setting, Form]:
-        allowed = [each for each in self.found if place in (None, each[0].place)]
-        return max(allowed, key=self.found.__getitem__)
+    def best(self) -> tuple[Setting, Form]:
+        return max(self.found, key=self.found.__getitem__)
 
 
 def searched(ascents: Ascents) -> Search:
@@ -180,37 +180,36 @@ def searched(ascents: Ascents) -> Search:
     search.try_all([Setting(FINAL, "all", rate), Setting(FINAL, "cross-attn-kv", 10 * rate)])
     search.try_all(Setting("0.25", layers, 10 * rate) for layers in ("cross-attn-kv", "mlp"))
     best = search.best()[0]
-    search.try_all([replace(best, forget_weight=1.0), replace(best, steps=1), replace(best, steps=3)])
+    search.try_all(replace(best, forget_weight=weight) for weight in (0.05, 1.0))
+    search.try_all(replace(best, steps=steps) for steps in (1, 3))
     return search
 
 
-def exact_rivals(world: World) -> Iterator[tuple[str, Tensor]]:
+def exact_rivals(world: World, folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield scores of the exact teachers and of the first-order one, with the published step, at the final weights."""
-    model, block = world.context.model(), world.block
-    names = list(select_layers(model.denoiser, "cross-attn-kv"))
-    layers, plan, samples = select_layers(model.denoiser, "cross-attn-kv"), NoisePlan(seed=0, timesteps=10, draws=1), 0
-    base, samples = training_losses(model, plan, block, BATCH), world.samples.rows
-    gradients = [
-        {
-            name: each[0]
-            for name, each in query_gradients(
-                model, layers, model.encode_images([query.image])[0], model.encode_captions([query.caption]),
-                owner=query.owner, seed=0, pairs=128, groups=1, micro_batch=BATCH,
-            ).items()
-        }
-        for query in world.several
-    ]  # fmt: skip
+    model, block, samples = world.context.model(), world.block, world.samples.rows
+    layers, plan = select_layers(model.denoiser, "cross-attn-kv"), NoisePlan(seed=0, timesteps=10, draws=1)
+    base = training_losses(model, plan, block, BATCH)
     for kind, name in (("diagonal", "abu"), ("ekfac", "abu_plus")):
-        fisher, started = world.fisher_of_kind(kind, model, names), time.monotonic()
-        updates = [
-            unlearning_update(fisher, gradient, alpha=STEP / samples, training_size=samples) for gradient in gradients
-        ]
-        found = [exact_scores(model, layers, plan, block, base, update, BATCH) for update in updates]
-        yield f"{name}, exact ({(time.monotonic() - started) / len(found):.1f} s a query)", torch.stack(found)
-    started = time.monotonic()
-    together = {name: torch.stack([update[name] for update in updates]) for name in updates[0]}
-    found = first_order_scores(model, layers, plan, block, [together], BATCH)
-    yield f"abu_plus_first_order ({(time.monotonic() - started) / len(found):.2f} s a query)", found
+        fisher = world.fisher_of_kind(kind, model, list(layers))
+        found, seconds, steps = [], 0.0, []
+        for number, query in enumerate(world.several):
+            latent, condition = model.encode_images([query.image])[0], model.encode_captions([query.caption])
+            gradient = query_gradient(
+                model, layers, latent, condition, owner=query.owner, seed=0, pairs=128, micro_batch=BATCH
+            )
+            steps.append(unlearning_update(fisher, gradient, alpha=STEP / samples, training_size=samples))
+            path = folder / f"{name}-{number}.safetensors"
+            if not path.exists():
+                started = time.process_time()
+                scores = exact_scores(model, layers, plan, block, base, steps[-1], BATCH)
+                save_file({"scores": scores, "seconds": torch.tensor(time.process_time() - started)}, path)
+            kept = load_file(path)
+            found.append(kept["scores"])
+            seconds += float(kept["seconds"]) / len(world.several)
+        yield f"{name}, exact ({seconds:.1f} CPU s a query)", torch.stack(found)
+    together = {name: torch.stack([step[name] for step in steps]) for name in layers}
+    yield "abu_plus_first_order", first_order_scores(model, layers, plan, block, [together], BATCH)
 
 
 def of_the_run(world: World) -> Tensor:
@@ -251,16 +250,22 @@ def main() -> None:
     methods = {}
     chosen = {
         "as published": (Setting(FINAL, "mlp", ascents.rate), published),
-        "best at the final weights": search.best(place=FINAL),
-        "best": search.best(),
+        "chosen": search.best(),
     }
     for name, (setting, form) in chosen.items():
         several, told = ascents.scores(setting, asked)
         methods[f"MUCS, {name}: {setting}, {form} ({told})"] = several[form]
-    cheap = world.cheap()
-    methods |= {"random": cheap["random"], **dict(exact_rivals(world))}
-    rivals = {"captions": cheap["captions, centred"], "the run's teacher": of_the_run(world)}
+    cheap, exact = world.cheap(), dict(exact_rivals(world, arguments.folder))
+    published_step = {name: scores for name, scores in exact.items() if name.startswith("abu_plus, exact")}
+    methods |= {"random": cheap["random"], **{name: exact[name] for name in exact if name not in published_step}}
+    rivals = {"captions": cheap["captions, centred"], "the run's teacher": of_the_run(world), **published_step}
     report(world, methods, rivals)
+    often, name = Ascents(world, arguments.folder / "published", PUBLISHED), "as published"
+    several, told = often.scores(chosen[name][0], world.of_split["test"])
+    scores = several[published][world.of_split["test"]]
+    found = linear_datamodelling(world.kept, scores, world.losses[:, world.of_split["test"]])
+    print(f"\n{name}, with {len(PUBLISHED)} timesteps, test queries ({told}): ", end="")
+    print(f"{found.mean:+.3f} ± {found.over_queries:.3f} ± {found.over_models:.3f}")
 
 
 if __name__ == "__main__":
