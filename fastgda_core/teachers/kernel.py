@@ -88,7 +88,7 @@ class KernelTeacher:
             fits = "gradient features, kernel"
             memory += 8.0 * min(work.samples * work.samples, _ROWS_OF_TILES * size)
         stored, of_sample = float(STORED_BYTES * size * vectors), work.noises * GRADIENT_FORWARDS
-        sampling = 2 * work.steps if self.journey else 0  # with and without the caption
+        sampling = 2 * work.sampler_steps if self.journey else 0  # with and without the caption
         return Needs(fits, stored, of_sample, pairs * GRADIENT_FORWARDS + sampling, memory)
 
     def of_samples(

@@ -18,7 +18,8 @@ class Work:
     timesteps: of the noise plan.
     images: of a sample that count, 2 with the mirrored one.
     dimensions: of a projection, where they are configured.
-    steps: of the sampler that made the queries.
+    sampler_steps: by which the queries were generated.
+    ascent_steps: the most that unlearn a query.
     """
 
     weights: int
@@ -28,7 +29,8 @@ class Work:
     timesteps: int = 1
     images: int = 1
     dimensions: int | None = None
-    steps: int = 0
+    sampler_steps: int = 0
+    ascent_steps: int = 1
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,6 @@ class Teacher(Protocol):
         """Return what this teacher needs for so much work."""
 
 
-MOST_STEPS = 500  # of an ascent by MUCS, where none are configured
-
-
 @dataclass(frozen=True)
 class UnlearningTeacher:
     """Scores a training sample by the rise of its loss after an unlearning step of the query.
@@ -175,10 +172,9 @@ class MucsTeacher:
     def needs(self, work: Work) -> Needs:
         """Return base losses, and for a new query the steps' own forwards and the losses of all samples after them.
 
-        A step takes one batch of the query's pairs and one of the samples; there are at most `MOST_STEPS`, and often
-        fewer.
+        A step takes a batch of the query's pairs and one of samples. Many ascents end long before the last step.
         """
-        steps = MOST_STEPS * 2 * work.pairs * GRADIENT_FORWARDS
+        steps = work.ascent_steps * 2 * work.pairs * GRADIENT_FORWARDS
         noises = 8.0 * work.noises
         return Needs("base losses", noises, work.noises, steps + work.samples * work.noises, 12.0 * work.weights)
 

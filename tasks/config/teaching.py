@@ -19,7 +19,7 @@ from pydantic import (
 from fastgda_core.curvature.damping import DAMPING
 from fastgda_core.diffusion.objective import Objective
 from fastgda_core.diffusion.precision import Precision
-from fastgda_core.teachers.registry import DEFAULTS, MOST_STEPS, TEACHERS
+from fastgda_core.teachers.registry import DEFAULTS, TEACHERS
 from storage_schemas.runs.records import Negatives
 from tasks.config.section import Section
 
@@ -89,7 +89,7 @@ class TeacherConfig(Section):
         default=0.2, gt=0, description="of mucs: how the query's loss counts beside that of retained images"
     )
     most_steps: int = Field(
-        default=MOST_STEPS,
+        default=500,
         ge=1,
         description="of mucs: it ends before, where the query's loss is nearly an untrained model's",
     )

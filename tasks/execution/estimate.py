@@ -162,8 +162,19 @@ def _needs(context: Context, size: Size) -> Needs:
         at = context.at_checkpoints()[0]
         weights = sum(prod(matrix_shape(layer)) for layer in at.layers(at.teacher_model()).values())
     timesteps = len(teacher.timestep_list) if teacher.timestep_list is not None else teacher.timesteps
-    noises = timesteps * teacher.draws * config.model.images * size.captions
-    return method.needs(Work(weights, size.samples, noises, teacher.gradient_pairs))
+    images = config.model.images
+    work = Work(
+        weights=weights,
+        samples=size.samples,
+        noises=timesteps * teacher.draws * images * size.captions,
+        pairs=teacher.gradient_pairs,
+        timesteps=timesteps,
+        images=images,
+        dimensions=teacher.projection,
+        sampler_steps=config.queries.steps,
+        ascent_steps=teacher.most_steps,
+    )
+    return method.needs(work)
 
 
 def _rival_costs(context: Context, samples: Artifact, size: Size) -> Iterator[KindCost]:

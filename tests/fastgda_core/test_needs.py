@@ -32,6 +32,12 @@ def test_teachers_of_gradient_features_store_them_and_run_no_sample_again() -> N
     assert dmin.stored_bytes == 2 * 1000 * 4 * 2
     assert TEACHERS["d_trak"].needs(replace(WORK, weights=10**7, dimensions=64)).stored_bytes == 128
     assert trak.query_forwards == 10 * GRADIENT_FORWARDS and trak.sample_forwards == 4 * GRADIENT_FORWARDS
-    journey = TEACHERS["journey_trak"].needs(replace(WORK, steps=25))
+    journey = TEACHERS["journey_trak"].needs(replace(WORK, sampler_steps=25))
     assert journey.query_forwards == trak.query_forwards + 50
     assert "kernel" in trak.fits and "kernel" not in dmin.fits
+
+
+def test_an_ascent_takes_its_steps_and_then_the_losses_of_all_samples() -> None:
+    mucs = TEACHERS["mucs"].needs(replace(WORK, ascent_steps=30))
+    assert mucs.query_forwards == pytest.approx(30 * 2 * 10 * GRADIENT_FORWARDS + 50 * 4)
+    assert mucs.stored_bytes == 8 * 4, "a base loss at each noise"
