@@ -1,7 +1,8 @@
 """Teachers of gradient features: what a projection costs, what the kernel of many samples holds, and their truth.
 
 Tables, each by itself (`--tables`):
-- cost: seconds of a sample's gradients alone, and with each teacher's projection; all layers of the config's model.
+- cost: seconds of a sample's gradients alone, with each teacher's projection, and of first-order scores against
+  sixteen queries; all layers of the config's model.
 - memory: peak of the kernel's stage at 118,287 samples with made-up features, in a process of its own.
 - judged: each teacher against models that were trained again, at a grid of ridges the best of which is chosen on the
   validation queries, beside captions, chance, the config's own teacher and the published one. Takes a finished run with
@@ -37,6 +38,7 @@ from fastgda_core.sketches.projection import Projection
 from fastgda_core.teachers.kernel import KERNEL_TEACHERS
 from fastgda_core.teachers.kernels import DualKernel, PrimalKernel
 from fastgda_core.teachers.sample_gradients import sample_gradients
+from fastgda_core.teachers.scores import first_order_scores
 from storage_schemas import tables
 from tasks.config.files import load_config
 from tasks.config.teaching import TeacherConfig
@@ -51,6 +53,7 @@ from tasks.teaching.run import read_run_anew
 
 SAMPLES, TIMESTEPS, COUNT = 118_287, 10, 16  # of MSCOCO; of the cost's table
 RIDGES = (0.0, *(10.0**power for power in range(-4, 9)))  # in the units of teacher.ridge
+ASKED_AT_ONCE = 16  # queries of the first-order teacher
 MADE_UP = 1024  # rows of made-up features at a time
 
 
@@ -78,6 +81,12 @@ def cost(context: Context) -> None:
         seen = model.with_objective(method.objective)
         spent = best_of(lambda: method.of_samples(seen, layers, plan, block, projection, micro_batch))  # noqa: B023
         print(f"| {name}, {method.dimensions:,} numbers | {spent:.1f} | {spent / base:.2f} |", flush=True)
+    draw = torch.Generator().manual_seed(0)
+    updates = [
+        {name: torch.randn(ASKED_AT_ONCE, *matrix_shape(layer), generator=draw) for name, layer in layers.items()}
+    ]
+    spent = best_of(lambda: first_order_scores(model, layers, plan, block, updates, micro_batch))
+    print(f"| first-order teacher, {ASKED_AT_ONCE} queries | {spent:.1f} | {spent / base:.2f} |")
 
 
 def best_of(work: object) -> float:
