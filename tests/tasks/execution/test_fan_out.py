@@ -267,7 +267,7 @@ def test_shares_of_a_split_add_up(queries: int, validation: float, test: float) 
         ({"execution": {"runner": "pool", "workers": 2}}, "execution: workers belongs to"),
         ({"execution": {"runner": "pool", "pools": []}}, "execution: pools is empty"),
         ({"execution": {"pools": [{"deployment": "nothing"}]}}, "execution.pools.0.deployment"),
-        ({"teacher__name": "tracin"}, "teacher.name: there is no teacher 'tracin': choose one of abu"),
+        ({"teacher__name": "datamodels"}, "teacher.name: there is no teacher 'datamodels': choose one of abu"),
         ({"teacher__gradient_pairs": -5}, "teacher.gradient_pairs"),
         ({"queries__partition": "2026-11-23"}, "queries: partition is given but shards has no {partition}"),
         ({"queries__split": {"validation_share": 0.6, "test_share": 0.5}}, "queries.split: validation_share and"),

@@ -63,7 +63,7 @@ def test_what_the_checks_found_stands_beside_it_and_is_measured_once(unlearned: 
     labels, context = read_labels(unlearned.workspace, None), unlearned.context
     checks = read_checks(unlearned.workspace, unlearned.run.name)
     names = ["twin test", "low-rank error", "exact check", "self-consistency", "sketch check"]
-    names += ["planted truth", "retraining check"]
+    names += ["retraining check", "costs", "planted truth"]
     assert [check.name for check in checks] == names
     again = measure_head.fn(context, labels.samples, labels.queries, labels.ranks, unlearned.head.artifact, checks)
     assert again.reused and again.artifact == unlearned.evaluation.metrics.artifact
