@@ -147,6 +147,11 @@ class TeacherConfig(Section):
         default="keep", description="scores not above 0: ranked as published, or tied at the last rank and 0 in sums"
     )
 
+    @property
+    def timestep_count(self) -> int:
+        """How many timesteps the noise plan has."""
+        return self.timesteps if self.timestep_list is None else len(self.timestep_list)
+
     def science(self) -> dict[str, object]:
         """Return the settings that a run's scores and its shards depend on, without those about memory and labels.
 

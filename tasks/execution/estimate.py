@@ -161,14 +161,13 @@ def _needs(context: Context, size: Size) -> Needs:
     if "layers" in method.settings:
         at = context.at_checkpoints()[0]
         weights = sum(prod(matrix_shape(layer)) for layer in at.layers(at.teacher_model()).values())
-    timesteps = len(teacher.timestep_list) if teacher.timestep_list is not None else teacher.timesteps
     images = config.model.images
     work = Work(
         weights=weights,
         samples=size.samples,
-        noises=timesteps * teacher.draws * images * size.captions,
+        noises=teacher.timestep_count * teacher.draws * images * size.captions,
         pairs=teacher.gradient_pairs,
-        timesteps=timesteps,
+        timesteps=teacher.timestep_count,
         images=images,
         dimensions=teacher.projection,
         sampler_steps=config.queries.steps,

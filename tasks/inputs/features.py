@@ -211,6 +211,11 @@ def load_query_features(context: Context, sets: Sequence[Artifact], samples: Art
     return torch.stack([loaded[number][row] for number, row in join_queries(sets)])
 
 
+def encode_query(encoders: Sequence[Encoder], image: Image.Image, caption: str) -> list[Tensor]:
+    """Return what each encoder makes of a query's RGB picture or of its caption, (1, width) each."""
+    return [encoder.encode_queries([image if encoder.modality == "image" else caption]) for encoder in encoders]
+
+
 def load_encoders(config: FeaturesConfig, device: torch.device) -> list[Encoder]:
     """Load the encoders of a feature space, in order."""
     return [load_encoder(name, device, config.weights.get(name)) for name in encoder_names(config.space)]

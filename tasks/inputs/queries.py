@@ -37,7 +37,7 @@ from tasks.config.inputs import QueriesConfig
 from tasks.context import Context
 from tasks.inputs.samples import describe, tell_of_several_pictures
 from tasks.inputs.tars import RULES, find_shards, read_image, scan
-from tasks.inputs.twins import draw_twins
+from tasks.inputs.twins import draw_twins, load_twins
 from tasks.progress import console, stage
 
 GENERATION_BATCH = 16
@@ -164,6 +164,13 @@ def draw_again(model: DiffusionModel, config: QueriesConfig, several: Sequence[Q
     """Generate the PNGs of queries of `config.captions` by another model, from the starting noise that each had."""
     captions, numbers = [query.caption for query in several], [query.row for query in several]
     return [png for batch in _generated(model, config, captions, numbers) for png in batch]
+
+
+def starting_number(query: Query) -> int | None:
+    """Return the number of the noise that a query of `queries.captions` began with; None: a training image had none."""
+    if query.split == tables.PSEUDO:
+        return None
+    return TWIN_NUMBERS + load_twins(query.path)[query.query_id] if query.split == tables.TWIN else query.row
 
 
 def _twin_queries(context: Context, samples: Artifact, key: str) -> tuple[pa.Table, list[Row]]:

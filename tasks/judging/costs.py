@@ -148,8 +148,8 @@ def _of_teacher(run: Run, queries: Sequence[Query]) -> Cost:
     size = Size(samples.rows, 1.0, run.artifacts["queries"].rows, samples.rows)
     runs_the_model = scores_of(family_of(config).costs(config, size)).forwards > 0
     own = sum(_median_seconds(each) for each in before if each.of_queries)
-    taken = scored_anew(run, most=MOST_SECONDS) if _seconds_of_a_query(run) < MOST_SECONDS else None
-    answer = taken or Latency(_seconds_of_a_query(run))
+    seconds = _seconds_of_a_query(run)
+    answer = scored_anew(run, most=MOST_SECONDS) if seconds < MOST_SECONDS else Latency(seconds)
     return Cost(cost.seconds, cost.kept, Latency(own + answer.seconds, answer.error, runs_the_model))
 
 

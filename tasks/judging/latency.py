@@ -18,7 +18,7 @@ from tasks.artifact import Artifact
 from tasks.context import Context
 from tasks.distilling.answering import answering_head
 from tasks.distilling.versions import read_head, space_of_head
-from tasks.inputs.features import feature_mean, load_encoders, load_features
+from tasks.inputs.features import encode_query, feature_mean, load_encoders, load_features
 from tasks.inputs.queries import Query
 from tasks.teaching.families import family_of
 from tasks.teaching.run import Run
@@ -80,7 +80,7 @@ def encoding(space: Context, samples: Artifact) -> Answer:
     mean = feature_mean(space, samples)
 
     def encode(image: Image.Image, caption: str) -> Tensor:
-        parts = [encoder.encode([image if encoder.modality == "image" else caption]) for encoder in encoders]
+        parts = encode_query(encoders, image, caption)
         return F.normalize(concatenate(parts, unit_length=unit_length, mean=mean), dim=1)
 
     return encode
@@ -96,7 +96,7 @@ def by_head(run: Run, head: Artifact) -> tuple[Answer, int]:
     vectors = answering.samples(torch.arange(len(phi)), phi)
 
     def answer(image: Image.Image, caption: str) -> Tensor:
-        parts = [encoder.encode([image if encoder.modality == "image" else caption]) for encoder in encoders]
+        parts = encode_query(encoders, image, caption)
         asked = answering.queries(concatenate(parts, unit_length=unit_length, mean=mean), [caption])
         return (asked @ vectors.T)[0]
 

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgda_core.evaluation.counterfactual import above_chance, lead, smallest
+from fastgda_core.evaluation.counterfactual import above_chance, smallest
 from tasks.inputs.queries import load_queries
-from tasks.judging.methods import RANDOM, UNTUNED
+from tasks.judging.methods import RANDOM
 from tasks.judging.metric_rows import metric_row, metric_rows
-from tasks.judging.removals import NOTHING, Removals
+from tasks.judging.removals import NOTHING, Removals, ahead_rows
 from tasks.teaching.run import Run
-from tasks.watching.trust import CAPTIONS
 
 OWN = "leave-k-out"
 OWN_CHANGE, BROKEN, BRITTLENESS = f"{OWN} loss change", f"{OWN} broken", f"{OWN} brittleness"
@@ -25,10 +24,9 @@ OWN_CHANGE, BROKEN, BRITTLENESS = f"{OWN} loss change", f"{OWN} broken", f"{OWN}
 def leave_k_out_rows(run: Run, removals: Removals) -> list[dict[str, object]]:
     """Return what each query lost without the samples that a method named for it, and how its picture changed.
 
-    By method and K: mean and standard error over the queries, and each query's own figure. How far a method is ahead of
-    the cheap one, captions or else features, is taken query by query: queries differ more than methods do. Brittleness
-    is the smallest K at which a query's loss rises further than by removing K at random (`above_chance`), the median
-    over queries where at least half are broken; the share of broken queries stands beside it.
+    By method and K: mean and standard error over the queries, and each query's own figure. Brittleness is the smallest
+    K at which a query's loss rises further than by removing K at random (`above_chance`), the median over queries
+    where at least half are broken; the share of broken queries stands beside it.
     """
     place = {query.query_id: number for number, query in enumerate(load_queries(run.artifacts["queries"]))}
     by_choice: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -46,15 +44,11 @@ def leave_k_out_rows(run: Run, removals: Removals) -> list[dict[str, object]]:
     }
     rows: list[dict[str, object]] = []
     for (method, k), several in by_choice.items():
-        own = changes[method, k].diagonal()
-        rows += metric_rows(OWN_CHANGE, method, own, names, cutoff=k)
-        cheap = next(name for name in (CAPTIONS, UNTUNED) if (name, k) in changes)
-        if method != cheap:
-            ahead = lead(own, changes[cheap, k].diagonal())
-            rows.append(metric_row(f"{OWN} ahead of {cheap}", method, ahead, cutoff=k))
+        rows += metric_rows(OWN_CHANGE, method, changes[method, k].diagonal(), names, cutoff=k)
         far = [removals.distances(tuple(each["removed"]), each["targets"]) for each in several]
         for name in far[0]:
             rows += metric_rows(f"{OWN} {name}", method, torch.cat([each[name] for each in far]), names, cutoff=k)
+    rows += ahead_rows(OWN, {choice: each.diagonal() for choice, each in changes.items()})
     for name, values in removals.distances((), names).items():
         rows += metric_rows(f"{OWN} {name}", NOTHING, values, names)
     return [*rows, *_brittleness_rows(changes, names)]

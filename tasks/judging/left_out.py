@@ -13,19 +13,19 @@ from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
 from fastgda_core.errors import UsageError
-from fastgda_core.evaluation.counterfactual import lead, separation, union_of_first
+from fastgda_core.evaluation.counterfactual import separation, union_of_first
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table, input_key
 from tasks.artifact import Artifact, Made, once
 from tasks.inputs.features import features_key
 from tasks.inputs.queries import load_queries
-from tasks.judging.methods import RANDOM, UNTUNED, method_scores
+from tasks.judging.methods import RANDOM, method_scores
 from tasks.judging.metric_rows import metric_row, metric_rows
-from tasks.judging.removals import NOTHING, Removals
+from tasks.judging.removals import NOTHING, Removals, ahead_rows
 from tasks.judging.rivals import Rivals
 from tasks.teaching.retrainings import REMOVAL_PLAN
 from tasks.teaching.run import Run
-from tasks.watching.trust import CAPTIONS, TEACHER
+from tasks.watching.trust import TEACHER
 
 CHANGE, OF_CONTROLS, SEPARATION = "loss change", "loss change of controls", "targets apart from controls"
 Removal = tuple[str, int, list[str], list[int], bool]  # method, k, queries, samples, pooled: columns of the plan
@@ -127,17 +127,13 @@ def _named(scores: Mapping[str, Tensor], k: int, seed: int) -> dict[str, list[in
 def leave_out_rows(run: Run, removals: Removals) -> list[dict[str, object]]:
     """Return how much the targets of each method lost without what it named, and the controls with them."""
     targets, controls = _targets_and_controls(run)
-    rows: list[dict[str, object]] = []
     pooled = {
         (each["method"], each["k"]): removals.changes(tuple(each["removed"]))
         for each in removals.plan
         if each["pooled"]
     }
+    rows = list(ahead_rows(CHANGE, {choice: changes[targets] for choice, changes in pooled.items()}))
     for (method, k), changes in pooled.items():
-        cheap = next(name for name in (CAPTIONS, UNTUNED) if (name, k) in pooled)
-        if method != cheap:
-            ahead = lead(changes[targets], pooled[cheap, k][targets])
-            rows.append(metric_row(f"{CHANGE} ahead of {cheap}", method, ahead, cutoff=k))
         apart, error = separation(changes[targets], changes[controls])
         alone = metric_row(SEPARATION, method, torch.tensor([apart], dtype=torch.float64), cutoff=k)
         rows += [

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from fastgda_core.evaluation.counterfactual import loss_changes
+from fastgda_core.evaluation.counterfactual import lead, loss_changes
 from storage_schemas import tables
+from tasks.judging.methods import UNTUNED
+from tasks.judging.metric_rows import metric_row
 from tasks.teaching.pool import Retraining
 from tasks.teaching.retrainings import RemovalParts
 from tasks.teaching.run import Run
+from tasks.watching.trust import CAPTIONS
 
 NOTHING = "nothing removed"  # the method of a model of all samples, whose pictures differ, too
 MSE, SIMILARITY = "mse", "similarity"
@@ -59,3 +63,19 @@ class Removals:
             if all(value is not None for row in values for value in row):
                 found[name] = torch.tensor(values, dtype=torch.float64).mean(0)
         return found
+
+
+def ahead_rows(removal: str, changes: Mapping[tuple[str, int], Tensor]) -> Iterator[dict[str, object]]:
+    """Yield how far each method is ahead of the cheap one, captions or else features, query by query.
+
+    Queries differ more than methods do. Where models are trained without what neither of the two names, nothing is
+    yielded.
+
+    Args:
+        removal: what the rows are named after.
+        changes: of the queries' losses, (queries,), by method and K.
+    """
+    for (method, k), mine in changes.items():
+        cheap = next((name for name in (CAPTIONS, UNTUNED) if (name, k) in changes), None)
+        if cheap is not None and method != cheap:
+            yield metric_row(f"{removal} ahead of {cheap}", method, lead(mine, changes[cheap, k]), cutoff=k)

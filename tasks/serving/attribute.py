@@ -20,7 +20,7 @@ from tasks.devices import pick_device
 from tasks.distilling.answering import answering_head
 from tasks.distilling.head_space import recorded_space
 from tasks.distilling.index import read_index_mean
-from tasks.inputs.features import load_encoders
+from tasks.inputs.features import encode_query, load_encoders
 from tasks.inputs.samples import samples_table
 
 
@@ -60,10 +60,7 @@ class AttributionService:
     @torch.no_grad()
     def embed(self, image: Image.Image, caption: str) -> Tensor:
         """Return the vector that one query is searched by, (1, width of the head)."""
-        parts = [
-            encoder.encode_queries([as_rgb(image) if encoder.modality == "image" else caption])
-            for encoder in self.encoders
-        ]
+        parts = encode_query(self.encoders, as_rgb(image), caption)
         return self.head.queries(concatenate(parts, unit_length=self.unit_length, mean=self.mean), [caption])
 
     def attribute(self, image: Image.Image, caption: str, k: int) -> list[Attribution]:

@@ -111,7 +111,7 @@ class KernelFamily:
 
     def costs(self, config: PipelineConfig, size: Size) -> list[KindCost]:
         teacher, method = config.teacher, kernel_teacher(config)
-        timesteps = len(teacher.timestep_list) if teacher.timestep_list is not None else teacher.timesteps
+        timesteps = teacher.timestep_count
         noises = timesteps * teacher.draws
         of_sample = noises * config.model.images * size.captions * GRADIENT_FORWARDS
         of_query = (noises if method.each_timestep else teacher.gradient_pairs) * GRADIENT_FORWARDS

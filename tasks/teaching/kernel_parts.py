@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import tempfile
 import time
 from collections.abc import Iterator, MutableMapping
@@ -17,24 +16,22 @@ from torch import Tensor
 from fastgda_core.curvature.layers import matrix_shape
 from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.sampling import journey
-from fastgda_core.errors import NonFiniteLoss, UsageError
+from fastgda_core.errors import NonFiniteLoss
 from fastgda_core.sketches.projection import Projection
 from fastgda_core.teachers.kernel import KERNEL_TEACHERS, KernelTeacher, journey_gradient
 from fastgda_core.teachers.kernels import DUAL_SAMPLES, DualKernel, Kernel, PrimalKernel
 from fastgda_core.teachers.training_loss import SampleBlock
 from fastgda_core.teachers.unlearning import query_gradient
-from storage_schemas.commit import Manifest, commit
-from storage_schemas.tables import PSEUDO, TWIN
+from storage_schemas.commit import Manifest
 from storage_schemas.workspace import part
 from tasks.artifact import Artifact
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context, load_tensors
-from tasks.inputs.queries import TWIN_NUMBERS, Query, load_queries
-from tasks.inputs.twins import load_twins
+from tasks.inputs.queries import Query, load_queries, starting_number
 from tasks.teaching.bad_samples import without_bad_samples
 from tasks.teaching.latents import load_block, unreadable_samples
 from tasks.teaching.noise import noise_plan
-from tasks.teaching.parts import Parts
+from tasks.teaching.tensor_parts import QueryParts, TensorParts, without_a_number
 
 FEATURES, ASKED, KERNEL = "gradient features", "query features", "kernel"
 _TILES_IN_MEMORY = 2**29  # bytes; beyond, the tiles of a kernel lie in a temporary folder
@@ -58,7 +55,7 @@ def projection_of(context: Context) -> Projection:
     return context.loaded.once("projection", key, lambda: Projection.drawn(sizes, size, config.seed, context.device))
 
 
-class FeatureParts(Parts):
+class FeatureParts(TensorParts):
     """The gradient features of all samples at one checkpoint, as many a part as a score shard has.
 
     Numbers are float16, each feature with the largest one as its unit: what this rounds changes an inner product by at
@@ -66,7 +63,6 @@ class FeatureParts(Parts):
     """
 
     kind = title = FEATURES
-    suffix = "safetensors"
 
     def __init__(self, context: Context, latents: Artifact, features: Artifact) -> None:
         self.context, self.latents, self.artifact = context, latents, features
@@ -95,15 +91,7 @@ class FeatureParts(Parts):
         good, features, left_out = without_bad_samples(train_ids, known, of_samples, nothing)
         unit = features.abs().amax(2, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         tensors = {"train_ids": torch.from_numpy(good), "features": (features / unit).half(), "units": unit}
-        return commit(
-            self.path(number),
-            functools.partial(save_file, tensors),
-            key=self.key(number),
-            rows=len(good),
-            started=started,
-            device=str(context.device),
-            quarantined=left_out,
-        )
+        return self.keep(number, tensors, started, rows=len(good), quarantined=left_out)
 
     def load(self, number: int) -> tuple[NDArray[np.int64], Tensor]:
         """Return a part's samples, ascending, and their features, (n, flips, d) float32, on the context's device."""
@@ -118,23 +106,14 @@ class FeatureParts(Parts):
                 yield features.flatten(0, 1) / features.shape[1] ** 0.5
 
 
-class AskedParts(Parts):
+class AskedParts(QueryParts):
     """The gradient feature of every query at one checkpoint, a part each."""
 
     kind = title = ASKED
-    suffix = "safetensors"
-    of_queries = True
 
     def __init__(self, context: Context, queries: Artifact, asked: Artifact) -> None:
         self.context, self.queries, self.artifact = context, queries, asked
         self.kind = self.title = asked.name
-
-    @property
-    def count(self) -> int:
-        return self.queries.rows
-
-    def rows(self, number: int) -> int:
-        return 1
 
     def make(self, number: int) -> Manifest:
         """Compute and commit the feature of one query.
@@ -146,13 +125,8 @@ class AskedParts(Parts):
         try:
             feature = self._feature(query)
         except NonFiniteLoss as error:
-            raise UsageError(
-                f"the loss of query {query.query_id} is no number: look at its image and caption, then take it out of "
-                "the query set or mend it"
-            ) from error
-        save = functools.partial(save_file, {"feature": feature.float().cpu().contiguous()})
-        device = str(self.context.device)
-        return commit(self.path(number), save, key=self.key(number), rows=1, started=started, device=device)
+            raise without_a_number(query) from error
+        return self.keep(number, {"feature": feature.float().cpu().contiguous()}, started)
 
     def load(self, numbers: list[int]) -> Tensor:
         """Return the features of some queries, (queries, d) float32, on the context's device."""
@@ -162,7 +136,7 @@ class AskedParts(Parts):
         context, config, method = self.context, self.context.config.teacher, kernel_teacher(self.context.config)
         model, projection, micro_batch = _model(context), projection_of(context), context.micro_batch("gradients")
         layers, condition = context.layers(model), model.encode_captions([query.caption])
-        if method.journey and (number := self._number(query)) is not None:
+        if method.journey and (number := starting_number(query)) is not None:
             timesteps, clean = _journey(context, query, number)
             gradient = journey_gradient(
                 model, layers, clean, timesteps, condition,
@@ -180,12 +154,6 @@ class AskedParts(Parts):
         )  # fmt: skip
         return method.of_gradient(gradient, projection)
 
-    def _number(self, query: Query) -> int | None:
-        """Return the number of the query's starting noise; None: a training image, which no journey made."""
-        if query.split == PSEUDO:
-            return None
-        return TWIN_NUMBERS + load_twins(self.queries.path)[query.query_id] if query.split == TWIN else query.row
-
 
 def _journey(context: Context, query: Query, number: int) -> tuple[Tensor, Tensor]:
     """Generate a query again by the sampler that made it: timesteps (steps,) and clean images (steps, c, h, w)."""
@@ -200,11 +168,10 @@ def _journey(context: Context, query: Query, number: int) -> tuple[Tensor, Tenso
     return timesteps, torch.cat([step.clean for step in steps])
 
 
-class KernelParts(Parts):
+class KernelParts(TensorParts):
     """The kernel before the queries' features, (queries, d) float32: one part."""
 
     kind = title = KERNEL
-    suffix = "safetensors"
 
     def __init__(self, features: FeatureParts, asked: AskedParts, kernel: Artifact) -> None:
         self.context, self.features, self.asked, self.artifact = features.context, features, asked, kernel
@@ -225,9 +192,7 @@ class KernelParts(Parts):
         with tempfile.TemporaryDirectory() as scratch:
             kernel = self._kernel(Path(scratch))
             found = torch.cat([kernel.of(self.asked.load(numbers)).float().cpu() for numbers in every])
-        save = functools.partial(save_file, {"kernel": found.contiguous()})
-        device = str(self.context.device)
-        return commit(self.path(0), save, key=self.key(0), rows=len(found), started=started, device=device)
+        return self.keep(number, {"kernel": found.contiguous()}, started)
 
     def _kernel(self, scratch: Path) -> Kernel:
         method, size = kernel_teacher(self.context.config), self.asked.load([0]).shape[1]

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterable
 
 import torch
 from PIL import ImageOps
-from safetensors.torch import save_file
 
 from fastgda_core.diffusion.loss import concatenate
 from fastgda_core.interruption import checkpoint
 from fastgda_core.teachers.training_loss import SampleBlock
-from storage_schemas.commit import Manifest, commit, input_key
+from storage_schemas.commit import Manifest, input_key
 from storage_schemas.listings import quarantined_in
 from storage_schemas.workspace import part
 from tasks.artifact import Artifact
 from tasks.context import Context, load_tensors
 from tasks.inputs.samples import readable_images_ahead, samples_table
-from tasks.teaching.parts import Parts
+from tasks.teaching.tensor_parts import TensorParts
 
 LATENT_PART_SAMPLES = 512
 _CONDITION = "condition/"
@@ -31,11 +29,10 @@ def latents_of(context: Context, samples: Artifact) -> Artifact:
     return LatentParts.together(context.workspace, key, samples.rows)
 
 
-class LatentParts(Parts):
+class LatentParts(TensorParts):
     """Latents and caption embeddings of every sample, in parts of 512."""
 
     kind = title = "latents"
-    suffix = "safetensors"
 
     def __init__(self, context: Context, samples: Artifact, latents: Artifact) -> None:
         self.context, self.samples, self.artifact = context, samples, latents
@@ -51,15 +48,7 @@ class LatentParts(Parts):
         started = time.monotonic()
         first = number * LATENT_PART_SAMPLES
         tensors, unreadable = self._encode(list(range(first, first + self.rows(number))))
-        return commit(
-            self.path(number),
-            functools.partial(save_file, tensors),
-            key=self.artifact.key,
-            rows=self.rows(number),
-            started=started,
-            device=str(self.context.device),
-            quarantined=unreadable,
-        )
+        return self.keep(number, tensors, started, quarantined=unreadable)
 
     def _encode(self, train_ids: list[int]) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
         """Return the tensors of a part, and why samples cannot be read any more; these have latents of NaN."""

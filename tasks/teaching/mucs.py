@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgda_core.diffusion.model import train_timesteps
@@ -18,7 +16,7 @@ from fastgda_core.evaluation.retraining import to_train
 from fastgda_core.teachers.mucs import NULL_ROWS, Ascent, Unlearned, unlearn, untrained_loss
 from fastgda_core.teachers.scores import exact_scores
 from fastgda_core.teachers.training_loss import SampleBlock
-from storage_schemas.commit import Manifest, commit, input_key
+from storage_schemas.commit import Manifest, input_key
 from tasks.artifact import Artifact
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
@@ -36,6 +34,7 @@ from tasks.teaching.families import Artifacts, BlockScores
 from tasks.teaching.latents import LatentParts, latents_of, load_block, unreadable_samples
 from tasks.teaching.noise import noise_plan
 from tasks.teaching.parts import Parts
+from tasks.teaching.tensor_parts import QueryParts
 from tasks.teaching.updates import QueryUpdates, update_tensors
 
 GRADIENT_FORWARDS = 2.6  # one forward and backward to the weights of the MLPs, in forwards (benchmarks/RESULTS.md)
@@ -52,22 +51,13 @@ def ascents_of(context: Context, latents: Artifact, queries: Artifact) -> Artifa
     return AscentParts.together(context.workspace, key, queries.rows)
 
 
-class AscentParts(Parts):
+class AscentParts(QueryParts):
     """The change of weights that forgets a query, a part each: the whole way of it, from the model's own weights."""
 
     kind = title = "unlearning steps"
-    suffix = "safetensors"
-    of_queries = True
 
     def __init__(self, context: Context, latents: Artifact, queries: Artifact, ascents: Artifact) -> None:
         self.context, self.latents, self.queries, self.artifact = context, latents, queries, ascents
-
-    @property
-    def count(self) -> int:
-        return self.queries.rows
-
-    def rows(self, number: int) -> int:
-        return 1
 
     def make(self, number: int) -> Manifest:
         """Unlearn one query and commit how far the weights went.
@@ -86,14 +76,7 @@ class AscentParts(Parts):
         beside = {"/steps": found.steps, "/forget_loss": found.forget_loss, "/null_loss": self._null_loss()}
         stored = update_tensors(found.update, self.context.config.teacher.update_rank)
         stored |= {name: torch.tensor(value, dtype=torch.float64) for name, value in beside.items()}
-        return commit(
-            self.path(number),
-            functools.partial(save_file, stored),
-            key=self.key(number),
-            rows=1,
-            started=started,
-            device=str(self.context.device),
-        )
+        return self.keep(number, stored, started)
 
     def unlearned(self, query: Query) -> Unlearned:
         """Return a query's ascent, made anew."""
@@ -199,8 +182,7 @@ class Mucs:
     def costs(self, config: PipelineConfig, size: Size) -> list[KindCost]:
         """Return the costs of ascents that take all the steps that they may: most end long before."""
         teacher, queries, pairs = config.teacher, size.queries, size.queries * size.candidates
-        timesteps = len(teacher.timestep_list) if teacher.timestep_list is not None else teacher.timesteps
-        noises = timesteps * teacher.draws * config.model.images * size.captions
+        noises = teacher.timestep_count * teacher.draws * config.model.images * size.captions
         ascent = NULL_ROWS + teacher.most_steps * 2 * teacher.gradient_pairs * GRADIENT_FORWARDS
         parts = -(-size.samples // BASE_LOSS_PART)
         return [

@@ -5,7 +5,6 @@ No pass of the model is made; of the model's folder its noise schedule is read, 
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterator
 
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgda_core.diffusion.model import train_timesteps
@@ -22,7 +20,7 @@ from fastgda_core.diffusion.schedule import Schedule, load_schedule
 from fastgda_core.images import square
 from fastgda_core.interruption import checkpoint
 from fastgda_core.teachers.nda import PatchPlan, heat_maps, log_partitions, patch_scores
-from storage_schemas.commit import Manifest, commit, input_key
+from storage_schemas.commit import Manifest, input_key
 from storage_schemas.listings import quarantined_in
 from storage_schemas.workspace import part
 from tasks.artifact import Artifact
@@ -33,6 +31,7 @@ from tasks.inputs.samples import readable_images_ahead
 from tasks.teaching.cost import KindCost, Size, block_shape, score_shards
 from tasks.teaching.families import Artifacts, BlockScores
 from tasks.teaching.parts import Parts
+from tasks.teaching.tensor_parts import TensorParts
 
 PICTURE_PART = 512  # samples
 POSTERIOR_PART = 8  # queries: as many patches at once as fill a matrix product
@@ -40,11 +39,10 @@ MOST_PIXELS = 32  # a side, as of CIFAR's pictures, on which the method was publ
 PUBLISHED_NOISE = 0.1  # the timestep as a share of the schedule: 100 of 1,000 in the published commands
 
 
-class PictureParts(Parts):
+class PictureParts(TensorParts):
     """Every sample as a small square RGB picture, in parts of 512: pictures (n, 3, side, side) uint8."""
 
     kind = title = "patch pictures"
-    suffix = "safetensors"
 
     def __init__(self, context: Context, samples: Artifact, pictures: Artifact) -> None:
         self.context, self.samples, self.artifact = context, samples, pictures
@@ -65,25 +63,16 @@ class PictureParts(Parts):
             checkpoint()
             pictures.append(_small(images, side))
             unreadable |= faults
-        return commit(
-            self.path(number),
-            functools.partial(save_file, {"pictures": torch.cat(pictures)}),
-            key=self.artifact.key,
-            rows=self.rows(number),
-            started=started,
-            device="cpu",
-            quarantined=unreadable,
-        )
+        return self.keep(number, {"pictures": torch.cat(pictures)}, started, device="cpu", quarantined=unreadable)
 
 
-class PosteriorParts(Parts):
+class PosteriorParts(TensorParts):
     """What the weights of the training patches are divided by, for eight queries a part, against all samples.
 
     pictures: the queries', (queries, 3, side, side) uint8. log_partitions: (queries, views, places) float64.
     """
 
     kind = title = "patch posteriors"
-    suffix = "safetensors"
     of_queries = True
 
     def __init__(self, context: Context, pictures: Artifact, queries: Artifact, posteriors: Artifact) -> None:
@@ -103,14 +92,7 @@ class PosteriorParts(Parts):
         asked = _small([query.image for query in several], picture_side(context))
         plan, schedule = patch_plan(context)
         partitions = log_partitions(plan, schedule, _scaled(context, asked), self._blocks())
-        return commit(
-            self.path(number),
-            functools.partial(save_file, {"pictures": asked, "log_partitions": partitions.cpu()}),
-            key=self.artifact.key,
-            rows=self.rows(number),
-            started=started,
-            device=str(context.device),
-        )
+        return self.keep(number, {"pictures": asked, "log_partitions": partitions.cpu()}, started)
 
     def _blocks(self) -> Iterator[Tensor]:
         """Yield the pictures of all samples that can be read, mirrored ones after each block where they count."""

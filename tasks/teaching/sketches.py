@@ -16,7 +16,6 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgda_core.curvature.fisher import EkfacFisher
@@ -39,6 +38,7 @@ from tasks.teaching.families import Artifacts
 from tasks.teaching.latents import load_block, unreadable_samples
 from tasks.teaching.noise import plan_inputs, run_plan
 from tasks.teaching.parts import Parts
+from tasks.teaching.tensor_parts import TensorParts
 from tasks.teaching.updates import QueryUpdates, device_fisher
 
 
@@ -175,11 +175,10 @@ def _sketched(
     return _Sketched(*without_bad_samples(train_ids, known, of_samples, nothing))
 
 
-class SketchParts(Parts):
+class SketchParts(TensorParts):
     """The sketches of all samples, as many a part as a score shard has."""
 
     kind = title = "sketches"
-    suffix = "safetensors"
     after_scores = True
 
     def __init__(
@@ -238,15 +237,7 @@ class SketchParts(Parts):
             "values": packed.values.unflatten(0, shape),
             "scales": packed.scales.unflatten(0, shape),
         }
-        return commit(
-            self.path(number),
-            functools.partial(save_file, tensors),
-            key=self.key(number),
-            rows=len(made.train_ids),
-            started=started,
-            device=str(self.context.device),
-            quarantined=made.left_out,
-        )
+        return self.keep(number, tensors, started, rows=len(made.train_ids), quarantined=made.left_out)
 
 
 @dataclass(eq=False)

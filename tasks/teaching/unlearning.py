@@ -142,8 +142,7 @@ class Unlearning:
             pilot_costs = [KindCost(NOISE_PLAN, 1, chosen_by, forwards)]
             config = planned(config, *DEAREST)
         teacher, method, queries = config.teacher, unlearning_teacher(config), size.queries
-        timesteps = len(teacher.timestep_list) if teacher.timestep_list is not None else teacher.timesteps
-        noises = timesteps * teacher.draws * config.model.images * size.captions
+        noises = teacher.timestep_count * teacher.draws * config.model.images * size.captions
         rows, pilot = config.curvature.samples, pilot_rows(config.curvature) * GRADIENT_FORWARDS
         before = [
             KindCost("curvature", 1, rows, rows * FISHER_FORWARDS[method.fisher] + pilot),

@@ -9,19 +9,18 @@ from dataclasses import replace
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgda_core.curvature.fisher import Fisher, load_fisher
-from fastgda_core.errors import NonFiniteLoss, UsageError
+from fastgda_core.errors import NonFiniteLoss
 from fastgda_core.teachers.unlearning import compress, expand, expected_spread, query_gradients, unlearning_update
-from storage_schemas.commit import Manifest, commit, input_key
+from storage_schemas.commit import Manifest, input_key
 from storage_schemas.files import local_copy
 from storage_schemas.workspace import part
 from tasks.artifact import Artifact
 from tasks.context import Context, load_tensors
 from tasks.inputs.queries import Query, load_queries
-from tasks.teaching.parts import Parts
+from tasks.teaching.tensor_parts import QueryParts, without_a_number
 
 # Of the whole update, beside its layers: what a low rank lost; at a checkpoint, what a score is divided by.
 _ERROR, _SPREAD = "/relative_error", "/expected_spread"
@@ -48,12 +47,10 @@ def updates_of(context: Context, latents: Artifact, curvature: Artifact, queries
     return replace(folder, name=context.named(folder.name))
 
 
-class UpdateParts(Parts):
+class UpdateParts(QueryParts):
     """Delta theta of every query, a part each."""
 
     kind = title = "unlearning steps"
-    suffix = "safetensors"
-    of_queries = True
 
     def __init__(
         self, context: Context, latents: Artifact, curvature: Artifact, queries: Artifact, updates: Artifact
@@ -61,13 +58,6 @@ class UpdateParts(Parts):
         self.context, self.curvature, self.queries, self.artifact = context, curvature, queries, updates
         self.samples = latents.rows
         self.kind = self.title = updates.name
-
-    @property
-    def count(self) -> int:
-        return self.queries.rows
-
-    def rows(self, number: int) -> int:
-        return 1
 
     def make(self, number: int) -> Manifest:
         """Compute and commit Delta theta of one query.
@@ -81,22 +71,12 @@ class UpdateParts(Parts):
         try:
             gradient = gradient_of(context, query, config.seed)
         except NonFiniteLoss as error:
-            raise UsageError(
-                f"the loss of query {query.query_id} is no number: look at its image and caption, then take it out of "
-                "the query set or mend it"
-            ) from error
+            raise without_a_number(query) from error
         update = update_of(context, gradient, fisher, self.samples)
         stored = update_tensors(update, config.update_rank)
         if context.taught_at:
             stored[_SPREAD] = torch.tensor(expected_spread(fisher, update), dtype=torch.float64)
-        return commit(
-            self.path(number),
-            functools.partial(save_file, stored),
-            key=self.key(number),
-            rows=1,
-            started=started,
-            device=str(context.device),
-        )
+        return self.keep(number, stored, started)
 
 
 def device_fisher(context: Context, curvature: Artifact) -> Fisher:

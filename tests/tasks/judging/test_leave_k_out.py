@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import UNet2DConditionModel
 from torch.nn import functional as F
 
@@ -32,7 +33,7 @@ from tasks.inputs.queries import draw_again, load_queries
 from tasks.judging.kept_checks import read_checks
 from tasks.judging.leave_k_out import BRITTLENESS, BROKEN, OWN, OWN_CHANGE
 from tasks.judging.methods import RANDOM, UNTUNED
-from tasks.judging.removals import NOTHING
+from tasks.judging.removals import NOTHING, ahead_rows
 from tasks.teaching import kept_models, retrainings, trainer
 from tasks.teaching.cost import Size
 from tasks.teaching.pool import Retraining
@@ -113,6 +114,13 @@ def test_for_each_query_and_method_the_first_k_are_removed(judged: Curation, par
     ).to_pylist()
     assert {(row["method"], row["k"], row["query_id"]): row["removed"] for row in named} == plan
     assert not parts.missing()
+
+
+def test_no_method_is_ahead_of_a_cheap_one_that_was_not_asked() -> None:
+    changes = {(TEACHER, 5): torch.tensor([0.5]), (RANDOM, 5): torch.tensor([0.1])}
+    assert list(ahead_rows(OWN, changes)) == []
+    named = {(row["metric"], row["space"]) for row in ahead_rows(OWN, changes | {(UNTUNED, 5): torch.tensor([0.2])})}
+    assert named == {(f"{OWN} ahead of {UNTUNED}", method) for method in (TEACHER, RANDOM)}
 
 
 @pytest.mark.heavy
