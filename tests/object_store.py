@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,16 +19,35 @@ from storage_schemas.files import AnyPath, any_path
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """Its URL."""
-    from moto.server import ThreadedMotoServer  # takes seconds
+    """Its URL.
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+    Requests that change something are answered one at a time: moto looks whether a name is free and takes it in two
+    steps, so that of two conditional puts both could succeed. With S3 exactly one does.
+    """
+    from moto.moto_server.werkzeug_app import (  # takes seconds
+        DomainDispatcherApplication,
+        MotoRequestHandler,
+        create_backend_app,
+    )
+    from werkzeug.serving import make_server
+
+    application, changing = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+    def answer(request: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        if request["REQUEST_METHOD"] in ("GET", "HEAD"):
+            return application(request, start)
+        with changing:
+            return application(request, start)
+
+    server = make_server("127.0.0.1", 0, answer, threaded=True, request_handler=MotoRequestHandler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    host, port = server.server_address[:2]
     try:
         yield f"http://{host}:{port}"
     finally:
-        server.stop()
+        server.shutdown()
+        thread.join()
 
 
 def empty_workspace(url: str, patch: pytest.MonkeyPatch) -> AnyPath:
