@@ -1,0 +1,102 @@
+"""An answer to an attribution query: the training samples, and what tells how far to believe them.
+
+Python, the command line and HTTP give the same answer; `as_json` is what the latter two write.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Tier = Literal["fast", "sketch", "exact"]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One training sample of an answer.
+
+    similarity: inner product of the head's vectors, of tier fast; None of the others.
+    score, standard_error: the teacher's, or of tier fast what it is predicted to be; None where that is not known.
+    predicted_rank: normalised rank among the samples that the teacher would score, in (0, 1].
+    metadata: further columns of its sample: what the tar's .json holds.
+    duplicates: train_ids of samples whose images look the same, which are folded under this one.
+    """
+
+    rank: int
+    train_id: int
+    key: str
+    captions: list[str]
+    shard: str
+    offset: int
+    similarity: float | None = None
+    score: float | None = None
+    standard_error: float | None = None
+    predicted_rank: float | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    duplicates: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far answers of a tier agree with the teacher's, as it was measured on queries that chose nothing.
+
+    error: the standard error of the value; None where it is not known. note: a warning of the judges, or empty.
+    """
+
+    measure: str
+    value: float | None
+    error: float | None
+    teacher: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Versions:
+    """What an answer was made of: number of the published state, its run and snapshot, head and index.
+
+    index_kind: FAISS's name of it; recall_at_10, recall_at_100: against exact search, None where not measured.
+    """
+
+    published: int
+    run: str
+    snapshot: str
+    head: str | None
+    index: str | None
+    index_kind: str = ""
+    vectors: int = 0
+    recall_at_10: float | None = None
+    recall_at_100: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The training samples that influenced an image most, best first.
+
+    lowering: those that lower its likelihood most. similar: those that look alike and are not among the hits.
+    influence: of tiers that score all samples, what the hits hold of all influence: see `Influence`.
+    lineage: names versions, question and settings: the same question to the same versions has the same one.
+    """
+
+    tier: Tier
+    hits: list[Hit]
+    lowering: list[Hit]
+    similar: list[Hit]
+    agreement: Agreement
+    versions: Versions
+    lineage: str
+    seconds: float
+    influence: Influence | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the answer as plain values, in order."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Influence:
+    """Sums over all samples that were scored: of scores above and below 0, and the share of the former in the hits."""
+
+    scored: int
+    positive: float
+    negative: float
+    share: float
