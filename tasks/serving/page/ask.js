@@ -1,0 +1,172 @@
+// A question and its answers: the panel beside, and what fills the page.
+
+import * as api from "./api.js";
+import { label, sections, sideBySide } from "./answer.js";
+import { announce, confirmIn, el, put, skeletons } from "./dom.js";
+import { saveCsv, saveJson, table } from "./download.js";
+import { showError } from "./errors.js";
+import { filters, joined } from "./filters.js";
+import { questionForm } from "./home.js";
+import { mat, picture } from "./pictures.js";
+import { changed, go, href } from "./route.js";
+import { upload } from "./upload.js";
+import { TIERS, plural } from "./words.js";
+
+const COUNTS = [12, 24, 48, 96];
+const REMEMBERED = 40;
+const answers = new Map();
+
+export const isQuestion = (params) => ["query", "sample", "upload", "caption"].some((name) => params.has(name));
+
+/** Show the answer to the question of the params. */
+export async function showAsk(main, params, signal, open) {
+  const tier = TIERS[params.get("tier")] ? params.get("tier") : "fast";
+  if (params.has("upload") && !upload()) return showMissing(main, params);
+  const body = el("div", { class: "results" }, skeletons(12));
+  const side = el("aside", { class: "panel", "aria-label": "The question" });
+  put(main, el("h1", { class: "unseen", text: "The training images of a picture" }), el("div", { class: "ask" }, side, body));
+  let question;
+  try {
+    question = await readQuestion(params, signal);
+    put(side, panel(question, params, tier));
+    const beside = params.get("beside");
+    const wanted = [tier, ...(TIERS[beside] && beside !== tier ? [beside] : [])];
+    const given = await askAll(wanted, question, params, body, signal);
+    if (!given) return null;
+    put(body, content(given, beside, open));
+    put(side.querySelector("#out"), downloads(given[0], question));
+    announce(`${plural(given[0].hits.length, "training image")}, tier ${TIERS[tier].name}`);
+  } catch (error) {
+    showError(body)(error);
+  }
+  return null;
+}
+
+function content([first, second], beside, open) {
+  const side = (answer) => ({ title: TIERS[answer.tier].name, hits: answer.hits, answer });
+  if (second) return sideBySide(side(first), side(second), open);
+  if (beside === "similar") return sideBySide(side(first), { title: "Untuned features", hits: first.similar }, open);
+  return [label(first), sections(first, open)];
+}
+
+/** What is asked: {title, image, fields}, of which `fields` go to the service. */
+async function readQuestion(params, signal) {
+  const caption = params.get("caption") ?? "";
+  if (params.has("query")) {
+    const id = params.get("query");
+    const query = await api.query(id, signal);
+    return { name: id, title: query.caption, kind: `Scored query ${id}, split ${query.split}`, image: picture(api.queryImage(id, 512), query.caption, { loading: "eager" }), fields: { query_id: id } };
+  }
+  if (params.has("sample")) {
+    const id = params.get("sample");
+    const [sample, image] = await Promise.all([api.sample(id, signal), api.bytes(api.sampleImage(id), signal)]);
+    const words = sample.captions[0] ?? "";
+    return { name: `sample-${id}`, title: words, kind: `Training image ${id}, without itself`, image: picture(api.sampleImage(id, 512), words, { loading: "eager" }),
+      fields: { image, caption: words, exclude: id } };
+  }
+  if (params.has("upload")) {
+    const brought = upload();
+    return { name: `picture-${brought.fingerprint}`, title: caption || "without a caption", kind: "Your picture",
+      image: el("img", { src: brought.url, alt: caption || "The picture that you brought", class: "own" }), fields: { image: brought.blob, caption },
+      other: brought.fingerprint !== params.get("upload") };
+  }
+  return { name: "caption", title: caption, kind: "A caption alone", image: null, fields: { caption } };
+}
+
+async function askAll(tiers, question, params, body, signal) {
+  const fields = { ...question.fields, k: countOf(params), where: joined(params.getAll("where")) };
+  const known = (tier) => answers.get(keyOf(tier, question, fields));
+  if (tiers.includes("exact") && !known("exact")) {
+    if (!(await agreed(body, signal))) return null;
+  }
+  return Promise.all(tiers.map(async (tier) => {
+    if (!known(tier)) remember(keyOf(tier, question, fields), await api.attribute({ ...fields, tier }, { signal, progress: progressIn(body) }));
+    return known(tier);
+  }));
+}
+
+const countOf = (params) => (COUNTS.includes(Number(params.get("k"))) ? Number(params.get("k")) : COUNTS[1]);
+const keyOf = (tier, question, { k, where }) => JSON.stringify([tier, question.name, question.title, k, where]);
+
+function remember(key, answer) {
+  if (answers.size >= REMEMBERED) answers.delete(answers.keys().next().value);
+  answers.set(key, answer);
+}
+
+/** The teacher's answer costs minutes, so it is asked for by a button and not by a link. */
+function agreed(body, signal) {
+  return new Promise((resolve) => {
+    const start = el("button", { type: "button", id: "start-exact", text: "Ask the teacher", click: () => resolve(true) });
+    put(body, el("section", { class: "wait" }, el("h2", { text: "The exact answer" }),
+      el("p", { class: "lead", text: "The teacher scores the training images for this picture anew. That takes seconds to minutes, and goes on if you leave." }), start));
+    signal.addEventListener("abort", () => resolve(false));
+  });
+}
+
+function progressIn(body) {
+  const bar = el("progress", { max: 1, value: 0, "aria-label": "The teacher's work" });
+  const text = el("p", { class: "quiet", text: "The teacher is being asked" });
+  const place = el("section", { class: "wait" }, el("h2", { text: "The exact answer" }), bar, text);
+  return (part) => {
+    if (!place.isConnected) put(body, place);
+    bar.value = part ?? 0;
+    text.textContent = part ? `The teacher is being asked: ${Math.round(100 * part)} %` : "The question waits for its turn";
+  };
+}
+
+function panel(question, params, tier) {
+  const change = (changes) => go("ask", changed(params, changes));
+  const known = api.columns().then(({ columns }) => columns);
+  return [
+    question.image ? mat(question.image) : null,
+    el("p", { class: "title", text: question.title }), el("p", { class: "quiet", text: question.kind }),
+    question.other ? el("p", { class: "warning", text: "This is another picture than the one that the link was made for." }) : null,
+    tierChoice(tier, change),
+    selectOf("beside", "Beside it", params.get("beside") ?? "", [["", "nothing"], ...Object.entries(TIERS).filter(([name]) => name !== tier).map(([name, { name: text }]) => [name, text]),
+      ["similar", "Untuned features"]], change),
+    selectOf("k", "Images", String(countOf(params)), COUNTS.map((count) => [String(count), String(count)]), change),
+    filters(params.getAll("where"), known, (where) => change({ where })),
+    el("div", { class: "actions", id: "out" }),
+    el("p", {}, el("a", { href: "#/", id: "new", text: "Ask about another picture" })),
+  ].filter(Boolean);
+}
+
+function tierChoice(tier, change) {
+  return el("fieldset", { class: "tiers" }, el("legend", { text: "Tier" }), Object.entries(TIERS).map(([name, { name: text }]) =>
+    el("label", {}, el("input", { type: "radio", name: "tier", id: `tier-${name}`, value: name, checked: name === tier,
+      change: () => change({ tier: name === "fast" ? null : name, beside: null }) }), el("span", { text }))));
+}
+
+function selectOf(id, text, value, options, change) {
+  return el("label", { class: "field" }, el("span", { text }), el("select", { id, change: (event) => change({ [id]: event.target.value }) },
+    options.map(([each, said]) => el("option", { value: each, text: said, selected: each === value }))));
+}
+
+function downloads(answer, question) {
+  const copy = el("button", { type: "button", class: "plain", id: "copy-link", text: "Copy link", click: async () => {
+    try {
+      await navigator.clipboard.writeText(location.href);
+      confirmIn(copy, "Copied");
+    } catch {
+      confirmIn(copy, "Copy it from the address bar");
+    }
+  } });
+  const name = `fastgda-${question.name}-${answer.tier}`;
+  return [copy,
+    el("button", { type: "button", class: "plain", id: "download-json", text: "JSON", "aria-label": "Download as JSON", click: () => saveJson(name, answer) }),
+    el("button", { type: "button", class: "plain", id: "download-csv", text: "CSV", "aria-label": "Download as CSV", click: () => saveCsv(name, table(answer)) }),
+    question.fields.query_id ? el("a", { class: "button plain", id: "shares-of", href: href("shares", { query: question.fields.query_id }), text: "Shares" }) : null,
+    question.fields.image && question.kind === "Your picture"
+      ? el("p", { class: "quiet", text: "The link names your picture and does not hold it: whoever opens it has to bring the same one." }) : null,
+  ].filter(Boolean);
+}
+
+/** The place of an answer to a picture that this tab does not have. */
+function showMissing(main, params) {
+  put(main, el("div", { class: "opening" },
+    el("header", {}, el("h1", { text: "This link was made for a picture that it does not hold" }),
+      el("p", { class: "lead" }, "Pictures that are brought to this page stay with those who brought them. Bring the same one, of fingerprint ",
+        el("code", { text: params.get("upload") }), ", for the same answer.")),
+    questionForm(params.get("caption") ?? "")));
+}
+

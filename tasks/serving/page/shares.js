@@ -1,0 +1,71 @@
+// Shares of influence by any column of the samples.
+
+import * as api from "./api.js";
+import { shareBar } from "./charts.js";
+import { announce, el, put } from "./dom.js";
+import { rowsTable, saveCsv, saveJson } from "./download.js";
+import { errorLine } from "./errors.js";
+import { changed, go } from "./route.js";
+import { figure, percent, plural, whole } from "./words.js";
+
+const SPLITS = ["test", "validation", "train", "twin", "pseudo"];
+const SHOWN = 100;
+
+export function showShares(main, params, signal) {
+  const by = params.get("by") ?? "shard";
+  const queryIds = params.getAll("query");
+  const change = (name) => (event) => go("shares", changed(params, { [name]: event.target.value || null }));
+  const column = el("select", { id: "by", change: change("by") }, el("option", { value: by, text: by }));
+  api.columns(signal).then(({ columns }) => {
+    const names = new Set([by, ...columns.map(({ name }) => name)]);
+    put(column, [...names].map((name) => el("option", { value: name, text: name, selected: name === by })));
+  }, () => {});
+  const split = el("select", { id: "of", change: change("split"), disabled: queryIds.length > 0 },
+    el("option", { value: "", text: "all scored queries" }),
+    SPLITS.map((name) => el("option", { value: name, text: `split ${name}`, selected: name === params.get("split") })));
+  const day = (name, text) => el("label", {}, `${text} `, el("input", { type: "date", id: name, value: params.get(name) ?? "", change: change(name) }));
+  const body = el("div", { class: "waiting" }, el("p", { class: "quiet", text: "Influence is being summed" }));
+  put(main,
+    el("header", { class: "head" }, el("h1", { text: "Shares" }),
+      el("p", { class: "lead", text: "Whose images the influence on generated pictures came from, with how sure that is." }),
+      el("div", { class: "controls" }, el("label", {}, "By ", column), el("label", {}, "Of ", split), day("since", "Since"), day("until", "Until")),
+      queryIds.length ? el("p", { class: "quiet" }, `Of ${queryIds.join(", ")} alone. `,
+        el("button", { type: "button", class: "link", text: "Of all queries", click: () => go("shares", changed(params, { query: null })) })) : null),
+    body,
+    el("aside", { class: "label-plate" }, el("h3", { text: "What these figures are for" }),
+      el("p", { text: "A share is a sum of estimated influence. An interval that touches zero means that the data do not show any share: it is called unproven. " +
+        "Do not pay, or refuse to pay, anybody on an unproven share, nor take a proven one for proof of copying." })));
+  const question = { by, split: params.get("split") || null, query_ids: queryIds.length ? queryIds : null,
+    since: params.get("since"), until: params.get("until") };
+  api.shares(Object.fromEntries(Object.entries(question).filter(([, value]) => value !== null)), signal).then(
+    (answer) => put(body, result(answer, by)),
+    (error) => { if (error.name !== "AbortError") put(body, errorLine(error)); });
+}
+
+function result(answer, by) {
+  const rows = answer.rows;
+  announce(plural(rows.length, "payee"));
+  if (!rows.length) return [el("p", { class: "empty", text: "No influence is known for this choice." })];
+  const [low, high] = [Math.min(0, ...rows.map((row) => row.low)), Math.max(...rows.map((row) => row.high))];
+  const unproven = rows.filter((row) => !row.proven).length;
+  return [
+    el("p", { class: "lead", id: "share-summary", text: `${plural(rows.length, "payee")}, ${unproven ? `${whole(unproven)} of them unproven` : "all proven"}.` }),
+    el("table", { class: "shares" },
+      el("thead", {}, el("tr", {}, [by, "Share, with its interval", "Share", "Signal to noise", "Images"].map((text, place) =>
+        el("th", { scope: "col", class: place > 1 ? "number" : null, text })))),
+      el("tbody", {}, rows.slice(0, SHOWN).map((row) => shareRow(row, low, high)))),
+    rows.length > SHOWN ? el("p", { class: "quiet", text: `${whole(rows.length - SHOWN)} more are in the download.` }) : null,
+    el("p", { class: "controls" },
+      el("button", { type: "button", class: "plain", id: "download-json", text: "Download JSON", click: () => saveJson(`shares-by-${by}`, answer) }),
+      el("button", { type: "button", class: "plain", id: "download-csv", text: "Download CSV", click: () => saveCsv(`shares-by-${by}`, rowsTable(rows)) })),
+  ];
+}
+
+function shareRow(row, low, high) {
+  return el("tr", {},
+    el("th", { scope: "row" }, el("span", { text: row.payee ?? "without a value" }), row.proven ? null : el("span", { class: "mark", text: "unproven" })),
+    el("td", { class: "wide" }, shareBar(row, low, high)),
+    el("td", { class: "number", text: `${percent(row.share)} ± ${percent(row.standard_error)}` }),
+    el("td", { class: "number", text: figure(row.signal_to_noise) }),
+    el("td", { class: "number", text: whole(row.samples) }));
+}

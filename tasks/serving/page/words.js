@@ -1,0 +1,53 @@
+// Figures and names of the interface in plain words.
+
+export const TIERS = {
+  fast: { name: "Fast", says: "A small learned head and an index. Good for an order, and no more." },
+  sketch: {
+    name: "Sketch",
+    says: "This picture's own gradient against a sketch of every training image's: scores of the teacher's, with errors.",
+  },
+  exact: { name: "Exact", says: "The teacher itself, asked on the spot. It takes a while." },
+};
+
+const count = new Intl.NumberFormat("en");
+const plain = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
+
+export const whole = (number) => count.format(number);
+
+/** Three digits that count, or a dash where nothing is known. */
+export function figure(number) {
+  if (number === null || number === undefined) return "–";
+  const size = Math.abs(number);
+  return size !== 0 && (size < 1e-3 || size >= 1e6) ? number.toExponential(2) : plain.format(number);
+}
+
+/** A figure with its standard error, both in the same digits. */
+export function withError(number, error) {
+  if (number === null || number === undefined) return "–";
+  return error ? `${figure(number)} ± ${figure(error)}` : figure(number);
+}
+
+export function percent(part, digits = 1) {
+  return part === null || part === undefined ? "–" : `${(100 * part).toFixed(digits)} %`;
+}
+
+/** Where a normalised rank lies: 0.004 is among the first 0.4 %. */
+export function predicted(rank) {
+  if (rank === null || rank === undefined) return "";
+  const part = 100 * rank;
+  return `top ${part < 1 ? part.toFixed(2) : part.toFixed(1)} %`;
+}
+
+export function date(text) {
+  const when = new Date(text);
+  return Number.isNaN(when.valueOf()) ? "" : when.toISOString().slice(0, 16).replace("T", " ");
+}
+
+export const fileName = (path) => String(path).split("/").at(-1);
+export const plural = (number, one, many = `${one}s`) => `${whole(number)} ${number === 1 ? one : many}`;
+
+/** What a hit is ordered by, in one short line. */
+export function strength(hit) {
+  if (hit.score !== null && hit.score !== undefined) return `score ${withError(hit.score, hit.standard_error)}`;
+  return hit.similarity === null || hit.similarity === undefined ? "" : `similarity ${figure(hit.similarity)}`;
+}
