@@ -26,6 +26,7 @@ from flows.commands.demo import demo, train_demo_model
 from flows.commands.lake import lake_app
 from flows.commands.lineage import lineage
 from flows.commands.metrics import metrics
+from flows.commands.serve import serve
 from flows.commands.stages import stage_commands
 from flows.commands.store import ledger_app, store_commands
 from flows.commands.watch import watch_commands
@@ -85,6 +86,7 @@ for command in (
     demo,
     sql,
     attribute,
+    serve,
     train_demo_model,
     *stage_commands,
     *watch_commands,

@@ -39,7 +39,7 @@ def read_config(path: Path, runner: Runner | None = None) -> PipelineConfig:
     return with_runner(config, runner.value) if runner else config
 
 
-def _chosen_workspace(named: str) -> str:
+def chosen_workspace(named: str) -> str:
     """Return the workspace that is meant: the one named, that of the config named, or the current folder's."""
     if not named:
         location = default_location()
@@ -62,7 +62,7 @@ WorkspaceOption = Annotated[
         help="The workspace, as a folder, a URL, or a config whose workspace it is.",
         show_default="that of the current folder: itself, ./workspace or ./demo/workspace",
         envvar=ENVIRONMENT,
-        callback=_chosen_workspace,
+        callback=chosen_workspace,
     ),
 ]
 

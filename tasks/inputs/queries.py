@@ -58,11 +58,16 @@ class Query:
     row: int
 
     @property
+    def encoded(self) -> bytes:
+        """The image as its PNG."""
+        with _READING:
+            content: bytes = _encoded_images(self.path)[self.row].as_py()
+        return content
+
+    @property
     def image(self) -> Image.Image:
         """The image, decoded anew each time: thousands of images are more than there is memory for."""
-        with _READING:
-            encoded = _encoded_images(self.path)[self.row].as_py()
-        return decode_image(encoded)
+        return decode_image(self.encoded)
 
     @property
     def owner(self) -> int:
