@@ -19,12 +19,13 @@ function plate(answer, head) {
   const tier = TIERS[answer.tier];
   const first = [
     ["Agreement with the teacher", agreement.value === null ? "not measured" : withError(agreement.value, agreement.error)],
-    answer.tier === "fast" ? ["Found of exact search", percent(versions.recall_at_100)] : ["Influence in these images", influence ? percent(influence.share) : "–"],
+    answer.tier === "fast" ? ["Found of exact search", versions.recall_at_100 === null ? "not measured" : percent(versions.recall_at_100)] : ["Influence in these images", influence ? percent(influence.share) : "–"],
     ["Version", String(versions.published)],
     ["Lineage", el("code", { id: "lineage", text: answer.lineage.slice(0, 16) })],
   ];
   return el("section", { class: "plate", "aria-label": `How far to believe the answer of tier ${tier.name}` },
     head,
+    (answer.notes ?? []).map((text) => el("p", { class: "note", text })),
     el("dl", { class: "figures" }, first.map(([name, value]) => el("div", {}, el("dt", { text: name }), el("dd", {}, value)))),
     el("details", {}, el("summary", { text: "How this was made and measured" }), el("p", { text: tier.says }),
       el("dl", {}, details(answer).filter(([, value]) => value).map(([name, value]) => [el("dt", { text: name }), el("dd", { text: value })]))));
@@ -34,6 +35,7 @@ function details({ agreement, versions, influence, lineage, seconds }) {
   const measured = agreement.value === null ? "" : `${agreement.measure}, on queries that chose nothing`;
   return [
     ["Teacher", agreement.teacher], ["Measure", measured],
+    ["All figures", (agreement.measures ?? []).map((each) => `${each.name} ${withError(each.value, each.error)}`).join(", ")],
     ["Index", versions.index && `${versions.index} (${[versions.index_kind, plural(versions.vectors, "image")].filter(Boolean).join(", ")})`],
     ["Recall", versions.recall_at_100 === null ? "not measured" : `${figure(versions.recall_at_10)} of the first 10, ${figure(versions.recall_at_100)} of the first 100`],
     ["Influence", influence && `${whole(influence.scored)} images scored; sums ${figure(influence.positive)} above and ${figure(influence.negative)} below zero`],

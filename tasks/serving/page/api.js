@@ -1,6 +1,7 @@
 // The HTTP interface of the service: one function a question, errors as one line.
 
 const KEY = "fastgda-key";
+const POLL = 700; // milliseconds between two looks at a job
 
 export class ApiError extends Error {
   constructor(message, status, where = "") {
@@ -46,7 +47,7 @@ const search = (params) => new URLSearchParams(Object.entries(params).filter(([,
 export const queries = (params, signal) => getJson(`v1/queries?${search(params)}`, { signal });
 export const query = (id, signal) => getJson(`v1/queries/${encodeURIComponent(id)}`, { signal });
 export const sample = (id, signal) => getJson(`v1/samples/${encodeURIComponent(id)}`, { signal });
-export const columns = (signal) => getJson("v1/columns", { signal });
+export const columns = async (signal) => (await getJson("v1/columns", { signal })).columns;
 export const indexes = (signal) => getJson("v1/indexes", { signal });
 export const shares = (body, signal) => postJson("v1/shares", body, signal);
 
@@ -54,33 +55,26 @@ export const queryImage = (id, size) => `v1/queries/${encodeURIComponent(id)}/im
 export const sampleImage = (id, size) => `v1/samples/${encodeURIComponent(id)}/image${size ? `?size=${size}` : ""}`;
 export const bytes = async (path, signal) => (await request(path, { signal })).blob();
 
-/** Ask which samples made an image. `progress` hears of a job's share done, from 0 to 1. */
-export async function attribute(question, { signal, progress = () => {} } = {}) {
+/** Ask which samples made an image: an answer, or of tier exact a job, {job, state, progress}. */
+export async function attribute(question, signal) {
   const form = new FormData();
   for (const [name, value] of Object.entries(question)) {
     if (value !== null && value !== undefined && value !== "") form.append(name, value);
   }
-  const response = await request("v1/attribute", { method: "POST", body: form, signal });
-  const body = await response.json();
-  return response.status === 202 ? finished(body, signal, progress) : body;
+  return (await request("v1/attribute", { method: "POST", body: form, signal })).json();
 }
 
-async function finished(started, signal, progress) {
+const jobPath = (id) => `v1/jobs/${encodeURIComponent(id)}`;
+
+/** Wait for a job's answer. `progress` hears of the share that is done, from 0 to 1. */
+export async function finished(id, progress) {
   for (;;) {
-    await pause(700, signal);
-    const job = await getJson(`v1/jobs/${encodeURIComponent(started.job)}`, { signal });
-    progress(job.progress);
+    const job = await getJson(jobPath(id));
     if (job.answer) return job.answer;
-    if (job.error) throw new ApiError(job.error, 200);
+    if (job.error) throw new ApiError(job.error, 200, job.where);
+    progress(job.progress);
+    await new Promise((resolve) => { setTimeout(resolve, POLL); });
   }
 }
 
-function pause(milliseconds, signal) {
-  return new Promise((resolve, reject) => {
-    const timer = setTimeout(resolve, milliseconds);
-    signal?.addEventListener("abort", () => {
-      clearTimeout(timer);
-      reject(new DOMException("left", "AbortError"));
-    });
-  });
-}
+export const cancel = (id) => request(jobPath(id), { method: "DELETE" });

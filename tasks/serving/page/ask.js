@@ -10,6 +10,7 @@ import { questionForm } from "./home.js";
 import { mat, picture } from "./pictures.js";
 import { changed, go, href } from "./route.js";
 import { upload } from "./upload.js";
+import { agreed, teacher } from "./teacher.js";
 import { TIERS, plural } from "./words.js";
 
 const COUNTS = [12, 24, 48, 96];
@@ -32,7 +33,6 @@ export async function showAsk(main, params, signal, open) {
     const beside = params.get("beside");
     const wanted = [tier, ...(TIERS[beside] && beside !== tier ? [beside] : [])];
     const given = await askAll(wanted, question, params, body, signal);
-    if (!given) return null;
     put(body, content(given, beside, open));
     put(side.querySelector("#out"), downloads(given[0], question));
     announce(`${plural(given[0].hits.length, "training image")}, tier ${TIERS[tier].name}`);
@@ -75,48 +75,31 @@ async function readQuestion(params, signal) {
 
 async function askAll(tiers, question, params, body, signal) {
   const fields = { ...question.fields, k: countOf(params), where: joined(params.getAll("where")) };
-  const known = (tier) => answers.get(keyOf(tier, question, fields));
-  if (tiers.includes("exact") && !known("exact")) {
-    if (!(await agreed(body, signal))) return null;
+  const keys = tiers.map((tier) => JSON.stringify([tier, question.name, question.title, fields.k, fields.where]));
+  for (const [place, tier] of tiers.entries()) {
+    if (!answers.has(keys[place])) remember(keys[place], await askOne({ ...fields, tier }, keys[place], body, signal));
   }
-  return Promise.all(tiers.map(async (tier) => {
-    if (!known(tier)) remember(keyOf(tier, question, fields), await api.attribute({ ...fields, tier }, { signal, progress: progressIn(body) }));
-    return known(tier);
-  }));
+  return keys.map((key) => answers.get(key));
+}
+
+async function askOne(question, key, body, signal) {
+  if (question.tier !== "exact") return api.attribute(question, signal);
+  if (!teacher.has(key)) {
+    await agreed(body, signal);
+    teacher.start(key, question);
+  }
+  return teacher.answer(key, body, signal);
 }
 
 const countOf = (params) => (COUNTS.includes(Number(params.get("k"))) ? Number(params.get("k")) : COUNTS[1]);
-const keyOf = (tier, question, { k, where }) => JSON.stringify([tier, question.name, question.title, k, where]);
 
 function remember(key, answer) {
   if (answers.size >= REMEMBERED) answers.delete(answers.keys().next().value);
   answers.set(key, answer);
 }
 
-/** The teacher's answer costs minutes, so it is asked for by a button and not by a link. */
-function agreed(body, signal) {
-  return new Promise((resolve) => {
-    const start = el("button", { type: "button", id: "start-exact", text: "Ask the teacher", click: () => resolve(true) });
-    put(body, el("section", { class: "wait" }, el("h2", { text: "The exact answer" }),
-      el("p", { class: "lead", text: "The teacher scores the training images for this picture anew. That takes seconds to minutes, and goes on if you leave." }), start));
-    signal.addEventListener("abort", () => resolve(false));
-  });
-}
-
-function progressIn(body) {
-  const bar = el("progress", { max: 1, value: 0, "aria-label": "The teacher's work" });
-  const text = el("p", { class: "quiet", text: "The teacher is being asked" });
-  const place = el("section", { class: "wait" }, el("h2", { text: "The exact answer" }), bar, text);
-  return (part) => {
-    if (!place.isConnected) put(body, place);
-    bar.value = part ?? 0;
-    text.textContent = part ? `The teacher is being asked: ${Math.round(100 * part)} %` : "The question waits for its turn";
-  };
-}
-
 function panel(question, params, tier) {
   const change = (changes) => go("ask", changed(params, changes));
-  const known = api.columns().then(({ columns }) => columns);
   return [
     question.image ? mat(question.image) : null,
     el("p", { class: "title", text: question.title }), el("p", { class: "quiet", text: question.kind }),
@@ -125,7 +108,7 @@ function panel(question, params, tier) {
     selectOf("beside", "Beside it", params.get("beside") ?? "", [["", "nothing"], ...Object.entries(TIERS).filter(([name]) => name !== tier).map(([name, { name: text }]) => [name, text]),
       ["similar", "Untuned features"]], change),
     selectOf("k", "Images", String(countOf(params)), COUNTS.map((count) => [String(count), String(count)]), change),
-    filters(params.getAll("where"), known, (where) => change({ where })),
+    filters(params.getAll("where"), api.columns, (where) => change({ where })),
     el("div", { class: "actions", id: "out" }),
     el("p", {}, el("a", { href: "#/", id: "new", text: "Ask about another picture" })),
   ].filter(Boolean);

@@ -5,16 +5,18 @@ import { percent, withError } from "./words.js";
 
 const WIDTH = 320;
 
-/** A share with its interval on a scale from `low` to `high`; one that is not proven is hollow. */
+/** A share with its interval, where one is known, on a scale from `low` to `high`; one that is not proven is hollow. */
 export function shareBar(row, low, high) {
-  const x = (value) => 2 + ((value - low) / (high - low)) * (WIDTH - 4);
-  const zero = x(0);
-  const end = x(row.share);
-  const said = `${percent(row.share)}, from ${percent(row.low)} to ${percent(row.high)}`;
+  const x = (value) => 2 + ((value - low) / (high - low || 1)) * (WIDTH - 4);
+  const [zero, end] = [x(0), x(row.share)];
+  const known = typeof row.low === "number" && typeof row.high === "number";
+  const said = known ? `${percent(row.share)}, from ${percent(row.low)} to ${percent(row.high)}` : percent(row.share);
+  const interval = known ? `M${x(row.low)} 18H${x(row.high)}M${x(row.low)} 15V21M${x(row.high)} 15V21` : "";
   return svg("svg", { class: "share", viewBox: `0 0 ${WIDTH} 24`, role: "img", "aria-label": said, preserveAspectRatio: "none" },
-    svg("rect", { class: row.proven ? "proven" : "unproven", x: Math.min(zero, end), y: 7, width: Math.abs(end - zero), height: 10 }),
+    svg("rect", { class: row.proven ? "proven" : "unproven", x: Math.min(zero, end), y: 3, width: Math.abs(end - zero), height: 9 }),
     svg("line", { class: "zero", x1: zero, x2: zero, y1: 0, y2: 24 }),
-    ["halo", "interval"].map((name) => svg("path", { class: name, d: `M${x(row.low)} 12H${x(row.high)}M${x(row.low)} 3V21M${x(row.high)} 3V21` })));
+    typeof row.uniform === "number" ? svg("line", { class: "uniform", x1: x(row.uniform), x2: x(row.uniform), y1: 0, y2: 24 }) : null,
+    known ? svg("path", { class: "interval", d: interval }) : null);
 }
 
 /** Points over versions, oldest first: [{name, value, error, served}]; nulls leave a gap. */

@@ -1,6 +1,7 @@
 // Conditions on columns of the samples: each is a chip, and all of them must hold.
 
 import { el, put } from "./dom.js";
+import { showError } from "./errors.js";
 
 const OPERATORS = [["=", "is"], ["<>", "is not"], ["like", "contains"], [">=", "at least"], ["<=", "at most"]];
 const NUMBER = /^(?:tiny|small|big|u)?int|^(?:u?int\d+|float|double|decimal|hugeint)/i;
@@ -17,17 +18,22 @@ export function condition(column, operator, value) {
 /** All conditions as one text. */
 export const joined = (conditions) => (conditions.length > 1 ? conditions.map((each) => `(${each})`).join(" and ") : conditions[0] ?? "");
 
-/** A form that adds conditions: `change` hears of the new list. `columns` resolves to those that may be asked. */
+/** A form that adds conditions: `change` hears of the new list. `columns` is asked once, when the form is opened. */
 export function filters(conditions, columns, change) {
-  const add = el("form", { class: "add-filter", id: "filter-form" }, el("p", { class: "quiet", text: "Columns are being read" }));
-  columns.then((known) => fillForm(add, known, (text) => change([...conditions, text])),
-    (error) => put(add, el("p", { class: "error", text: error.message })));
+  const add = el("form", { class: "add-filter", id: "filter-form" });
+  let asked = false;
+  const ask = () => {
+    if (asked) return;
+    asked = true;
+    put(add, el("p", { class: "quiet", text: "Columns are being read" }));
+    columns().then((known) => fillForm(add, known, (text) => change([...conditions, text])), showError(add));
+  };
   const chips = conditions.map((text, index) =>
     el("li", {}, el("code", { text }),
       el("button", { type: "button", class: "remove", "aria-label": `Remove the filter ${text}`, text: "×",
         click: () => change(conditions.filter((_, other) => other !== index)) })));
-  return el("details", { class: "filters", open: conditions.length > 0 },
-    el("summary", { id: "filters" }, conditions.length ? `Filters (${conditions.length})` : "Filters"),
+  return el("details", { class: "filters", open: conditions.length > 0, toggle: (event) => event.target.open && ask() },
+    el("summary", { id: "filters", text: conditions.length ? `Filters (${conditions.length})` : "Filters" }),
     chips.length ? el("ul", { class: "chips" }, chips) : null, add);
 }
 

@@ -6,7 +6,7 @@ import { announce, el, put } from "./dom.js";
 import { rowsTable, saveCsv, saveJson } from "./download.js";
 import { errorLine } from "./errors.js";
 import { changed, go } from "./route.js";
-import { figure, percent, plural, whole } from "./words.js";
+import { figure, fileName, percent, plural, whole } from "./words.js";
 
 const SPLITS = ["test", "validation", "train", "twin", "pseudo"];
 const SHOWN = 100;
@@ -16,7 +16,7 @@ export function showShares(main, params, signal) {
   const queryIds = params.getAll("query");
   const change = (name) => (event) => go("shares", changed(params, { [name]: event.target.value || null }));
   const column = el("select", { id: "by", change: change("by") }, el("option", { value: by, text: by }));
-  api.columns(signal).then(({ columns }) => {
+  api.columns(signal).then((columns) => {
     const names = new Set([by, ...columns.map(({ name }) => name)]);
     put(column, [...names].map((name) => el("option", { value: name, text: name, selected: name === by })));
   }, () => {});
@@ -46,14 +46,19 @@ function result(answer, by) {
   const rows = answer.rows;
   announce(plural(rows.length, "payee"));
   if (!rows.length) return [el("p", { class: "empty", text: "No influence is known for this choice." })];
-  const [low, high] = [Math.min(0, ...rows.map((row) => row.low)), Math.max(...rows.map((row) => row.high))];
+  const low = Math.min(0, ...rows.map((row) => row.low ?? 0));
+  const high = Math.max(...rows.map((row) => Math.max(row.high ?? 0, row.share, row.uniform ?? 0)));
   const unproven = rows.filter((row) => !row.proven).length;
+  const silent = answer.silent ? `; ${whole(answer.silent)} more have no positive influence` : "";
+  const head = [[by], ["Share, with its interval", "wide"], ["Share", "number"], ["Signal to noise", "number extra"], ["Images", "number extra"], ["If paid evenly", "number extra"]];
   return [
-    el("p", { class: "lead", id: "share-summary", text: `${plural(rows.length, "payee")}, ${unproven ? `${whole(unproven)} of them unproven` : "all proven"}.` }),
+    el("p", { class: "lead", id: "share-summary", text: `${plural(rows.length, "payee")}, ${unproven ? `${whole(unproven)} of them unproven` : "all proven"}, over ${plural(answer.queries, "query", "queries")}${silent}.` }),
+    (answer.warnings ?? []).map((text) => el("p", { class: "warning", text })),
+    answer.judged ? el("p", { class: "quiet", text: `The teacher against models that were trained again: ${answer.judged}` }) : null,
     el("table", { class: "shares" },
-      el("thead", {}, el("tr", {}, [by, "Share, with its interval", "Share", "Signal to noise", "Images"].map((text, place) =>
-        el("th", { scope: "col", class: place > 1 ? "number" : null, text })))),
+      el("thead", {}, el("tr", {}, head.map(([text, name]) => el("th", { scope: "col", class: name, text })))),
       el("tbody", {}, rows.slice(0, SHOWN).map((row) => shareRow(row, low, high)))),
+    el("p", { class: "quiet", text: "The dotted mark is the share that a payee would have if every image were paid the same; the line below a bar is its interval." }),
     rows.length > SHOWN ? el("p", { class: "quiet", text: `${whole(rows.length - SHOWN)} more are in the download.` }) : null,
     el("p", { class: "controls" },
       el("button", { type: "button", class: "plain", id: "download-json", text: "Download JSON", click: () => saveJson(`shares-by-${by}`, answer) }),
@@ -61,11 +66,18 @@ function result(answer, by) {
   ];
 }
 
+const BEYOND = { more: "more than its images", less: "less than its images" };
+
 function shareRow(row, low, high) {
   return el("tr", {},
-    el("th", { scope: "row" }, el("span", { text: row.payee ?? "without a value" }), row.proven ? null : el("span", { class: "mark", text: "unproven" })),
+    el("th", { scope: "row" }, el("span", { text: by(row.payee) }),
+      row.proven ? null : el("span", { class: "mark", text: "unproven" }),
+      BEYOND[row.beyond_uniform] ? el("span", { class: "quiet beyond", text: BEYOND[row.beyond_uniform] }) : null),
     el("td", { class: "wide" }, shareBar(row, low, high)),
-    el("td", { class: "number", text: `${percent(row.share)} ± ${percent(row.standard_error)}` }),
-    el("td", { class: "number", text: figure(row.signal_to_noise) }),
-    el("td", { class: "number", text: whole(row.samples) }));
+    el("td", { class: "number", text: row.standard_error === null ? percent(row.share) : `${percent(row.share)} ± ${percent(row.standard_error)}` }),
+    el("td", { class: "number extra", text: figure(row.signal_to_noise) }),
+    el("td", { class: "number extra", text: whole(row.samples) }),
+    el("td", { class: "number extra", text: percent(row.uniform) }));
 }
+
+const by = (payee) => (payee === null || payee === "" ? "without a value" : fileName(payee));
