@@ -304,11 +304,14 @@ def test_everything_is_reached_by_the_keyboard(page: Page) -> None:
 
 
 def test_controls_have_names_and_pictures_have_texts(page: Page) -> None:
-    nameless = """() => [...document.querySelectorAll('button, a, input, select, summary, dialog[open]')].filter((each) => {
+    nameless = """() => {
+      const all = document.querySelectorAll('button, a, input, select, summary, dialog[open]');
+      return [...all].filter((each) => {
         const labels = [...(each.labels ?? [])].map((label) => label.textContent).join('');
         const by = document.getElementById(each.getAttribute('aria-labelledby'))?.textContent;
         return !(each.getAttribute('aria-label') || by || labels.trim() || each.textContent.trim());
-    }).map((each) => each.outerHTML)"""
+      }).map((each) => each.outerHTML);
+    }"""
     for place in PLACES[:5]:
         visit(page, place)
         assert page.evaluate(nameless) == []
