@@ -23,6 +23,7 @@ from rich.console import Console
 from fastgda_core.errors import UsageError
 from flows.commands.answers import attribute, sql
 from flows.commands.demo import demo, train_demo_model
+from flows.commands.keys import keys_app
 from flows.commands.lake import lake_app
 from flows.commands.lineage import lineage
 from flows.commands.metrics import metrics
@@ -97,6 +98,7 @@ for command in (
     app.command()(command)
 app.add_typer(ledger_app)
 app.add_typer(lake_app)
+app.add_typer(keys_app)
 
 
 def main() -> None:
