@@ -162,4 +162,4 @@ def test_a_small_image_is_decoded_as_it_is_and_settings_of_pillow_stay() -> None
             decoded(encoded(image, kind), Limits(pixels=1199))
     for mode in ("1", "L", "LA", "P", "RGBA"):
         assert decoded(encoded(image.convert(mode), "PNG"), Limits()).mode == "RGB"
-    assert Image.MAX_IMAGE_PIXELS == limit
+    assert limit == Image.MAX_IMAGE_PIXELS
