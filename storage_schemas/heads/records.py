@@ -50,6 +50,7 @@ class HeadRecord(BaseModel):
     solved: dict[str, float] = Field(default_factory=dict, description="validation mAP by choice")
     imported_from: str | None = Field(default=None, description="file name of a checkpoint of FastGDA's release")
     sha256: str | None = Field(default=None, description="of that file")
+    tombstones: int = Field(default=0, description="the newest take-down whose samples it was made without; 0: none")
     origin: str = Field(default="", description="the Prefect flow run that it was made in")
     code_version: str = ""
 
@@ -71,6 +72,7 @@ class IndexRecord(BaseModel):
 
     head: str = Field(default="", description="version of the head")
     samples: str | None = Field(default=None, description="the table of samples, relative to the workspace")
+    tombstones: int = Field(default=0, description="the newest take-down whose samples it was made without; 0: none")
     origin: str = Field(default="", description="the Prefect flow run that it was made in")
     code_version: str = ""
 
