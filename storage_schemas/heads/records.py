@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from storage_schemas.errors import StoreError
-from storage_schemas.files import AnyPath, is_there, read_if_there, write_changed
+from storage_schemas.files import AnyPath, is_there, matching, read_if_there, write_changed
 from storage_schemas.runs.ledger import read_run
 from storage_schemas.workspace import Workspace
 
@@ -173,3 +173,21 @@ def index_samples(workspace: Workspace, head: AnyPath, index: AnyPath) -> str:
             "writes it down"
         )
     return samples
+
+
+def taught_by(workspace: Workspace) -> dict[str, str]:
+    """Return the run that each head learned from, by the head's version; empty where it was imported."""
+    heads = [path.parent for path in matching(workspace.root / "heads", f"*/{HEAD_FILE}")]
+    return {head.name: read_head_record(head).run or "" for head in heads}
+
+
+def indexed_tables(workspace: Workspace) -> dict[str, str]:
+    """Return the table of samples of each index, by the index's version; empty where nobody knows."""
+    found = {}
+    for path in matching(workspace.root / "indexes", "*/index.faiss"):
+        head = workspace.head(read_index_record(path.parent).head or "none")
+        try:
+            found[path.parent.name] = index_samples(workspace, head, path.parent)
+        except StoreError:  # of an earlier release, with a head that is gone or was imported
+            found[path.parent.name] = ""
+    return found
