@@ -37,10 +37,14 @@ SAMPLES = Table(
         ("width", pa.int32(), "pixels"),
         ("height", pa.int32(), "pixels"),
         ("image_sha256", pa.string(), "sha256 of the image's bytes in the tar"),
+        ("image_look", pa.binary(), "perceptual hash and colours; empty where an earlier release indexed it"),
+        ("metadata", pa.string(), "JSON object: further fields of its .json in the tar that hold one value"),
     ),
     sorted_by=("train_id",),
     dictionary=("shard",),
     delta=("train_id", "offset", "size"),
+    version=3,
+    added={"image_look": Added(3, ""), "metadata": Added(3, "{}")},
 )
 
 REJECTED_SAMPLES = Table(
