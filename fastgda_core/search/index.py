@@ -27,7 +27,25 @@ def read_index(path: Path) -> faiss.Index:
     return faiss.read_index(str(path))
 
 
-def search(index: faiss.Index, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return inner products and train_ids of the k best, (queries, k) each, in order; k is cut to the index's size."""
-    similarity, train_ids = index.search(np.ascontiguousarray(queries), min(k, index.ntotal))
+def search(
+    index: faiss.Index, queries: NDArray[np.float32], k: int, *, allowed: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return inner products and train_ids of the k best, (queries, k) each, in order.
+
+    Args:
+        index: of one vector for each train_id.
+        queries: (queries, width).
+        k: how many; cut to as many as there are.
+        allowed: whether each train_id may be found, (n,); None: all may. It is a parameter of this one search, so that
+            other threads search the same index by others.
+    """
+    params, count = None, index.ntotal
+    if allowed is not None:
+        bitmap = np.packbits(allowed, bitorder="little")  # has to outlive the search, which reads it where it lies
+        selector = faiss.IDSelectorBitmap(len(bitmap), faiss.swig_ptr(bitmap))
+        params = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]  # FAISS adds it when it is loaded
+        count = int(np.count_nonzero(allowed))
+    if min(k, count) == 0:
+        return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+    similarity, train_ids = index.search(np.ascontiguousarray(queries), min(k, count), params=params)
     return similarity, train_ids

@@ -42,9 +42,11 @@ def demo(
         return
     run_pipeline(read_config(prepare(folder.resolve(), PUBLISHED_CONFIG if published else CONFIG)))
     workspace = folder / "workspace"
+    served = "--demo" if folder == DEMO_FOLDER else f"--workspace {shlex.quote(str(workspace))}"
     say(
         f"\nAsk it something:  fastgda attribute {shlex.quote(str(workspace))}/queries/*/images/q0003.png "
         f'--caption "a laughing face with sunglasses"{option(Workspace.at(workspace))}'
+        f"\nSee it in a browser:  fastgda serve {served}"
     )
 
 

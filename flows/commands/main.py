@@ -23,12 +23,14 @@ from rich.console import Console
 from fastgda_core.errors import UsageError
 from flows.commands.answers import attribute, sql
 from flows.commands.demo import demo, train_demo_model
+from flows.commands.keys import keys_app
 from flows.commands.lake import lake_app
 from flows.commands.lineage import lineage
 from flows.commands.metrics import metrics
 from flows.commands.serve import serve
 from flows.commands.stages import stage_commands
 from flows.commands.store import ledger_app, store_commands
+from flows.commands.takedown import takedown_commands
 from flows.commands.watch import watch_commands
 from storage_schemas.errors import StoreError
 from storage_schemas.files import FULL_DISK
@@ -92,11 +94,13 @@ for command in (
     *watch_commands,
     lineage,
     *store_commands,
+    *takedown_commands,
     metrics,
 ):
     app.command()(command)
 app.add_typer(ledger_app)
 app.add_typer(lake_app)
+app.add_typer(keys_app)
 
 
 def main() -> None:

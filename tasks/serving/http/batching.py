@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from tasks.serving.answers import Answer
-from tasks.serving.http.engine import one_thread
 from tasks.serving.http.metrics import ServiceMetrics
 from tasks.serving.http.problems import Problem
 from tasks.serving.http.questions import Question
+from tasks.serving.http.threads import one_thread
 
 
 @dataclass
@@ -30,6 +30,10 @@ class Waiting:
 
 
 Run = Callable[[Sequence[Waiting]], None]
+
+
+class Full(Problem):
+    """As many questions wait as may."""
 
 
 class Batcher:
@@ -72,12 +76,12 @@ class Batcher:
         """Take questions in, from before their images are decoded until they are answered.
 
         Raises:
-            Problem: as many as may wait do so.
+            Full: as many wait as may.
         """
         with self._changed:
             if self._admitted + questions > max(self._bound, questions):
                 seconds = max(1, math.ceil(self._admitted * self._seconds / len(self._threads)))
-                raise Problem(
+                raise Full(
                     503,
                     f"{self._admitted} questions wait already: try again in {seconds} s",
                     headers={"Retry-After": str(seconds)},

@@ -6,27 +6,20 @@ import logging
 import threading
 import time
 
-import faiss
-import torch
-
 from fastgda_core.errors import UsageError
 from storage_schemas.errors import StoreError
 from storage_schemas.snapshots.published import newest_version
 from storage_schemas.workspace import Workspace
 from tasks.inputs.queries import Query
+from tasks.serving.answers import Hit
 from tasks.serving.http.interim import Attributor
 from tasks.serving.http.metrics import ServiceMetrics
 from tasks.serving.http.problems import Problem, one_line
+from tasks.serving.http.threads import one_thread
 
 log = logging.getLogger("fastgda.serving")
 
 LOADING = "the published version is being loaded"
-
-
-def one_thread() -> None:
-    """Let the libraries below this thread compute in this thread alone: OpenMP keeps a pool for every caller."""
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
 
 
 class Engine:
@@ -59,9 +52,14 @@ class Engine:
         Raises:
             Problem: nothing is, and why.
         """
+        self.check()
+        assert self._current is not None
+        return self._current
+
+    def check(self) -> None:
+        """Raise Problem where nothing is served yet."""
         if self._current is None:
             raise Problem(503, f"not ready: {self.missing}", headers={"Retry-After": "5"})
-        return self._current
 
     def query(self, query_id: str) -> Query:
         """Return a published query.
@@ -73,6 +71,18 @@ class Engine:
         if found is None:
             raise Problem(404, f"no query {query_id[:100]} is published: GET /v1/queries lists them", "query_id")
         return found
+
+    def sample(self, train_id: int) -> tuple[Attributor, Hit]:
+        """Return what is known of a training sample, and the version that knows it.
+
+        Raises:
+            Problem: there is none of this number.
+        """
+        attributor = self.current
+        try:
+            return attributor, attributor.sample(train_id)
+        except UsageError as error:
+            raise Problem(404, one_line(error), "train_id") from None
 
     @property
     def ready(self) -> bool:

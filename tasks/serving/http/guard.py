@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tasks import logs
 from tasks.serving.http.keys import Caller
-from tasks.serving.http.problems import Problem, respond
+from tasks.serving.http.problems import Problem, problem_of, respond
 from tasks.serving.http.rates import Buckets
 from tasks.serving.http.service import Service
 
@@ -102,7 +102,12 @@ class Guard:
             passage.refused = problem.where or str(problem.status)
             await respond(problem)(passage.scope, receive, send)
             return
-        await self._app(passage.scope, bounded, send)
+        try:
+            await self._app(passage.scope, bounded, send)
+        except Exception as error:  # a bug: its trace is logged, and the client gets the usual form
+            if passage.status:
+                raise
+            await respond(problem_of(error))(passage.scope, receive, send)
 
     def _check_host(self, passage: Passage) -> None:
         """Refuse a name that is not the service's: a page of another name, led here by its DNS, asks with its own."""

@@ -31,6 +31,7 @@ class Attributor:
         self.workspace = workspace
         published = read_published(workspace)
         self.service = AttributionService(workspace)
+        self.width = self.service.index.d
         assert published.head and published.index
         record = read_head_record(workspace.file(published.head))
         self.versions = Versions(
@@ -52,6 +53,10 @@ class Attributor:
     def encode_many(self, pictures: Sequence[Image.Image], captions: Sequence[str]) -> NDArray[np.float32]:
         found = [self.service.embed(as_rgb(image), caption) for image, caption in zip(pictures, captions, strict=True)]
         return torch.cat(found).numpy()
+
+    def attribute(self, image: Image.Image | None, caption: str | None, k: int, tier: Tier, **more: Any) -> Answer:
+        assert image is not None
+        return self.attribute_vector(self.encode_many([image], [caption or ""])[0], k, tier, **more)
 
     def attribute_query(self, query_id: str, k: int = 20, **more: Any) -> Answer:
         query = self.query(query_id)

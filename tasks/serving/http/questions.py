@@ -66,16 +66,25 @@ class Question(BaseModel):
         if len(asked) != 1:
             found = f"{' and '.join(asked)} at once" if asked else "nothing"
             raise Problem(400, f"asked is {found}: give an image with its caption, or a query_id, or a vector", "image")
+        if asked == ["image"] and (self.image is None or self.caption is None):
+            missing = "image" if self.image is None else "caption"
+            raise Problem(400, f"{missing} is missing: give an image and the caption that it is of", missing)
         if self.image is not None and not self.image:
             raise Problem(400, "image is empty: give a PNG, JPEG or WebP file", "image")
         if self.image is not None and self.caption is not None and not self.caption.strip():
             raise Problem(400, "caption is blank: give the caption that the image was generated from", "caption")
 
-    def array(self) -> NDArray[np.float32]:
-        """Return the vector that is asked about."""
-        found = np.asarray(self.vector or (), dtype=np.float32)
-        if not len(found) or not np.isfinite(found).all():
-            raise Problem(400, "vector has to hold finite numbers", "vector")
+    def array(self, width: int) -> NDArray[np.float32]:
+        """Return the vector that is asked about, (width,).
+
+        Raises:
+            Problem: it is of another width, or its numbers are too large.
+        """
+        found = np.asarray(self.vector, dtype=np.float32)
+        if len(found) != width:
+            raise Problem(400, f"vector has {len(found)} numbers: those of this head have {width}", "vector")
+        if not np.isfinite(found @ found):
+            raise Problem(400, "vector has numbers too large for float32", "vector")
         return found
 
 
@@ -85,25 +94,60 @@ async def read_question(request: Request, limits: Limits) -> Question:
     Raises:
         Problem: it is no question, or one that passes a limit.
     """
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    kind = _kind(request)
     if kind == FORM:
         question = await _of_form(request)
     elif kind == JSON:
-        question = parsed(await request.body())
+        question = parsed(_loaded(await request.body()))
     else:
         raise Problem(415, f"content-type is {kind or 'missing'!r}: send {FORM} or {JSON}", "content-type")
     question.check(limits)
     return question
 
 
-def parsed(content: bytes | str) -> Question:
-    """Return a question from JSON, its image from base64."""
+async def read_questions(request: Request, limits: Limits) -> list[Question | Problem]:
+    """Read the questions of a batch; in the place of one that is none, or passes a limit, stands why.
+
+    Raises:
+        Problem: the body is no batch, or too large a one.
+    """
+    if _kind(request) != JSON:
+        raise Problem(415, f"content-type is {_kind(request) or 'missing'!r}: send {JSON}", "content-type")
+    fields = _loaded(await request.body())
+    questions = fields.get("questions") if isinstance(fields, dict) else None
+    if not isinstance(questions, list) or len(fields) > 1:
+        raise Problem(400, 'the body has to be {"questions": [...]}', "questions")
+    if not 1 <= len(questions) <= limits.questions:
+        raise Problem(400, f"there are {len(questions)} questions: ask 1 to {limits.questions}", "questions")
+    return [_parsed_or_why(each, limits) for each in questions]
+
+
+def _parsed_or_why(fields: Any, limits: Limits) -> Question | Problem:
     try:
-        fields = json.loads(content)
+        question = parsed(fields)
+        question.check(limits)
+        if question.tier == "exact":
+            raise Problem(400, "tier exact takes minutes: ask it alone, as a job", "tier")
+        return question
+    except Problem as problem:
+        return problem
+
+
+def _kind(request: Request) -> str:
+    return request.headers.get("content-type", "").split(";")[0].strip().lower()
+
+
+def _loaded(content: bytes) -> Any:
+    try:
+        return json.loads(content)
     except (ValueError, RecursionError):
         raise Problem(400, "the body is no JSON") from None
+
+
+def parsed(fields: Any) -> Question:
+    """Return a question from what JSON held, its image from base64."""
     if not isinstance(fields, dict):
-        raise Problem(400, 'the body has to be a JSON object, as {"query_id": "q0000"}')
+        raise Problem(400, 'a question has to be a JSON object, as {"query_id": "q0000"}')
     if isinstance(image := fields.get("image"), str):
         try:
             fields["image"] = base64.b64decode(image, validate=True)

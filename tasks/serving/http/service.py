@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,11 +16,14 @@ from storage_schemas.workspace import Workspace
 from tasks.serving.answers import Answer
 from tasks.serving.http.batching import Batcher, Ticket, Waiting
 from tasks.serving.http.cache import Pictures
-from tasks.serving.http.engine import Engine, one_thread
-from tasks.serving.http.keys import Keys
+from tasks.serving.http.engine import Engine
+from tasks.serving.http.jobs import Job, Jobs
+from tasks.serving.http.keys import Caller, Keys
 from tasks.serving.http.metrics import ServiceMetrics
+from tasks.serving.http.problems import Problem
 from tasks.serving.http.questions import Question
 from tasks.serving.http.settings import ServiceSettings
+from tasks.serving.http.threads import one_thread
 from tasks.serving.http.uploads import decoded
 
 Result = TypeVar("Result")
@@ -44,6 +48,9 @@ class Service:
             milliseconds=self.limits.batch_milliseconds,
             threads=self.limits.threads or max(1, (os.cpu_count() or 1) // settings.workers),
         )
+        self._runtime = None if settings.runtime else tempfile.TemporaryDirectory(prefix="fastgda-jobs-")
+        folder = Path(settings.runtime or (self._runtime.name if self._runtime else ""))
+        self.jobs = Jobs(folder, self.limits, self.metrics, settings.workers)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader", initializer=one_thread)
 
     def start(self) -> None:
@@ -52,8 +59,11 @@ class Service:
 
     def stop(self) -> None:
         self.batcher.stop()
+        self.jobs.stop()
         self.engine.stop()
         self._readers.shutdown(cancel_futures=True)
+        if self._runtime is not None:
+            self._runtime.cleanup()
 
     async def reading(self, work: Callable[[], Result]) -> Result:
         """Run what waits for a disk or decodes in a thread of its own."""
@@ -66,6 +76,24 @@ class Service:
             content = question.image
             picture = await self.reading(lambda: decoded(content, self.limits))
         return await asyncio.wrap_future(ticket.put(question, picture))
+
+    async def begin(self, question: Question, caller: Caller) -> Job:
+        """Begin a question of tier exact."""
+        attributor = self.engine.current
+        asked = {"where": question.where, "exclude": question.exclude}
+        picture, caption = None, question.caption
+        if question.query_id is not None:
+            query = self.engine.query(question.query_id)
+            picture, caption = await self.reading(lambda: query.image), query.caption
+        elif question.image is not None:
+            content = question.image
+            picture = await self.reading(lambda: decoded(content, self.limits))
+        else:
+            raise Problem(400, "tier exact needs an image and its caption, or a query_id", "image")
+        return self.jobs.submit(
+            caller.name,
+            lambda progress: attributor.attribute(picture, caption, question.k, "exact", **asked),
+        )
 
     def _answer_batch(self, batch: Sequence[Waiting]) -> None:
         """Answer the questions of a batch, all by one version."""
@@ -86,11 +114,16 @@ class Service:
                 if question.query_id is not None:
                     answer = attributor.attribute_query(question.query_id, question.k, **options)
                 else:
-                    vector = vectors[id(waiting)] if waiting.picture is not None else question.array()
+                    vector = vectors[id(waiting)] if waiting.picture is not None else question.array(attributor.width)
                     answer = attributor.attribute_vector(vector, question.k, **options)
                 waiting.answered.set_result(answer)
             except Exception as error:
                 waiting.answered.set_exception(error)
+
+
+def caller_of(request: Request) -> Caller:
+    """Return whose request it is."""
+    return cast(Caller, request.state.caller)
 
 
 def service_of(request: Request) -> Service:

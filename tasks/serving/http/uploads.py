@@ -36,6 +36,8 @@ def decoded(content: bytes, limits: Limits) -> Image.Image:
         return decode_first(content)[0]
     except Problem:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise Problem(413, f"image has far more pixels than {limits.pixels}: shrink it", "image") from None
     except UnidentifiedImageError:
         raise _refused("image is no PNG, JPEG or WebP file, or a damaged one") from None
     except BadSample as error:

@@ -28,8 +28,8 @@ PICTURE: dict[int | str, dict[str, Any]] = {
 @router.get("/v1/samples/{train_id}", responses={200: {"model": Hit}, **responses(404, 410, 422, 503)})
 async def sample(request: Request, train_id: TrainId) -> Response:
     """What is known of a training sample."""
-    attributor = service_of(request).engine.current
-    return reply(attributor.sample(train_id))
+    _, facts = service_of(request).engine.sample(train_id)
+    return reply(facts)
 
 
 @router.get(
@@ -39,8 +39,7 @@ async def image(request: Request, train_id: TrainId, size: Size = None) -> Respo
     """The image of a training sample, read from its tar."""
     service = service_of(request)
     check_size(service.limits, size)
-    attributor = service.engine.current
-    facts = attributor.sample(train_id)
+    attributor, facts = service.engine.sample(train_id)
     tag = tag_of("sample", attributor.versions.run, facts.shard, facts.offset, train_id, size)
     if (answer := known(request, tag)) is not None:
         return answer
