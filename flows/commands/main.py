@@ -26,6 +26,7 @@ from flows.commands.demo import demo, train_demo_model
 from flows.commands.lake import lake_app
 from flows.commands.lineage import lineage
 from flows.commands.metrics import metrics
+from flows.commands.shares import shares
 from flows.commands.stages import stage_commands
 from flows.commands.store import ledger_app, store_commands
 from flows.commands.watch import watch_commands
@@ -91,6 +92,7 @@ for command in (
     lineage,
     *store_commands,
     metrics,
+    shares,
 ):
     app.command()(command)
 app.add_typer(ledger_app)

@@ -45,6 +45,7 @@ from storage_schemas.runs.sketches import sketch_rows
 from storage_schemas.snapshots.published import NotPublished, OtherRelease, Published, read_published
 from storage_schemas.snapshots.snapshots import Snapshot, read_snapshot
 from storage_schemas.sql.answers import Answer
+from storage_schemas.sql.shares import shares_macro, shares_view
 from storage_schemas.table import Table
 from storage_schemas.workspace import Workspace, regenerated, retrained, twins_beside
 
@@ -216,6 +217,8 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, s
         _create_view(connection, table, [_select(table, source, rows)] if source else [])
     _create_view(connection, tables.RANKS_VIEW, _ranks(workspace, snapshot.parts) if snapshot else [])
     _create_view(connection, tables.METRICS, _metrics(workspace, published) if published else [])
+    connection.execute(shares_macro())
+    _create_view(connection, tables.SHARES_VIEW, [shares_view()])
     exact = folder(published.exact_check) if published else None
     _create_view(connection, tables.EXACT_CHECK, [_select(tables.SCORES, exact)] if exact else [])
     _create_view(connection, tables.RUN_SCORES, _run_scores(workspace, state.runs))
