@@ -363,6 +363,7 @@ RUNS = Table(
         ("rows", pa.int64(), "rows committed"),
         ("seconds", pa.float64(), "device seconds behind the rows"),
         ("config", pa.string(), "the configuration, JSON"),
+        ("stale", pa.bool_(), "whether samples that it scored were taken down since; see tombstones"),
     ),
 )
 
@@ -377,6 +378,7 @@ HEADS = Table(
         ("best_epoch", pa.int32(), "the epoch that was kept; null where it was imported"),
         ("validation_map", pa.float64(), "mAP of that epoch on the validation queries; null where it was imported"),
         ("served", pa.bool_(), "whether `attribute` answers through it"),
+        ("stale", pa.bool_(), "whether samples that it learned from were taken down since; see tombstones"),
         nullable={"best_epoch", "validation_map"},
     ),
 )
@@ -390,6 +392,7 @@ INDEXES = Table(
         ("vectors", pa.int64(), "training samples in it"),
         ("size", pa.int64(), "bytes"),
         ("served", pa.bool_(), "whether `attribute` answers from it"),
+        ("stale", pa.bool_(), "whether it holds vectors of samples that were taken down since; see tombstones"),
     ),
 )
 
@@ -408,6 +411,31 @@ SKETCHES = Table(
         ("done", pa.int32(), "of these, committed"),
         ("bytes", pa.int64(), "of the committed parts"),
         ("path", pa.string(), "their folder, relative to the workspace"),
+    ),
+)
+
+TOMBSTONES = Table(
+    "tombstones",
+    "a training sample that was taken down: who, when, why, and what held it then",
+    schema(
+        ("number", pa.int64(), "of the take-down, which may be of several samples"),
+        ("in_force", pa.bool_(), "false where a later record lifted it"),
+        ("train_id", pa.int64(), "the sample, in the table below"),
+        ("key", pa.string(), "its key there"),
+        ("samples", pa.string(), "the table of samples: one row for each that held the image then"),
+        ("image_sha256", pa.string(), "sha256 of the image's bytes, by which later tables are searched, too"),
+        ("removed_at", INSTANT, "when, UTC"),
+        ("removed_by", pa.string(), "who"),
+        ("reason", pa.string(), "why"),
+        ("indexes", TEXTS, "index versions that were built of its table"),
+        ("heads", TEXTS, "heads that learned from runs of its table"),
+        ("runs", TEXTS, "runs of its table"),
+        ("snapshots", TEXTS, "snapshots of these runs"),
+        ("reports", TEXTS, "pages of these runs, which stay as they are"),
+        ("lifted_by", pa.string(), "who lifted the take-down; null where it is in force"),
+        ("lifted_at", INSTANT, "when, UTC"),
+        ("lifted_reason", pa.string(), "why"),
+        nullable={"lifted_by", "lifted_at", "lifted_reason"},
     ),
 )
 

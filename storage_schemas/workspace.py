@@ -27,6 +27,7 @@ class Workspace:
         *("scores", "exact_checks", "teacher_checks", "ranks", "runs", "snapshots", "published", "leases"),
         *("heads", "indexes", "metrics", "studies", "reports", "finished", "quarantine", "parts"),
         *("sketches", "retrainings"),
+        "tombstones",
     )
     # Of kinds of parts that are older than `parts`, or are asked for by themselves.
     OWN_FOLDERS: ClassVar[Mapping[str, str]] = {
@@ -213,6 +214,15 @@ class Workspace:
     def published(self, number: int) -> AnyPath:
         """JSON that names the published run, head, index and metrics; SQL and `attribute` answer from the newest."""
         return self.root / "published" / f"{number:05d}.json"
+
+    @property
+    def tombstones(self) -> AnyPath:
+        """Folder of the records of take-downs."""
+        return self.root / "tombstones"
+
+    def tombstone(self, number: int) -> AnyPath:
+        """JSON that says which samples were taken down, by whom and why: `Tombstone`."""
+        return self.tombstones / f"{number:05d}.json"
 
     @property
     def current(self) -> AnyPath:

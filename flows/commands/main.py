@@ -29,6 +29,7 @@ from flows.commands.metrics import metrics
 from flows.commands.shares import shares
 from flows.commands.stages import stage_commands
 from flows.commands.store import ledger_app, store_commands
+from flows.commands.takedown import takedown_commands
 from flows.commands.watch import watch_commands
 from storage_schemas.errors import StoreError
 from storage_schemas.files import FULL_DISK
@@ -91,6 +92,7 @@ for command in (
     *watch_commands,
     lineage,
     *store_commands,
+    *takedown_commands,
     metrics,
     shares,
 ):

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from storage_schemas.errors import StoreError
-from storage_schemas.files import AnyPath, is_there, read_if_there, write_changed
+from storage_schemas.files import AnyPath, is_there, matching, read_if_there, write_changed
 from storage_schemas.runs.ledger import read_run
 from storage_schemas.workspace import Workspace
 
@@ -50,6 +50,7 @@ class HeadRecord(BaseModel):
     solved: dict[str, float] = Field(default_factory=dict, description="validation mAP by choice")
     imported_from: str | None = Field(default=None, description="file name of a checkpoint of FastGDA's release")
     sha256: str | None = Field(default=None, description="of that file")
+    tombstones: int = Field(default=0, description="the newest take-down whose samples it was made without; 0: none")
     origin: str = Field(default="", description="the Prefect flow run that it was made in")
     code_version: str = ""
 
@@ -71,6 +72,7 @@ class IndexRecord(BaseModel):
 
     head: str = Field(default="", description="version of the head")
     samples: str | None = Field(default=None, description="the table of samples, relative to the workspace")
+    tombstones: int = Field(default=0, description="the newest take-down whose samples it was made without; 0: none")
     origin: str = Field(default="", description="the Prefect flow run that it was made in")
     code_version: str = ""
 
@@ -171,3 +173,21 @@ def index_samples(workspace: Workspace, head: AnyPath, index: AnyPath) -> str:
             "writes it down"
         )
     return samples
+
+
+def taught_by(workspace: Workspace) -> dict[str, str]:
+    """Return the run that each head learned from, by the head's version; empty where it was imported."""
+    heads = [path.parent for path in matching(workspace.root / "heads", f"*/{HEAD_FILE}")]
+    return {head.name: read_head_record(head).run or "" for head in heads}
+
+
+def indexed_tables(workspace: Workspace) -> dict[str, str]:
+    """Return the table of samples of each index, by the index's version; empty where nobody knows."""
+    found = {}
+    for path in matching(workspace.root / "indexes", "*/index.faiss"):
+        head = workspace.head(read_index_record(path.parent).head or "none")
+        try:
+            found[path.parent.name] = index_samples(workspace, head, path.parent)
+        except StoreError:  # of an earlier release, with a head that is gone or was imported
+            found[path.parent.name] = ""
+    return found

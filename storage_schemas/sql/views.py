@@ -37,7 +37,13 @@ from storage_schemas.database import (
 )
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, matching, temporary_name
-from storage_schemas.heads.records import HEAD_FILE, check_tables, read_head_record
+from storage_schemas.heads.records import (
+    HEAD_FILE,
+    check_tables,
+    indexed_tables,
+    read_head_record,
+    read_index_record,
+)
 from storage_schemas.indexed_samples import Indexed, read_indexed
 from storage_schemas.runs.ledger import read_compaction, read_run, run_names
 from storage_schemas.runs.records import Part
@@ -45,6 +51,7 @@ from storage_schemas.runs.sketches import sketch_rows
 from storage_schemas.snapshots.published import NotPublished, OtherRelease, Published, read_published
 from storage_schemas.snapshots.snapshots import Snapshot, read_snapshot
 from storage_schemas.sql.answers import Answer
+from storage_schemas.sql.masks import Masks, tombstone_rows
 from storage_schemas.sql.shares import shares_macro, shares_view
 from storage_schemas.table import Table
 from storage_schemas.workspace import Workspace, regenerated, retrained, twins_beside
@@ -162,18 +169,19 @@ class _State:
     snapshot: Snapshot | None
     indexed: Indexed | None
     runs: list[str]
+    masks: Masks
 
     @classmethod
     def of(cls, workspace: Workspace) -> _State:
-        runs, indexed = run_names(workspace), read_indexed(workspace)
+        runs, indexed, masks = run_names(workspace), read_indexed(workspace), Masks(workspace)
         try:
             published = read_published(workspace)
         except NotPublished as error:
             # A first run can be watched while it grows, from its samples on.
             if not (runs or indexed) or isinstance(error, OtherRelease):
                 raise
-            return cls(None, None, indexed, runs)
-        return cls(published, read_snapshot(workspace, published.snapshot), indexed, runs)
+            return cls(None, None, indexed, runs, masks)
+        return cls(published, read_snapshot(workspace, published.snapshot), indexed, runs, masks)
 
     @property
     def samples(self) -> str | None:
@@ -200,11 +208,13 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, s
         return None if relative is None else _parts(workspace.file(relative))
 
     ranks = files(*(part.path for part in snapshot.parts)) if snapshot else None
+    twins = files(*_twins(workspace, published.queries)) if published else None
+    left_out = state.masks.of(state.samples)
     sources = {
         tables.SAMPLES: files(state.samples),
         tables.REJECTED_SAMPLES: files(*state.rejected_samples),
         tables.QUERIES: files(*published.queries) if published else None,
-        tables.TWINS: files(*_twins(workspace, published.queries)) if published else None,
+        tables.TWINS: twins,
         tables.CANDIDATES: files(*published.candidates) if published else None,
         tables.BASE_LOSSES: folder(published.base_losses) if published else None,
         tables.SCORES: ranks,
@@ -214,14 +224,17 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, s
     for table, source in sources.items():
         # Two tables of what was rejected may have a tar in common.
         rows = "DISTINCT " if table is tables.REJECTED_SAMPLES and len(state.rejected_samples) > 1 else ""
-        _create_view(connection, table, [_select(table, source, rows)] if source else [])
-    _create_view(connection, tables.RANKS_VIEW, _ranks(workspace, snapshot.parts) if snapshot else [])
+        shown = left_out.queries(twins) if table is tables.QUERIES else left_out.rows(table)
+        _create_view(connection, table, [_select(table, source, rows) + shown] if source else [])
+    ranked = _ranks(workspace, snapshot.parts, left_out.rows(tables.RANKS)) if snapshot else []
+    _create_view(connection, tables.RANKS_VIEW, ranked)
     _create_view(connection, tables.METRICS, _metrics(workspace, published) if published else [])
     connection.execute(shares_macro())
     _create_view(connection, tables.SHARES_VIEW, [shares_view()])
     exact = folder(published.exact_check) if published else None
-    _create_view(connection, tables.EXACT_CHECK, [_select(tables.SCORES, exact)] if exact else [])
-    _create_view(connection, tables.RUN_SCORES, _run_scores(workspace, state.runs))
+    checked = [_select(tables.SCORES, exact) + left_out.rows(tables.SCORES)] if exact else []
+    _create_view(connection, tables.EXACT_CHECK, checked)
+    _create_view(connection, tables.RUN_SCORES, _run_scores(workspace, state))
     _load(connection, workspace, state)
 
 
@@ -264,15 +277,15 @@ def _metrics(workspace: Workspace, published: Published) -> Iterator[str]:
         yield _select(tables.METRICS, file_list(measured)) + again
 
 
-def _ranks(workspace: Workspace, parts: Iterable[Part]) -> Iterator[str]:
-    """Yield SQL for the rows of each labelling, with their influence."""
+def _ranks(workspace: Workspace, parts: Iterable[Part], shown: str) -> Iterator[str]:
+    """Yield SQL for the rows of each labelling, with their influence; `shown` leaves rows out."""
     by_labelling: dict[str, list[AnyPath]] = {}
     for part in parts:
         by_labelling.setdefault(part.negatives, []).append(workspace.file(part.path))
     for negatives, paths in by_labelling.items():
         influence = "score" if negatives == "keep" else "greatest(score, 0)"
         source = rows_of(tables.RANKS, file_list(paths))
-        yield f"SELECT {_columns(tables.RANKS)}, {influence} AS influence FROM {source}"
+        yield f"SELECT {_columns(tables.RANKS)}, {influence} AS influence FROM {source}{shown}"
 
 
 def _parts(folder: AnyPath) -> str | None:
@@ -280,8 +293,8 @@ def _parts(folder: AnyPath) -> str | None:
     return parts_glob(folder) if matching(folder, "part-*.parquet") else None
 
 
-def _run_scores(workspace: Workspace, runs: Iterable[str]) -> Iterator[str]:
-    for run in runs:
+def _run_scores(workspace: Workspace, state: _State) -> Iterator[str]:
+    for run in state.runs:
         compaction = read_compaction(workspace, run)
         if compaction is not None:
             source: str | None = file_list(workspace.file(part.path) for part in compaction.parts)
@@ -289,7 +302,8 @@ def _run_scores(workspace: Workspace, runs: Iterable[str]) -> Iterator[str]:
             source = _parts(workspace.scores(run))
         if source is not None:
             rows = rows_of(tables.SCORES, source)
-            yield f"SELECT {literal(run)} AS run, {_columns(tables.SCORES)} FROM {rows}"
+            shown = state.masks.of_run(run).rows(tables.SCORES)
+            yield f"SELECT {literal(run)} AS run, {_columns(tables.SCORES)} FROM {rows}{shown}"
 
 
 def _select(table: Table, files: str, rows: str = "") -> str:
@@ -303,17 +317,22 @@ def _create_view(connection: duckdb.DuckDBPyConnection, table: Table, selects: I
 
 
 def _load(connection: duckdb.DuckDBPyConnection, workspace: Workspace, state: _State) -> None:
-    """Load the small tables: ledger, quarantined samples, runs, heads, indexes, sketches."""
+    """Load the small tables: ledger, quarantined samples, runs, heads, indexes, take-downs, sketches."""
     ledgers = [workspace.ledger(run) for run in state.runs if workspace.ledger(run).exists()]
     shards = [tables.read(path, tables.SHARDS) for path in ledgers]
-    left_out = [workspace.quarantined_samples(run) for run in state.runs]
-    quarantined = [tables.read(path, tables.QUARANTINED_SAMPLES) for path in left_out if path.exists()]
+    left_out = {run: workspace.quarantined_samples(run) for run in state.runs}
+    quarantined = [
+        state.masks.of_run(run).shown(tables.read(path, tables.QUARANTINED_SAMPLES))
+        for run, path in left_out.items()
+        if path.exists()
+    ]
     loaded = {
         tables.SHARDS: pa.concat_tables([tables.SHARDS.schema.empty_table(), *shards]),
         tables.QUARANTINED_SAMPLES: pa.concat_tables([tables.QUARANTINED_SAMPLES.schema.empty_table(), *quarantined]),
         tables.RUNS: _run_rows(workspace, state, shards),
         tables.HEADS: _head_rows(workspace, state),
         tables.INDEXES: _index_rows(workspace, state),
+        tables.TOMBSTONES: tombstone_rows(state.masks.tombstones),
         tables.SKETCHES: pa.Table.from_pylist(list(sketch_rows(workspace, state.runs)), schema=tables.SKETCHES.schema),
     }
     for table, rows in loaded.items():
@@ -355,6 +374,7 @@ def _run_rows(workspace: Workspace, state: _State, ledgers: list[pa.Table]) -> p
                 "rows": sum(ledger["rows"]) if ledger else 0,
                 "seconds": sum(ledger["seconds"]) if ledger else 0.0,
                 "config": json.dumps(record.config, ensure_ascii=False),
+                "stale": state.masks.stale(record.samples),
             }
         )
     return pa.Table.from_pylist(rows, schema=tables.RUNS.schema)
@@ -362,6 +382,7 @@ def _run_rows(workspace: Workspace, state: _State, ledgers: list[pa.Table]) -> p
 
 def _head_rows(workspace: Workspace, state: _State) -> pa.Table:
     rows = []
+    samples = {run: read_run(workspace, run).samples for run in state.runs} if state.masks.tombstones.active else {}
     for path in matching(workspace.root / "heads", f"*/{HEAD_FILE}"):
         head = read_head_record(path.parent)
         rows.append(
@@ -373,6 +394,7 @@ def _head_rows(workspace: Workspace, state: _State) -> pa.Table:
                 "best_epoch": head.best_epoch,
                 "validation_map": head.validation_map,
                 "served": bool(state.published and state.published.head == workspace.relative(path.parent)),
+                "stale": state.masks.stale(samples.get(head.run or ""), since=head.tombstones),
             }
         )
     return pa.Table.from_pylist(rows, schema=tables.HEADS.schema)
@@ -380,19 +402,22 @@ def _head_rows(workspace: Workspace, state: _State) -> pa.Table:
 
 def _index_rows(workspace: Workspace, state: _State) -> pa.Table:
     rows = []
+    samples = indexed_tables(workspace) if state.masks.tombstones.active else {}
     for path in matching(workspace.root / "indexes", "*/index.faiss"):
         manifest = read_manifest(path)
         if manifest is None:  # it is being built
             continue
         served = bool(state.published and state.published.index == workspace.relative(path.parent))
-        head = state.published.head if served and state.published else None
+        record = read_index_record(path.parent)
+        head = record.head or ((state.published.head or "").rsplit("/", 1)[-1] if served and state.published else "")
         rows.append(
             {
                 "index_version": path.parent.name,
-                "head": head.rsplit("/", 1)[-1] if head else "",
+                "head": head,
                 "vectors": manifest.rows,
                 "size": manifest.size,
                 "served": served,
+                "stale": state.masks.stale(samples.get(path.parent.name), since=record.tombstones),
             }
         )
     return pa.Table.from_pylist(rows, schema=tables.INDEXES.schema)

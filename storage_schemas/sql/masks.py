@@ -1,0 +1,85 @@
+"""What SQL leaves out: the rows about training samples that are taken down."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from storage_schemas import tables
+from storage_schemas.runs.ledger import read_run
+from storage_schemas.table import Table
+from storage_schemas.tombstones import Tombstone, Tombstones, read_tombstones, removed_ids
+from storage_schemas.workspace import Workspace
+
+
+class Mask:
+    """What is left out of the rows that are about one table of samples."""
+
+    def __init__(self, train_ids: list[int]) -> None:
+        self.train_ids = train_ids
+
+    def rows(self, table: Table) -> str:
+        """Return an SQL condition that leaves rows about removed samples out; empty where there are none."""
+        if not self.train_ids or "train_id" not in table.schema.names:
+            return ""
+        return f" WHERE train_id NOT IN ({self._listed()})"
+
+    def shown(self, rows: pa.Table) -> pa.Table:
+        """Return the rows of a table with train_ids that are not about removed samples."""
+        removed = pa.array(self.train_ids, pa.int64())
+        return rows.filter(pc.invert(pc.is_in(rows["train_id"], value_set=removed))) if self.train_ids else rows
+
+    def queries(self, twins: str | None) -> str:
+        """As `rows`, for queries: one of the twin test may be a training image itself.
+
+        Args:
+            twins: SQL of the files that say of which sample; None where there is no twin test.
+        """
+        if not self.train_ids or twins is None:
+            return ""
+        removed = f"SELECT query_id FROM read_parquet({twins}) WHERE train_id IN ({self._listed()})"
+        return f" WHERE split <> '{tables.PSEUDO}' OR query_id NOT IN ({removed})"
+
+    def _listed(self) -> str:
+        return ", ".join(map(str, self.train_ids))
+
+
+class Masks:
+    """The masks of a workspace at one moment."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.tombstones = read_tombstones(workspace)
+        self._mask = functools.cache(lambda samples: Mask(removed_ids(workspace, samples, self.tombstones).tolist()))
+
+    def of(self, samples: str | None) -> Mask:
+        """Return what is left out of rows about this table of samples."""
+        mask: Mask = self._mask(samples)
+        return mask
+
+    def of_run(self, run: str) -> Mask:
+        return self.of(read_run(self.workspace, run).samples) if self.tombstones.active else Mask([])
+
+    def stale(self, samples: str | None, since: int = 0) -> bool:
+        """Return whether samples of a table were taken down after the record of this number."""
+        return bool(len(removed_ids(self.workspace, samples or None, self.tombstones, since=since)))
+
+
+def tombstone_rows(tombstones: Tombstones) -> pa.Table:
+    """Return the rows of `tables.TOMBSTONES`."""
+    lifted = {record.lifts: record for record in tombstones.records if record.lifts is not None}
+    rows = [row for record in tombstones.records for row in _rows(record, lifted.get(record.number))]
+    return pa.Table.from_pylist(rows, schema=tables.TOMBSTONES.schema)
+
+
+def _rows(record: Tombstone, lifting: Tombstone | None) -> Iterator[dict[str, Any]]:
+    held = record.model_dump(include={"number", "reason", "indexes", "heads", "runs", "snapshots", "reports"})
+    said = {"in_force": lifting is None, "removed_at": record.at, "removed_by": record.by}
+    if lifting is not None:
+        said |= {"lifted_by": lifting.by, "lifted_at": lifting.at, "lifted_reason": lifting.reason}
+    for sample in record.removed:
+        yield sample.model_dump() | held | said
