@@ -41,12 +41,12 @@ async function show({ again = false } = {}) {
   const place = changed(params, { open: null }).toString();
   const before = shown;
   shown = { name, place };
-  if (again || before?.name !== name || before?.place !== place) await showView(name, params, before);
+  if (again || before?.name !== name || before?.place !== place) showView(name, params, before);
   if (params.has("open")) await showSample(params.get("open"), { closed, signal: leaving.signal });
   else hideSample();
 }
 
-async function showView(name, params, before) {
+function showView(name, params, before) {
   const main = document.getElementById("main");
   const focused = document.activeElement?.id;
   leaving.abort();
@@ -57,10 +57,16 @@ async function showView(name, params, before) {
   }
   document.title = `${TITLES[name]} · FastGDA`;
   if (before && (before.name !== name || document.activeElement === document.body)) scrollTo(0, 0);
-  const drawing = VIEWS[name](main, params, leaving.signal);
+  const { signal } = leaving;
+  main.setAttribute("aria-busy", "true");
+  const drawing = VIEWS[name](main, params, signal);
   refocus(main, focused, before);
-  // A panel is drawn when its question is known.
-  drawing?.then?.(() => { if (document.activeElement === document.body || document.activeElement === main) refocus(main, focused, before); });
+  Promise.resolve(drawing).then(() => {
+    if (signal.aborted) return;
+    main.setAttribute("aria-busy", "false");
+    // A panel is drawn when its question is known.
+    if ([document.body, main].includes(document.activeElement)) refocus(main, focused, before);
+  });
 }
 
 /** Give the focus back to the control that had it; of a new view it is at its beginning. */

@@ -39,7 +39,6 @@ export async function showAsk(main, params, signal, open) {
   } catch (error) {
     showError(body)(error);
   }
-  return null;
 }
 
 function content([first, second], beside, open) {

@@ -3,10 +3,16 @@
 import { key } from "./api.js";
 import { el, put } from "./dom.js";
 
+const AGAIN = [0, 429, 503]; // what may be answered when it is asked once more; 0 is no answer at all
+
 export function errorLine(error) {
   const line = el("p", { class: "error", role: "alert", text: error.message });
-  return error.status === 401 ? el("div", {}, line, keyForm()) : line;
+  if (error.status === 401) return el("div", {}, line, keyForm());
+  if (!AGAIN.includes(error.status)) return line;
+  return el("div", {}, line, el("button", { type: "button", class: "plain", id: "again", text: "Try again", click: again }));
 }
+
+const again = () => dispatchEvent(new CustomEvent("again"));
 
 /** Show an error in a place, unless the user has left it. */
 export function showError(place) {
@@ -20,7 +26,7 @@ function keyForm() {
   const give = (event) => {
     event.preventDefault();
     key.set(input.value.trim());
-    dispatchEvent(new CustomEvent("again"));
+    again();
   };
   return el("form", { class: "key", submit: give }, el("label", { for: "key", text: "Key of this service" }), input,
     el("button", { text: "Use it" }), el("p", { class: "quiet", text: "It is kept until this tab is closed." }));

@@ -21,7 +21,7 @@ export function showHome(main, _params, signal) {
     el("section", { "aria-labelledby": "stored" },
       el("div", { class: "row" }, el("h2", { id: "stored", text: "Or take one that is scored already" }), el("a", { href: href("queries"), text: "All of them" })),
       strip));
-  api.queries({ split: "test", limit: STRIP }, signal).then(({ queries }) => put(strip,
+  return api.queries({ split: "test", limit: STRIP }, signal).then(({ queries }) => put(strip,
     queries.length ? queryCards(queries, (query) => href("ask", { query: query.query_id }))
       : el("p", { class: "empty", text: "No query has been scored yet." })), showError(strip));
 }

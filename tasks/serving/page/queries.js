@@ -21,7 +21,7 @@ export function showQueries(main, params, signal) {
       el("p", { class: "lead", text: "Pictures of which the teacher has scored the training images. Each leads to its answer." }),
       el("div", { class: "controls" }, el("label", {}, "Split ", choice))),
     body);
-  api.queries({ split, offset, limit: PAGE }, signal).then((page) => {
+  return api.queries({ split, offset, limit: PAGE }, signal).then((page) => {
     announce(plural(page.total, "query", "queries"));
     put(body,
       page.queries.length ? queryCards(page.queries, (query) => href("ask", { query: query.query_id }))

@@ -37,7 +37,7 @@ export function showShares(main, params, signal) {
         "Do not pay, or refuse to pay, anybody on an unproven share, nor take a proven one for proof of copying." })));
   const question = { by, split: params.get("split") || null, query_ids: queryIds.length ? queryIds : null,
     since: params.get("since"), until: params.get("until") };
-  api.shares(Object.fromEntries(Object.entries(question).filter(([, value]) => value !== null)), signal).then(
+  return api.shares(Object.fromEntries(Object.entries(question).filter(([, value]) => value !== null)), signal).then(
     (answer) => put(body, result(answer, by)),
     (error) => { if (error.name !== "AbortError") put(body, errorLine(error)); });
 }

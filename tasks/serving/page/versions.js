@@ -12,7 +12,7 @@ export function showVersions(main, _params, signal) {
     el("header", { class: "head" }, el("h1", { text: "Versions" }),
       el("p", { class: "lead", text: "Every index that was built, how much of exact search it finds, and how well its order agrees with the teacher." })),
     body);
-  api.indexes(signal).then(({ indexes }) => put(body, versions(indexes)),
+  return api.indexes(signal).then(({ indexes }) => put(body, versions(indexes)),
     (error) => { if (error.name !== "AbortError") put(body, errorLine(error)); });
 }
 

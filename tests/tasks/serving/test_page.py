@@ -107,7 +107,9 @@ def visit(page: Page, place: str) -> None:
     """Load a place from nothing, and wait until all of it is there."""
     page.goto("about:blank")
     page.goto(f"/{place}")
-    page.wait_for_load_state("networkidle")
+    page.locator("main[aria-busy=false]").wait_for()
+    if "open=" in place:
+        page.locator("dialog dl").wait_for()
 
 
 def picture(number: int) -> bytes:
@@ -362,6 +364,9 @@ def test_an_error_is_one_readable_line(chromium: Browser, url: str) -> None:
     page.route("**/v1/**", lambda route: route.abort())
     page.goto("/#/queries")
     expect(page.get_by_role("alert")).to_contain_text("The service does not answer")
+    page.unroute("**/v1/**")
+    page.locator("#again").click()
+    page.locator(".queries a").first.wait_for()
     page.close()
 
 
