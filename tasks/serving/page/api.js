@@ -40,7 +40,12 @@ async function readError(response) {
 
 const getJson = async (path, options) => (await request(path, options)).json();
 const postJson = (path, body, signal) =>
-  getJson(path, { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" }, signal });
+  getJson(path, {
+    method: "POST",
+    body: JSON.stringify(body),
+    headers: { "Content-Type": "application/json" },
+    signal,
+  });
 
 const search = (params) => new URLSearchParams(Object.entries(params).filter(([, value]) => value || value === 0));
 
@@ -73,7 +78,9 @@ export async function finished(id, progress) {
     if (job.answer) return job.answer;
     if (job.error) throw new ApiError(job.error, 200, job.where);
     progress(job.progress);
-    await new Promise((resolve) => { setTimeout(resolve, POLL); });
+    await new Promise((resolve) => {
+      setTimeout(resolve, POLL);
+    });
   }
 }
 

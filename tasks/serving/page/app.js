@@ -10,12 +10,18 @@ import { restore } from "./upload.js";
 import { showVersions } from "./versions.js";
 
 const VIEWS = {
-  ask: (main, params, signal) => (isQuestion(params) ? showAsk(main, params, signal, open) : showHome(main, params, signal)),
+  ask: (main, params, signal) =>
+    isQuestion(params) ? showAsk(main, params, signal, open) : showHome(main, params, signal),
   queries: showQueries,
   shares: showShares,
   versions: showVersions,
 };
-const TITLES = { ask: "Which training images made this picture?", queries: "Scored queries", shares: "Shares", versions: "Versions" };
+const TITLES = {
+  ask: "Which training images made this picture?",
+  queries: "Scored queries",
+  shares: "Shares",
+  versions: "Versions",
+};
 
 let shown = null;
 let leaving = new AbortController();

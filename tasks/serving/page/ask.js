@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { label, sections, sideBySide } from "./answer.js";
-import { announce, confirmIn, el, put, skeletons } from "./dom.js";
+import { action, announce, confirmIn, el, line, put, skeletons } from "./dom.js";
 import { saveCsv, saveJson, table } from "./download.js";
 import { showError } from "./errors.js";
 import { filters, joined } from "./filters.js";
@@ -25,7 +25,11 @@ export async function showAsk(main, params, signal, open) {
   if (params.has("upload") && !upload()) return showMissing(main, params);
   const body = el("div", { class: "results" }, skeletons(12));
   const side = el("aside", { class: "panel", "aria-label": "The question" });
-  put(main, el("h1", { class: "unseen", text: "The training images of a picture" }), el("div", { class: "ask" }, side, body));
+  put(
+    main,
+    el("h1", { class: "unseen", text: "The training images of a picture" }),
+    el("div", { class: "ask" }, side, body),
+  );
   let question;
   try {
     question = await readQuestion(params, signal);
@@ -54,20 +58,36 @@ async function readQuestion(params, signal) {
   if (params.has("query")) {
     const id = params.get("query");
     const query = await api.query(id, signal);
-    return { name: id, title: query.caption, kind: `Scored query ${id}, split ${query.split}`, image: picture(api.queryImage(id, 512), query.caption, { loading: "eager" }), fields: { query_id: id } };
+    return {
+      name: id,
+      title: query.caption,
+      kind: `Scored query ${id}, split ${query.split}`,
+      image: picture(api.queryImage(id, 512), query.caption, { loading: "eager" }),
+      fields: { query_id: id },
+    };
   }
   if (params.has("sample")) {
     const id = params.get("sample");
     const [sample, image] = await Promise.all([api.sample(id, signal), api.bytes(api.sampleImage(id), signal)]);
     const words = sample.captions[0] ?? "";
-    return { name: `sample-${id}`, title: words, kind: `Training image ${id}, without itself`, image: picture(api.sampleImage(id, 512), words, { loading: "eager" }),
-      fields: { image, caption: words, exclude: id } };
+    return {
+      name: `sample-${id}`,
+      title: words,
+      kind: `Training image ${id}, without itself`,
+      image: picture(api.sampleImage(id, 512), words, { loading: "eager" }),
+      fields: { image, caption: words, exclude: id },
+    };
   }
   if (params.has("upload")) {
     const brought = upload();
-    return { name: `picture-${brought.fingerprint}`, title: caption || "without a caption", kind: "Your picture",
-      image: el("img", { src: brought.url, alt: caption || "The picture that you brought", class: "own" }), fields: { image: brought.blob, caption },
-      other: brought.fingerprint !== params.get("upload") };
+    return {
+      name: `picture-${brought.fingerprint}`,
+      title: caption || "without a caption",
+      kind: "Your picture",
+      image: el("img", { src: brought.url, alt: caption || "The picture that you brought", class: "own" }),
+      fields: { image: brought.blob, caption },
+      other: brought.fingerprint !== params.get("upload"),
+    };
   }
   return { name: "caption", title: caption, kind: "A caption alone", image: null, fields: { caption } };
 }
@@ -101,12 +121,30 @@ function panel(question, params, tier) {
   const change = (changes) => go("ask", changed(params, changes));
   return [
     question.image ? mat(question.image) : null,
-    el("p", { class: "title", text: question.title }), el("p", { class: "quiet", text: question.kind }),
-    question.other ? el("p", { class: "warning", text: "This is another picture than the one that the link was made for." }) : null,
+    line("title", question.title),
+    line("quiet", question.kind),
+    question.other ? line("warning", "This is another picture than the one that the link was made for.") : null,
     tierChoice(tier, change),
-    selectOf("beside", "Beside it", params.get("beside") ?? "", [["", "nothing"], ...Object.entries(TIERS).filter(([name]) => name !== tier).map(([name, { name: text }]) => [name, text]),
-      ["similar", "Untuned features"]], change),
-    selectOf("k", "Images", String(countOf(params)), COUNTS.map((count) => [String(count), String(count)]), change),
+    selectOf(
+      "beside",
+      "Beside it",
+      params.get("beside") ?? "",
+      [
+        ["", "nothing"],
+        ...Object.entries(TIERS)
+          .filter(([name]) => name !== tier)
+          .map(([name, { name: text }]) => [name, text]),
+        ["similar", "Untuned features"],
+      ],
+      change,
+    ),
+    selectOf(
+      "k",
+      "Images",
+      String(countOf(params)),
+      COUNTS.map((count) => [String(count), String(count)]),
+      change,
+    ),
     filters(params.getAll("where"), api.columns, (where) => change({ where })),
     el("div", { class: "actions", id: "out" }),
     el("p", {}, el("a", { href: "#/", id: "new", text: "Ask about another picture" })),
@@ -114,41 +152,89 @@ function panel(question, params, tier) {
 }
 
 function tierChoice(tier, change) {
-  return el("fieldset", { class: "tiers" }, el("legend", { text: "Tier" }), Object.entries(TIERS).map(([name, { name: text }]) =>
-    el("label", {}, el("input", { type: "radio", name: "tier", id: `tier-${name}`, value: name, checked: name === tier,
-      change: () => change({ tier: name === "fast" ? null : name, beside: null }) }), el("span", { text }))));
+  return el(
+    "fieldset",
+    { class: "tiers" },
+    el("legend", { text: "Tier" }),
+    Object.entries(TIERS).map(([name, { name: text }]) =>
+      el(
+        "label",
+        {},
+        el("input", {
+          type: "radio",
+          name: "tier",
+          id: `tier-${name}`,
+          value: name,
+          checked: name === tier,
+          change: () => change({ tier: name === "fast" ? null : name, beside: null }),
+        }),
+        el("span", { text }),
+      ),
+    ),
+  );
 }
 
 function selectOf(id, text, value, options, change) {
-  return el("label", { class: "field" }, el("span", { text }), el("select", { id, change: (event) => change({ [id]: event.target.value }) },
-    options.map(([each, said]) => el("option", { value: each, text: said, selected: each === value }))));
+  return el(
+    "label",
+    { class: "field" },
+    el("span", { text }),
+    el(
+      "select",
+      { id, change: (event) => change({ [id]: event.target.value }) },
+      options.map(([each, said]) => el("option", { value: each, text: said, selected: each === value })),
+    ),
+  );
 }
 
 function downloads(answer, question) {
-  const copy = el("button", { type: "button", class: "plain", id: "copy-link", text: "Copy link", click: async () => {
+  const copy = action("copy-link", "Copy link", async () => {
     try {
       await navigator.clipboard.writeText(location.href);
       confirmIn(copy, "Copied");
     } catch {
       confirmIn(copy, "Copy it from the address bar");
     }
-  } });
+  });
   const name = `fastgda-${question.name}-${answer.tier}`;
-  return [copy,
-    el("button", { type: "button", class: "plain", id: "download-json", text: "JSON", "aria-label": "Download as JSON", click: () => saveJson(name, answer) }),
-    el("button", { type: "button", class: "plain", id: "download-csv", text: "CSV", "aria-label": "Download as CSV", click: () => saveCsv(name, table(answer)) }),
-    question.fields.query_id ? el("a", { class: "button plain", id: "shares-of", href: href("shares", { query: question.fields.query_id }), text: "Shares" }) : null,
+  return [
+    copy,
+    action("download-json", "JSON", () => saveJson(name, answer), { "aria-label": "Download as JSON" }),
+    action("download-csv", "CSV", () => saveCsv(name, table(answer)), { "aria-label": "Download as CSV" }),
+    question.fields.query_id
+      ? el("a", {
+          class: "button plain",
+          id: "shares-of",
+          href: href("shares", { query: question.fields.query_id }),
+          text: "Shares",
+        })
+      : null,
     question.fields.image && question.kind === "Your picture"
-      ? el("p", { class: "quiet", text: "The link names your picture and does not hold it: whoever opens it has to bring the same one." }) : null,
+      ? line("quiet", "The link names your picture and does not hold it: whoever opens it has to bring the same one.")
+      : null,
   ].filter(Boolean);
 }
 
 /** The place of an answer to a picture that this tab does not have. */
 function showMissing(main, params) {
-  put(main, el("div", { class: "opening" },
-    el("header", {}, el("h1", { text: "This link was made for a picture that it does not hold" }),
-      el("p", { class: "lead" }, "Pictures that are brought to this page stay with those who brought them. Bring the same one, of fingerprint ",
-        el("code", { text: params.get("upload") }), ", for the same answer.")),
-    questionForm(params.get("caption") ?? "")));
+  put(
+    main,
+    el(
+      "div",
+      { class: "opening" },
+      el(
+        "header",
+        {},
+        el("h1", { text: "This link was made for a picture that it does not hold" }),
+        el(
+          "p",
+          { class: "lead" },
+          "Pictures stay with those who bring them. For the same answer bring the same one, of fingerprint ",
+          el("code", { text: params.get("upload") }),
+          ".",
+        ),
+      ),
+      questionForm(params.get("caption") ?? ""),
+    ),
+  );
 }
-

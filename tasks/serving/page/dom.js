@@ -23,11 +23,29 @@ function fill(element, attributes, children) {
   return element;
 }
 
-const shown = (children) => children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
+const shown = (children) =>
+  children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
 
 /** Put children, of which null and false are left out, in place of what an element holds. */
 export function put(element, ...children) {
   element.replaceChildren(...shown(children));
+}
+
+/** A paragraph of one text. */
+export const line = (name, text, attributes = {}) => el("p", { class: name, text, ...attributes });
+
+/** A button beside the main one. */
+export const action = (id, text, click, attributes = {}) =>
+  el("button", { type: "button", class: "plain", id, text, click, ...attributes });
+
+/** Names and values, without those that have no value. */
+export function facts(pairs) {
+  const known = pairs.filter(([, value]) => value !== null && value !== undefined && value !== "");
+  return el(
+    "dl",
+    {},
+    known.map(([name, value]) => [el("dt", { text: name }), el("dd", { text: value })]),
+  );
 }
 
 /** Say a sentence to those who hear the page. */
@@ -46,5 +64,7 @@ export function confirmIn(button, said) {
   const before = button.textContent;
   button.textContent = said;
   announce(said);
-  setTimeout(() => { button.textContent = before; }, 2000);
+  setTimeout(() => {
+    button.textContent = before;
+  }, 2000);
 }

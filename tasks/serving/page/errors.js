@@ -1,15 +1,15 @@
 // What went wrong, in one readable line; where the service asks for a key, a place to give it.
 
 import { key } from "./api.js";
-import { el, put } from "./dom.js";
+import { action, el, line, put } from "./dom.js";
 
 const AGAIN = [0, 429, 503]; // what may be answered when it is asked once more; 0 is no answer at all
 
 export function errorLine(error) {
-  const line = el("p", { class: "error", role: "alert", text: error.message });
-  if (error.status === 401) return el("div", {}, line, keyForm());
-  if (!AGAIN.includes(error.status)) return line;
-  return el("div", {}, line, el("button", { type: "button", class: "plain", id: "again", text: "Try again", click: again }));
+  const said = el("p", { class: "error", role: "alert", text: error.message });
+  if (error.status === 401) return el("div", {}, said, keyForm());
+  if (!AGAIN.includes(error.status)) return said;
+  return el("div", {}, said, action("again", "Try again", again));
 }
 
 const again = () => dispatchEvent(new CustomEvent("again"));
@@ -28,6 +28,12 @@ function keyForm() {
     key.set(input.value.trim());
     again();
   };
-  return el("form", { class: "key", submit: give }, el("label", { for: "key", text: "Key of this service" }), input,
-    el("button", { text: "Use it" }), el("p", { class: "quiet", text: "It is kept until this tab is closed." }));
+  return el(
+    "form",
+    { class: "key", submit: give },
+    el("label", { for: "key", text: "Key of this service" }),
+    input,
+    el("button", { text: "Use it" }),
+    line("quiet", "It is kept until this tab is closed."),
+  );
 }

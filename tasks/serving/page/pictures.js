@@ -15,7 +15,13 @@ export function picture(path, alt, attributes = {}) {
   });
   image.addEventListener("error", () => image.replaceWith(el("span", { class: "missing", text: "no picture" })));
   if (!api.key.get()) image.src = path;
-  else api.bytes(path).then((blob) => { image.src = URL.createObjectURL(blob); }, () => image.dispatchEvent(new Event("error")));
+  else
+    api.bytes(path).then(
+      (blob) => {
+        image.src = URL.createObjectURL(blob);
+      },
+      () => image.dispatchEvent(new Event("error")),
+    );
   return image;
 }
 
@@ -32,18 +38,37 @@ export function card(hit, { open, strongest, also = null, size = 256 }) {
   const bar = el("span", { class: "bar", "aria-hidden": "true" }, el("span"));
   bar.firstChild.style.inlineSize = `${100 * part}%`;
   const alike = hit.duplicates?.length ?? 0;
-  return el("li", { class: also ? "card both" : "card" },
-    el("button", { type: "button", id: `hit-${hit.rank}-${hit.train_id}`, click: () => open(hit.train_id) },
-      mat(picture(api.sampleImage(hit.train_id, size), text),
-        alike > 0 && el("span", { class: "alike", title: `${plural(alike, "picture")} that look the same`, text: `+${alike} alike` })),
-      el("span", { class: "label" },
+  return el(
+    "li",
+    { class: also ? "card both" : "card" },
+    el(
+      "button",
+      { type: "button", id: `hit-${hit.rank}-${hit.train_id}`, click: () => open(hit.train_id) },
+      mat(
+        picture(api.sampleImage(hit.train_id, size), text),
+        alike > 0 &&
+          el("span", {
+            class: "alike",
+            title: `${plural(alike, "picture")} that look the same`,
+            text: `+${alike} alike`,
+          }),
+      ),
+      el(
+        "span",
+        { class: "label" },
         el("span", { class: "number", text: hit.rank }),
-        el("span", { class: "title", text })),
+        el("span", { class: "title", text }),
+      ),
       bar,
-      el("span", { class: "facts" },
+      el(
+        "span",
+        { class: "facts" },
         el("span", { text: strength(hit) }),
         hit.predicted_rank ? el("span", { text: predicted(hit.predicted_rank) }) : null,
-        also ? el("span", { class: "also", text: also }) : null)));
+        also ? el("span", { class: "also", text: also }) : null,
+      ),
+    ),
+  );
 }
 
 const sizeOf = (hit) => Math.abs(hit.score ?? hit.similarity ?? 0);
@@ -52,17 +77,35 @@ const barPart = (hit, strongest) => (strongest > 0 ? Math.min(1, sizeOf(hit) / s
 /** A row of cards; `also` says of a train_id what stands beside it. */
 export function gallery(hits, open, also = () => null) {
   const strongest = Math.max(0, ...hits.map(sizeOf));
-  return el("ol", { class: "gallery" }, hits.map((hit) => card(hit, { open, strongest, also: also(hit.train_id) })));
+  return el(
+    "ol",
+    { class: "gallery" },
+    hits.map((hit) => card(hit, { open, strongest, also: also(hit.train_id) })),
+  );
 }
 
 /** A row of stored queries that lead to their answers. */
 export function queryCards(queries, to) {
-  return el("ul", { class: "gallery queries" }, queries.map((query) =>
-    el("li", { class: "card" },
-      el("a", { href: to(query) },
-        mat(picture(api.queryImage(query.query_id, 256), query.caption)),
-        el("span", { class: "label" }, el("span", { class: "title", text: query.caption })),
-        el("span", { class: "facts" },
-          el("span", { text: query.rank ? `rank ${figure(query.rank)} there` : query.query_id }),
-          el("span", { text: query.split }))))));
+  return el(
+    "ul",
+    { class: "gallery queries" },
+    queries.map((query) =>
+      el(
+        "li",
+        { class: "card" },
+        el(
+          "a",
+          { href: to(query) },
+          mat(picture(api.queryImage(query.query_id, 256), query.caption)),
+          el("span", { class: "label" }, el("span", { class: "title", text: query.caption })),
+          el(
+            "span",
+            { class: "facts" },
+            el("span", { text: query.rank ? `rank ${figure(query.rank)} there` : query.query_id }),
+            el("span", { text: query.split }),
+          ),
+        ),
+      ),
+    ),
+  );
 }

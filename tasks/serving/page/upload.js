@@ -16,7 +16,9 @@ export async function bring(blob) {
   if (blob.size <= STORED_BYTES) {
     try {
       sessionStorage.setItem(STORED, JSON.stringify([blob.type, base64(new Uint8Array(await blob.arrayBuffer()))]));
-    } catch { /* a full store: the picture is gone after a reload, and the page says so then */ }
+    } catch {
+      /* a full store: the picture is gone after a reload, and the page says so then */
+    }
   }
   return current;
 }
@@ -42,6 +44,7 @@ async function fingerprint(blob) {
 
 function base64(bytes) {
   let text = "";
-  for (let start = 0; start < bytes.length; start += 0x8000) text += String.fromCharCode(...bytes.subarray(start, start + 0x8000));
+  for (let start = 0; start < bytes.length; start += 0x8000)
+    text += String.fromCharCode(...bytes.subarray(start, start + 0x8000));
   return btoa(text);
 }

@@ -2,28 +2,56 @@
 
 import * as api from "./api.js";
 import { history } from "./charts.js";
-import { el, put } from "./dom.js";
+import { el, facts, line, put } from "./dom.js";
 import { errorLine } from "./errors.js";
 import { date, figure, whole, withError } from "./words.js";
 
 export function showVersions(main, _params, signal) {
-  const body = el("div", {}, el("p", { class: "quiet", text: "Versions are being read" }));
-  put(main,
-    el("header", { class: "head" }, el("h1", { text: "Versions" }),
-      el("p", { class: "lead", text: "Every index that was built, how much of exact search it finds, and how well its order agrees with the teacher." })),
-    body);
-  return api.indexes(signal).then(({ indexes }) => put(body, versions(indexes)),
-    (error) => { if (error.name !== "AbortError") put(body, errorLine(error)); });
+  const body = el("div", {}, line("quiet", "Versions are being read"));
+  put(
+    main,
+    el(
+      "header",
+      { class: "head" },
+      el("h1", { text: "Versions" }),
+      line(
+        "lead",
+        "Every index that was built, what it finds of exact search, and how well its order agrees with the teacher.",
+      ),
+    ),
+    body,
+  );
+  return api.indexes(signal).then(
+    ({ indexes }) => put(body, versions(indexes)),
+    (error) => {
+      if (error.name !== "AbortError") put(body, errorLine(error));
+    },
+  );
 }
 
 function versions(indexes) {
-  if (!indexes.length) return [el("p", { class: "empty", text: "No index has been built yet: `fastgda index build` makes one." })];
+  if (!indexes.length) return [line("empty", "No index has been built yet: `fastgda index build` makes one.")];
   const oldest = [...indexes].sort((one, other) => String(one.created_at).localeCompare(String(other.created_at)));
-  const points = (name, error) => oldest.map((each) => ({ name: short(each.version), value: each[name], error: error ? each[error] : null, served: each.served }));
-  const charts = [["Agreement with the teacher (mAP)", points("map", "map_error")], ["Recall of the first 10", points("recall_at_10")], ["Recall of the first 100", points("recall_at_100")]]
-    .map(([title, values]) => [title, history(title, values)]).filter(([, chart]) => chart);
+  const points = (name, error) =>
+    oldest.map((each) => ({
+      name: short(each.version),
+      value: each[name],
+      error: error ? each[error] : null,
+      served: each.served,
+    }));
+  const charts = [
+    ["Agreement with the teacher (mAP)", points("map", "map_error")],
+    ["Recall of the first 10", points("recall_at_10")],
+    ["Recall of the first 100", points("recall_at_100")],
+  ]
+    .map(([title, values]) => [title, history(title, values)])
+    .filter(([, chart]) => chart);
   return [
-    el("div", { class: "charts" }, charts.map(([title, chart]) => el("figure", {}, el("figcaption", { text: title }), chart))),
+    el(
+      "div",
+      { class: "charts" },
+      charts.map(([title, chart]) => el("figure", {}, el("figcaption", { text: title }), chart)),
+    ),
     el("ol", { class: "versions" }, oldest.reverse().map(version)),
   ];
 }
@@ -31,11 +59,24 @@ function versions(indexes) {
 const short = (name) => String(name).split("/").at(-1).slice(0, 10);
 
 function version(each) {
-  const facts = [["Images", each.vectors === undefined ? null : whole(each.vectors)], ["mAP", withError(each.map, each.map_error)], ["Recall@10", figure(each.recall_at_10)],
-    ["Recall@100", figure(each.recall_at_100)], ["Head", each.head ? short(each.head) : null]];
-  return el("li", { class: each.served ? "served" : null },
-    el("h2", {}, el("code", { text: short(each.version) }), each.served ? el("span", { class: "tier", text: "served" }) : null),
-    el("p", { class: "quiet", text: [each.kind, date(each.created_at)].filter(Boolean).join(" · ") }),
-    el("dl", {}, facts.filter(([, value]) => value && value !== "–").map(([name, value]) => [el("dt", { text: name }), el("dd", { text: value })])),
-    each.reason ? el("p", { class: "quiet", text: each.reason }) : null);
+  const figures = [
+    ["Images", each.vectors === undefined ? null : whole(each.vectors)],
+    ["mAP", withError(each.map, each.map_error)],
+    ["Recall@10", figure(each.recall_at_10)],
+    ["Recall@100", figure(each.recall_at_100)],
+    ["Head", each.head ? short(each.head) : null],
+  ];
+  return el(
+    "li",
+    { class: each.served ? "served" : null },
+    el(
+      "h2",
+      {},
+      el("code", { text: short(each.version) }),
+      each.served ? el("span", { class: "tier", text: "served" }) : null,
+    ),
+    line("quiet", [each.kind, date(each.created_at)].filter(Boolean).join(" · ")),
+    facts(figures.filter(([, value]) => value !== "–")),
+    each.reason ? line("quiet", each.reason) : null,
+  );
 }

@@ -4,7 +4,7 @@ export const TIERS = {
   fast: { name: "Fast", says: "A small learned head and an index. Good for an order, and no more." },
   sketch: {
     name: "Sketch",
-    says: "This picture's own gradient against a sketch of every training image's: scores of the teacher's, with errors.",
+    says: "This picture's own gradient against sketches of the training images': scores of the teacher's, with errors.",
   },
   exact: { name: "Exact", says: "The teacher itself, asked on the spot. It takes a while." },
 };
