@@ -463,6 +463,21 @@ RANKS_VIEW = Table(
     ),
 )
 
+SHARES_VIEW = Table(
+    "shares",
+    "what part of a query's positive influence falls on the samples of a tar; shares_by(column): of another payee",
+    schema(
+        ("query_id", pa.string(), "the query"),
+        ("payee", pa.string(), "whose samples these are: path of the tar"),
+        ("samples", pa.int64(), "how many of them were scored"),
+        ("influence", pa.float64(), "sum of their positive influence"),
+        ("share", pa.float64(), "of all positive influence on the query; null where there is none"),
+        ("standard_error", pa.float64(), "of the share by the noise of the scores; null where that is not known"),
+        ("uniform", pa.float64(), "what the share would be if all samples were paid the same"),
+        nullable={"share", "standard_error"},
+    ),
+)
+
 RUN_SCORES = Table(
     "run_scores",
     "a scored pair of any run, published or not, as soon as its shard is committed",

@@ -28,6 +28,7 @@ from flows.commands.lake import lake_app
 from flows.commands.lineage import lineage
 from flows.commands.metrics import metrics
 from flows.commands.serve import serve
+from flows.commands.shares import shares
 from flows.commands.stages import stage_commands
 from flows.commands.store import ledger_app, store_commands
 from flows.commands.takedown import takedown_commands
@@ -96,6 +97,7 @@ for command in (
     *store_commands,
     *takedown_commands,
     metrics,
+    shares,
 ):
     app.command()(command)
 app.add_typer(ledger_app)

@@ -52,6 +52,7 @@ from storage_schemas.snapshots.published import NotPublished, OtherRelease, Publ
 from storage_schemas.snapshots.snapshots import Snapshot, read_snapshot
 from storage_schemas.sql.answers import Answer
 from storage_schemas.sql.masks import Masks, tombstone_rows
+from storage_schemas.sql.shares import shares_macro, shares_view
 from storage_schemas.table import Table
 from storage_schemas.workspace import Workspace, regenerated, retrained, twins_beside
 
@@ -228,6 +229,8 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, s
     ranked = _ranks(workspace, snapshot.parts, left_out.rows(tables.RANKS)) if snapshot else []
     _create_view(connection, tables.RANKS_VIEW, ranked)
     _create_view(connection, tables.METRICS, _metrics(workspace, published) if published else [])
+    connection.execute(shares_macro())
+    _create_view(connection, tables.SHARES_VIEW, [shares_view()])
     exact = folder(published.exact_check) if published else None
     checked = [_select(tables.SCORES, exact) + left_out.rows(tables.SCORES)] if exact else []
     _create_view(connection, tables.EXACT_CHECK, checked)

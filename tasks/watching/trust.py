@@ -26,6 +26,7 @@ CONFIRMED_SHARE = "confirmed twin share"  # found, of the twins that models trai
 OTHER_NOISE, OTHER_GRADIENT = "teacher with other noise", "teacher with other gradient"
 OTHER_CURVATURE, OTHER_TEACHER = "teacher with other curvature", "another teacher"
 HEAD = "tuned"
+JUDGED = "models trained again"  # the fact that says how true a teacher is
 LDS, RETRAINED_AGAIN = "lds", "retraining again"  # the judge's score, and what retraining itself leaves of it
 
 # Below it less than half of what orders the samples would come back if the teacher were drawn again.
@@ -84,7 +85,7 @@ class Trust:
         if self.agreement is not None:
             facts.append(("two teachers agree", f"Spearman {self.agreement:.3f}"))
         if TEACHER in self.retrained:
-            facts.append(("models trained again", self._retrained()))
+            facts.append((JUDGED, self._retrained()))
         return [(name, value) for name, value in facts if value]
 
     def _chosen_plan(self) -> str:

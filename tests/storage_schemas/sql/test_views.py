@@ -32,6 +32,7 @@ VIEWS = (
     "scores",
     "ranks",
     "run_scores",
+    "shares",
     "exact_check",
     "metrics",
     "study",

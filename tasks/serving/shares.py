@@ -1,0 +1,181 @@
+"""Shares: who is owed what part of the influence on queries, from published scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+import numpy as np
+
+from fastgda_core.evaluation.shares import LEVEL, Period, Shares, Sums
+from storage_schemas.snapshots.published import read_published
+from storage_schemas.sql.shares import (
+    Payees,
+    measured,
+    number_payees,
+    queries_scored,
+    query_sums,
+    shared_queries,
+)
+from storage_schemas.sql.views import connect
+from storage_schemas.workspace import Workspace
+from tasks.watching.trust import JUDGED, OTHER_TEACHER, trust_in
+
+Beyond = Literal["more", "less", ""]
+Source = Literal["pairs", "agreement", "unknown"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The share of one payee.
+
+    share: of the positive influence, mean over the queries; all payees' add up to 1.
+    standard_error: None where nothing is known of it. noise_error, query_error: its parts, by the noise of the scores
+        and by the spread between queries.
+    low, high: interval, of 95 % for all payees together. proven: whether it lies above 0.
+    signal_to_noise: share by standard error.
+    samples: how many samples the payee has. queries: on how many queries they have any influence.
+    uniform: what the payee would have if all samples were paid the same. lift: share by that.
+    beyond_uniform: more or less where the interval lies above or below that, else empty.
+    influence: sum of the positive influence over the queries, in units of scores.
+    """
+
+    payee: str
+    share: float
+    standard_error: float | None
+    low: float | None
+    high: float | None
+    signal_to_noise: float | None
+    proven: bool
+    samples: int
+    queries: int
+    uniform: float
+    lift: float
+    beyond_uniform: Beyond
+    noise_error: float | None
+    query_error: float | None
+    influence: float
+
+
+@dataclass(frozen=True)
+class SharesAnswer:
+    """Shares of all payees, largest first, and what they were made of.
+
+    by: the column of samples, or the key of their metadata, that names the payee.
+    queries: how many they are the mean of. silent: how many more have no positive influence, and count for nothing.
+    level: of all intervals together.
+    noise: where the noise of scores is known from: each pair's standard error, the agreement with another teacher, or
+        nowhere.
+    snapshot: the published scores.
+    judged: how well the teacher predicts the losses of models that were trained again; empty where it was never held
+        against any. warnings: what its checks found wrong with it.
+    """
+
+    by: str
+    rows: list[Share]
+    queries: int
+    silent: int
+    level: float
+    noise: Source
+    snapshot: str
+    judged: str
+    warnings: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the answer as plain values, in order."""
+        return asdict(self)
+
+
+def published_shares(
+    workspace: Workspace,
+    by: str = "shard",
+    *,
+    query_ids: Sequence[str] | None = None,
+    split: str | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    advance: Callable[[int], None] = lambda queries: None,
+    begin: Callable[[int], None] = lambda queries: None,
+) -> SharesAnswer:
+    """Return the shares of published queries, all but those of the twin test unless they are named.
+
+    Args:
+        by: column of the view `samples`, or key of its metadata.
+        query_ids, split, since, until: these queries, those of a split, those that a run planned in [since, until)
+            scored; what is given together has to hold together.
+        begin, advance: called with the number of queries there are, and with how many more are done.
+
+    Raises:
+        UsageError: no query is left, or none has any positive influence.
+        StoreError: nothing is published; there is no such column, query or split.
+    """
+    if since is not None or until is not None:
+        scored = queries_scored(workspace, since, until)
+        query_ids = scored if query_ids is None else [query for query in query_ids if query in set(scored)]
+    with connect(workspace.root) as connection:
+        payees = number_payees(connection, by)
+        queries = shared_queries(connection, query_ids, split)
+        begin(len(queries))
+        agreement = measured(connection, "spearman", OTHER_TEACHER)
+        period, of_pairs = Period(len(payees.names)), True
+        for sums in query_sums(connection, queries, agreement):
+            of_pairs &= bool((sums.measured == sums.samples).all())
+            period.add(Sums(sums.payee, sums.samples, sums.influence, sums.variance, sums.noise))
+            advance(1)
+    found = period.shares()
+    source: Source = "unknown" if np.isnan(found.noise_error).any() else "pairs" if of_pairs else "agreement"
+    return _answer(workspace, by, payees, found, source)
+
+
+def _answer(workspace: Workspace, by: str, payees: Payees, found: Shares, source: Source) -> SharesAnswer:
+    published = read_published(workspace)
+    trust = trust_in(workspace, published.run)
+    return SharesAnswer(
+        by=by,
+        rows=_rows(payees, found),
+        queries=found.queries,
+        silent=found.silent,
+        level=LEVEL,
+        noise=source,
+        snapshot=published.snapshot,
+        judged=dict(trust.facts).get(JUDGED, ""),
+        warnings=trust.warnings,
+    )
+
+
+def _rows(payees: Payees, found: Shares) -> list[Share]:
+    """Return the payees that have a scored sample, largest share first."""
+    there = np.flatnonzero(found.uniform > 0)
+    order = there[np.argsort(-found.share[there], kind="stable")]
+    signal, proven, lift = found.signal_to_noise, found.proven, found.lift
+    rows = []
+    for at in order.tolist():
+        low, high, uniform = (float(values[at]) for values in (found.low, found.high, found.uniform))
+        beyond: Beyond = "more" if low > uniform else "less" if high < uniform else ""
+        rows.append(
+            Share(
+                payee=payees.names[at],
+                share=float(found.share[at]),
+                standard_error=_known(found.standard_error[at]),
+                low=_known(low),
+                high=_known(high),
+                signal_to_noise=_known(signal[at]),
+                proven=bool(proven[at]),
+                samples=int(payees.samples[at]),
+                queries=int(found.paid[at]),
+                uniform=uniform,
+                lift=float(lift[at]),
+                beyond_uniform=beyond,
+                noise_error=_known(found.noise_error[at]),
+                query_error=_known(found.query_error[at]),
+                influence=float(found.influence[at]),
+            )
+        )
+    return rows
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
