@@ -155,7 +155,7 @@ class Attributor:
             raise UsageError("a question has an image and the caption that it was generated from")
         check_caption(caption)
         picture = as_rgb(image)
-        asked = hashlib.sha256(repr((picture.size, caption)).encode() + picture.tobytes()).hexdigest()
+        asked = name_of(picture, caption)
         if tier == "fast":
             return self._by_vectors(self.encode_many([picture], [caption]), [asked], settings)[0]
         return self._by_sketches(picture, caption, asked, settings)
@@ -174,6 +174,24 @@ class Attributor:
         self._check(settings)
         vectors = self.encode_many(pictures, captions)
         return self._by_vectors(vectors, [hashlib.sha256(each.tobytes()).hexdigest() for each in vectors], settings)
+
+    def attribute_vectors(
+        self,
+        vectors: NDArray[np.float32],
+        asked: Sequence[str],
+        k: int = 20,
+        where: str | None = None,
+        exclude: Sequence[int] = (),
+        around: int = 0,
+    ) -> list[Answer]:
+        """Return the fast tier's answers to several questions by their vectors, (questions, width), of one search.
+
+        Args:
+            asked: what tells each question from others, as `name_of` of its picture; it becomes part of the lineage.
+        """
+        settings = _Settings(k, "fast", where, tuple(exclude), None, False, around)
+        self._check(settings)
+        return self._by_vectors(vectors, asked, settings)
 
     def attribute_query(
         self,
@@ -205,11 +223,16 @@ class Attributor:
         """Answer for a vector of the head, (width,), as `encode_many` makes it."""
         settings = _Settings(k, "fast", where, tuple(exclude), None, False, around)
         self._check(settings)
+        asked = self.checked_vector(vector)
+        return self._by_vectors(asked[None], [hashlib.sha256(asked.tobytes()).hexdigest()], settings)[0]
+
+    def checked_vector(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return a vector as the index takes it; UsageError: it is none of this index."""
         asked = np.ascontiguousarray(vector, np.float32)
         width = self.fast.index.d
         if asked.shape != (width,) or not np.isfinite(asked).all():
             raise UsageError(f"a vector of this index is {width} finite numbers, not {asked.shape}")
-        return self._by_vectors(asked[None], [hashlib.sha256(asked.tobytes()).hexdigest()], settings)[0]
+        return asked
 
     def encode_many(self, pictures: Sequence[Image.Image], captions: Sequence[str]) -> NDArray[np.float32]:
         """Return the vectors of several questions, (questions, width), encoded together."""
@@ -380,6 +403,11 @@ class Attributor:
 
 _TIED = "this teacher's negative scores carry nothing (teacher.negatives: tie), so what lowers the image is not named"
 _SYMMETRIC = "this head learned an order alone, so what lowers the image is not named: tier sketch or exact may name it"
+
+
+def name_of(picture: Image.Image, caption: str) -> str:
+    """Return what tells the question about an RGB picture and its caption from any other."""
+    return hashlib.sha256(repr((picture.size, caption)).encode() + picture.tobytes()).hexdigest()
 
 
 def _depth(k: int) -> int:

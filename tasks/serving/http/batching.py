@@ -22,7 +22,7 @@ from tasks.serving.http.threads import one_thread
 
 @dataclass
 class Waiting:
-    """A question in the queue; `picture` and its caption are encoded, unless a vector or a stored query is asked."""
+    """A question in the queue; picture: of one that is to be encoded."""
 
     question: Question
     picture: Image.Image | None

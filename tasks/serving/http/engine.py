@@ -12,7 +12,8 @@ from storage_schemas.snapshots.published import newest_version
 from storage_schemas.workspace import Workspace
 from tasks.inputs.queries import Query
 from tasks.serving.answers import Hit
-from tasks.serving.http.interim import Attributor
+from tasks.serving.attributor import Attributor
+from tasks.serving.catalogue import RemovedSample
 from tasks.serving.http.metrics import ServiceMetrics
 from tasks.serving.http.problems import Problem, one_line
 from tasks.serving.http.threads import one_thread
@@ -76,11 +77,13 @@ class Engine:
         """Return what is known of a training sample, and the version that knows it.
 
         Raises:
-            Problem: there is none of this number.
+            Problem: there is none of this number, or it is taken down.
         """
         attributor = self.current
         try:
             return attributor, attributor.sample(train_id)
+        except RemovedSample as error:
+            raise Problem(410, one_line(error), "train_id") from None
         except UsageError as error:
             raise Problem(404, one_line(error), "train_id") from None
 

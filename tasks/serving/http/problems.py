@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from fastgda_core.errors import BadSample, UsageError
 from storage_schemas.errors import StoreError
+from storage_schemas.sql.filters import RefusedFilter
 
 log = logging.getLogger("fastgda.serving")
 
@@ -64,6 +65,8 @@ def problem_of(error: Exception) -> Problem:
     """Return an error of the product as a problem; one that is not known is a bug, and is logged."""
     if isinstance(error, Problem):
         return error
+    if isinstance(error, RefusedFilter):
+        return Problem(400, one_line(error), "where")
     if isinstance(error, (UsageError, BadSample)):
         return Problem(400, one_line(error), getattr(error, "where", ""))
     if isinstance(error, StoreError):

@@ -7,9 +7,7 @@ import binascii
 import json
 from typing import Any
 
-import numpy as np
 from fastapi import Request
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 
@@ -47,6 +45,9 @@ class Question(BaseModel):
     first: int | None = Field(
         default=None, ge=1, description="of tier sketch: score the fast tier's first so many alone"
     )
+    around: int = Field(
+        default=8, description="samples of each list beside the hits: what lowers, what looks alike"
+    )
     relative: bool = Field(
         default=False, description="of tier sketch: divide scores by the length of the sample's gradient"
     )
@@ -55,11 +56,15 @@ class Question(BaseModel):
         """Raise Problem where a limit is passed, or where the question asks several things or none."""
         if not 1 <= self.k <= limits.k:
             raise Problem(400, f"k is {self.k}: ask for 1 to {limits.k}", "k")
+        if not 0 <= self.around <= limits.k:
+            raise Problem(400, f"around is {self.around}: ask for 0 to {limits.k}", "around")
         for name, most in (("caption", limits.caption), ("where", limits.where), ("exclude", limits.exclude)):
             if len(value := getattr(self, name) or ()) > most:
                 raise Problem(400, f"{name} has {len(value)} entries or characters: {most} at most", name)
         if self.where is not None and "\0" in self.where:
             raise Problem(400, "where holds a character that no condition has", "where")
+        if self.tier == "fast" and (self.first is not None or self.relative):
+            raise Problem(400, "first and relative are of tier sketch: ask tier sketch", "tier")
         asked = [name for name in ("query_id", "vector") if getattr(self, name) is not None]
         if self.image is not None or self.caption is not None:
             asked.append("image")
@@ -73,19 +78,6 @@ class Question(BaseModel):
             raise Problem(400, "image is empty: give a PNG, JPEG or WebP file", "image")
         if self.image is not None and self.caption is not None and not self.caption.strip():
             raise Problem(400, "caption is blank: give the caption that the image was generated from", "caption")
-
-    def array(self, width: int) -> NDArray[np.float32]:
-        """Return the vector that is asked about, (width,).
-
-        Raises:
-            Problem: it is of another width, or its numbers are too large.
-        """
-        found = np.asarray(self.vector, dtype=np.float32)
-        if len(found) != width:
-            raise Problem(400, f"vector has {len(found)} numbers: those of this head have {width}", "vector")
-        if not np.isfinite(found @ found):
-            raise Problem(400, "vector has numbers too large for float32", "vector")
-        return found
 
 
 async def read_question(request: Request, limits: Limits) -> Question:
