@@ -2,7 +2,7 @@
 
 import { el, facts, line } from "./dom.js";
 import { gallery } from "./pictures.js";
-import { TIERS, figure, percent, plural, whole, withError } from "./words.js";
+import { TIERS, figure, percent, plural, sentence, whole, withError } from "./words.js";
 
 const CAVEAT = "This is what the model's maths says. It is not proof.";
 const UNTUNED = "What looks alike to features that know nothing of the model, without the answer's own images.";
@@ -16,7 +16,8 @@ export function label(answer) {
       el("span", { class: "tier", text: TIERS[answer.tier].name }),
       el("span", { class: "caveat", text: CAVEAT }),
     ),
-    answer.agreement.note ? line("warning", answer.agreement.note) : null,
+    answer.agreement.note ? line("warning", sentence(answer.agreement.note)) : null,
+    answer.notes.map((text) => line("note", sentence(text))),
   ]);
 }
 
@@ -38,7 +39,6 @@ function plate(answer, head) {
     "section",
     { class: "plate", "aria-label": `How far to believe the answer of tier ${tier.name}` },
     head,
-    (answer.notes ?? []).map((text) => line("note", text)),
     el(
       "dl",
       { class: "figures" },
@@ -61,7 +61,7 @@ function details({ agreement, versions, influence, lineage, seconds }) {
     ["Measure", measured],
     [
       "All figures",
-      (agreement.measures ?? []).map((each) => `${each.name} ${withError(each.value, each.error)}`).join(", "),
+      agreement.measures.map((each) => `${each.name} ${withError(each.value, each.error)}`).join(", "),
     ],
     [
       "Index",
@@ -77,7 +77,7 @@ function details({ agreement, versions, influence, lineage, seconds }) {
     [
       "Influence",
       influence &&
-        `${whole(influence.scored)} images; sums: ${figure(influence.positive)} above, ${figure(influence.negative)} below zero`,
+        `${whole(influence.scored)} images; sums ${figure(influence.positive)} and ${figure(influence.negative)}`,
     ],
     ["Head", versions.head],
     ["Run", versions.run],
@@ -130,7 +130,9 @@ function section(id, title, says, hits, open, empty = null) {
 export function sideBySide(left, right, open) {
   const places = [left, right].map(({ hits }) => new Map(hits.map((hit) => [hit.train_id, hit.rank])));
   const both = left.hits.filter((hit) => places[1].has(hit.train_id)).length;
-  const notes = new Set([left, right].map(({ answer }) => answer?.agreement.note).filter(Boolean));
+  const answers = [left, right].map(({ answer }) => answer).filter(Boolean);
+  const warnings = new Set(answers.map(({ agreement }) => agreement.note).filter(Boolean));
+  const notes = new Set(answers.flatMap((answer) => answer.notes));
   const column = (side, other, rank) =>
     el(
       "section",
@@ -146,7 +148,8 @@ export function sideBySide(left, right, open) {
       "header",
       { class: "beside-head" },
       line("caveat", CAVEAT),
-      [...notes].map((text) => line("warning", text)),
+      [...warnings].map((text) => line("warning", sentence(text))),
+      [...notes].map((text) => line("note", sentence(text))),
       right.answer
         ? line(
             "lead",

@@ -14,6 +14,7 @@ import { agreed, teacher } from "./teacher.js";
 import { TIERS, plural } from "./words.js";
 
 const COUNTS = [12, 24, 48, 96];
+const AROUND = 12; // images of each list below the first
 const REMEMBERED = 40;
 const answers = new Map();
 
@@ -93,8 +94,14 @@ async function readQuestion(params, signal) {
 }
 
 async function askAll(tiers, question, params, body, signal) {
-  const fields = { ...question.fields, k: countOf(params), where: joined(params.getAll("where")) };
-  const keys = tiers.map((tier) => JSON.stringify([tier, question.name, question.title, fields.k, fields.where]));
+  const k = countOf(params);
+  const settings = {
+    k,
+    around: params.get("beside") === "similar" ? k : AROUND,
+    where: joined(params.getAll("where")),
+  };
+  const fields = { ...question.fields, ...settings };
+  const keys = tiers.map((tier) => JSON.stringify([tier, question.name, question.title, settings]));
   for (const [place, tier] of tiers.entries()) {
     if (!answers.has(keys[place])) remember(keys[place], await askOne({ ...fields, tier }, keys[place], body, signal));
   }

@@ -6,7 +6,7 @@ import { action, announce, el, line, put } from "./dom.js";
 import { rowsTable, saveCsv, saveJson } from "./download.js";
 import { errorLine } from "./errors.js";
 import { changed, go } from "./route.js";
-import { figure, fileName, percent, plural, whole } from "./words.js";
+import { figure, fileName, percent, plural, sentence, whole } from "./words.js";
 
 const SPLITS = ["test", "validation", "train", "twin", "pseudo"];
 const SHOWN = 100;
@@ -76,8 +76,8 @@ export function showShares(main, params, signal) {
       el("h3", { text: "What these figures are for" }),
       el("p", {
         text:
-          "A share is a sum of estimated influence. An interval that touches zero means that the data do not show any " +
-          "share: it is called unproven. " +
+          "A share is a sum of estimated influence. An interval that touches zero means that the data do not show " +
+          "any share: it is called unproven. " +
           "Do not pay, or refuse to pay, anybody on an unproven share, nor take a proven one for proof of copying.",
       }),
     ),
@@ -120,7 +120,7 @@ function result(answer, by) {
       `${plural(rows.length, "payee")}, ${verdict}, over ${plural(answer.queries, "query", "queries")}${silent}.`,
       { id: "share-summary" },
     ),
-    (answer.warnings ?? []).map((text) => line("warning", text)),
+    answer.warnings.map((text) => line("warning", sentence(text))),
     answer.judged ? line("quiet", `The teacher against models that were trained again: ${answer.judged}`) : null,
     el(
       "table",
@@ -142,7 +142,7 @@ function result(answer, by) {
     ),
     line(
       "quiet",
-      "The dotted mark is what a payee would have if every image were paid the same; the line below a bar, its interval.",
+      "The line below a bar is its interval, the dotted mark what a payee has where all images are paid the same.",
     ),
     rows.length > SHOWN ? line("quiet", `${whole(rows.length - SHOWN)} more are in the download.`) : null,
     el(

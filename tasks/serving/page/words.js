@@ -21,10 +21,13 @@ export function figure(number) {
   return size !== 0 && (size < 1e-3 || size >= 1e6) ? number.toExponential(2) : plain.format(number);
 }
 
-/** A figure with its standard error, both in the same digits. */
+/** A figure with its standard error, both as far as the error has two digits that count. */
 export function withError(number, error) {
   if (number === null || number === undefined) return "–";
-  return error ? `${figure(number)} ± ${figure(error)}` : figure(number);
+  if (!error) return figure(number);
+  const decimals = Math.max(0, 1 - Math.floor(Math.log10(error)));
+  if (decimals > 6) return `${figure(number)} ± ${figure(error)}`;
+  return `${number.toFixed(decimals)} ± ${error.toFixed(decimals)}`;
 }
 
 export function percent(part, digits = 1) {
@@ -42,6 +45,9 @@ export function date(text) {
   const when = new Date(text);
   return Number.isNaN(when.valueOf()) ? "" : when.toISOString().slice(0, 16).replace("T", " ");
 }
+
+/** A line of the service as a sentence. */
+export const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
 
 export const fileName = (path) => String(path).split("/").at(-1);
 export const plural = (number, one, many = `${one}s`) => `${whole(number)} ${number === 1 ? one : many}`;

@@ -89,7 +89,7 @@ def page(chromium: Browser, url: str) -> Iterator[Page]:
 
 
 def asked(url: str, **question: Any) -> dict[str, Any]:
-    answer: dict[str, Any] = httpx.post(f"{url}/v1/attribute", json={"k": 24, **question}).raise_for_status().json()
+    answer: dict[str, Any] = httpx.post(f"{url}/v1/attribute", json={"k": 24, "around": 12, **question}).raise_for_status().json()
     return answer
 
 
