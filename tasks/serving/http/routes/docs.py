@@ -25,8 +25,11 @@ async def docs(request: Request) -> Response:
 
 
 def _page(document: dict[str, Any]) -> str:
+    models = document["components"]["schemas"]
     routes = [
-        _route(path, method, route) for path, methods in document["paths"].items() for method, route in methods.items()
+        _route(models, path, method, route)
+        for path, methods in document["paths"].items()
+        for method, route in methods.items()
     ]
     title = html.escape(f"{document['info']['title']}: HTTP interface")
     return (
@@ -48,7 +51,8 @@ def _route(models: dict[str, Any], path: str, method: str, route: dict[str, Any]
         for status, each in route.get("responses", {}).items()
     )
     bodies = "".join(
-        f"<p>Body: <code>{html.escape(kind)}</code></p>{_example(models, body)}{_fields(_model(models, body['schema']))}"
+        f"<p>Body: <code>{html.escape(kind)}</code></p>{_example(models, body)}"
+        f"{_fields(_model(models, body['schema']))}"
         for kind, body in route.get("requestBody", {}).get("content", {}).items()
     )
     return (
