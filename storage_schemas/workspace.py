@@ -192,6 +192,10 @@ class Workspace:
     def metrics(self, key: str) -> AnyPath:
         return self.root / "metrics" / f"{key}.parquet"
 
+    def evaluation(self, key: str) -> AnyPath:
+        """JSON beside the metrics of this key: which head they are of, on which snapshot: `EvaluationRecord`."""
+        return self.root / "metrics" / f"{key}.json"
+
     def study(self, key: str) -> AnyPath:
         """Folder of a study's parts, one for each head that it trained, and of the table of all."""
         return self.root / "studies" / key

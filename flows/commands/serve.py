@@ -34,6 +34,10 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: one that is free.")] = 8000,
     workers: Annotated[int, typer.Option(min=1, help="Processes that answer; each loads the models.")] = 1,
     keys: Annotated[Path | None, typer.Option(help="File of API keys, as `fastgda keys add` makes it.")] = None,
+    audit: Annotated[
+        Path | None,
+        typer.Option(help="File that gets a line for each call of an administrator.", show_default="KEYS.audit.jsonl"),
+    ] = None,
     limits: Annotated[Path | None, typer.Option(help="YAML file of limits; see docs/serving.md.")] = None,
     name: Annotated[list[str] | None, typer.Option(help="Host name to be asked by; more than once.")] = None,
     cors: Annotated[list[str] | None, typer.Option(help="Origin whose pages may ask; more than once.")] = None,
@@ -59,6 +63,7 @@ def serve(
         port=port,
         workers=workers,
         keys=None if keys is None else str(keys.resolve()),
+        audit=None if audit is None else str(audit.resolve()),
         hosts=_names(host, name or []),
         cors=cors or [],
         page=not no_page,

@@ -127,7 +127,7 @@ def index(
 ) -> None:
     """Build the search index of a head; it is served once `fastgda evaluate` promotes it.
 
-    Example: `fastgda index my_config.yaml`
+    Example: `fastgda index build my_config.yaml`
     """
     checked = _begin(config)
     from flows.indexing import rebuild_index
@@ -327,4 +327,4 @@ def print_made(run: str, made: list[Made], trust: Trust) -> None:
         warn(warning)
 
 
-stage_commands = (run, plan, curate, judge, train, study, import_head, index, evaluate, backfill, retry)
+stage_commands = (run, plan, curate, judge, train, study, import_head, evaluate, backfill, retry)

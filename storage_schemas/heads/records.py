@@ -73,6 +73,9 @@ class IndexRecord(BaseModel):
     head: str = Field(default="", description="version of the head")
     samples: str | None = Field(default=None, description="the table of samples, relative to the workspace")
     tombstones: int = Field(default=0, description="the newest take-down whose samples it was made without; 0: none")
+    kind: str = Field(default="", description="FAISS's name of it; empty: of an earlier release, exact")
+    recall_at_10: float | None = Field(default=None, description="against exact search; None: not measured")
+    recall_at_100: float | None = Field(default=None, description="against exact search; None: not measured")
     origin: str = Field(default="", description="the Prefect flow run that it was made in")
     code_version: str = ""
 

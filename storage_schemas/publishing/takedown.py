@@ -142,7 +142,7 @@ def _planned(workspace: Workspace, before: Tombstones, train_ids: Sequence[int],
     images = frozenset(row.image_sha256 for row in asked)
     removed = [
         RemovedSample(samples=table, train_id=train_id, key=key, image_sha256=image)
-        for table in searched
+        for table in (searched if images else [])
         for train_id, key, image in samples_of_images(workspace.file(table), images)
     ]
     record = Tombstone(

@@ -36,7 +36,7 @@ from storage_schemas.database import (
     rows_of,
 )
 from storage_schemas.errors import StoreError
-from storage_schemas.files import AnyPath, matching, temporary_name
+from storage_schemas.files import AnyPath, is_there, matching, temporary_name
 from storage_schemas.heads.records import (
     HEAD_FILE,
     check_tables,
@@ -48,6 +48,7 @@ from storage_schemas.indexed_samples import Indexed, read_indexed
 from storage_schemas.runs.ledger import read_compaction, read_run, run_names
 from storage_schemas.runs.records import Part
 from storage_schemas.runs.sketches import sketch_rows
+from storage_schemas.snapshots.changes import DEFAULT_K, changes_sql
 from storage_schemas.snapshots.published import NotPublished, OtherRelease, Published, read_published
 from storage_schemas.snapshots.snapshots import Snapshot, read_snapshot
 from storage_schemas.sql.answers import Answer
@@ -235,7 +236,17 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, s
     checked = [_select(tables.SCORES, exact) + left_out.rows(tables.SCORES)] if exact else []
     _create_view(connection, tables.EXACT_CHECK, checked)
     _create_view(connection, tables.RUN_SCORES, _run_scores(workspace, state))
+    _create_view(connection, tables.ANSWERS_CHANGED, _changes(workspace, state))
     _load(connection, workspace, state)
+
+
+def _changes(workspace: Workspace, state: _State) -> Iterator[str]:
+    """Yield SQL for what the newest snapshot changed."""
+    published = state.published
+    before = published.snapshot_before if published else None
+    if published is not None and before is not None and is_there(workspace.snapshot(before)):
+        tombstones = state.masks.tombstones
+        yield f"({changes_sql(workspace, before, published.snapshot, DEFAULT_K, tombstones)})"
 
 
 def _twins(workspace: Workspace, queries: Iterable[str]) -> Iterator[str]:

@@ -111,6 +111,11 @@ class Catalogue:
         """
         return _hit(self._row(train_id), 0)
 
+    def size_of(self, train_id: int) -> tuple[int, int]:
+        """Return width and height of a sample's image in pixels; errors as of `sample`."""
+        row = self._row(train_id)
+        return row["width"], row["height"]
+
     def picture(self, train_id: int) -> tuple[bytes, str]:
         """Return a sample's image as it lies in its tar, and its content type.
 

@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastgda_core.errors import UsageError
 from tasks.serving.answers import Answer
 from tasks.serving.attributor import Attributor, name_of
 from tasks.serving.http.batching import Waiting
 from tasks.serving.http.metrics import ServiceMetrics
-from tasks.serving.http.problems import Problem
+from tasks.serving.http.problems import Problem, one_line
 from tasks.serving.http.questions import Question
 
 Vector = NDArray[np.float32]
@@ -81,7 +82,7 @@ def _vectors(attributor: Attributor, batch: Sequence[Waiting], metrics: ServiceM
             else:
                 vectors[id(waiting)] = attributor.checked_vector(np.asarray(question.vector, np.float32))
         except Exception as error:
-            waiting.answered.set_exception(error)
+            waiting.answered.set_exception(_about(question, error))
     if pictured:
         with metrics.encode_seconds.time():
             found = attributor.encode_many(
@@ -90,6 +91,13 @@ def _vectors(attributor: Attributor, batch: Sequence[Waiting], metrics: ServiceM
             )
         vectors |= {id(waiting): vector for waiting, vector in zip(pictured, found, strict=True)}
     return vectors
+
+
+def _about(question: Question, error: Exception) -> Exception:
+    """Return an error, with the field that it is about where that is known."""
+    if isinstance(error, UsageError):
+        return Problem(400, one_line(error), "vector" if question.vector is not None else "query_id")
+    return error
 
 
 def _asks_for(waiting: Waiting) -> Hashable:

@@ -12,7 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from tasks import logs
 from tasks.serving.http import problems
 from tasks.serving.http.guard import Guard
-from tasks.serving.http.routes import answers, docs, health, indexes, jobs, queries, samples
+from tasks.serving.http.routes import admin, answers, docs, health, indexes, jobs, queries, samples, shares
 from tasks.serving.http.routes.page import page_router
 from tasks.serving.http.service import Service
 from tasks.serving.http.settings import ServiceSettings
@@ -35,7 +35,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     )
     app.state.service = service
     problems.install(app)
-    for module in (answers, jobs, samples, queries, indexes, health, docs):
+    for module in (answers, jobs, samples, queries, shares, indexes, admin, health, docs):
         app.include_router(module.router)
     if settings.page:
         app.include_router(page_router())

@@ -45,9 +45,7 @@ class Question(BaseModel):
     first: int | None = Field(
         default=None, ge=1, description="of tier sketch: score the fast tier's first so many alone"
     )
-    around: int = Field(
-        default=8, description="samples of each list beside the hits: what lowers, what looks alike"
-    )
+    around: int = Field(default=8, description="samples of each list beside the hits: what lowers, what looks alike")
     relative: bool = Field(
         default=False, description="of tier sketch: divide scores by the length of the sample's gradient"
     )

@@ -15,7 +15,8 @@ from fastapi import Request
 from storage_schemas.workspace import Workspace
 from tasks.serving.answers import Answer
 from tasks.serving.http.answering import answer_alone, answer_batch
-from tasks.serving.http.batching import Batcher, Ticket, Waiting
+from tasks.serving.http.audit import Audit
+from tasks.serving.http.batching import Batcher, Full, Ticket, Waiting
 from tasks.serving.http.cache import Pictures
 from tasks.serving.http.engine import Engine
 from tasks.serving.http.jobs import Job, Jobs
@@ -27,6 +28,7 @@ from tasks.serving.http.threads import one_thread
 from tasks.serving.http.uploads import decoded
 
 Result = TypeVar("Result")
+SLOW = 32  # sketches, shares, filters and lists that may wait
 READERS = 4  # threads that decode uploads and read tars: Pillow decodes without Python's lock
 
 
@@ -39,6 +41,7 @@ class Service:
         self.metrics = ServiceMetrics()
         self.engine = Engine(self.workspace, self.metrics, settings.poll_seconds)
         self.keys = Keys(Path(settings.keys)) if settings.keys else None
+        self.audit = Audit(Path(settings.audit or f"{settings.keys}.audit.jsonl")) if settings.keys else None
         self.pictures = Pictures(self.limits.thumbnail_bytes)
         self.batcher = Batcher(
             self._answer_batch,
@@ -51,6 +54,7 @@ class Service:
         self._runtime = None if settings.runtime else tempfile.TemporaryDirectory(prefix="fastgda-jobs-")
         folder = Path(settings.runtime or (self._runtime.name if self._runtime else ""))
         self.jobs = Jobs(folder, self.limits, self.metrics, settings.workers)
+        self._waiting = 0
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow", initializer=one_thread)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader", initializer=one_thread)
 
@@ -72,8 +76,18 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._readers, work)
 
     async def slowly(self, work: Callable[[], Result]) -> Result:
-        """Run what may take seconds, one after the other, in a thread that nothing quick waits for."""
-        return await asyncio.get_running_loop().run_in_executor(self._slow, work)
+        """Run what may take seconds, one after the other, in a thread that nothing quick waits for.
+
+        Raises:
+            Full: as much waits as may.
+        """
+        if self._waiting >= SLOW:
+            raise Full(503, f"{self._waiting} slow requests wait already: try again", "", {"Retry-After": "5"})
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._slow, work)
+        finally:
+            self._waiting -= 1
 
     async def answer(self, question: Question, ticket: Ticket) -> Answer:
         """Answer a question of tier fast or sketch; those of tier fast together with others of the same time."""

@@ -54,7 +54,7 @@ def _body() -> dict[str, Any]:
     responses={
         200: {"model": Answer},
         202: {"model": Job, "description": "tier exact: a job, whose answer comes at /v1/jobs/{job}"},
-        **responses(400, 401, 413, 415, 429, 503),
+        **responses(400, 401, 404, 413, 415, 429, 503),
     },
     openapi_extra=_body(),
 )

@@ -25,8 +25,11 @@ async def docs(request: Request) -> Response:
 
 
 def _page(document: dict[str, Any]) -> str:
+    models = document["components"]["schemas"]
     routes = [
-        _route(path, method, route) for path, methods in document["paths"].items() for method, route in methods.items()
+        _route(models, path, method, route)
+        for path, methods in document["paths"].items()
+        for method, route in methods.items()
     ]
     title = html.escape(f"{document['info']['title']}: HTTP interface")
     return (
@@ -37,7 +40,7 @@ def _page(document: dict[str, Any]) -> str:
     )
 
 
-def _route(path: str, method: str, route: dict[str, Any]) -> str:
+def _route(models: dict[str, Any], path: str, method: str, route: dict[str, Any]) -> str:
     parameters = "".join(
         f"<tr><td><code>{html.escape(each['name'])}</code><td>{each['in']}"
         f"<td>{html.escape(each.get('description', ''))}"
@@ -48,7 +51,8 @@ def _route(path: str, method: str, route: dict[str, Any]) -> str:
         for status, each in route.get("responses", {}).items()
     )
     bodies = "".join(
-        f"<p>Body: <code>{html.escape(kind)}</code></p>{_example(body)}{_fields(body.get('schema', {}))}"
+        f"<p>Body: <code>{html.escape(kind)}</code></p>{_example(models, body)}"
+        f"{_fields(_model(models, body['schema']))}"
         for kind, body in route.get("requestBody", {}).get("content", {}).items()
     )
     return (
@@ -57,8 +61,16 @@ def _route(path: str, method: str, route: dict[str, Any]) -> str:
     )
 
 
-def _example(body: dict[str, Any]) -> str:
-    return f"<pre>{html.escape(json.dumps(body['example'], indent=2))}</pre>" if "example" in body else ""
+def _model(models: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a body's schema, looked up where it stands among the models."""
+    named = schema.get("$ref") or next((each["$ref"] for each in schema.get("anyOf", []) if "$ref" in each), "")
+    found: dict[str, Any] = models.get(named.rsplit("/", 1)[-1], schema)
+    return found
+
+
+def _example(models: dict[str, Any], body: dict[str, Any]) -> str:
+    examples = [body["example"]] if "example" in body else _model(models, body["schema"]).get("examples", [])
+    return "".join(f"<pre>{html.escape(json.dumps(each, indent=2))}</pre>" for each in examples[:1])
 
 
 def _fields(schema: dict[str, Any]) -> str:
