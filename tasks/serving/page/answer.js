@@ -13,7 +13,7 @@ export function label(answer) {
     el(
       "p",
       { class: "plate-head" },
-      el("span", { class: "tier", text: TIERS[answer.tier].name }),
+      el("span", { class: "tier tier-name", text: TIERS[answer.tier].name }),
       el("span", { class: "caveat", text: CAVEAT }),
     ),
     answer.agreement.note ? line("warning", sentence(answer.agreement.note)) : null,

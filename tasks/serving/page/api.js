@@ -52,7 +52,9 @@ const search = (params) => new URLSearchParams(Object.entries(params).filter(([,
 export const queries = (params, signal) => getJson(`v1/queries?${search(params)}`, { signal });
 export const query = (id, signal) => getJson(`v1/queries/${encodeURIComponent(id)}`, { signal });
 export const sample = (id, signal) => getJson(`v1/samples/${encodeURIComponent(id)}`, { signal });
-export const columns = async (signal) => (await getJson("v1/columns", { signal })).columns;
+/** The columns of the training samples that hold words or figures. */
+export const columns = async (signal) =>
+  (await getJson("v1/columns", { signal })).columns.filter(({ type }) => type !== "BLOB");
 export const indexes = (signal) => getJson("v1/indexes", { signal });
 export const shares = (body, signal) => postJson("v1/shares", body, signal);
 

@@ -74,6 +74,7 @@ function version(each) {
       {},
       el("code", { text: short(each.version) }),
       each.served ? el("span", { class: "tier", text: "served" }) : null,
+      each.stale ? el("span", { class: "mark", text: "holds an image that was taken down" }) : null,
     ),
     line("quiet", [each.kind, date(each.created_at)].filter(Boolean).join(" · ")),
     facts(figures.filter(([, value]) => value !== "–")),

@@ -38,10 +38,19 @@ PLACES = [
 ]
 
 
+CREATORS = ["Ana Lenz", HOSTILE[0], "O'Hara"]
+
+
 def members(count: int) -> list[tuple[str, bytes]]:
-    """Shapes with captions, the first ones hostile."""
-    hostile = {f"s{number:04d}.txt": text.encode() for number, text in enumerate(HOSTILE)}
-    return [(name, hostile.get(name, content)) for name, content in tiny.sample_members(range(count))]
+    """Shapes with captions, the first ones hostile, and creators."""
+    plain = dict(tiny.sample_members(range(count)))
+    captions = [*HOSTILE, *(plain[f"s{number:04d}.txt"].decode() for number in range(len(HOSTILE), count))]
+    found = []
+    for number, caption in enumerate(captions):
+        described = {"caption": caption, "creator": CREATORS[number % 3], "year": 2000 + number}
+        name = f"s{number:04d}"
+        found += [(f"{name}.jpg", plain[f"{name}.jpg"]), (f"{name}.json", json.dumps(described).encode())]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +98,9 @@ def page(chromium: Browser, url: str) -> Iterator[Page]:
 
 
 def asked(url: str, **question: Any) -> dict[str, Any]:
-    answer: dict[str, Any] = httpx.post(f"{url}/v1/attribute", json={"k": 24, "around": 12, **question}).raise_for_status().json()
+    answer: dict[str, Any] = (
+        httpx.post(f"{url}/v1/attribute", json={"k": 24, "around": 12, **question}).raise_for_status().json()
+    )
     return answer
 
 
@@ -140,7 +151,7 @@ def test_the_label_says_how_far_to_believe_an_answer(page: Page, url: str) -> No
     page.goto("/#/?query=s0003")
     plate = page.locator(".plate")
     expect(plate).to_contain_text("It is not proof")
-    for each in (answer["lineage"], str(answer["versions"]["published"]), f"{answer['agreement']['value']:.3g}"):
+    for each in (answer["lineage"], str(answer["versions"]["published"]), f"{answer['agreement']['value']:.2f}"):
         expect(plate).to_contain_text(each)
     plate.locator("summary").click()
     expect(plate).to_contain_text(answer["versions"]["run"])
@@ -221,7 +232,14 @@ def test_an_image_opens_a_dialog_that_the_address_holds(page: Page, url: str) ->
 
 
 def test_captions_and_metadata_are_never_markup(page: Page) -> None:
-    for place in ("#/queries", "#/?query=s0000", "#/?query=s0002", "#/?sample=0", "#/?query=s0003&open=0", "#/shares"):
+    for place in (
+        "#/queries",
+        "#/?query=s0000",
+        "#/?sample=2",
+        "#/?query=s0003&open=0",
+        "#/?open=1&query=s0001",
+        "#/shares?by=creator",
+    ):
         visit(page, place)
         assert page.locator("img[src=x]").count() == 0
         assert page.evaluate("window.planted") is None
@@ -334,6 +352,100 @@ def test_a_phone_shows_every_page_without_scrolling_sideways(chromium: Browser, 
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", ground))) < 3 * 128) == (scheme == "dark")
     context.close()
+
+
+def test_tiers_are_switched_and_stand_side_by_side(page: Page, url: str) -> None:
+    fast, sketch = (asked(url, query_id="s0003", tier=tier)["hits"] for tier in ("fast", "sketch"))
+    page.goto("/#/?query=s0003")
+    assert shown(page) == captions(fast)
+    page.locator("#tier-fast").focus()
+    page.keyboard.press("ArrowRight")
+    page.locator(".plate .tier-name", has_text="Sketch").wait_for()
+    assert "tier=sketch" in page.url and shown(page) == captions(sketch)
+    assert page.evaluate("document.activeElement.id") == "tier-sketch"
+    expect(page.locator("#raised .facts").first).to_contain_text("±")
+    page.locator("#k").select_option("12")
+    page.locator("#beside").select_option("fast")
+    expect(page.locator(".column")).to_have_count(2)
+    fast, sketch = (asked(url, query_id="s0003", tier=tier, k=12)["hits"] for tier in ("fast", "sketch"))
+    assert shown(page, ".column:nth-of-type(1)") == captions(sketch)
+    assert shown(page, ".column:nth-of-type(2)") == captions(fast)
+    both = {hit["train_id"] for hit in fast} & {hit["train_id"] for hit in sketch}
+    expect(page.locator(".column:nth-of-type(1) .both")).to_have_count(len(both))
+    expect(page.locator("#overlap")).to_have_text(
+        f"{len(both)} of the {len(sketch)} images on the left are on the right as well."
+    )
+    page.locator("#beside").select_option("similar")
+    expect(page.locator(".column h2").nth(1)).to_have_text("Untuned features")
+
+
+def test_the_teacher_is_asked_by_a_button_and_its_answer_comes_while_one_looks_elsewhere(page: Page, url: str) -> None:
+    page.goto("/#/?query=s0003&tier=exact")
+    page.locator("#start-exact").click()
+    page.locator("progress, #raised").first.wait_for()
+    page.locator("nav a", has_text="Versions").click()
+    page.locator(".versions").wait_for()
+    page.go_back()
+    found = shown(page)
+    expect(page.locator(".plate .tier-name")).to_have_text("Exact")
+    assert len(found) == SAMPLES
+
+
+def test_filters_are_conditions_in_the_address(page: Page, url: str) -> None:
+    page.goto("/#/?query=s0003")
+    page.locator("#filters").click()
+    page.locator("#filter-column").select_option("creator")
+    page.locator("#filter-value").fill("O'Hara")
+    page.locator("#filter-add").click()
+    expect(page.locator(".chips code")).to_have_text("creator = 'O''Hara'")
+    expected = asked(url, query_id="s0003", where="creator = 'O''Hara'")["hits"]
+    expect(page.locator("#raised .card")).to_have_count(len(expected))
+    assert shown(page) == captions(expected) and {hit["metadata"]["creator"] for hit in expected} == {"O'Hara"}
+    page.locator("#filter-column").select_option("year")
+    page.locator("#filter-operator").select_option(">=")
+    page.locator("#filter-value").fill("2010")
+    page.locator("#filter-value").press("Enter")
+    expect(page.locator(".chips code").nth(1)).to_have_text("year >= 2010")
+    expected = asked(url, query_id="s0003", where="creator = 'O''Hara' and year >= 2010")["hits"]
+    expect(page.locator("#raised .card")).to_have_count(len(expected))
+    page.reload()
+    assert shown(page) == captions(expected)
+    page.get_by_role("button", name="Remove the filter creator").click()
+    expect(page.locator(".chips code")).to_have_count(1)
+
+
+def test_an_image_leads_to_the_queries_that_it_influenced(page: Page, url: str) -> None:
+    facts = httpx.get(f"{url}/v1/samples/4").json()
+    assert facts["influenced"]
+    page.goto("/#/?query=s0003&open=4")
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_contain_text(facts["metadata"]["creator"])
+    expect(dialog.locator(".queries .card")).to_have_count(len(facts["influenced"]))
+    dialog.locator(".queries a").first.click()
+    expect(dialog).to_be_hidden()
+    assert shown(page) and f"query={facts['influenced'][0]['query_id']}" in page.url
+
+
+def test_shares_say_what_is_proven(page: Page, url: str) -> None:
+    page.goto("/#/shares")
+    page.locator("table.shares").wait_for()
+    page.locator("#by").select_option("creator")
+    page.locator("table.shares thead th", has_text="creator").wait_for()
+    answer = httpx.post(f"{url}/v1/shares", json={"by": "creator"}).json()
+    rows = page.locator("table.shares tbody tr")
+    assert rows.locator("th span:first-child").all_inner_texts() == [row["payee"] for row in answer["rows"]]
+    unproven = [not row["proven"] for row in answer["rows"]]
+    assert [rows.nth(place).locator(".mark").count() == 1 for place in range(rows.count())] == unproven
+    assert rows.locator("rect.unproven").count() == sum(unproven)
+    first = answer["rows"][0]
+    expect(rows.first).to_contain_text(f"{100 * first['share']:.1f} %")
+    with page.expect_download() as waiting:
+        page.locator("#download-csv").click()
+    kept = list(csv.DictReader(io.StringIO(waiting.value.path().read_text())))
+    assert [float(row["share"]) for row in kept] == [row["share"] for row in answer["rows"]]
+    page.goto("/#/?query=s0003")
+    page.locator("#shares-of").click()
+    expect(page.locator("#share-summary")).to_contain_text("over 1 query")
 
 
 def test_queries_are_browsed_by_split_and_by_page(page: Page, url: str) -> None:
