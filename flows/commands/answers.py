@@ -11,6 +11,7 @@ import typer
 
 from fastgda_core.errors import UsageError
 from flows.commands.options import DEFAULT_WORKSPACE, WorkspaceOption
+from flows.commands.print_answer import print_answer
 from flows.commands.rows import (
     FormatOption,
     LimitOption,
@@ -21,7 +22,6 @@ from flows.commands.rows import (
     ThreadsOption,
     print_query,
 )
-from flows.commands.print_answer import print_answer
 from storage_schemas.workspace import Workspace
 
 
