@@ -14,6 +14,10 @@ from tasks.serving.question import check_sketched
 from tasks.teaching.run import read_run_anew
 from tasks.teaching.sketch_scores import SketchScores, StoredSketches
 
+# Of the model, which all of a process share: its layers are watched while a gradient is taken, and an exact teacher
+# moves their weights.
+MODEL = threading.Lock()
+
 
 class SketchTier:
     """The model, Fisher and sketches of the published run, loaded once; a question costs one gradient of the query.
@@ -27,7 +31,6 @@ class SketchTier:
         found = read_run_anew(str(workspace.root), run)
         self.stored = StoredSketches(found.context, found.artifacts, found.name)
         self.samples_path = found.artifacts["samples"].path
-        self._lock = threading.Lock()  # of the model, whose layers are watched while a gradient is taken
 
     def scores(
         self, image: Image.Image, caption: str, train_ids: NDArray[np.int64] | None, *, relative: bool = False
@@ -41,7 +44,7 @@ class SketchTier:
             relative: divide a score by the length of the sample's gradient, so that samples with large gradients do
                 not head every answer (Barshan et al., "RelatIF", 2020).
         """
-        with self._lock:
+        with MODEL:
             found = self.stored.scores(self.stored.ask(image, caption), train_ids)
         return _relative(found) if relative else found
 

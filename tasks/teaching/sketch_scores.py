@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,7 +22,7 @@ from storage_schemas.which_workspace import command
 from tasks.context import Context, load_tensors
 from tasks.teaching.families import Artifacts
 from tasks.teaching.sketches import SketchParts, load_sketch
-from tasks.teaching.updates import gradients_of
+from tasks.teaching.updates import gradients_of, owner_of
 
 GROUPS = 4  # of a query's pairs at most: their spread is the standard error of its scores
 _AT_ONCE = 2**26  # numbers that are unpacked at a time
@@ -103,7 +102,7 @@ class StoredSketches:
         """
         config = self.context.config.teacher
         groups = max(count for count in range(1, GROUPS + 1) if config.gradient_pairs % count == 0)
-        owner = _owner(image, caption)
+        owner = owner_of(image, caption)
         gradients = gradients_of(self.context, image, caption, owner=owner, seed=config.seed, groups=groups)
         assert config.alpha is not None
         return self.sketch.of_query(gradients) * (config.alpha / (config.training_size or self.samples))
@@ -165,9 +164,3 @@ def _inner_products(asked: Tensor, values: Tensor, scales: Tensor) -> tuple[Tens
     larger = products.mean(0).argmax(1)
     each = torch.arange(samples, device=values.device)
     return products[:, each, larger].cpu(), sketches.norm(dim=1).view(samples, flips)[each, larger].double().cpu()
-
-
-def _owner(image: Image.Image, caption: str) -> int:
-    """Return a 48-bit number that stands for an image and its caption in noise streams."""
-    digest = hashlib.sha256(b"\0".join([repr(image.size).encode(), image.tobytes(), caption.encode()])).digest()
-    return int.from_bytes(digest[:6], "big")

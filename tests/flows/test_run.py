@@ -46,7 +46,7 @@ from tasks.inputs.features import (
     load_query_features,
     map_features,
 )
-from tasks.serving.attribute import AttributionService
+from tasks.serving.attributor import Attributor
 from tasks.watching.trust import LEAST_AGREEMENT
 from tests import tiny
 from tests.flows.pipeline_case import SAMPLES, SCORED, TWINS, environment, fastgda, lay_out, sql
@@ -136,8 +136,11 @@ def test_attribute_answers_from_the_index(finished: Path, home: Path) -> None:
     done = fastgda(
         "attribute", image, "--caption", "a red shape", "-k", "5", "--workspace", workspace, "--json", home=home
     )
-    answers = json.loads(done.stdout)
-    assert [answer["position"] for answer in answers] == [1, 2, 3, 4, 5]
+    answer = json.loads(done.stdout)
+    answers = answer["hits"]
+    published = read_published(Workspace(workspace))
+    assert answer["tier"] == "fast" and answer["versions"]["index"] == Path(published.index or "").name
+    assert [answer["rank"] for answer in answers] == [1, 2, 3, 4, 5]
     assert sorted((answer["similarity"] for answer in answers), reverse=True) == [a["similarity"] for a in answers]
     known = query(workspace, "SELECT train_id, key FROM samples").to_pylist()
     assert all({"train_id": answer["train_id"], "key": answer["key"]} in known for answer in answers)
@@ -245,7 +248,7 @@ def answered(workspace: Path, k: int) -> list[tuple[int, float]]:
     """(train_id, similarity) of the service's answer to the first query, best first."""
     first = query(workspace, "SELECT image, caption FROM queries WHERE query_id = 'q0000'").to_pylist()[0]
     image = Image.open(io.BytesIO(first["image"])).convert("RGB")
-    answers = AttributionService(Workspace(workspace)).attribute(image, first["caption"], k)
+    answers = Attributor(Workspace(workspace)).attribute(image, first["caption"], k).hits
     return [(answer.train_id, answer.similarity) for answer in answers]
 
 
@@ -272,7 +275,7 @@ def test_an_index_of_an_earlier_release_has_no_mean_and_answers_by_the_features_
     (head,), (index,) = ((workspace / name).iterdir() for name in ("heads", "indexes"))
     (index / "mean.safetensors").unlink()
     with pytest.raises(UsageError, match=r"lacks mean\.safetensors.*fastgda index"):
-        AttributionService(Workspace(workspace))
+        Attributor(Workspace(workspace))
     described = json.loads((head / "head.json").read_text())
     del described["centre"]
     (head / "head.json").write_text(json.dumps(described))

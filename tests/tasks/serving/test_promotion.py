@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tasks.serving.attribute import AttributionService
 
 from fastgda_core.ranking.head import RankHead, save_head
 from storage_schemas import tables
@@ -22,6 +21,7 @@ from tasks.context import Context
 from tasks.distilling.index import build_search_index
 from tasks.inputs.features import extract_features
 from tasks.inputs.samples import ingest_samples
+from tasks.serving.attributor import Attributor
 from tasks.serving.promotion import Evaluation, promote
 from tests import tiny
 from tests.storage_schemas.workspaces import finish_run, plan_run, publish_run, show, write_table
@@ -103,6 +103,6 @@ def test_an_index_says_its_data_and_answers_with_it(tmp_path: Path) -> None:
     plan_run(root, "other", config=context.config.model_dump(mode="json"))
     publish_run(root, "other")  # of other data, by an earlier release that did not ask
     show(Workspace(root), head="heads/h", index=f"indexes/{built.key}")
-    answers = AttributionService(Workspace(root)).attribute(Image.new("RGB", (16, 16)), "a caption", 4)
+    answers = Attributor(Workspace(root)).attribute(Image.new("RGB", (16, 16)), "a caption", 4)
     keys = tables.read(samples.path, tables.SAMPLES)["key"].to_pylist()
-    assert {answer.train_id: answer.key for answer in answers} == dict(enumerate(keys))
+    assert {answer.train_id: answer.key for answer in answers.hits} == dict(enumerate(keys))
