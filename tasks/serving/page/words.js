@@ -14,20 +14,30 @@ const plain = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
 
 export const whole = (number) => count.format(number);
 
+const RAISED = [..."⁻⁰¹²³⁴⁵⁶⁷⁸⁹"];
+const raised = (digit) => RAISED["-0123456789".indexOf(digit)];
+const power = (exponent) => `10${[...String(exponent)].map(raised).join("")}`;
+const magnitude = (number) => (number === 0 ? 0 : Math.floor(Math.log10(Math.abs(number))));
+
 /** Three digits that count, or a dash where nothing is known. */
 export function figure(number) {
   if (number === null || number === undefined) return "–";
-  const size = Math.abs(number);
-  return size !== 0 && (size < 1e-3 || size >= 1e6) ? number.toExponential(2) : plain.format(number);
+  const exponent = magnitude(number);
+  if (exponent > -4 && exponent < 6) return plain.format(number);
+  return `${(number / 10 ** exponent).toFixed(2)} × ${power(exponent)}`;
 }
 
-/** A figure with its standard error, both as far as the error has two digits that count. */
+/** A figure with its standard error, as far as the error counts: one digit of it, or two that begin with 1. */
 export function withError(number, error) {
   if (number === null || number === undefined) return "–";
   if (!error) return figure(number);
-  const decimals = Math.max(0, 1 - Math.floor(Math.log10(error)));
-  if (decimals > 6) return `${figure(number)} ± ${figure(error)}`;
-  return `${number.toFixed(decimals)} ± ${error.toFixed(decimals)}`;
+  const exponent = magnitude(Math.max(Math.abs(number), error));
+  const scale = exponent < -2 ? exponent : 0;
+  const [value, spread] = [number / 10 ** scale, error / 10 ** scale];
+  const first = magnitude(spread);
+  const decimals = Math.max(0, (spread < 2 * 10 ** first ? 1 : 0) - first);
+  const both = `${value.toFixed(decimals)} ± ${spread.toFixed(decimals)}`;
+  return scale ? `(${both}) × ${power(scale)}` : both;
 }
 
 export function percent(part, digits = 1) {

@@ -151,10 +151,44 @@ def test_the_label_says_how_far_to_believe_an_answer(page: Page, url: str) -> No
     page.goto("/#/?query=s0003")
     plate = page.locator(".plate")
     expect(plate).to_contain_text("It is not proof")
-    for each in (answer["lineage"], str(answer["versions"]["published"]), f"{answer['agreement']['value']:.2f}"):
+    agreement = [answer["agreement"]["value"], answer["agreement"]["error"]]
+    said = page.evaluate("async (given) => (await import('/words.js')).withError(...given)", agreement)
+    for each in (answer["lineage"], str(answer["versions"]["published"]), said):
         expect(plate).to_contain_text(each)
     plate.locator("summary").click()
     expect(plate).to_contain_text(answer["versions"]["run"])
+
+
+def test_figures_are_written_as_far_as_their_errors_count(page: Page) -> None:
+    page.goto("/")
+    said = {
+        (0.88634, 0.01235): "0.886 ± 0.012",
+        (0.97592, 0.00496): "0.976 ± 0.005",
+        (0.68, 0.2): "0.7 ± 0.2",
+        (0.0013983, 0.0000795): "(1.40 ± 0.08) × 10⁻³",
+        (-0.0013983, 0.0000195): "(-1.398 ± 0.019) × 10⁻³",
+        (1234.5, 20): "1235 ± 20",
+        (0.88634, None): "0.886",
+        (0.0000795, None): "7.95 × 10⁻⁵",
+        (None, None): "–",
+    }
+    for given, text in said.items():
+        found = page.evaluate("async (given) => (await import('/words.js')).withError(...given)", list(given))
+        assert found == text
+
+
+def test_conditions_quote_names_and_values(page: Page) -> None:
+    page.goto("/")
+    said = {
+        ("creator", "VARCHAR", "=", "O'Hara"): "creator = 'O''Hara'",
+        ('a "b"', "VARCHAR", "<>", "c"): '"a ""b""" <> \'c\'',
+        ("year", "BIGINT", ">=", "2010"): "year >= 2010",
+        ("year", "BIGINT", ">=", "1 or 1=1"): "year >= '1 or 1=1'",
+        ("key", "VARCHAR", "like", "s00"): "key like '%s00%'",
+    }
+    for (name, kind, operator, value), text in said.items():
+        script = "async ([column, ...rest]) => (await import('/filters.js')).condition(column, ...rest)"
+        assert page.evaluate(script, [{"name": name, "type": kind}, operator, value]) == text
 
 
 def test_a_picture_is_picked_and_answered_and_stays_after_a_reload(page: Page, chromium: Browser, url: str) -> None:
