@@ -154,7 +154,7 @@ function result(answer, by) {
   ];
 }
 
-const BEYOND = { more: "more than its images", less: "less than its images" };
+const BEYOND = { more: "more than its number of images", less: "less than its number of images" };
 
 function shareRow(row, low, high) {
   return el(
