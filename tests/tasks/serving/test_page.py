@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 import pytest
@@ -120,7 +121,7 @@ def visit(page: Page, place: str) -> None:
     page.goto(f"/{place}")
     page.locator("main[aria-busy=false]").wait_for()
     if "open=" in place:
-        page.locator("dialog dl").wait_for()
+        page.locator("dialog dl, dialog [role=alert]").wait_for()
 
 
 def picture(number: int) -> bytes:
@@ -280,7 +281,17 @@ def test_captions_and_metadata_are_never_markup(page: Page) -> None:
     page.goto("/#/?query=s0000")
     expect(page.locator(".panel .title")).to_have_text(HOSTILE[0])
     assert page.locator(".panel img").get_attribute("alt") == HOSTILE[0]
-    page.goto(f"/#/?caption={HOSTILE[0]}&where={HOSTILE[0]}&beside={HOSTILE[0]}")
+
+
+def test_what_stands_in_an_address_is_never_markup(chromium: Browser, url: str) -> None:
+    page = chromium.new_page(base_url=url)
+    for name in ("query", "sample", "upload", "caption", "open", "view"):
+        visit(page, "#/?" + urlencode({"query": "s0003", "where": HOSTILE[0], "beside": HOSTILE[0], name: HOSTILE[0]}))
+        assert page.locator("img[src=x]").count() == 0
+        assert page.evaluate("window.planted") is None
+    visit(page, "#/shares?" + urlencode({"by": HOSTILE[0], "split": HOSTILE[0], "query": HOSTILE[0]}))
+    assert page.locator("img[src=x]").count() == 0
+    page.close()
 
 
 def test_no_script_of_another_place_or_in_the_page_would_run(page: Page, url: str) -> None:
