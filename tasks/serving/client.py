@@ -1,6 +1,6 @@
 """A client of the HTTP service, with the same answers as Python gives: `Client("http://127.0.0.1:8000")`.
 
-It needs nothing but Python's own library and this file's neighbour, `answers.py`.
+It is made of Python's own library, pydantic, and this file's neighbour `answers.py`: no torch is imported.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote, urlencode
 
-from tasks.serving.answers import Agreement, Answer, Hit, Influence, Tier, Versions
+from pydantic import TypeAdapter
+
+from tasks.serving.answers import Answer, Tier
 
 POLL_SECONDS = 0.5
+_ANSWER = TypeAdapter(Answer)
 
 
 class ServiceError(RuntimeError):
@@ -178,13 +181,5 @@ def _search(fields: Mapping[str, object]) -> str:
 
 
 def answer_of(told: Mapping[str, Any]) -> Answer:
-    """Return an answer from its JSON, the inverse of `Answer.as_json`."""
-    return Answer(
-        **{
-            **told,
-            **{name: [Hit(**hit) for hit in told[name]] for name in ("hits", "lowering", "similar")},
-            "agreement": Agreement(**told["agreement"]),
-            "versions": Versions(**told["versions"]),
-            "influence": Influence(**told["influence"]) if told["influence"] else None,
-        }
-    )
+    """Return an answer from its JSON, the inverse of `Answer.as_json`; ValidationError: it is none."""
+    return _ANSWER.validate_python(told)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import configparser
 import json
 import re
 from fnmatch import fnmatch
@@ -15,8 +16,13 @@ from prefect.client.orchestration import PrefectClient
 from prefect.server.schemas.actions import WorkPoolCreate
 from prefect.workers.base import BaseJobConfiguration
 from prometheus_client.parser import text_string_to_metric_families
+from typer.main import get_command
 
+from flows.commands.main import app
 from storage_schemas.workspace import Workspace
+from tasks.serving.http.metrics import ServiceMetrics
+from tasks.serving.http.server import DRAIN_SECONDS
+from tasks.serving.http.settings import Limits
 from tasks.watching.metrics_exporter import exposition
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +104,10 @@ def test_what_is_selected_and_mounted_is_there() -> None:
     claims = {each["metadata"]["name"] for each in manifests() if each["kind"] == "PersistentVolumeClaim"}
     for pod in pods().values():
         for volume in pod.get("volumes", []):
-            assert volume["persistentVolumeClaim"]["claimName"] in claims
+            if "persistentVolumeClaim" in volume:
+                assert volume["persistentVolumeClaim"]["claimName"] in claims
+        mounts = {mount["name"] for mount in pod["containers"][0].get("volumeMounts", [])}
+        assert {volume["name"] for volume in pod.get("volumes", [])} <= mounts
     assert pool("kubernetes")["variables"]["properties"]["workspace_claim"]["default"] in claims
     assert manifest("PersistentVolumeClaim", "fastgda-workspace")["spec"]["accessModes"] == ["ReadWriteMany"]
 
@@ -173,6 +182,52 @@ def test_prometheus_finds_the_exporter() -> None:
     assert annotations["prometheus.io/port"] == given["--port"] == str(container["ports"][0]["containerPort"])
     assert given["--host"] == "0.0.0.0"
     assert given["--workspace"] == container["volumeMounts"][0]["mountPath"]
+
+
+def test_the_service_is_started_as_its_command_reads_and_may_write_nothing_but_temporary_files() -> None:
+    pod = pods()["fastgda-service"]
+    (container,) = pod["containers"]
+    words = container["args"]
+    assert words[0] == "fastgda" and words[3] == "serve"
+    parsed = get_command(app).make_context("fastgda", words[1:], resilient_parsing=True)
+    command = get_command(app).get_command(parsed, "serve")
+    assert command is not None
+    given = command.make_context("serve", words[4:]).params
+    mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+    assert given["workspace"] == mounts["workspace"]["mountPath"]
+    assert given["keys"].parent == Path(mounts["keys"]["mountPath"])
+    assert given["port"] == container["ports"][0]["containerPort"]
+    assert [name for name, mount in mounts.items() if not mount.get("readOnly")] == ["temporary"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    routes = [container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "liveness", "readiness")]
+    assert routes == ["/healthz", "/healthz", "/readyz"]
+    assert pod["terminationGracePeriodSeconds"] > DRAIN_SECONDS + 5  # and the wait before
+    annotations = manifest("Deployment", "fastgda-service")["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["prometheus.io/port"] == str(given["port"])
+
+
+def test_the_systemd_unit_starts_the_service_and_shuts_everything_else_out() -> None:
+    unit = configparser.ConfigParser(interpolation=None, strict=False)
+    unit.optionxform = str  # type: ignore[method-assign,assignment]  # its names have capitals
+    unit.read_string((DEPLOYMENTS / "systemd" / "fastgda.service").read_text())
+    words = unit["Service"]["ExecStart"].split()
+    given = (
+        get_command(app)
+        .get_command(None, "serve")
+        .make_context(  # type: ignore[attr-defined]
+            "serve", [*words[words.index("serve") + 1 :], "--workspace", "/var/lib/fastgda/workspace"]
+        )
+    )
+    assert given.params["host"] == "127.0.0.1"
+    assert unit["Service"]["User"] != "root"
+    assert int(unit["Service"]["TimeoutStopSec"]) > DRAIN_SECONDS
+    assert {unit["Service"][name] for name in ("NoNewPrivileges", "PrivateTmp", "PrivateDevices")} == {"yes"}
+    assert unit["Service"]["ProtectSystem"] == "strict"
 
 
 @pytest.mark.parametrize("name", POOLS)
@@ -270,9 +325,34 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     return {family.name + ("_total" if family.type == "counter" else "") for family in families}
 
 
-def dashboard() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((DEPLOYMENTS / "grafana.json").read_text())
+def dashboard(name: str = "grafana.json") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((DEPLOYMENTS / name).read_text())
     return found
+
+
+def of_the_service() -> set[str]:
+    """Names of the series of the service, histograms by their own."""
+    families = ServiceMetrics().registry.collect()
+    return {family.name + ("_total" if family.type == "counter" else "") for family in families}
+
+
+def test_the_dashboard_of_the_service_shows_metrics_that_exist_and_all_of_them() -> None:
+    found = dashboard("grafana-service.json")
+    shown = set(re.findall(r"fastgda_\w+", json.dumps([panel["targets"] for panel in found["panels"]])))
+    assert {re.sub("_(bucket|sum|count)$", "", name) for name in shown} == of_the_service()
+    assert len({panel["id"] for panel in found["panels"]}) == len(found["panels"])
+    text = json.dumps(found)
+    assert all(f"histogram_quantile({share}" in text for share in (0.5, 0.95, 0.99))
+    choices = {variable["name"]: variable for variable in found["templating"]["list"]}
+    (metric,) = re.findall(r"label_values\((\w+), job\)", choices["job"]["query"]["query"])
+    assert metric in of_the_service()
+
+
+def test_the_guide_of_the_service_explains_every_metric_and_every_limit() -> None:
+    guide = (ROOT / "docs" / "serving.md").read_text()
+    assert sorted(re.findall(r"^\| `(fastgda_serve_\w+)`", guide, flags=re.MULTILINE)) == sorted(of_the_service())
+    table = guide.split("## Limits")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE) == list(Limits.model_fields)
 
 
 def test_the_dashboard_shows_metrics_that_exist_and_all_of_them(exported: set[str]) -> None:
