@@ -73,13 +73,13 @@ export async function attribute(question, signal) {
 
 const jobPath = (id) => `v1/jobs/${encodeURIComponent(id)}`;
 
-/** Wait for a job's answer. `progress` hears of the share that is done, from 0 to 1. */
+/** Wait for a job's answer. `progress` hears of the job, whose `progress` is the share that is done. */
 export async function finished(id, progress) {
   for (;;) {
     const job = await getJson(jobPath(id));
     if (job.answer) return job.answer;
     if (job.error) throw new ApiError(job.error, 200, job.where);
-    progress(job.progress);
+    progress(job);
     await new Promise((resolve) => {
       setTimeout(resolve, POLL);
     });

@@ -7,7 +7,7 @@ import { saveCsv, saveJson, table } from "./download.js";
 import { showError } from "./errors.js";
 import { filters, joined } from "./filters.js";
 import { questionForm } from "./home.js";
-import { mat, picture } from "./pictures.js";
+import { mat, ownPicture, picture } from "./pictures.js";
 import { changed, go, href } from "./route.js";
 import { upload } from "./upload.js";
 import { agreed, teacher } from "./teacher.js";
@@ -85,7 +85,7 @@ async function readQuestion(params, signal) {
       name: `picture-${brought.fingerprint}`,
       title: caption || "without a caption",
       kind: "Your picture",
-      image: el("img", { src: brought.url, alt: caption || "The picture that you brought", class: "own" }),
+      image: ownPicture(brought, caption || undefined),
       fields: { image: brought.blob, caption },
       other: brought.fingerprint !== params.get("upload"),
     };

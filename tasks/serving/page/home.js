@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { el, line, put, skeletons } from "./dom.js";
 import { showError } from "./errors.js";
-import { mat, queryCards } from "./pictures.js";
+import { mat, ownPicture, queryCards } from "./pictures.js";
 import { go, href } from "./route.js";
 import { bring, firstImage, upload } from "./upload.js";
 
@@ -112,7 +112,7 @@ export function dropZone() {
         { for: "file" },
         mat(
           brought
-            ? el("img", { src: brought.url, alt: "The picture that you brought", class: "own" })
+            ? ownPicture(brought)
             : el(
                 "span",
                 { class: "invite" },

@@ -9,19 +9,28 @@ const SMALL = 64;
 /** A picture of the service. With a key it is fetched, as an <img> cannot send one. */
 export function picture(path, alt, attributes = {}) {
   const image = el("img", { alt, decoding: "async", loading: "lazy", width: 256, height: 256, ...attributes });
-  image.addEventListener("load", () => {
-    image.classList.toggle("small", image.naturalWidth <= SMALL);
-    if (image.src.startsWith("blob:")) URL.revokeObjectURL(image.src);
-  });
+  showPixels(image);
   image.addEventListener("error", () => image.replaceWith(el("span", { class: "missing", text: "no picture" })));
   if (!api.key.get()) image.src = path;
   else
     api.bytes(path).then(
       (blob) => {
         image.src = URL.createObjectURL(blob);
+        image.addEventListener("load", () => URL.revokeObjectURL(image.src), { once: true });
       },
       () => image.dispatchEvent(new Event("error")),
     );
+  return image;
+}
+
+/** The picture that the user brought. */
+export function ownPicture(brought, alt = "The picture that you brought") {
+  return showPixels(el("img", { src: brought.url, alt, class: "own" }));
+}
+
+/** Pictures of few pixels are shown as these, not as a blur. */
+function showPixels(image) {
+  image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth <= SMALL));
   return image;
 }
 

@@ -30,8 +30,8 @@ async function run(job, question) {
   const started = await api.attribute(question);
   if (!started.job) return started;
   job.id = started.job;
-  return api.finished(started.job, (part) => {
-    job.progress = part;
+  return api.finished(started.job, (told) => {
+    Object.assign(job, { progress: told.progress, state: told.state });
     job.show();
   });
 }
@@ -40,7 +40,7 @@ export const teacher = {
   has: (key) => jobs.has(key),
 
   start(key, question) {
-    const job = { progress: 0, id: null, show() {} };
+    const job = { progress: 0, state: "waiting", id: null, show() {} };
     jobs.set(key, job);
     job.answer = run(job, question).finally(() => jobs.delete(key));
     job.answer.catch(() => {}); // whoever waits for it is told
@@ -54,9 +54,8 @@ export const teacher = {
     const stop = action("stop-exact", "Stop", () => job.id && api.cancel(job.id).catch(() => {}));
     job.show = () => {
       bar.value = job.progress;
-      text.textContent = job.progress
-        ? `${Math.round(100 * job.progress)} % is scored`
-        : "The question waits for its turn";
+      text.textContent =
+        job.state === "waiting" ? "The question waits for its turn" : `${Math.round(100 * job.progress)} % is scored`;
     };
     job.show();
     put(body, el("section", { class: "wait" }, el("h2", { text: "The teacher is being asked" }), bar, text, stop));
