@@ -112,7 +112,7 @@ async function askOne(question, key, body, signal) {
   if (question.tier !== "exact") return api.attribute(question, signal);
   if (!teacher.has(key)) {
     await agreed(body, signal);
-    teacher.start(key, question);
+    teacher.start(key, question, (answer) => remember(key, answer));
   }
   return teacher.answer(key, body, signal);
 }

@@ -39,11 +39,12 @@ async function run(job, question) {
 export const teacher = {
   has: (key) => jobs.has(key),
 
-  start(key, question) {
+  /** Begin a job; `keep` gets its answer, whatever page is looked at by then. */
+  start(key, question, keep) {
     const job = { progress: 0, state: "waiting", id: null, show() {} };
     jobs.set(key, job);
     job.answer = run(job, question).finally(() => jobs.delete(key));
-    job.answer.catch(() => {}); // whoever waits for it is told
+    job.answer.then(keep, () => {}); // of an error whoever waits is told
   },
 
   /** Wait for a job, and show in a place how far it is. */

@@ -430,6 +430,7 @@ def test_the_teacher_is_asked_by_a_button_and_its_answer_comes_while_one_looks_e
     page.locator("progress, #raised").first.wait_for()
     page.locator("nav a", has_text="Versions").click()
     page.locator(".versions").wait_for()
+    page.wait_for_timeout(3000)  # the answer comes meanwhile
     page.go_back()
     found = shown(page)
     expect(page.locator(".plate .tier-name")).to_have_text("Exact")
