@@ -37,7 +37,7 @@ from storage_schemas.database import (
 )
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, matching, temporary_name
-from storage_schemas.heads.records import HEAD_FILE, check_tables, read_head_record
+from storage_schemas.heads.records import HEAD_FILE, check_tables, read_head_record, read_index_record
 from storage_schemas.indexed_samples import Indexed, read_indexed
 from storage_schemas.runs.ledger import read_compaction, read_run, run_names
 from storage_schemas.runs.records import Part
@@ -382,7 +382,9 @@ def _index_rows(workspace: Workspace, state: _State) -> pa.Table:
         if manifest is None:  # it is being built
             continue
         served = bool(state.published and state.published.index == workspace.relative(path.parent))
-        head = state.published.head if served and state.published else None
+        about = read_index_record(path.parent)
+        # Indexes of earlier releases do not name their head: of the served one it is known.
+        head = about.head or (state.published.head if served and state.published else None)
         rows.append(
             {
                 "index_version": path.parent.name,
@@ -390,6 +392,10 @@ def _index_rows(workspace: Workspace, state: _State) -> pa.Table:
                 "vectors": manifest.rows,
                 "size": manifest.size,
                 "served": served,
+                "kind": about.kind,
+                "recall_at_10": about.recall_at_10,
+                "recall_at_100": about.recall_at_100,
+                "parent": about.parent,
             }
         )
     return pa.Table.from_pylist(rows, schema=tables.INDEXES.schema)
