@@ -47,6 +47,11 @@ class Catalogue:
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
+    @property
+    def tombstones(self) -> int:
+        """The newest take-down that was looked at."""
+        return self._tombstones.number if self._tombstones else 0
+
     def allowed(self, where: str | None = None, exclude: Iterable[int] = ()) -> NDArray[np.bool_] | None:
         """Return whether a call may name each sample, (n,); None where it may name all.
 

@@ -82,7 +82,9 @@ def _asked(at: AtCheckpoint, image: Image.Image, caption: str, owner: int, run: 
     except NonFiniteLoss as error:
         raise UsageError("the image's loss is no number, so that there is no gradient to ask by") from error
     fisher = device_fisher(context, at.curvature)
-    update = update_of(context, {name: each[0] for name, each in gradients.items()}, fisher, run.artifacts["latents"].rows)
+    update = update_of(
+        context, {name: each[0] for name, each in gradients.items()}, fisher, run.artifacts["latents"].rows
+    )
     spread = None
     if len(context.at_checkpoints()) > 1:
         spread = torch.tensor([expected_spread(fisher, update)], dtype=torch.float64)
