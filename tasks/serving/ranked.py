@@ -46,7 +46,7 @@ def hits_of(catalogue: Catalogue, first: First, k: int) -> list[Hit]:
         if len(folded) == k or len(train_ids) < depth:
             break
         depth *= 4  # copies of one picture took all places
-    places = [each.place for each in folded]
+    places = np.array([each.place for each in folded], np.int64)
     return catalogue.hits(
         train_ids[places].tolist(),
         duplicates=[each.duplicates for each in folded],
