@@ -19,6 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage_schemas.errors import StoreError
+from storage_schemas.sql.sample_columns import SampleColumn, sample_columns, with_columns
 
 LONGEST = 2000  # characters of an expression
 SECONDS = 10.0  # that an expression may take
@@ -80,8 +81,14 @@ class SampleFilters:
         """A database that holds the samples and can read no file."""
         connection = _closed_database()
         connection.register("stored", self._samples)
-        connection.execute(f"CREATE VIEW samples AS {columns_of(connection)}")
+        connection.execute(f"CREATE VIEW samples AS {with_columns(connection, 'stored')}")
         return connection
+
+    @functools.cached_property
+    def columns(self) -> list[SampleColumn]:
+        """The columns that an expression may name, but for `image_look` and `metadata` itself."""
+        with self._lock:
+            return sample_columns(self._connection, "stored")
 
 
 def _closed_database() -> duckdb.DuckDBPyConnection:
@@ -91,11 +98,6 @@ def _closed_database() -> duckdb.DuckDBPyConnection:
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
     return connection
-
-
-def columns_of(connection: duckdb.DuckDBPyConnection) -> str:
-    """Return SQL for the samples that are registered as `stored`."""
-    return "SELECT * FROM stored"
 
 
 def checked(where: str) -> str:

@@ -9,10 +9,10 @@ from storage_schemas.heads.records import check_tables
 from storage_schemas.snapshots.published import Published
 from storage_schemas.workspace import Workspace
 from tasks.serving.answers import Agreement, Measure, Tier
-from tasks.watching.trust import HEAD, LDS, OTHER_TEACHER, TEACHER, trust_in
+from tasks.watching.trust import HEAD, LDS, OTHER_GRADIENT, TEACHER, trust_in
 
-# The name of each tier in `metrics`; that of the teacher itself is how far another draw of it agrees.
-RANKINGS: dict[Tier, str] = {"fast": HEAD, "sketch": "sketch", "exact": OTHER_TEACHER}
+# The name of each tier in `metrics`. Tier exact draws the gradient of the query anew, and nothing else.
+RANKINGS: dict[Tier, str] = {"fast": HEAD, "sketch": "sketch", "exact": OTHER_GRADIENT}
 _MEASURES = ("mAP", "recall", "spearman")
 
 

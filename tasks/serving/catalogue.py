@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from fastgda_core.errors import UsageError
 from storage_schemas.files import AnyPath
 from storage_schemas.sql.filters import SampleFilters
+from storage_schemas.sql.sample_columns import SampleColumn
 from storage_schemas.tombstones import Tombstones, read_tombstones, removed_ids
 from storage_schemas.workspace import Workspace
 from tasks.inputs.samples import samples_table
@@ -46,6 +48,16 @@ class Catalogue:
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
+
+    @property
+    def columns(self) -> list[SampleColumn]:
+        """The columns by which samples can be filtered and summed."""
+        return self._filters.columns
+
+    @property
+    def tombstones(self) -> int:
+        """The newest take-down that was looked at."""
+        return self._tombstones.number if self._tombstones else 0
 
     def allowed(self, where: str | None = None, exclude: Iterable[int] = ()) -> NDArray[np.bool_] | None:
         """Return whether a call may name each sample, (n,); None where it may name all.
@@ -91,7 +103,7 @@ class Catalogue:
             duplicates: what is folded under each.
             figures: further fields of the hits, one value for each.
         """
-        rows = self.table.take(list(train_ids)).to_pylist()
+        rows = self.table.take(pa.array(train_ids, pa.int64())).to_pylist()
         return [
             _hit(
                 row,

@@ -17,8 +17,8 @@ from tasks.teaching.updates import owner_of
 
 FIRST = 400  # of the fast tier's, that the teacher scores: on the demo 99.7 % of its own first 400 are among these
 
-Progress = Callable[[int, int], None]
-"""Called with how many samples are scored, and of how many."""
+Progress = Callable[[float], None]
+"""Called with the share of the work that is done."""
 
 
 class ExactTier:
@@ -51,7 +51,7 @@ class ExactTier:
         def advance(count: int) -> None:
             nonlocal done
             done += count
-            progress(done, len(train_ids))
+            progress(done / len(train_ids))
 
         owner = owner_of(image, caption) if owner is None else owner
         return scores_of_image(self.run, image, caption, train_ids, owner=owner, alone=MODEL, advance=advance)

@@ -22,8 +22,8 @@ def served_versions(workspace: Workspace, published: Published) -> Versions:
         published.snapshot,
         head,
         index.name,
-        index_kind=getattr(record, "kind", None) or "",
+        index_kind=record.kind,
         vectors=manifest.rows if manifest else 0,
-        recall_at_10=getattr(record, "recall_at_10", None),
-        recall_at_100=getattr(record, "recall_at_100", None),
+        recall_at_10=record.recall_at_10,
+        recall_at_100=record.recall_at_100,
     )

@@ -184,7 +184,7 @@ def test_ids_are_whole_on_a_narrow_terminal(root: Path) -> None:
 def test_answers_of_the_index_are_shown_the_same_way(capsys: pytest.CaptureFixture[str]) -> None:
     key, shard = "folder/" + "k" * 60, f"/data/{'s' * 60}.tar"
     hits = [Hit(1, 7, key, [HOSTILE], shard, 0, 0.5), Hit(2, 8, key, [CAPTIONS[1]], shard, 9, 0.4, duplicates=[3, 4])]
-    agreement = Agreement("mAP(100)", 0.8765, 0.01, "similarity")
+    agreement = Agreement("mAP(100)", 0.8766, 0.01, "similarity")
     print_answer(Answer("fast", hits, [], [], agreement, Versions(1, RUN, "s", "h", "i"), "l", 0.1))
     table, facts = capsys.readouterr().out.split("\n\n")
     shown = table + "\n"

@@ -69,9 +69,6 @@ class Question(BaseModel):
         if len(asked) != 1:
             found = f"{' and '.join(asked)} at once" if asked else "nothing"
             raise Problem(400, f"asked is {found}: give an image with its caption, or a query_id, or a vector", "image")
-        if asked == ["image"] and (self.image is None or self.caption is None):
-            missing = "image" if self.image is None else "caption"
-            raise Problem(400, f"{missing} is missing: give an image and the caption that it is of", missing)
         if self.image is not None and not self.image:
             raise Problem(400, "image is empty: give a PNG, JPEG or WebP file", "image")
         if self.image is not None and self.caption is not None and not self.caption.strip():

@@ -113,7 +113,7 @@ class Service:
             picture = await self.reading(lambda: decoded(content, self.limits))
         elif question.query_id is not None:
             self.engine.query(question.query_id)
-        return self.jobs.submit(caller.name, lambda progress: answer_alone(attributor, question, picture))
+        return self.jobs.submit(caller.name, lambda progress: answer_alone(attributor, question, picture, progress))
 
     def _answer_batch(self, batch: Sequence[Waiting]) -> None:
         answer_batch(self.engine.current, batch, self.metrics)

@@ -31,7 +31,7 @@ def image(unlearned: WholeRun) -> Image.Image:
 
 def test_an_answer_names_the_highest_scores_and_their_share(service: Attributor, image: Image.Image) -> None:
     answer = service.attribute(image, "a red circle", 5, "sketch")
-    found = service.sketch.stored.scores(service.sketch.stored.ask(image, "a red circle"))
+    found = service._loaded.sketch.stored.scores(service._loaded.sketch.stored.ask(image, "a red circle"))
     order = sorted(range(SAMPLES), key=lambda sample: -float(found.scores[sample]))[:5]
     assert [each.train_id for each in answer.hits] == order
     assert [each.rank for each in answer.hits] == [1, 2, 3, 4, 5]
@@ -66,13 +66,15 @@ def test_metrics_hold_how_far_sketches_rank_as_the_teacher(unlearned: WholeRun, 
         if asked.split == "test":
             scored = f"SELECT score FROM scores WHERE query_id = '{asked.query_id}' ORDER BY train_id"
             teacher = query(root, scored)["score"].to_numpy()
-            mine = service.sketch.stored.scores(service.sketch.stored.ask(asked.image, asked.caption)).scores.numpy()
+            mine = service._loaded.sketch.stored.scores(
+                service._loaded.sketch.stored.ask(asked.image, asked.caption)
+            ).scores.numpy()
             first, second = (values.argsort().argsort() for values in (teacher, mine))
             correlations.append(np.corrcoef(first, second)[0, 1])
             assert found["spearman", 0, asked.query_id] == pytest.approx(correlations[-1])
     assert found["spearman", 0, ""] == pytest.approx(np.mean(correlations)) and len(correlations) == 2
     assert {("mAP", cutoff, "") for cutoff in (2, 4)} <= found.keys()
-    values, scales = service.sketch.stored._loaded[1:]
+    values, scales = service._loaded.sketch.stored._loaded[1:]
     assert found["bytes a sample", 0, ""] == (values.nbytes + scales.nbytes) / SAMPLES
     assert found["seconds", 0, ""] > 0
 
@@ -100,8 +102,8 @@ def test_two_stages_score_the_fast_tiers_first_alone(
 def test_a_relative_answer_divides_by_the_length_of_the_samples_gradient(
     service: Attributor, image: Image.Image
 ) -> None:
-    found = service.sketch.stored.scores(service.sketch.stored.ask(image, "a red circle"))
-    parts = service.sketch.stored.parts
+    found = service._loaded.sketch.stored.scores(service._loaded.sketch.stored.ask(image, "a red circle"))
+    parts = service._loaded.sketch.stored.parts
     stored = [load_file(parts.path(number)) for number in range(parts.count)]
     sketches = [Int8Vectors(part["values"][:, 0], part["scales"][:, 0]).dense() for part in stored]
     lengths = torch.cat(sketches).double().norm(dim=1)

@@ -70,8 +70,7 @@ async def remove(request: Request, train_id: TrainId, reason: Annotated[Reason, 
 
     def work() -> dict[str, Any]:
         done = take_down(service.workspace, [train_id], reason=reason.reason, by=caller.name)
-        published = service.engine.current.published
-        samples = published.index_samples or published.samples
+        samples = service.workspace.relative(service.engine.current.catalogue().path)
         removed = sorted(each.train_id for each in done.record.removed if each.samples == samples) if done.asked else []
         return {"record": done.record.number if done.asked else None, "removed": removed, "already": done.already}
 
