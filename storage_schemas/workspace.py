@@ -196,6 +196,10 @@ class Workspace:
     def metrics(self, key: str) -> AnyPath:
         return self.root / "metrics" / f"{key}.parquet"
 
+    def calibration(self, metrics: str) -> AnyPath:
+        """What the similarities of a head say of rank and score, beside the metrics of this key: `Calibration`."""
+        return self.root / "metrics" / f"{metrics}.calibration.json"
+
     def study(self, key: str) -> AnyPath:
         """Folder of a study's parts, one for each head that it trained, and of the table of all."""
         return self.root / "studies" / key
