@@ -200,6 +200,10 @@ class Workspace:
         """JSON beside the metrics of this key: which head they are of, on which snapshot: `EvaluationRecord`."""
         return self.root / "metrics" / f"{key}.json"
 
+    def calibration(self, metrics: str) -> AnyPath:
+        """What the similarities of a head say of rank and score, beside the metrics of this key: `Calibration`."""
+        return self.root / "metrics" / f"{metrics}.calibration.json"
+
     def study(self, key: str) -> AnyPath:
         """Folder of a study's parts, one for each head that it trained, and of the table of all."""
         return self.root / "studies" / key

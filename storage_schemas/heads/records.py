@@ -93,6 +93,30 @@ class IndexRecord(BaseModel):
     code_version: str = ""
 
 
+class Curve(BaseModel):
+    """A monotone curve through points, x ascending, with the deviation of single pairs from it; empty: not known."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    x: list[float] = Field(default_factory=list)
+    y: list[float] = Field(default_factory=list)
+    error: list[float] = Field(default_factory=list)
+
+
+class Calibration(BaseModel):
+    """`metrics/<key>.calibration.json`: what a head's similarities say of the teacher's rank and score."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    queries: int = Field(description="that the curves are of")
+    rank: Curve = Field(description="log of the normalised rank, over similarity in deviations above the mean")
+    score: Curve = Field(description="score, over similarity")
+    test_queries: int = Field(default=0, description="that they were checked on, by the head's first 100 of each")
+    rank_explained: float = Field(default=0.0, description="share of the variance of these that the curve explains")
+    score_explained: float = 0.0
+    covered: float = Field(default=0.0, description="share of these whose score is within two standard errors")
+
+
 class CheckRecord(NamedTuple):
     """One check of a run's teacher; the path is relative to the workspace."""
 
@@ -129,6 +153,16 @@ def read_index_record(index: AnyPath) -> IndexRecord:
         StoreError: the file is damaged.
     """
     return _parsed(IndexRecord, read_if_there(index / INDEX_FILE) or b"{}", index / INDEX_FILE)
+
+
+def read_calibration_record(path: AnyPath) -> Calibration | None:
+    """Read a calibration; None where there is no file, as in workspaces of earlier releases.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    content = read_if_there(path)
+    return None if content is None else _parsed(Calibration, content, path)
 
 
 def read_checks_record(workspace: Workspace, run: str) -> dict[str, CheckRecord]:

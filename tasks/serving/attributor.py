@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from tasks.serving.catalogue import Catalogue
 from tasks.serving.exact import FIRST, Progress
 from tasks.serving.fast import Caption, FastTier, Picture
 from tasks.serving.loaded import Loaded
-from tasks.serving.nearest import low_and_alike, lowering_by, nearest_of
+from tasks.serving.nearest import low_and_alike, nearest_of, with_lowering
 from tasks.serving.question import check_caption
 from tasks.serving.ranked import Lists, Scored, depth_for, lists_of_scores
 from tasks.serving.settings import AROUND, Settings, name_of
@@ -260,9 +261,9 @@ class Attributor:
         for number, question in enumerate(asked):
             mine = slice(number, number + 1)
             hits = nearest_of(fast, catalogue, vectors[mine], settings.k, allowed, (found[0][mine], found[1][mine]))
-            lists = Lists(hits)
+            lists = Lists(hits, notes=fast.predictions.notes)
             if settings.around:
-                lists = lowering_by(fast, catalogue, vectors[mine], hits, allowed, settings, tied=self._loaded.tied)
+                lists = with_lowering(fast, catalogue, vectors[mine], lists, allowed, settings, tied=self._loaded.tied)
                 phi = None if features is None else features[number]
                 lists = self._with_similar(lists, catalogue, vectors[mine], phi, allowed, settings)
             answers.append(self._answer(settings, question, catalogue, lists, started))
@@ -334,9 +335,9 @@ class Attributor:
         if features is not None:
             if not isinstance(untuned := self._loaded.untuned, str):
                 similar = low_and_alike(self.fast, untuned, catalogue, vector, features, lists.hits, allowed, settings)
-                return Lists(lists.hits, lists.lowering, similar, lists.influence, lists.notes)
+                return replace(lists, similar=similar)
             why = f"similar images are not named: {untuned}"
-        return Lists(lists.hits, lists.lowering, [], lists.influence, [*lists.notes, why])
+        return replace(lists, notes=[*lists.notes, why])
 
     def _answer(self, settings: Settings, asked: str, catalogue: Catalogue, lists: Lists, started: float) -> Answer:
         return Answer(
