@@ -170,8 +170,8 @@ def test_the_record_says_kind_reason_and_recall_and_sql_shows_them(similar: Whol
     assert record.reason.startswith(f"{SAMPLES} vectors of {record.width}: every vector is looked at")
     assert record.samples == similar.workspace.relative(similar.run.artifacts["samples"].path)
     columns = "head, kind, recall_at_10, recall_at_100, parent, vectors"
-    rows = query(similar.workspace, f"SELECT {columns} FROM indexes").fetchall()
-    assert (similar.head.artifact.key, "Flat", 1.0, 1.0, "", SAMPLES) in rows
+    rows = query(similar.workspace.root, f"SELECT {columns} FROM indexes").to_pylist()
+    assert (similar.head.artifact.key, "Flat", 1.0, 1.0, "", SAMPLES) in [tuple(row.values()) for row in rows]
 
 
 def test_a_record_of_an_earlier_release_is_still_read() -> None:
