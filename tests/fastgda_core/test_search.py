@@ -14,6 +14,7 @@ from fastgda_core.search.build import add, can_merge, has_own_ids, merge, new_in
 from fastgda_core.search.kinds import bytes_each, choose_kind, is_kind
 from fastgda_core.search.recall import exact_neighbours, measure, perturbed, recall, settings_for
 from fastgda_core.search.searcher import Searcher, SearchSettings, open_index
+from fastgda_core.search.together import MANY
 
 COUNT, WIDTH, K = 3000, 32, 10
 KINDS = (
@@ -275,3 +276,29 @@ def test_a_kind_that_does_not_fit_is_refused_in_one_line(vectors: Vectors) -> No
         new_index("IVF16,PQ7", WIDTH)
     with pytest.raises(UsageError, match="has 64 lists and there are 10 vectors: lower it"):
         train(new_index("IVF64,Flat", WIDTH), vectors[:10], kind="IVF64,Flat")
+
+
+@pytest.mark.parametrize("kind", ["Flat", "SQfp16"])
+@pytest.mark.parametrize("spread", [1.0, 0.01])
+def test_many_queries_at_once_are_answered_as_one_by_one(
+    kind: str, spread: float, train_ids: NDArray[np.int64], tmp_path: Path
+) -> None:
+    """Vectors that are nearly alike are told apart, although a product in bfloat16 cannot."""
+    rng = np.random.default_rng(7)
+    drawn = (rng.standard_normal(WIDTH) + spread * rng.standard_normal((COUNT, WIDTH))).astype(np.float32)
+    asked = (rng.standard_normal(WIDTH) + spread * rng.standard_normal((MANY, WIDTH))).astype(np.float32)
+    write_index(built(kind, drawn, train_ids).index, tmp_path / "index.faiss")
+    searcher = open_index(tmp_path / "index.faiss", train_ids)
+    held = drawn if kind == "Flat" else drawn.astype(np.float16).astype(np.float32)
+    allowed = np.zeros(train_ids[-1] + 1, dtype=bool)
+    allowed[::5] = True
+    for chosen in (None, allowed):
+        here = np.ones(COUNT, dtype=bool) if chosen is None else chosen[train_ids]
+        exact = asked.astype(np.float64) @ held[here].astype(np.float64).T
+        similarity, found = searcher.search(asked, K, allowed=chosen)
+        np.testing.assert_allclose(similarity, -np.sort(-exact, axis=1)[:, :K], rtol=2e-6, atol=1e-5)
+        place = np.searchsorted(train_ids[here], found)
+        np.testing.assert_allclose(np.take_along_axis(exact, place, 1), similarity, rtol=2e-6, atol=1e-5)
+    few = np.zeros(train_ids[-1] + 1, dtype=bool)
+    few[train_ids[[3, 9]]] = True
+    assert {tuple(sorted(row)) for row in searcher.search(asked, K, allowed=few)[1]} == {tuple(train_ids[[3, 9]])}
