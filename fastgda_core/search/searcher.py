@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from fastgda_core.errors import UsageError
 from fastgda_core.search.build import Vectors, faiss, has_own_ids
+from fastgda_core.search.together import MANY, Together
 
 FEW = 0.05  # share of vectors that are allowed, below which these are looked at one by one
 
@@ -35,6 +37,10 @@ class Selection:
     count: int
     total: int
 
+    def as_mask(self) -> NDArray[np.bool_]:
+        """Return whether each vector may be found, (total,), of an index that holds places."""
+        return np.unpackbits(self.bits, count=self.total, bitorder="little").view(np.bool_)
+
     @property
     def selector(self) -> Any:
         """A selector over the bits, which have to outlive it."""
@@ -44,7 +50,8 @@ class Selection:
 class Searcher:
     """An index that answers.
 
-    Nothing in it changes after it is opened, so that threads may share it: settings and filters go with each call.
+    Nothing in it changes after it is opened, so that threads may share it: settings and filters go with each call. An
+    exact index keeps its vectors in bfloat16, too, from the first time that many queries are asked at once.
     A server calls `faiss.omp_set_num_threads(1)` in each thread that searches: OpenMP keeps a pool of threads for
     every thread that calls it. It opens indexes after it forked: FAISS hangs in a child of a process whose OpenMP ran.
 
@@ -111,7 +118,10 @@ class Searcher:
         block = np.ascontiguousarray(queries, dtype=np.float32)
         if k <= 0:
             return np.empty((len(block), 0), np.float32), np.empty((len(block), 0), np.int64)
-        if allowed is not None and allowed.count < FEW * allowed.total:
+        together = self._together if len(block) >= MANY else None
+        if together is not None:
+            similarity, numbers = together.search(block, k, None if allowed is None else allowed.as_mask())
+        elif allowed is not None and allowed.count < FEW * allowed.total:
             similarity, numbers = self._scan(block, k, allowed)
         else:
             params = search_parameters(self.index, settings or self.settings, allowed)
@@ -124,6 +134,11 @@ class Searcher:
         if self._train_ids is not None:
             numbers = np.where(found, self._train_ids[np.maximum(numbers, 0)], -1)
         return similarity, numbers
+
+    @functools.cached_property
+    def _together(self) -> Together | None:
+        """The same vectors for many queries at once; None of an approximate index. Made when first asked for."""
+        return Together(self.index) if Together.suits(self.index) else None
 
     def _scan(self, queries: Vectors, k: int, allowed: Selection) -> tuple[Vectors, NDArray[np.int64]]:
         """Look at every allowed vector: a graph may lead to none of them, and lists that are near may hold none."""

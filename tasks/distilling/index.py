@@ -21,7 +21,7 @@ from fastgda_core.errors import UsageError
 from fastgda_core.search.build import faiss_version, write_index
 from fastgda_core.search.kinds import Choice, choose_kind
 from storage_schemas import tables
-from storage_schemas.commit import Manifest, code_version, commit, commit_table, input_key
+from storage_schemas.commit import Manifest, code_version, commit, commit_table, committed, input_key
 from storage_schemas.files import AnyPath
 from storage_schemas.heads.records import INDEX_FILE, INDEX_IDS, IndexRecord, as_json, read_head_record
 from tasks.artifact import Artifact, Made, once
@@ -89,7 +89,7 @@ def make_index_parts(
     queries: Sequence[Artifact] = (),
     removed: Sequence[int] = (),
 ) -> int:
-    """Make some parts of an index that another process merges; return how many parts there are.
+    """Make some parts of an index that another process merges, unless it is there; return how many parts there are.
 
     Raises:
         UsageError: there is no such part, or indexes of this kind have none.
@@ -100,6 +100,8 @@ def make_index_parts(
         raise UsageError(f"an index of kind {parts.kind} is built in one piece: leave out --part, or set index.kind")
     if beyond := [number for number in numbers if number >= parts.count]:
         raise UsageError(f"the index has no part {beyond[0]}: it has {parts.count}, counted from 0")
+    if committed(build.folder / "index.faiss", build.key) is not None:
+        return parts.count
     build.vectors.made(sorted({each for number in numbers for each in parts.vectors_of(number)}))
     with stage("index", len(numbers)) as advance:
         for number in numbers:

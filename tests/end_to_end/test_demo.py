@@ -19,7 +19,7 @@ from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
 from tasks.demo import openmoji
 from tasks.demo.openmoji import CONFIG, list_openmoji
-from tests import warm
+from tests import tiny, warm
 from tests.flows.pipeline_case import environment, fastgda, lay_out
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +64,7 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, hom
     judge["leave_out"] = {"k": [2], "targets": 1}
     lay_out(folder, model_folder, study=study, judge=judge).rename(folder / "my_config.yaml")
     torch.save(RankHead(3072 + 384).state_dict(), folder / "dino+clip_text.pth")  # of that config's features instead
+    tiny.write_tar(folder / "new.tar", tiny.sample_members(range(900, 903)))
     fastgda("demo", "--folder", folder / "demo", home=home)
     return folder
 
