@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -144,6 +145,13 @@ def removed_ids(
     if later:
         ids |= {train_id for train_id, _, _ in samples_of_images(workspace.file(table), frozenset(later))}
     return np.array(sorted(ids), np.int64)
+
+
+def without(rows: pa.Table, removed: NDArray[np.int64] | Sequence[int]) -> pa.Table:
+    """Return the rows of a table with train_ids that are not about removed samples."""
+    if not len(removed):
+        return rows
+    return rows.filter(pc.invert(pc.is_in(rows["train_id"], value_set=pa.array(removed, pa.int64()))))
 
 
 @functools.lru_cache(maxsize=64)

@@ -50,7 +50,6 @@ class HeadRecord(BaseModel):
     solved: dict[str, float] = Field(default_factory=dict, description="validation mAP by choice")
     imported_from: str | None = Field(default=None, description="file name of a checkpoint of FastGDA's release")
     sha256: str | None = Field(default=None, description="of that file")
-    tombstones: int = Field(default=0, description="the newest take-down whose samples it was made without; 0: none")
     origin: str = Field(default="", description="the Prefect flow run that it was made in")
     code_version: str = ""
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from storage_schemas import tables
 from storage_schemas.runs.ledger import read_run
@@ -27,11 +26,6 @@ class Mask:
         if not self.train_ids or "train_id" not in table.schema.names:
             return ""
         return f" WHERE train_id NOT IN ({self._listed()})"
-
-    def shown(self, rows: pa.Table) -> pa.Table:
-        """Return the rows of a table with train_ids that are not about removed samples."""
-        removed = pa.array(self.train_ids, pa.int64())
-        return rows.filter(pc.invert(pc.is_in(rows["train_id"], value_set=removed))) if self.train_ids else rows
 
     def queries(self, twins: str | None) -> str:
         """As `rows`, for queries: one of the twin test may be a training image itself.

@@ -54,6 +54,7 @@ from storage_schemas.snapshots.snapshots import Snapshot, read_snapshot
 from storage_schemas.sql.answers import Answer
 from storage_schemas.sql.masks import Masks, tombstone_rows
 from storage_schemas.table import Table
+from storage_schemas.tombstones import without
 from storage_schemas.workspace import Workspace, regenerated, retrained, twins_beside
 
 
@@ -330,7 +331,7 @@ def _load(connection: duckdb.DuckDBPyConnection, workspace: Workspace, state: _S
     shards = [tables.read(path, tables.SHARDS) for path in ledgers]
     left_out = {run: workspace.quarantined_samples(run) for run in state.runs}
     quarantined = [
-        state.masks.of_run(run).shown(tables.read(path, tables.QUARANTINED_SAMPLES))
+        without(tables.read(path, tables.QUARANTINED_SAMPLES), state.masks.of_run(run).train_ids)
         for run, path in left_out.items()
         if path.exists()
     ]
@@ -402,7 +403,7 @@ def _head_rows(workspace: Workspace, state: _State) -> pa.Table:
                 "best_epoch": head.best_epoch,
                 "validation_map": head.validation_map,
                 "served": bool(state.published and state.published.head == workspace.relative(path.parent)),
-                "stale": state.masks.stale(samples.get(head.run or ""), since=head.tombstones),
+                "stale": state.masks.stale(samples.get(head.run or "")),
             }
         )
     return pa.Table.from_pylist(rows, schema=tables.HEADS.schema)

@@ -110,7 +110,7 @@ def test_an_image_that_got_another_number_is_the_same_image(tmp_path: Path) -> N
     path = Workspace(tmp_path).file(new)
     rows = tables.read(path, tables.SAMPLES).to_pylist()
     shifted = [row | {"image_sha256": f"{row['train_id'] + 1:064x}"} for row in rows]
-    write_table(path, tables.SAMPLES, shifted, path.parent.name)  # type: ignore[arg-type]  # on disk
+    write_table(path, tables.SAMPLES, shifted, path.parent.name)
     assert found(tmp_path, before, after, 2) == {
         "q0": {"change": "changed", "overlap": 0.5, "moved": 1, "entered": [1], "dropped": [0]}
     }
