@@ -87,6 +87,18 @@ FEATURES = Table(
     ),
 )
 
+VECTORS = Table(
+    "vectors",
+    "the vector of a training sample by a rank head, from which any index is built",
+    schema(
+        ("train_id", pa.int64(), "the training sample"),
+        ("vector", VECTOR, "what a query's vector is multiplied with"),
+    ),
+    sorted_by=("train_id",),
+    delta=("train_id",),
+    split=("vector",),
+)
+
 CANDIDATES = Table(
     "candidates",
     "a training sample that a query is scored against",
@@ -393,6 +405,11 @@ INDEXES = Table(
         ("size", pa.int64(), "bytes"),
         ("served", pa.bool_(), "whether `attribute` answers from it"),
         ("stale", pa.bool_(), "whether it holds vectors of samples that were taken down since; see tombstones"),
+        ("kind", pa.string(), "FAISS's name of it; empty where an earlier release built it"),
+        ("recall_at_10", pa.float64(), "share of the true first 10 that it finds; null where it was not measured"),
+        ("recall_at_100", pa.float64(), "the same of the first 100"),
+        ("parent", pa.string(), "the index that samples were added to; empty where it was built as a whole"),
+        nullable={"recall_at_10", "recall_at_100"},
     ),
 )
 

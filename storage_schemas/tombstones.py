@@ -122,21 +122,17 @@ def removed_ids(
     workspace: Workspace,
     samples: AnyPath | str | None,
     tombstones: Tombstones | None = None,
-    *,
-    since: int = 0,
 ) -> NDArray[np.int64]:
     """Return the train_ids of a table of samples that are taken down, ascending.
 
     Args:
         samples: path of the table, or its name relative to the workspace; None, of an imported run, has none.
         tombstones: as they were read; read anew unless given.
-        since: leave out take-downs up to this number, which what is asked about was made without.
 
     Raises:
         UnreadableTombstones: see `read_tombstones`.
     """
     records = (tombstones or read_tombstones(workspace)).active
-    records = tuple(record for record in records if record.number > since)
     if samples is None or not records:
         return np.empty(0, np.int64)
     table = samples if isinstance(samples, str) else workspace.relative(samples)

@@ -28,6 +28,7 @@ class Workspace:
         *("heads", "indexes", "metrics", "studies", "reports", "finished", "quarantine", "parts"),
         *("sketches", "retrainings"),
         "tombstones",
+        "vectors",
     )
     # Of kinds of parts that are older than `parts`, or are asked for by themselves.
     OWN_FOLDERS: ClassVar[Mapping[str, str]] = {
@@ -185,6 +186,10 @@ class Workspace:
 
     def head(self, version: str) -> AnyPath:
         return self.root / "heads" / version
+
+    def vectors(self, key: str) -> AnyPath:
+        """Folder of the vectors of training samples by one head, in parts."""
+        return self.root / "vectors" / key
 
     def index(self, version: str) -> AnyPath:
         return self.root / "indexes" / version

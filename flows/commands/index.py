@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from flows.commands.index_build import build
 from flows.commands.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption, trimmed
-from flows.commands.stages import index as build
 from flows.commands.terminal import say
 from flows.commands.text_table import print_rows
 from storage_schemas.workspace import Workspace

@@ -121,22 +121,6 @@ def import_head(
     _say_head(import_checkpoint(checked, checkpoint), config)
 
 
-def index(
-    config: ConfigArgument,
-    head: Annotated[str | None, typer.Option(help="Version of the head; default: the newest.")] = None,
-) -> None:
-    """Build the search index of a head; it is served once `fastgda evaluate` promotes it.
-
-    Example: `fastgda index build my_config.yaml`
-    """
-    checked = _begin(config)
-    from flows.indexing import rebuild_index
-
-    built = run_flow(rebuild_index, checked, head)
-    again = f"`fastgda evaluate {shlex.quote(str(config))}`"
-    say(f"index {built.artifact.key}{' (was there)' if built.reused else ''}: {again} measures and promotes it")
-
-
 def evaluate(
     config: ConfigArgument,
     index: Annotated[str | None, typer.Option(help="Version of the index; default: the newest.")] = None,

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, TypeVar
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
+from storage_schemas import tables
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, is_there, matching, read_if_there, write_changed
 from storage_schemas.runs.ledger import read_run
 from storage_schemas.workspace import Workspace
 
 HEAD_FILE, INDEX_FILE = "head.json", "index.json"
+INDEX_IDS = "ids.parquet"  # beside it
 EXACT_CHECK = "exact check"  # the only check that writes pairs, and no rows of `metrics`
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -64,17 +70,28 @@ class HeadRecord(BaseModel):
 class IndexRecord(BaseModel):
     """`indexes/<version>/index.json`: the head that made an index's vectors, and the samples that its train_ids number.
 
-    Indexes of earlier releases do not name the samples.
+    Indexes of earlier releases do not name the samples, or say nothing of what they are: they are Flat or SQfp16.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     head: str = Field(default="", description="version of the head")
     samples: str | None = Field(default=None, description="the table of samples, relative to the workspace")
-    tombstones: int = Field(default=0, description="the newest take-down whose samples it was made without; 0: none")
-    kind: str = Field(default="", description="FAISS's name of it; empty: of an earlier release, exact")
-    recall_at_10: float | None = Field(default=None, description="against exact search; None: not measured")
-    recall_at_100: float | None = Field(default=None, description="against exact search; None: not measured")
+    kind: str = Field(default="", description="FAISS's factory string")
+    reason: str = Field(default="", description="why it is this one")
+    faiss: str = Field(default="", description="version of FAISS that wrote it, which has to read it")
+    rows: int | None = Field(default=None, description="vectors in it")
+    width: int | None = Field(default=None, description="of a vector")
+    nprobe: int | None = Field(default=None, description="inverted lists that a query looks at")
+    ef_search: int | None = Field(default=None, description="nodes of a graph that a query keeps")
+    k_factor: float | None = Field(default=None, description="times k vectors are looked at again")
+    target: float | None = Field(default=None, description="recall at 100 that these were chosen to reach")
+    recall_at_10: float | None = Field(default=None, description="share of the true first 10 that it finds")
+    recall_at_100: float | None = Field(default=None, description="the same of the first 100")
+    recall_queries: int = Field(default=0, description="queries that recall was measured on")
+    recall_of: str = Field(default="", description="which these are")
+    vectors: list[str] = Field(default_factory=list, description="keys of its vectors, in the order of addition")
+    parent: str = Field(default="", description="the index that samples were added to")
     origin: str = Field(default="", description="the Prefect flow run that it was made in")
     code_version: str = ""
 
@@ -171,7 +188,7 @@ def index_samples(workspace: Workspace, head: AnyPath, index: AnyPath) -> str:
         samples = read_run(workspace, learned.run).samples
     if samples is None:
         raise StoreError(
-            f"{index} does not say which training data it is of: `fastgda index CONFIG --head {head.name}` "
+            f"{index} does not say which training data it is of: `fastgda index build CONFIG --head {head.name}` "
             "writes it down"
         )
     return samples
@@ -181,6 +198,17 @@ def taught_by(workspace: Workspace) -> dict[str, str]:
     """Return the run that each head learned from, by the head's version; empty where it was imported."""
     heads = [path.parent for path in matching(workspace.root / "heads", f"*/{HEAD_FILE}")]
     return {head.name: read_head_record(head).run or "" for head in heads}
+
+
+def holds_any(index: AnyPath, train_ids: NDArray[np.int64]) -> bool:
+    """Return whether an index has vectors of any of these samples; true where its list of them is gone."""
+    if not len(train_ids):
+        return False
+    chosen = pc.field("train_id").isin(pa.array(train_ids, pa.int64()))
+    try:
+        return bool(tables.read(index / INDEX_IDS, tables.INDEX_IDS, chosen).num_rows)
+    except FileNotFoundError:
+        return True
 
 
 def indexed_tables(workspace: Workspace) -> dict[str, str]:

@@ -6,9 +6,12 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from storage_schemas import tables
+from storage_schemas.files import AnyPath
+from storage_schemas.heads.records import holds_any
 from storage_schemas.runs.ledger import read_run
 from storage_schemas.table import Table
 from storage_schemas.tombstones import Tombstone, Tombstones, read_tombstones, removed_ids
@@ -58,9 +61,13 @@ class Masks:
     def of_run(self, run: str) -> Mask:
         return self.of(read_run(self.workspace, run).samples) if self.tombstones.active else Mask([])
 
-    def stale(self, samples: str | None, since: int = 0) -> bool:
-        """Return whether samples of a table were taken down after the record of this number."""
-        return bool(len(removed_ids(self.workspace, samples or None, self.tombstones, since=since)))
+    def stale(self, samples: str | None) -> bool:
+        """Return whether samples of a table are taken down."""
+        return bool(self.of(samples or None).train_ids)
+
+    def stale_index(self, index: AnyPath, samples: str | None) -> bool:
+        """Return whether an index of a table holds vectors of samples that are taken down."""
+        return holds_any(index, np.array(self.of(samples or None).train_ids, np.int64))
 
 
 def tombstone_rows(tombstones: Tombstones) -> pa.Table:

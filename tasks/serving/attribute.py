@@ -11,8 +11,6 @@ from torch import Tensor
 from fastgda_core.errors import UsageError
 from fastgda_core.features import concatenate
 from fastgda_core.images import as_rgb
-from fastgda_core.search.index import read_index, search
-from storage_schemas.files import local_copy
 from storage_schemas.heads.records import index_samples, read_head_record
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.workspace import Workspace
@@ -20,6 +18,7 @@ from tasks.devices import pick_device
 from tasks.distilling.answering import answering_head
 from tasks.distilling.head_space import recorded_space
 from tasks.distilling.index import read_index_mean
+from tasks.distilling.opened_index import open_search_index
 from tasks.inputs.features import encode_query, load_encoders
 from tasks.inputs.samples import samples_table
 
@@ -53,7 +52,7 @@ class AttributionService:
         self.head = answering_head(workspace, head)
         index = workspace.file(published.index)
         self.mean = read_index_mean(index) if space.centre else None
-        self.index = read_index(local_copy(index / "index.faiss"))
+        self.index = open_search_index(index, head.name)
         self.samples_path = workspace.file(published.index_samples or index_samples(workspace, head, index))
         self.samples = samples_table(self.samples_path)
 
@@ -65,7 +64,7 @@ class AttributionService:
 
     def attribute(self, image: Image.Image, caption: str, k: int) -> list[Attribution]:
         """Return the k training samples that influenced the image most, by the rank head's estimate."""
-        similarity, train_ids = search(self.index, self.embed(image, caption).numpy(), k)
+        similarity, train_ids = self.index.search(self.embed(image, caption).numpy(), k)
         rows = self.samples.take(train_ids[0]).to_pylist()
         return [
             Attribution(position, row["train_id"], float(cosine), row["key"], row["captions"][0], row["shard"])

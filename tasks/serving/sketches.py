@@ -86,8 +86,8 @@ class SketchService:
             self.fast = AttributionService(self.workspace)
         if self.fast.samples_path != self.samples_path:
             raise UsageError(
-                "the served index is of other training samples than the published run: `fastgda index CONFIG` and "
-                "`fastgda evaluate CONFIG` with the run's configuration serve one of these"
+                "the served index is of other training samples than the published run: `fastgda index build CONFIG` "
+                "and `fastgda evaluate CONFIG` with the run's configuration serve one of these"
             )
         return np.array([answer.train_id for answer in self.fast.attribute(image, caption, count)])
 

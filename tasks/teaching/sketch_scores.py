@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -78,12 +78,12 @@ class StoredSketches:
 
         Of mirrored images the first one's.
         """
-        ids, values, scales = self._loaded
-        place = torch.searchsorted(torch.from_numpy(ids), train_ids).clamp_max(len(ids) - 1)
-        there = torch.from_numpy(ids)[place] == train_ids
-        mine = place.to(values.device)
-        found = Int8Vectors(values[mine, 0], scales[mine, 0]).dense()
-        return found * there.to(found.device)[:, None]
+        return _dense(train_ids, *self._loaded)
+
+    def dense_from_parts(self, train_ids: Tensor) -> Tensor:
+        """Return what `dense` returns, from the parts of these samples alone: memory does not grow with the samples."""
+        numbers = (train_ids // self.parts.step).unique().tolist()
+        return _dense(train_ids, *self._read(numbers))
 
     @property
     def samples(self) -> int:
@@ -127,7 +127,10 @@ class StoredSketches:
     @functools.cached_property
     def _loaded(self) -> tuple[NDArray[np.int64], Tensor, Tensor]:
         """All sketches, a byte a number, on the device where the model is."""
-        tensors = [load_tensors(self.parts.path(number)) for number in range(self.parts.count)]
+        return self._read(range(self.parts.count))
+
+    def _read(self, numbers: Iterable[int]) -> tuple[NDArray[np.int64], Tensor, Tensor]:
+        tensors = [load_tensors(self.parts.path(number)) for number in numbers]
         together = {name: torch.cat([each[name] for each in tensors]) for name in ("train_ids", "values", "scales")}
         device = self.context.device
         return together["train_ids"].numpy(), together["values"].to(device), together["scales"].to(device)
@@ -152,6 +155,14 @@ class StoredSketches:
                     for name, each in slices.items()
                 }
             yield there[rows], read["values"].to(device), read["scales"].to(device)
+
+
+def _dense(train_ids: Tensor, ids: NDArray[np.int64], values: Tensor, scales: Tensor) -> Tensor:
+    place = torch.searchsorted(torch.from_numpy(ids), train_ids).clamp_max(len(ids) - 1)
+    there = torch.from_numpy(ids)[place] == train_ids
+    mine = place.to(values.device)
+    found = Int8Vectors(values[mine, 0], scales[mine, 0]).dense()
+    return found * there.to(found.device)[:, None]
 
 
 def _inner_products(asked: Tensor, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from fastgda_core.search.index import search
 from tasks.distilling.versions import heads_of_run
 from tasks.inputs.features import extract_features, in_space, load_features
 from tasks.inputs.queries import load_queries
@@ -29,7 +28,7 @@ def test_a_head_is_judged_by_what_its_index_answers(name: str, request: pytest.F
     scores = by_head(run.run, run.head.artifact, queries)
     service = AttributionService(run.workspace)
     for query, mine in zip(queries, scores, strict=True):
-        similarity, train_ids = search(service.index, service.embed(query.image, query.caption).numpy(), SAMPLES)
+        similarity, train_ids = service.index.search(service.embed(query.image, query.caption).numpy(), SAMPLES)
         expected = torch.empty(SAMPLES, dtype=torch.float64)
         expected[torch.from_numpy(train_ids[0])] = torch.from_numpy(similarity[0]).double()
         assert torch.allclose(mine, expected, atol=2e-3 * expected.abs().max().item())

@@ -76,7 +76,7 @@ def test_the_data_of_an_index_of_an_earlier_release_is_that_of_its_heads_run(tmp
     assert index_samples(Workspace(tmp_path), head, index) == other.samples
     assert "where a train_id means another image" in promoted(tmp_path, index).refused
     write_json(head / "head.json", feature_space="pixel", imported_from="x.pth")
-    with pytest.raises(StoreError, match=r"does not say which training data.*`fastgda index CONFIG --head h`"):
+    with pytest.raises(StoreError, match=r"does not say which training data.*`fastgda index build CONFIG --head h`"):
         promoted(tmp_path, index)
 
 
@@ -98,7 +98,7 @@ def test_an_index_says_its_data_and_answers_with_it(tmp_path: Path) -> None:
     description = built.path / "index.json"  # as an earlier release wrote it
     description.write_text(json.dumps({"head": "h"}))
     again = build_search_index.fn(context, samples, extracted, stage)
-    assert again.reused and "samples" in json.loads(description.read_bytes())
+    assert not again.reused and "samples" in json.loads(description.read_bytes())
 
     plan_run(root, "other", config=context.config.model_dump(mode="json"))
     publish_run(root, "other")  # of other data, by an earlier release that did not ask
