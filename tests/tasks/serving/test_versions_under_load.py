@@ -26,7 +26,7 @@ from tests.storage_schemas.workspaces import commit_index, publish_run
 
 pytestmark = pytest.mark.integration
 
-SAMPLES, READERS, CHANGES, REMOVED = 40, 4, 100, 12
+SAMPLES, READERS, REMOVED = 40, 4, 12
 VERSIONS = "abcd"
 QUESTION = np.ones((1, 1), np.float32)
 
@@ -86,18 +86,21 @@ class Readers:
             self.faults.append(repr(error))
 
 
-def test_answers_under_promotions_rollbacks_and_removals_are_each_of_one_version(workspace: Workspace) -> None:
+@pytest.mark.parametrize("changes", [36, pytest.param(100, marks=pytest.mark.slow)])
+def test_answers_under_promotions_rollbacks_and_removals_are_each_of_one_version(
+    workspace: Workspace, changes: int
+) -> None:
     readers, chance = Readers(workspace), np.random.default_rng(0)
     snapshot = read_published(workspace).snapshot
     for thread in readers.threads:
         thread.start()
     removals = iter(chance.permutation(SAMPLES)[:REMOVED].tolist())
-    for number in range(CHANGES):
+    for number in range(changes):
         if number % 3 == 2 and read_published(workspace).served_before:
             rollback_index(workspace)
         else:
             promote_index(workspace, VERSIONS[chance.integers(len(VERSIONS))], force=True)
-        if number % (CHANGES // REMOVED) == 0 and (train_id := next(removals, None)) is not None:
+        if number % (changes // REMOVED) == 0 and (train_id := next(removals, None)) is not None:
             take_down(workspace, [train_id], reason="asked", by="them")
             readers.removed |= {train_id}
     deadline = time.monotonic() + 20  # so that each reader saw the end
@@ -108,6 +111,6 @@ def test_answers_under_promotions_rollbacks_and_removals_are_each_of_one_version
     for thread in readers.threads:
         thread.join(20)
     assert readers.faults == []
-    assert len(readers.asked) > CHANGES and len(set(readers.asked)) > 1
+    assert len(readers.asked) > changes and len(set(readers.asked)) > 1
     assert len(readers.removed) == REMOVED and read_published(workspace).snapshot == snapshot
     assert update_published(workspace, lambda before: before) == read_published(workspace)
