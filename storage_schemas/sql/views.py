@@ -186,9 +186,9 @@ class _State:
 
     @property
     def samples(self) -> str | None:
-        """The published samples, and before there are any those that were indexed last."""
+        """The published samples with those that were added to the served index, or else those indexed last."""
         if self.published is not None:
-            return self.published.samples
+            return self.published.index_samples or self.published.samples
         return self.indexed.samples if self.indexed else None
 
     @property

@@ -20,9 +20,11 @@ from storage_schemas.publishing.serving import (
     rollback_index,
 )
 from storage_schemas.publishing.takedown import take_down
+from storage_schemas.runs.ledger import read_run
 from storage_schemas.snapshots.published import NotPublished, Published, read_published
+from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
-from tests.storage_schemas.workspaces import commit_index, finish_run, publish_run, show
+from tests.storage_schemas.workspaces import commit_index, finish_run, plan_run, publish_run, show
 
 GOOD = {f"q{number}": 0.8 for number in range(8)}
 
@@ -89,7 +91,7 @@ def test_a_difference_that_chance_explains_is_no_reason(workspace: Workspace) ->
 def test_what_cannot_answer_beside_what_is_published_is_refused_even_by_force(
     workspace: Workspace, tmp_path: Path
 ) -> None:
-    other = finish_run(tmp_path, "run-2", samples=5)
+    other = finish_run(tmp_path, "run-2", samples=3)
     commit_index(workspace, "other", other.samples or "", precision=GOOD, head="o", run="run-2")
     made(workspace, "headless")
     (tmp_path / "heads" / "head-headless" / "head.json").unlink()
@@ -104,6 +106,20 @@ def test_what_cannot_answer_beside_what_is_published_is_refused_even_by_force(
         with pytest.raises(NotPromoted, match=why):
             promote_index(workspace, version, force=True)
     assert read_published(workspace).index is None
+
+
+def test_a_version_with_samples_added_behind_is_served_and_they_can_be_taken_down(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    grown = plan_run(tmp_path, "grown", samples=6)
+    promote_index(workspace, made(workspace, "a"))
+    commit_index(workspace, "b", grown.samples or "", head="head-a", kind="Flat", train_ids=range(6))
+    now = promote_index(workspace, "b", force=True)
+    assert (now.index_samples, now.samples) == (grown.samples, read_run(workspace, "run-1").samples)
+    take_down(workspace, [1, 5], reason="asked", by="them")
+    assert query(workspace.root, "SELECT train_id FROM samples")["train_id"].to_pylist() == [0, 2, 3, 4]
+    assert set(query(workspace.root, "SELECT train_id FROM ranks")["train_id"].to_pylist()) == {0, 2, 3}
+    assert rollback_index(workspace)[0].index_samples == now.samples
 
 
 def test_a_version_without_a_removed_image_is_not_replaced_by_one_that_holds_it(workspace: Workspace) -> None:
