@@ -8,6 +8,7 @@ from pathlib import Path
 from prefect import flow
 
 from flows.names import named
+from storage_schemas.tombstones import removed_ids
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made
 from tasks.config.pipeline import PipelineConfig
@@ -26,7 +27,11 @@ def build_index_parts(config: PipelineConfig, part: str, head: str | None = None
     """Make some parts of an index, as one worker of several; `rebuild index` merges them. Return how many there are."""
     context, labels, trained = _behind(config, head)
     features = extract_features(context, labels.samples).artifact
-    return make_index_parts(context, labels.samples, features, trained, from_ranges(part), queries=labels.queries)
+    removed = removed_ids(context.workspace, labels.samples.path).tolist()
+    numbers = from_ranges(part)
+    return make_index_parts(
+        context, labels.samples, features, trained, numbers, queries=labels.queries, removed=removed
+    )
 
 
 @flow(name="rebuild index", flow_run_name=named("index", "head"))
@@ -34,7 +39,8 @@ def rebuild_index(config: PipelineConfig, head: str | None = None) -> Made:
     """Build an index from a head, by default the newest; the index is not served before it is promoted."""
     context, labels, trained = _behind(config, head)
     features = extract_features(context, labels.samples).artifact
-    index = build_search_index(context, labels.samples, features, trained, labels.queries)
+    removed = removed_ids(context.workspace, labels.samples.path).tolist()
+    index = build_search_index(context, labels.samples, features, trained, labels.queries, removed)
     announce_index(context, index.artifact, trained)
     return index
 

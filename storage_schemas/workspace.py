@@ -27,7 +27,8 @@ class Workspace:
         *("scores", "exact_checks", "teacher_checks", "ranks", "runs", "snapshots", "published", "leases"),
         *("heads", "indexes", "metrics", "studies", "reports", "finished", "quarantine", "parts"),
         *("sketches", "retrainings"),
-        *("tombstones", "vectors"),
+        "tombstones",
+        "vectors",
     )
     # Of kinds of parts that are older than `parts`, or are asked for by themselves.
     OWN_FOLDERS: ClassVar[Mapping[str, str]] = {

@@ -17,6 +17,7 @@ from storage_schemas.commit import Manifest, input_key
 from storage_schemas.files import AnyPath, is_there, local_copy, matching
 from storage_schemas.heads.records import INDEX_IDS, HeadRecord, IndexRecord, index_samples
 from storage_schemas.snapshots.published import read_published
+from storage_schemas.tombstones import removed_ids
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made, once
 from tasks.context import Context
@@ -97,7 +98,13 @@ def add_to_search_index(parent: Parent, tars: Sequence[Path]) -> Made:
     mean = read_index_mean(parent.index.path) if centred else None
     vectors = AddedVectors(parent.context, samples, parent.head, parent.samples.rows, mean)
     release = release_of(faiss_version())
-    key = input_key("added to index", parent.index.key, vectors.artifact.key, release, table=tables.INDEX_IDS)
+    # What is taken down and in the parent already is left out by whoever searches.
+    down = removed_ids(workspace, samples.path)
+    down = down[down >= parent.samples.rows]
+    left_out = [down.tolist()] if len(down) else []
+    key = input_key(
+        "added to index", parent.index.key, vectors.artifact.key, release, *left_out, table=tables.INDEX_IDS
+    )
     folder = workspace.index(key)
 
     def make(started: float) -> Manifest:
@@ -106,7 +113,7 @@ def add_to_search_index(parent: Parent, tars: Sequence[Path]) -> Made:
         index = read_index(local_copy(parent.index.path / "index.faiss"))
         vectors.made()
         train_ids = [tables.read(parent.index.path / INDEX_IDS, tables.INDEX_IDS)["train_id"].to_numpy()]
-        for block in blocks_of(vectors.paths):
+        for block in blocks_of(vectors.paths, down):
             add(index, block.vectors, block.train_ids)
             train_ids.append(block.train_ids)
         ids = np.concatenate(train_ids)
