@@ -141,6 +141,15 @@ def number_payees(connection: duckdb.DuckDBPyConnection, by: str) -> Payees:
     return Payees([*(name for name, _ in rows), UNKNOWN], np.array([*counts, everyone - sum(counts)], np.int64))
 
 
+def payees_of_samples(connection: duckdb.DuckDBPyConnection, payees: Payees) -> NDArray[np.int64]:
+    """Return the number of each sample's payee by train_id, after `number_payees`; of samples that are gone, too."""
+    found = connection.execute("SELECT sample, number FROM payee_numbers").fetchnumpy()
+    (last,) = connection.execute("SELECT coalesce(max(train_id), -1) FROM samples").fetchall()[0]
+    numbers = np.full(last + 1, len(payees.names) - 1, np.int64)
+    numbers[found["sample"]] = found["number"]
+    return numbers
+
+
 def shared_queries(
     connection: duckdb.DuckDBPyConnection,
     query_ids: Sequence[str] | None = None,

@@ -117,4 +117,6 @@ class SketchService:
 
 def _relative(found: SketchScores) -> SketchScores:
     length = found.norms.clamp_min(torch.finfo(torch.float64).tiny)
-    return found._replace(scores=found.scores / length, standard_errors=found.standard_errors / length)
+    return found._replace(
+        scores=found.scores / length, standard_errors=found.standard_errors / length, by_group=found.by_group / length
+    )
