@@ -37,10 +37,14 @@ SAMPLES = Table(
         ("width", pa.int32(), "pixels"),
         ("height", pa.int32(), "pixels"),
         ("image_sha256", pa.string(), "sha256 of the image's bytes in the tar"),
+        ("image_look", pa.binary(), "perceptual hash and colours; empty where an earlier release indexed it"),
+        ("metadata", pa.string(), "JSON object: further fields of its .json in the tar that hold one value"),
     ),
     sorted_by=("train_id",),
     dictionary=("shard",),
     delta=("train_id", "offset", "size"),
+    version=3,
+    added={"image_look": Added(3, ""), "metadata": Added(3, "{}")},
 )
 
 REJECTED_SAMPLES = Table(
@@ -85,6 +89,18 @@ FEATURES = Table(
         ("item", pa.string(), "row number from 0, as text: a sample's train_id, a query's place in its query set"),
         ("feature", VECTOR, "output of the frozen encoder, unnormalised"),
     ),
+)
+
+VECTORS = Table(
+    "vectors",
+    "the vector of a training sample by a rank head, from which any index is built",
+    schema(
+        ("train_id", pa.int64(), "the training sample"),
+        ("vector", VECTOR, "what a query's vector is multiplied with"),
+    ),
+    sorted_by=("train_id",),
+    delta=("train_id",),
+    split=("vector",),
 )
 
 CANDIDATES = Table(
@@ -393,6 +409,11 @@ INDEXES = Table(
         ("size", pa.int64(), "bytes"),
         ("served", pa.bool_(), "whether `attribute` answers from it"),
         ("stale", pa.bool_(), "whether it holds vectors of samples that were taken down since; see tombstones"),
+        ("kind", pa.string(), "FAISS's name of it; empty where an earlier release built it"),
+        ("recall_at_10", pa.float64(), "share of the true first 10 that it finds; null where it was not measured"),
+        ("recall_at_100", pa.float64(), "the same of the first 100"),
+        ("parent", pa.string(), "the index that samples were added to; empty where it was built as a whole"),
+        nullable={"recall_at_10", "recall_at_100"},
     ),
 )
 

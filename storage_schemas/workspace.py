@@ -27,7 +27,7 @@ class Workspace:
         *("scores", "exact_checks", "teacher_checks", "ranks", "runs", "snapshots", "published", "leases"),
         *("heads", "indexes", "metrics", "studies", "reports", "finished", "quarantine", "parts"),
         *("sketches", "retrainings"),
-        "tombstones",
+        *("tombstones", "vectors"),
     )
     # Of kinds of parts that are older than `parts`, or are asked for by themselves.
     OWN_FOLDERS: ClassVar[Mapping[str, str]] = {
@@ -186,11 +186,19 @@ class Workspace:
     def head(self, version: str) -> AnyPath:
         return self.root / "heads" / version
 
+    def vectors(self, key: str) -> AnyPath:
+        """Folder of the vectors of training samples by one head, in parts."""
+        return self.root / "vectors" / key
+
     def index(self, version: str) -> AnyPath:
         return self.root / "indexes" / version
 
     def metrics(self, key: str) -> AnyPath:
         return self.root / "metrics" / f"{key}.parquet"
+
+    def calibration(self, metrics: str) -> AnyPath:
+        """What the similarities of a head say of rank and score, beside the metrics of this key: `Calibration`."""
+        return self.root / "metrics" / f"{metrics}.calibration.json"
 
     def study(self, key: str) -> AnyPath:
         """Folder of a study's parts, one for each head that it trained, and of the table of all."""

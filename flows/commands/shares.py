@@ -6,13 +6,13 @@ import csv
 import json
 import sys
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastgda_core.errors import UsageError
-from flows.commands.answers import Tier
 from flows.commands.options import DEFAULT_WORKSPACE, WorkspaceOption
 from flows.commands.terminal import say, warn
 from flows.commands.text_table import print_rows
@@ -32,6 +32,13 @@ _NOISE = {
 }
 
 
+class PictureTier(StrEnum):
+    """How a picture that no teacher scored is answered."""
+
+    fast = "fast"
+    sketch = "sketch"
+
+
 def shares(
     by: Annotated[
         str, typer.Option(help="Column of samples, or key of their metadata, that names who is paid.")
@@ -45,8 +52,8 @@ def shares(
     ] = None,
     caption: Annotated[str | None, typer.Option(help="The caption that --image was generated from.")] = None,
     tier: Annotated[
-        Tier, typer.Option(help="Of --image. fast: predicted from the index; sketch: scores, by its gradient.")
-    ] = Tier.fast,
+        PictureTier, typer.Option(help="Of --image. fast: predicted from the index; sketch: scores, by its gradient.")
+    ] = PictureTier.fast,
     limit: Annotated[int, typer.Option(min=1, help="Rows of the table; CSV and JSON have all.")] = 20,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
@@ -75,7 +82,7 @@ def shares(
         print_shares(answer, limit)
 
 
-def _of_picture(place: Workspace, image: Path | None, caption: str | None, by: str, tier: Tier) -> SharesAnswer:
+def _of_picture(place: Workspace, image: Path | None, caption: str | None, by: str, tier: PictureTier) -> SharesAnswer:
     if image is None or caption is None:
         raise UsageError("--image and --caption go together: give the picture and what it was generated from")
     from storage_schemas.snapshots.published import read_published
@@ -83,7 +90,7 @@ def _of_picture(place: Workspace, image: Path | None, caption: str | None, by: s
 
     picture = read_picture(image)
     check_caption(caption)
-    if tier is Tier.sketch:
+    if tier is PictureTier.sketch:
         check_sketched(place, read_published(place).run)
     from tasks.serving.picture_shares import PictureShares
 

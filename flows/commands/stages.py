@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from flows.commands.index_build import build
 from flows.commands.judges import check_output, print_judges, write_table
 from flows.commands.options import (
     DEFAULT_WORKSPACE,
@@ -129,12 +130,7 @@ def index(
 
     Example: `fastgda index my_config.yaml`
     """
-    checked = _begin(config)
-    from flows.indexing import rebuild_index
-
-    built = run_flow(rebuild_index, checked, head)
-    again = f"`fastgda evaluate {shlex.quote(str(config))}`"
-    say(f"index {built.artifact.key}{' (was there)' if built.reused else ''}: {again} measures and promotes it")
+    build(config, head)
 
 
 def evaluate(

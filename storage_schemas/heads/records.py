@@ -12,6 +12,7 @@ from storage_schemas.runs.ledger import read_run
 from storage_schemas.workspace import Workspace
 
 HEAD_FILE, INDEX_FILE = "head.json", "index.json"
+INDEX_IDS = "ids.parquet"  # beside it
 EXACT_CHECK = "exact check"  # the only check that writes pairs, and no rows of `metrics`
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -65,7 +66,7 @@ class HeadRecord(BaseModel):
 class IndexRecord(BaseModel):
     """`indexes/<version>/index.json`: the head that made an index's vectors, and the samples that its train_ids number.
 
-    Indexes of earlier releases do not name the samples.
+    Indexes of earlier releases do not name the samples, or say nothing of what they are: they are Flat or SQfp16.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -73,8 +74,47 @@ class IndexRecord(BaseModel):
     head: str = Field(default="", description="version of the head")
     samples: str | None = Field(default=None, description="the table of samples, relative to the workspace")
     tombstones: int = Field(default=0, description="the newest take-down whose samples it was made without; 0: none")
+    kind: str = Field(default="", description="FAISS's factory string")
+    reason: str = Field(default="", description="why it is this one")
+    faiss: str = Field(default="", description="version of FAISS that wrote it, which has to read it")
+    rows: int | None = Field(default=None, description="vectors in it")
+    width: int | None = Field(default=None, description="of a vector")
+    nprobe: int | None = Field(default=None, description="inverted lists that a query looks at")
+    ef_search: int | None = Field(default=None, description="nodes of a graph that a query keeps")
+    k_factor: float | None = Field(default=None, description="times k vectors are looked at again")
+    target: float | None = Field(default=None, description="recall at 100 that these were chosen to reach")
+    recall_at_10: float | None = Field(default=None, description="share of the true first 10 that it finds")
+    recall_at_100: float | None = Field(default=None, description="the same of the first 100")
+    recall_queries: int = Field(default=0, description="queries that recall was measured on")
+    recall_of: str = Field(default="", description="which these are")
+    vectors: list[str] = Field(default_factory=list, description="keys of its vectors, in the order of addition")
+    parent: str = Field(default="", description="the index that samples were added to")
     origin: str = Field(default="", description="the Prefect flow run that it was made in")
     code_version: str = ""
+
+
+class Curve(BaseModel):
+    """A monotone curve through points, x ascending, with the deviation of single pairs from it; empty: not known."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    x: list[float] = Field(default_factory=list)
+    y: list[float] = Field(default_factory=list)
+    error: list[float] = Field(default_factory=list)
+
+
+class Calibration(BaseModel):
+    """`metrics/<key>.calibration.json`: what a head's similarities say of the teacher's rank and score."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    queries: int = Field(description="that the curves are of")
+    rank: Curve = Field(description="log of the normalised rank, over similarity in deviations above the mean")
+    score: Curve = Field(description="score, over similarity")
+    test_queries: int = Field(default=0, description="that they were checked on, by the head's first 100 of each")
+    rank_explained: float = Field(default=0.0, description="share of the variance of these that the curve explains")
+    score_explained: float = 0.0
+    covered: float = Field(default=0.0, description="share of these whose score is within two standard errors")
 
 
 class CheckRecord(NamedTuple):
@@ -113,6 +153,16 @@ def read_index_record(index: AnyPath) -> IndexRecord:
         StoreError: the file is damaged.
     """
     return _parsed(IndexRecord, read_if_there(index / INDEX_FILE) or b"{}", index / INDEX_FILE)
+
+
+def read_calibration_record(path: AnyPath) -> Calibration | None:
+    """Read a calibration; None where there is no file, as in workspaces of earlier releases.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    content = read_if_there(path)
+    return None if content is None else _parsed(Calibration, content, path)
 
 
 def read_checks_record(workspace: Workspace, run: str) -> dict[str, CheckRecord]:
@@ -169,7 +219,7 @@ def index_samples(workspace: Workspace, head: AnyPath, index: AnyPath) -> str:
         samples = read_run(workspace, learned.run).samples
     if samples is None:
         raise StoreError(
-            f"{index} does not say which training data it is of: `fastgda index CONFIG --head {head.name}` "
+            f"{index} does not say which training data it is of: `fastgda index build CONFIG --head {head.name}` "
             "writes it down"
         )
     return samples

@@ -408,8 +408,8 @@ def _index_rows(workspace: Workspace, state: _State) -> pa.Table:
         if manifest is None:  # it is being built
             continue
         served = bool(state.published and state.published.index == workspace.relative(path.parent))
-        record = read_index_record(path.parent)
-        head = record.head or ((state.published.head or "").rsplit("/", 1)[-1] if served and state.published else "")
+        about = read_index_record(path.parent)
+        head = about.head or ((state.published.head or "").rsplit("/", 1)[-1] if served and state.published else "")
         rows.append(
             {
                 "index_version": path.parent.name,
@@ -417,7 +417,11 @@ def _index_rows(workspace: Workspace, state: _State) -> pa.Table:
                 "vectors": manifest.rows,
                 "size": manifest.size,
                 "served": served,
-                "stale": state.masks.stale(samples.get(path.parent.name), since=record.tombstones),
+                "stale": state.masks.stale(samples.get(path.parent.name), since=about.tombstones),
+                "kind": about.kind,
+                "recall_at_10": about.recall_at_10,
+                "recall_at_100": about.recall_at_100,
+                "parent": about.parent,
             }
         )
     return pa.Table.from_pylist(rows, schema=tables.INDEXES.schema)

@@ -13,6 +13,7 @@ from pydantic import (
 
 from fastgda_core.feature_spaces import encoder_names
 from fastgda_core.ranking.loss_names import LossName
+from fastgda_core.search.kinds import is_kind
 from tasks.config.section import Section
 
 
@@ -63,6 +64,32 @@ class HeadConfig(Section):
     def learned(self) -> dict[str, Any]:
         """Those of them on which the head depends."""
         return {name: value for name, value in self.training.items() if name not in ("strategy", "resident")}
+
+
+class IndexConfig(Section):
+    kind: str = Field(
+        default="auto", description="FAISS factory string (Flat, IVF4096,RaBitQ6, ...); auto: by rows and budgets"
+    )
+    memory_gb: float | None = Field(default=None, gt=0, description="that the index may take; null: any")
+    latency_ms: float | None = Field(
+        default=None, gt=0, description="of one core that a scan of all vectors may take; null: what the rows allow"
+    )
+    recall: float = Field(
+        default=0.95, gt=0, le=1, description="at 100, that nprobe, efSearch and k_factor are chosen to reach"
+    )
+    recall_queries: int = Field(
+        default=1000, ge=1, description="held-out vectors that recall is measured on, against exact search"
+    )
+
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, kind: str) -> str:
+        if kind != "auto" and not is_kind(kind):
+            raise ValueError(
+                f"{kind} is no kind of index that is known here: write auto, Flat, SQfp16, HNSW32,SQfp16, "
+                "IVF4096,Flat, IVF4096,RaBitQ6, IVF4096,PQ96 or the like, with Refine(SQfp16) behind it if you wish"
+            )
+        return kind
 
 
 class EvaluationConfig(Section):

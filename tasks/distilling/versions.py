@@ -101,7 +101,7 @@ def latest_index(workspace: Workspace) -> str:
     Raises:
         UsageError: there is none.
     """
-    return _latest(matching(workspace.root / "indexes", "*/index.faiss"), "index", "index")
+    return _latest(matching(workspace.root / "indexes", "*/index.faiss"), "index", "index build")
 
 
 def _latest(paths: list[AnyPath], what: str, command: str) -> str:

@@ -68,7 +68,7 @@ def _extracted(context: Context, items: Artifact) -> Made:
                 started = time.monotonic()
                 numbers = list(range(number * PART_ITEMS, number * PART_ITEMS + sizes[number]))
                 features, unreadable = _encode(encoder, items, numbers, size, advance)
-                table = tables.FEATURES.rows(item=[str(number) for number in numbers], feature=_as_lists(features))
+                table = tables.FEATURES.rows(item=[str(number) for number in numbers], feature=as_lists(features))
                 path = part(folder, number)
                 there[path.name] = commit_table(
                     path, table, tables.FEATURES, key=key, started=started, quarantined=unreadable
@@ -103,7 +103,7 @@ def _commit_mean(context: Context, samples: Artifact, left_out: dict[int, str]) 
         return manifest, True
     started = time.monotonic()
     with stage("mean of the features", samples.rows) as advance:
-        mean = mean_over(_kept(_blocks(context, samples), left_out, advance))
+        mean = mean_over(_kept(feature_blocks(context, samples), left_out, advance))
     made = commit(
         path,
         functools.partial(save_file, {"mean": mean}),
@@ -177,7 +177,7 @@ def _mapped_path(context: Context, samples: Artifact) -> Path:
 def _write_rows(path: Path, context: Context, samples: Artifact) -> NDArray[np.float32]:
     """Write phi, (rows, d), to a mapped file of its own: an Arrow file of one batch is written from one array."""
     mapped, start = np.empty((0, 0), np.float32), 0
-    for phi in _blocks(context, samples, feature_mean(context, samples)):
+    for phi in feature_blocks(context, samples, feature_mean(context, samples)):
         if not start:
             mapped = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(samples.rows, phi.shape[1]))
         mapped[start : start + len(phi)] = phi.numpy()
@@ -185,10 +185,13 @@ def _write_rows(path: Path, context: Context, samples: Artifact) -> NDArray[np.f
     return mapped
 
 
-def _blocks(context: Context, samples: Artifact, mean: Tensor | None = None) -> Iterator[Tensor]:
-    """Yield phi of the samples part by part, (<= 1,024, d) each, less `mean`."""
+def feature_blocks(
+    context: Context, samples: Artifact, mean: Tensor | None = None, *, first: int = 0, last: int | None = None
+) -> Iterator[Tensor]:
+    """Yield phi of the samples part by part, (<= 1,024, d) each, less `mean`: parts `first` to before `last`."""
     folders = [folder for folder, _ in feature_folders(context, samples).values()]
-    for number in range(-(-samples.rows // PART_ITEMS)):
+    every = range(-(-samples.rows // PART_ITEMS))
+    for number in every[first:last]:
         parts = [_vectors(tables.read(part(folder, number), tables.FEATURES)) for folder in folders]
         yield concatenate(parts, unit_length=context.config.features.unit_length, mean=mean)
 
@@ -336,7 +339,8 @@ def _images(items: Artifact, numbers: list[int], size: int) -> Iterator[tuple[li
     return ((images, {}) for images in in_threads(lambda query: query.image, queries, size))
 
 
-def _as_lists(features: Tensor) -> pa.ListArray:
+def as_lists(features: Tensor) -> pa.ListArray:
+    """Return vectors, (n, d), as a column of a table."""
     width = features.shape[1]
     offsets = np.arange(len(features) + 1, dtype=np.int32) * width
     return pa.ListArray.from_arrays(offsets, features.numpy().ravel(), type=tables.VECTOR)

@@ -24,6 +24,8 @@ from PIL import Image
 
 from fastgda_core.errors import BadSample, UsageError
 from fastgda_core.images import decode_first, decode_image
+from tasks.inputs.looks import look_of
+from tasks.inputs.metadata import metadata_of
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_SUFFIXES = ("txt", "json")
@@ -54,6 +56,9 @@ class ShardSample:
     width: int
     height: int
     image_sha256: str
+    image_look: bytes
+    metadata: str
+    """JSON object of the further fields of its .json."""
     pictures: int
     """Number of pictures in the image's file, of which the first is used."""
 
@@ -247,7 +252,7 @@ def _check_sample(shard: Path, key: str, parts: dict[str, tarfile.TarInfo], file
     if len(images) != 1:
         problem = "has no image: add a" if not images else "has several images: keep one"
         raise BadSample(f"{problem} .jpg, .png or .webp")
-    captions = _captions({suffix: content(suffix) for suffix in CAPTION_SUFFIXES if suffix in parts})
+    captions, metadata = _captions({suffix: content(suffix) for suffix in CAPTION_SUFFIXES if suffix in parts})
     encoded = content(images[0])
     image, pictures = decode_first(encoded)
     return ShardSample(
@@ -259,17 +264,19 @@ def _check_sample(shard: Path, key: str, parts: dict[str, tarfile.TarInfo], file
         image.width,
         image.height,
         hashlib.sha256(encoded).hexdigest(),
+        look_of(image),
+        metadata,
         pictures,
     )
 
 
-def _captions(texts: dict[str, bytes]) -> list[str]:
-    """Return the captions of a sample: `captions` or `caption` of its .json, else its .txt."""
+def _captions(texts: dict[str, bytes]) -> tuple[list[str], str]:
+    """Return the captions of a sample: `captions` or `caption` of its .json, else its .txt; and its `metadata_of`."""
     try:
         decoded = {suffix: text.decode("utf-8-sig") for suffix, text in texts.items()}
         document = json.loads(decoded["json"]) if "json" in decoded else {}
-        found = document.get("captions") or document.get("caption") if isinstance(document, dict) else None
-        found = found or decoded.get("txt", "")
+        fields = document if isinstance(document, dict) else {}
+        found = fields.get("captions") or fields.get("caption") or decoded.get("txt", "")
         listed = found if isinstance(found, list) else [found]
         captions = [" ".join(caption.split()) for caption in listed if isinstance(caption, str) and caption.strip()]
         "".join(captions).encode()  # JSON can spell lone surrogates, which no file can hold
@@ -280,4 +287,4 @@ def _captions(texts: dict[str, bytes]) -> list[str]:
     different = list(dict.fromkeys(captions))
     if len(different) > MAX_CAPTIONS:
         raise BadSample(f"has {len(different):,} captions: a sample may have {MAX_CAPTIONS:,}")
-    return different
+    return different, metadata_of(fields)

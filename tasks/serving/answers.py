@@ -37,10 +37,22 @@ class Hit:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """One figure of a tier, over test queries: its standard error is None where it is not known."""
+
+    name: str
+    value: float
+    error: float | None
+    queries: int
+
+
+@dataclass(frozen=True)
 class Agreement:
     """How far answers of a tier agree with the teacher's, as it was measured on queries that chose nothing.
 
+    measure, value, error: the first figure; value is None where nothing was measured.
     error: the standard error of the value; None where it is not known. note: a warning of the judges, or empty.
+    measures: all figures; of models that were trained again, `lds` is how well this tier predicts their losses.
     """
 
     measure: str
@@ -48,6 +60,7 @@ class Agreement:
     error: float | None
     teacher: str
     note: str = ""
+    measures: list[Measure] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,7 @@ class Answer:
     """The training samples that influenced an image most, best first.
 
     lowering: those that lower its likelihood most. similar: those that look alike and are not among the hits.
+    notes: what to know of this answer, a line each: why a list is empty, or a figure is missing.
     influence: of tiers that score all samples, what the hits hold of all influence: see `Influence`.
     lineage: names versions, question and settings: the same question to the same versions has the same one.
     """
@@ -86,6 +100,7 @@ class Answer:
     lineage: str
     seconds: float
     influence: Influence | None = None
+    notes: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """Return the answer as plain values, in order."""

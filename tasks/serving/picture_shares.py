@@ -14,17 +14,15 @@ from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.predicted_shares import predicted_shares
 from fastgda_core.evaluation.shares import Period, Sums, shares_of_groups
 from fastgda_core.images import as_rgb, decode_image
-from fastgda_core.search.index import search
 from storage_schemas import tables
-from storage_schemas.snapshots.published import read_published
 from storage_schemas.snapshots.snapshots import read_influence
 from storage_schemas.sql.shares import Payees, number_payees, payees_of_samples
 from storage_schemas.sql.views import connect
 from storage_schemas.tombstones import removed_ids
 from storage_schemas.workspace import Workspace
-from tasks.serving.attribute import AttributionService
+from tasks.serving.fast import FastTier
+from tasks.serving.loaded import Loaded
 from tasks.serving.shares import SharesAnswer, shares_answer
-from tasks.serving.sketches import SketchService
 
 DEPTH = 200_000  # ranks of a head that are told apart; later samples are paid all the same
 SCORED = 64  # queries by which predictions are calibrated, at most
@@ -37,8 +35,8 @@ class PictureShares:
     """What answers for pictures, loaded when it is first needed; of what is published then."""
 
     def __init__(self, workspace: Workspace) -> None:
-        self.workspace = workspace
-        self.published = read_published(workspace)
+        self.workspace, self.loaded = workspace, Loaded(workspace)
+        self.published = self.loaded.published
 
     def shares(self, image: Image.Image, caption: str, by: str, tier: Literal["fast", "sketch"]) -> SharesAnswer:
         """Return the shares of a picture.
@@ -57,7 +55,7 @@ class PictureShares:
     def _of_sketches(
         self, picture: Image.Image, caption: str, by: str, payees: Payees, of_sample: NDArray[np.int64]
     ) -> SharesAnswer:
-        found = self._sketches.sketches.scores(self._sketches.sketches.ask(picture, caption))
+        found = self.loaded.sketch.scores(picture, caption, None)
         kept = self._kept(found.train_ids)
         sums, shares = shares_of_groups(found.by_group.numpy()[:, kept], of_sample[found.train_ids[kept]])
         period = Period(len(payees.names))
@@ -69,6 +67,8 @@ class PictureShares:
     ) -> SharesAnswer:
         scored, ordered, paid = self._calibration
         order = self._order(picture, caption)
+        depth = min(len(order), scored.shape[1])
+        scored, ordered, order = scored[:, :depth], ordered[:, :depth], order[:depth]
         truth = np.zeros((len(paid), len(payees.names)))
         for row, (train_ids, share) in zip(truth, paid, strict=True):
             np.add.at(row, of_sample[train_ids], share)
@@ -81,28 +81,24 @@ class PictureShares:
         return shares_answer(self.workspace, by, payees, period.shares(), "calibration", "fast")
 
     @cached_property
-    def _sketches(self) -> SketchService:
-        return SketchService(self.workspace)
-
-    @cached_property
-    def _index(self) -> AttributionService:
-        service = AttributionService(self.workspace)
-        if self.workspace.relative(service.samples_path) != self.published.samples:
+    def _fast(self) -> FastTier:
+        fast = self.loaded.fast
+        if self.workspace.relative(fast.samples_path) != self.published.samples:
             raise UsageError(
                 "the served index is of other training samples than the published scores: index again with the "
                 "published run's configuration"
             )
-        return service
+        return fast
 
     def _kept(self, train_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         return np.isin(train_ids, removed_ids(self.workspace, self.published.samples), invert=True)
 
     def _order(self, picture: Image.Image, caption: str) -> NDArray[np.int64]:
         """Return the train_ids of the head's first ranks, without those that are taken down."""
-        removed = len(removed_ids(self.workspace, self.published.samples))
-        _, train_ids = search(self._index.index, self._index.embed(picture, caption).numpy(), DEPTH + removed)
-        found = train_ids[0][train_ids[0] >= 0]
-        return found[self._kept(found)][:DEPTH]
+        vectors = self._fast.vectors(self._fast.features([picture], [caption]), [caption])
+        allowed = self.loaded.catalogue(self._fast.samples_path).allowed()
+        _, train_ids = self._fast.search(vectors, DEPTH, allowed)
+        return train_ids[0][train_ids[0] >= 0]
 
     @cached_property
     def _calibration(self) -> tuple[NDArray[np.float64], NDArray[np.int64], list[Paid]]:
@@ -117,7 +113,7 @@ class PictureShares:
             train_ids, share = self._paid(rows)
             if not len(train_ids):
                 continue
-            by_sample = np.zeros(len(self._index.samples))
+            by_sample = np.zeros(len(self.loaded.catalogue(self._fast.samples_path)))
             by_sample[train_ids] = share
             order = self._order(as_rgb(decode_image(row["image"])), row["caption"])
             shares.append(by_sample[order])
@@ -128,7 +124,8 @@ class PictureShares:
                 f"the teacher scored {len(shares)} queries of split {CALIBRATES}, by which an index is calibrated, and "
                 f"{FEWEST} are needed: ask with --tier sketch, or score more queries"
             )
-        return np.stack(shares), np.stack(orders), paid
+        depth = min(map(len, orders))  # an approximate index may find fewer for some
+        return np.stack([each[:depth] for each in shares]), np.stack([each[:depth] for each in orders]), paid
 
     def _asked(self, path: str) -> list[dict[str, Any]]:
         rows = tables.read(self.workspace.file(path), tables.QUERIES, columns=["query_id", "split", "caption", "image"])

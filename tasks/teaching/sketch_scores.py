@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ from storage_schemas.which_workspace import command
 from tasks.context import Context, load_tensors
 from tasks.teaching.families import Artifacts
 from tasks.teaching.sketches import SketchParts, load_sketch
-from tasks.teaching.updates import gradients_of
+from tasks.teaching.updates import gradients_of, owner_of
 
 GROUPS = 4  # of a query's pairs at most: their spread is the standard error of its scores
 _AT_ONCE = 2**26  # numbers that are unpacked at a time
@@ -80,12 +79,12 @@ class StoredSketches:
 
         Of mirrored images the first one's.
         """
-        ids, values, scales = self._loaded
-        place = torch.searchsorted(torch.from_numpy(ids), train_ids).clamp_max(len(ids) - 1)
-        there = torch.from_numpy(ids)[place] == train_ids
-        mine = place.to(values.device)
-        found = Int8Vectors(values[mine, 0], scales[mine, 0]).dense()
-        return found * there.to(found.device)[:, None]
+        return _dense(train_ids, *self._loaded)
+
+    def dense_from_parts(self, train_ids: Tensor) -> Tensor:
+        """Return what `dense` returns, from the parts of these samples alone: memory does not grow with the samples."""
+        numbers = (train_ids // self.parts.step).unique().tolist()
+        return _dense(train_ids, *self._read(numbers))
 
     @property
     def samples(self) -> int:
@@ -105,7 +104,7 @@ class StoredSketches:
         """
         config = self.context.config.teacher
         groups = max(count for count in range(1, GROUPS + 1) if config.gradient_pairs % count == 0)
-        owner = _owner(image, caption)
+        owner = owner_of(image, caption)
         gradients = gradients_of(self.context, image, caption, owner=owner, seed=config.seed, groups=groups)
         assert config.alpha is not None
         return self.sketch.of_query(gradients) * (config.alpha / (config.training_size or self.samples))
@@ -129,7 +128,10 @@ class StoredSketches:
     @functools.cached_property
     def _loaded(self) -> tuple[NDArray[np.int64], Tensor, Tensor]:
         """All sketches, a byte a number, on the device where the model is."""
-        tensors = [load_tensors(self.parts.path(number)) for number in range(self.parts.count)]
+        return self._read(range(self.parts.count))
+
+    def _read(self, numbers: Iterable[int]) -> tuple[NDArray[np.int64], Tensor, Tensor]:
+        tensors = [load_tensors(self.parts.path(number)) for number in numbers]
         together = {name: torch.cat([each[name] for each in tensors]) for name in ("train_ids", "values", "scales")}
         device = self.context.device
         return together["train_ids"].numpy(), together["values"].to(device), together["scales"].to(device)
@@ -156,6 +158,14 @@ class StoredSketches:
             yield there[rows], read["values"].to(device), read["scales"].to(device)
 
 
+def _dense(train_ids: Tensor, ids: NDArray[np.int64], values: Tensor, scales: Tensor) -> Tensor:
+    place = torch.searchsorted(torch.from_numpy(ids), train_ids).clamp_max(len(ids) - 1)
+    there = torch.from_numpy(ids)[place] == train_ids
+    mine = place.to(values.device)
+    found = Int8Vectors(values[mine, 0], scales[mine, 0]).dense()
+    return found * there.to(found.device)[:, None]
+
+
 def _inner_products(asked: Tensor, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """Return scores by group, (groups, n) float64, and norms, (n,), of sketches of one byte, on the CPU.
 
@@ -167,9 +177,3 @@ def _inner_products(asked: Tensor, values: Tensor, scales: Tensor) -> tuple[Tens
     larger = products.mean(0).argmax(1)
     each = torch.arange(samples, device=values.device)
     return products[:, each, larger].cpu(), sketches.norm(dim=1).view(samples, flips)[each, larger].double().cpu()
-
-
-def _owner(image: Image.Image, caption: str) -> int:
-    """Return a 48-bit number that stands for an image and its caption in noise streams."""
-    digest = hashlib.sha256(b"\0".join([repr(image.size).encode(), image.tobytes(), caption.encode()])).digest()
-    return int.from_bytes(digest[:6], "big")

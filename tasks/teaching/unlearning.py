@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -26,7 +27,7 @@ from tasks.teaching.base_losses import (
     load_base_losses,
     without_base_loss,
 )
-from tasks.teaching.checkpoints import at_checkpoints, summed_scores
+from tasks.teaching.checkpoints import Asked, at_checkpoints, summed_scores
 from tasks.teaching.cost import KindCost, Size, block_shape, score_shards
 from tasks.teaching.curvature import CurvatureParts, curvature_of, pilot_rows
 from tasks.teaching.families import Artifacts, BlockScores
@@ -34,7 +35,7 @@ from tasks.teaching.latents import LatentParts, latents_of, load_block, unreadab
 from tasks.teaching.noise import noise_plan, planned, run_plan
 from tasks.teaching.noise_pilot import DEAREST, PILOT_FORWARDS, PILOT_SAMPLES, PlanParts, pilot_plan_of
 from tasks.teaching.parts import Parts
-from tasks.teaching.sketches import BasisParts, SketchParts, basis_of, sketches_of
+from tasks.teaching.sketches import BasisParts, SketchBeside, SketchParts, basis_of, sketches_of
 from tasks.teaching.updates import UpdateParts, updates_of
 
 # Of one row, in forwards: kronfluence's pass; for EK-FAC a pass for the eigenvalues after it.
@@ -103,33 +104,11 @@ class Unlearning:
     def scores(
         self, context: Context, artifacts: Artifacts, query_numbers: list[int], train_ids: NDArray[np.int64]
     ) -> BlockScores:
-        latents, teacher, config = artifacts["latents"], unlearning_teacher(context.config), context.config.teacher
-        several = at_checkpoints(context, artifacts)
-        stored = [at.base_losses for at in several if at.base_losses is not None]
-        known = unreadable_samples(latents, train_ids.tolist())
-        for base_losses in stored:
-            known |= without_base_loss(context, base_losses, train_ids)
+        at_a_time = context.config.teacher.loaded_queries
+        asked = [at.asked(query_numbers, at_a_time) for at in at_checkpoints(context, artifacts)]
         sketches = SketchParts.of_run(context, artifacts)
         beside = sketches.beside(train_ids) if sketches else None
-
-        def of_samples(chosen: NDArray[np.int64]) -> Tensor:
-            block = load_block(context, latents, chosen.tolist())
-            base = [load_base_losses(context, each).of(block).to(context.device) for each in stored]
-            if beside is not None:
-                beside.begin()
-            scores = summed_scores(
-                teacher,
-                [at.asked(query_numbers, config.loaded_queries) for at in several],
-                run_plan(context, artifacts.get(NOISE_PLAN)),
-                block,
-                base_losses=base,
-                look=beside.look if beside is not None else None,
-            )
-            return torch.stack([scores.values, scores.errors]).cpu()
-
-        nothing = torch.empty(2, len(query_numbers), 0, dtype=torch.float64)
-        good, (values, errors), left_out = without_bad_samples(train_ids, known, of_samples, nothing)
-        block = BlockScores(good, values, errors, left_out)
+        block = scores_of(context, artifacts, asked, len(query_numbers), train_ids, beside)
         if beside is not None:
             beside.commit(block.train_ids, block.left_out)
         return block
@@ -175,6 +154,47 @@ class Unlearning:
             scores,
             KindCost("sketches", parts, samples, forwards, kept),
         ]
+
+
+def scores_of(
+    context: Context,
+    artifacts: Artifacts,
+    asked: Sequence[Asked],
+    queries: int,
+    train_ids: NDArray[np.int64],
+    beside: SketchBeside | None = None,
+) -> BlockScores:
+    """Return the scores of a block of training samples, ascending, against queries whose steps are at hand.
+
+    Args:
+        asked: steps of so many queries at each of the run's checkpoints.
+        beside: what makes sketches of the gradients on the way.
+    """
+    latents, teacher = artifacts["latents"], unlearning_teacher(context.config)
+    several = at_checkpoints(context, artifacts)
+    stored = [at.base_losses for at in several if at.base_losses is not None]
+    known = unreadable_samples(latents, train_ids.tolist())
+    for base_losses in stored:
+        known |= without_base_loss(context, base_losses, train_ids)
+
+    def of_samples(chosen: NDArray[np.int64]) -> Tensor:
+        block = load_block(context, latents, chosen.tolist())
+        base = [load_base_losses(context, each).of(block).to(context.device) for each in stored]
+        if beside is not None:
+            beside.begin()
+        scores = summed_scores(
+            teacher,
+            asked,
+            run_plan(context, artifacts.get(NOISE_PLAN)),
+            block,
+            base_losses=base,
+            look=beside.look if beside is not None else None,
+        )
+        return torch.stack([scores.values, scores.errors]).cpu()
+
+    nothing = torch.empty(2, queries, 0, dtype=torch.float64)
+    good, (values, errors), left_out = without_bad_samples(train_ids, known, of_samples, nothing)
+    return BlockScores(good, values, errors, left_out)
 
 
 FAMILY = Unlearning()

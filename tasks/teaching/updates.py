@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -117,6 +118,12 @@ def gradients_of(
         micro_batch=context.micro_batch("gradients"),
     )
     return {name: layer.float() for name, layer in gradients.items()}
+
+
+def owner_of(image: Image.Image, caption: str) -> int:
+    """Return a 48-bit number that stands for an image and its caption in noise streams."""
+    digest = hashlib.sha256(b"\0".join([repr(image.size).encode(), image.tobytes(), caption.encode()])).digest()
+    return int.from_bytes(digest[:6], "big")
 
 
 def update_of(context: Context, gradient: dict[str, Tensor], fisher: Fisher, samples: int) -> dict[str, Tensor]:

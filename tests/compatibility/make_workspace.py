@@ -19,7 +19,7 @@ from PIL import Image
 
 from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
-from tasks.serving.attribute import AttributionService
+from tasks.serving.attributor import Attributor
 from tests import tiny
 from tests.flows.pipeline_case import fastgda, lay_out
 
@@ -31,8 +31,8 @@ def answer(workspace: Path) -> list[int]:
     """The training samples that are named for a picture."""
     number, caption = QUESTION
     picture = Image.open(io.BytesIO(tiny.draw(number)[0])).convert("RGB")
-    found = AttributionService(Workspace.at(workspace)).attribute(picture, caption, 5)
-    return [each.train_id for each in found]
+    found = Attributor(Workspace.at(workspace)).attribute(picture, caption, 5)
+    return [each.train_id for each in found.hits]
 
 
 def lay_out_here(folder: Path) -> Path:

@@ -29,7 +29,8 @@ from fastgda_core.ranking.batches import RankBatch, RankBatches, RankPairs
 from fastgda_core.ranking.head import RankHead, load_head, load_release_checkpoint, save_head, start_from_features
 from fastgda_core.ranking.losses import LOSSES, rank_loss
 from fastgda_core.ranking.training import HeadTraining, RankData, TrainedHead, fetched_ahead, train_head
-from fastgda_core.search.index import build_index, read_index, search, write_index
+from fastgda_core.search.build import add, new_index, write_index
+from fastgda_core.search.searcher import open_index
 
 QUERIES, SAMPLES, DIMS, TOP = 60, 300, 24, 30
 TRAIN, VALIDATION, TEST = slice(0, 40), slice(40, 50), slice(50, 60)
@@ -347,13 +348,16 @@ def test_each_loss_learns_the_metric_that_ranks_the_samples(name: str) -> None:
 
 def test_index_ranks_as_the_head_does(head: RankHead, tmp_path: Path) -> None:
     query, sample, _ = features()
-    write_index(build_index(head(sample).numpy()), tmp_path / "index.faiss")
-    similarity, found = search(read_index(tmp_path / "index.faiss"), head(query).numpy(), 2 * SAMPLES)
+    index = new_index("Flat", head(sample).shape[1])
+    add(index, head(sample).detach().numpy(), np.arange(SAMPLES))
+    write_index(index, tmp_path / "index.faiss")
+    searcher = open_index(tmp_path / "index.faiss")
+    similarity, found = searcher.search(head(query).numpy(), 2 * SAMPLES)
     cosine = (head(query).double() @ head(sample).double().T).numpy()
     order = np.argsort(-cosine, axis=1, kind="stable")
     assert np.array_equal(found, order)
     np.testing.assert_allclose(similarity, np.take_along_axis(cosine, order, 1), atol=1e-5)
-    assert np.array_equal(search(read_index(tmp_path / "index.faiss"), head(query).numpy(), 7)[1], found[:, :7])
+    assert np.array_equal(searcher.search(head(query).numpy(), 7)[1], found[:, :7])
 
 
 @st.composite

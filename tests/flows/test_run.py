@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -28,7 +29,8 @@ from safetensors.torch import load_file
 from fastgda_core.errors import UsageError
 from fastgda_core.images import decode_image
 from fastgda_core.ranking.head import load_head
-from fastgda_core.search.index import build_index, write_index
+from fastgda_core.search.build import add, new_index, write_index
+from storage_schemas.commit import commit
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
@@ -46,7 +48,7 @@ from tasks.inputs.features import (
     load_query_features,
     map_features,
 )
-from tasks.serving.attribute import AttributionService
+from tasks.serving.attributor import Attributor
 from tasks.watching.trust import LEAST_AGREEMENT
 from tests import tiny
 from tests.flows.pipeline_case import SAMPLES, SCORED, TWINS, environment, fastgda, lay_out, sql
@@ -136,8 +138,11 @@ def test_attribute_answers_from_the_index(finished: Path, home: Path) -> None:
     done = fastgda(
         "attribute", image, "--caption", "a red shape", "-k", "5", "--workspace", workspace, "--json", home=home
     )
-    answers = json.loads(done.stdout)
-    assert [answer["position"] for answer in answers] == [1, 2, 3, 4, 5]
+    answer = json.loads(done.stdout)
+    answers = answer["hits"]
+    published = read_published(Workspace(workspace))
+    assert answer["tier"] == "fast" and answer["versions"]["index"] == Path(published.index or "").name
+    assert [answer["rank"] for answer in answers] == [1, 2, 3, 4, 5]
     assert sorted((answer["similarity"] for answer in answers), reverse=True) == [a["similarity"] for a in answers]
     known = query(workspace, "SELECT train_id, key FROM samples").to_pylist()
     assert all({"train_id": answer["train_id"], "key": answer["key"]} in known for answer in answers)
@@ -245,7 +250,7 @@ def answered(workspace: Path, k: int) -> list[tuple[int, float]]:
     """(train_id, similarity) of the service's answer to the first query, best first."""
     first = query(workspace, "SELECT image, caption FROM queries WHERE query_id = 'q0000'").to_pylist()[0]
     image = Image.open(io.BytesIO(first["image"])).convert("RGB")
-    answers = AttributionService(Workspace(workspace)).attribute(image, first["caption"], k)
+    answers = Attributor(Workspace(workspace)).attribute(image, first["caption"], k).hits
     return [(answer.train_id, answer.similarity) for answer in answers]
 
 
@@ -271,13 +276,17 @@ def test_an_index_of_an_earlier_release_has_no_mean_and_answers_by_the_features_
     shutil.copytree(finished / "workspace", workspace)
     (head,), (index,) = ((workspace / name).iterdir() for name in ("heads", "indexes"))
     (index / "mean.safetensors").unlink()
-    with pytest.raises(UsageError, match=r"lacks mean\.safetensors.*fastgda index"):
-        AttributionService(Workspace(workspace))
+    with pytest.raises(UsageError, match=r"lacks mean\.safetensors.*fastgda index build"):
+        Attributor(Workspace(workspace))
     described = json.loads((head / "head.json").read_text())
     del described["centre"]
     (head / "head.json").write_text(json.dumps(described))
     vectors = load_head(head)(torch.from_numpy(phi["samples"]).float()).numpy()
-    write_index(build_index(vectors), index / "index.faiss")
+    flat = new_index("Flat", vectors.shape[1])
+    add(flat, vectors, np.arange(len(vectors)))
+    write = functools.partial(write_index, flat)
+    commit(index / "index.faiss", write, key=index.name, rows=len(vectors), started=time.monotonic())
+    (index / "index.json").write_text(json.dumps({"head": head.name}))
     assert_same_answer(answered(workspace, 5), brute_force(head, phi["queries"][0], phi["samples"])[:5])
 
 
@@ -286,15 +295,16 @@ def test_an_index_that_lost_its_mean_gets_it_back(finished: Path, tmp_path: Path
     shutil.copytree(finished / "workspace", tmp_path / "workspace")
     config = context.config.model_copy(update={"workspace": str(tmp_path / "workspace")})
     context = dataclasses.replace(context, config=config)
-    samples = read_labels(context.workspace, None).samples
+    labels = read_labels(context.workspace, None)
+    samples, queries = labels.samples, labels.queries
     head, _ = read_head(context.workspace, latest_head(context.workspace))
     (path,) = (tmp_path / "workspace" / "indexes").glob("*/mean.safetensors")
     before = path.read_bytes()
     path.unlink()
     features = extract_features.fn(context, samples).artifact
-    built = build_search_index.fn(context, samples, features, head)
+    built = build_search_index.fn(context, samples, features, head, queries)
     assert not built.reused and built.artifact.path == path.parent and path.read_bytes() == before
-    assert build_search_index.fn(context, samples, features, head).reused
+    assert build_search_index.fn(context, samples, features, head, queries).reused
 
 
 def test_a_retry_of_a_run_of_an_earlier_release_is_still_that_run(finished: Path, tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fastgda_core.errors import UsageError
-from flows.commands.answers import print_answers
 from flows.commands.main import app
-from tasks.serving.attribute import Attribution
+from flows.commands.print_answer import print_answer
+from tasks.serving.answers import Agreement, Answer, Hit, Versions
 from tests.storage_schemas.workspaces import publish_run
 
 ROOT = Path(__file__).parents[2]
@@ -183,9 +183,13 @@ def test_ids_are_whole_on_a_narrow_terminal(root: Path) -> None:
 
 def test_answers_of_the_index_are_shown_the_same_way(capsys: pytest.CaptureFixture[str]) -> None:
     key, shard = "folder/" + "k" * 60, f"/data/{'s' * 60}.tar"
-    answers = [Attribution(1, 7, 0.5, key, HOSTILE, shard), Attribution(2, 8, 0.4, key, CAPTIONS[1], shard)]
-    print_answers(answers)
-    shown = capsys.readouterr().out
+    hits = [Hit(1, 7, key, [HOSTILE], shard, 0, 0.5), Hit(2, 8, key, [CAPTIONS[1]], shard, 9, 0.4, duplicates=[3, 4])]
+    agreement = Agreement("mAP(100)", 0.8766, 0.01, "similarity")
+    print_answer(Answer("fast", hits, [], [], agreement, Versions(1, RUN, "s", "h", "i"), "l", 0.1))
+    table, facts = capsys.readouterr().out.split("\n\n")
+    shown = table + "\n"
+    assert facts.startswith("tier fast agrees with the teacher similarity at mAP(100) 0.877 ± 0.010")
+    assert "(+2 that look the same)" in shown
     assert not set(shown) & set("\x1b\x9b\x00\u202e\r\t") and "\\u001b[31mred" in shown
     assert len(shown.splitlines()) == 6 and shown.count(key) == shown.count("s" * 60 + ".tar") == 2
 

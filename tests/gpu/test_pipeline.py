@@ -11,8 +11,7 @@ import torch
 from storage_schemas.sql.views import query
 from tasks.devices import pick_device
 from tasks.inputs.queries import load_queries
-from tasks.serving.attribute import AttributionService
-from tasks.serving.sketches import SketchService
+from tasks.serving.attributor import Attributor
 from tests.tasks.whole_runs import SAMPLES, WholeRun, configuration, whole_run
 
 pytestmark = pytest.mark.gpu
@@ -70,18 +69,21 @@ def test_checks_say_the_same(both: tuple[WholeRun, WholeRun]) -> None:
 
 def test_sketches_answer_the_same(both: tuple[WholeRun, WholeRun]) -> None:
     image = load_queries(both[0].run.artifacts["queries"])[2].image
-    answers = [SketchService(run.workspace).attribute(image, "a red circle", SAMPLES) for run in both]
-    here, there = ({each.train_id: each.score for each in answer.samples} for answer in answers)
+    answers = [
+        Attributor(run.workspace, load=["sketch"]).attribute(image, "a red circle", SAMPLES, "sketch") for run in both
+    ]
+    here, there = ({each.train_id: each.score for each in answer.hits} for answer in answers)
     scale = max(abs(score) for score in here.values())
     assert all(there[sample] == pytest.approx(score, abs=0.02 * scale) for sample, score in here.items())
-    assert answers[1].share == pytest.approx(answers[0].share, abs=0.02)
+    shares = [answer.influence.share for answer in answers if answer.influence]
+    assert shares[1] == pytest.approx(shares[0], abs=0.02)
 
 
 def test_an_index_answers_with_neighbours_as_near(both: tuple[WholeRun, WholeRun]) -> None:
     """A head that is trained elsewhere is another one; a gradient head is solved, and is the same."""
     image = load_queries(both[0].run.artifacts["queries"])[2].image
-    found = [AttributionService(run.workspace).attribute(image, "a red circle", SAMPLES) for run in both]
-    here, there = ({each.train_id: each.similarity for each in answer} for answer in found)
+    found = [Attributor(run.workspace).attribute(image, "a red circle", SAMPLES) for run in both]
+    here, there = ({each.train_id: each.similarity for each in answer.hits} for answer in found)
     assert here.keys() == there.keys()
     if both[0].config.head.kind == "gradient":
         scale = max(abs(value) for value in here.values())

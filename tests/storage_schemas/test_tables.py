@@ -36,6 +36,8 @@ def sample(number: int, captions: list[str]) -> dict[str, object]:
         "width": 2,
         "height": 3,
         "image_sha256": "0" * 64,
+        "image_look": b"",
+        "metadata": "{}",
     }
 
 

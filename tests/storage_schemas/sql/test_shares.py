@@ -195,3 +195,23 @@ def distinct_images(workspace: Workspace) -> None:
     rows = tables.read(workspace.file(samples), tables.SAMPLES).to_pylist()
     rows = [{**row, "image_sha256": f"{row['train_id']:064d}"} for row in rows]
     show(workspace, samples=workspace.relative(write_table(workspace.samples("distinct"), tables.SAMPLES, rows)))
+
+
+def test_fields_of_the_metadata_name_payees_and_samples_without_one_are_unknown(tmp_path: Path) -> None:
+    publish_run(tmp_path, queries=("q0",))
+    workspace = Workspace(tmp_path)
+    samples = read_published(workspace).samples
+    assert samples is not None
+    rows = tables.read(workspace.file(samples), tables.SAMPLES).to_pylist()
+    told = ['{"creator": "Ada", "a/b": 1}', '{"creator": "Ada"}', '{"creator": "Bob \\u00e9"}', "{}"]
+    rows = [{**row, "metadata": text} for row, text in zip(rows, told, strict=True)]
+    show(workspace, samples=workspace.relative(write_table(workspace.samples("told"), tables.SAMPLES, rows)))
+    with connect(tmp_path) as connection:
+        payees = number_payees(connection, "creator")
+        assert payees.names == ["Ada", "Bob \u00e9", UNKNOWN] and payees.samples.tolist() == [2, 1, 1]
+        assert number_payees(connection, "a/b").names == ["1", UNKNOWN]
+        assert "creator" in payee_columns(connection) and "image_look" not in payee_columns(connection)
+    (found,) = sums(tmp_path, "creator")
+    assert found.payee.tolist() == [0, 1, 2] and found.influence.tolist() == [1, 2, 0]
+    by_sql = query(tmp_path, "SELECT payee, share FROM shares_by(metadata->>'creator') ORDER BY payee").to_pylist()
+    assert [(row["payee"], row["share"]) for row in by_sql] == [("Ada", 1 / 3), ("Bob \u00e9", 2 / 3), (UNKNOWN, 0)]

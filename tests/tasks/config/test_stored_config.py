@@ -16,7 +16,7 @@ from tasks.config.pipeline import PipelineConfig
 from tasks.config.stored import config_of, lifted
 from tasks.context import Context
 from tasks.execution.cost import known_rate
-from tasks.serving.attribute import AttributionService
+from tasks.serving.attributor import Attributor
 from tasks.teaching.run import load_run
 from tasks.watching.run_status import run_status
 from tests.storage_schemas.workspaces import QUERIES, commit_shard, plan_run, publish_run, show
@@ -72,7 +72,7 @@ def test_serving_asks_the_configuration_for_the_device_alone(tmp_path: Path) -> 
     stored: dict[str, Any] = {"head": "heads/h", "index": "indexes/i", "config": {"device": "cpu", "gone": 1}}
     show(Workspace.at(tmp_path), **stored)
     with pytest.raises(StoreError, match=r"head\.json is gone"):  # which comes next
-        AttributionService(Workspace.at(tmp_path))
+        Attributor(Workspace.at(tmp_path))
 
 
 def test_workers_and_status_read_it_too(tmp_path: Path) -> None:

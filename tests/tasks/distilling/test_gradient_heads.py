@@ -19,7 +19,7 @@ from tasks.config.pipeline import PipelineConfig
 from tasks.distilling.answering import ByGradients, answering_head
 from tasks.inputs.features import load_features
 from tasks.inputs.queries import load_queries
-from tasks.serving.attribute import AttributionService
+from tasks.serving.attributor import Attributor
 from tests.tasks.configs import document
 from tests.tasks.whole_runs import AXES, SAMPLES, WholeRun
 
@@ -77,12 +77,12 @@ def test_a_head_of_another_form_is_refused(tmp_path: Path) -> None:
 def test_it_is_measured_and_served_as_any_head(solved: WholeRun) -> None:
     rows = tables.read(solved.evaluation.metrics.artifact.path, tables.METRICS).to_pylist()
     assert {row["space"] for row in rows} >= {"untuned", "tuned", "sketch"}
-    service = AttributionService(solved.workspace)
+    service = Attributor(solved.workspace)
     asked = load_queries(solved.run.artifacts["queries"])[0]
-    answers = service.attribute(asked.image, asked.caption, SAMPLES)
+    answers = service.attribute(asked.image, asked.caption, SAMPLES).hits
     phi = load_features(solved.context, solved.run.artifacts["samples"], solved.run.artifacts["samples"])
-    items = service.head.samples(torch.arange(SAMPLES), phi)
-    expected = (service.embed(asked.image, asked.caption) @ items.T)[0]
+    items = service.fast.head.samples(torch.arange(SAMPLES), phi)
+    expected = torch.from_numpy(service.query_vector(asked)) @ items.T
     order = [each.train_id for each in answers]
     np.testing.assert_allclose(
         [each.similarity for each in answers], expected[order], rtol=5e-3, atol=5e-3 * float(expected.abs().max())

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from fastgda_core.errors import UsageError
-from fastgda_core.search.index import read_index, search
 from storage_schemas import tables
 from storage_schemas.snapshots.published import NotPublished, read_published
 from storage_schemas.snapshots.snapshots import read_snapshot
@@ -17,6 +16,7 @@ from storage_schemas.workspace import Workspace
 from tasks.distilling.heads import fit_rank_head
 from tasks.distilling.index import build_search_index, read_index_mean
 from tasks.distilling.labels import read_labels
+from tasks.distilling.opened_index import open_search_index
 from tasks.distilling.publish import publish_scores
 from tasks.distilling.ranks import run_behind
 from tasks.distilling.versions import (
@@ -57,7 +57,7 @@ def test_a_version_that_is_not_there_is_named_with_where_to_look(similar: WholeR
         read_index_version(similar.workspace, "i")
     with pytest.raises(UsageError, match="no rank head yet: `fastgda train CONFIG` makes one"):
         latest_head(Workspace(tmp_path))
-    with pytest.raises(UsageError, match="no index yet: `fastgda index CONFIG` makes one"):
+    with pytest.raises(UsageError, match="no index yet: `fastgda index build CONFIG` makes one"):
         latest_index(Workspace(tmp_path))
 
 
@@ -66,7 +66,7 @@ def test_what_is_there_is_not_made_again(similar: WholeRun) -> None:
     features = extract_features.fn(context, labels.samples)
     assert features.reused
     head = fit_rank_head.fn(context, labels.samples, labels.queries, features.artifact, labels.ranks)
-    index = build_search_index.fn(context, labels.samples, features.artifact, head.artifact)
+    index = build_search_index.fn(context, labels.samples, features.artifact, head.artifact, labels.queries)
     assert (head.reused, head.artifact) == (True, similar.head.artifact)
     assert (index.reused, index.artifact) == (True, similar.index.artifact)
     assert head.seconds == pytest.approx(similar.head.seconds)
@@ -77,8 +77,7 @@ def test_what_is_there_is_not_made_again(similar: WholeRun) -> None:
 def test_the_index_holds_the_heads_vector_of_every_sample(similar: WholeRun) -> None:
     context, samples = similar.context, similar.run.artifacts["samples"]
     vectors = load_trained_head(similar.head.artifact.path)(load_features(context, samples, samples)).numpy()
-    index = read_index(similar.index.artifact.path / "index.faiss")
-    similarity, nearest = search(index, vectors, 1)
+    similarity, nearest = open_search_index(similar.index.artifact.path).search(vectors, 1)
     assert similar.index.artifact.rows == SAMPLES
     np.testing.assert_allclose(similarity[:, 0], 1, atol=1e-5)
     np.testing.assert_allclose(vectors[nearest[:, 0]], vectors, atol=1e-3)

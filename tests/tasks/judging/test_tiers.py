@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastgda_core.search.index import search
 from storage_schemas.commit import commit
 from storage_schemas.workspace import Workspace
 from tasks.config.pipeline import PipelineConfig
@@ -22,8 +21,7 @@ from tasks.inputs.queries import load_queries
 from tasks.judging.methods import RANDOM, UNTUNED, every_method
 from tasks.judging.sketches import SKETCH
 from tasks.judging.tiers import HEADS, Tiers, again, by_head
-from tasks.serving.attribute import AttributionService
-from tasks.serving.sketches import SketchService
+from tasks.serving.attributor import Attributor
 from tasks.watching.trust import TEACHER
 from tests.tasks.whole_runs import CUTOFFS, SAMPLES, WholeRun
 
@@ -36,9 +34,9 @@ def test_a_head_is_judged_by_what_its_index_answers(name: str, request: pytest.F
     run: WholeRun = request.getfixturevalue(name)
     queries = load_queries(run.run.artifacts["queries"])
     scores = by_head(run.run, run.head.artifact, queries)
-    service = AttributionService(run.workspace)
+    service = Attributor(run.workspace)
     for query, mine in zip(queries, scores, strict=True):
-        similarity, train_ids = search(service.index, service.embed(query.image, query.caption).numpy(), SAMPLES)
+        similarity, train_ids = service.fast.search(service.query_vector(query)[None], SAMPLES, None)
         expected = torch.empty(SAMPLES, dtype=torch.float64)
         expected[torch.from_numpy(train_ids[0])] = torch.from_numpy(similarity[0]).double()
         assert torch.allclose(mine, expected, atol=2e-3 * expected.abs().max().item())
@@ -47,15 +45,15 @@ def test_a_head_is_judged_by_what_its_index_answers(name: str, request: pytest.F
 def test_sketches_and_two_stages_are_judged_by_what_their_tiers_answer(unlearned: WholeRun) -> None:
     assert unlearned.config.teacher.negatives == "keep"
     tiers = Tiers.of(unlearned.run)
-    scores, service = tiers.scores(unlearned.run), SketchService(unlearned.workspace)
+    scores, service = tiers.scores(unlearned.run), Attributor(unlearned.workspace)
     assert list(scores) == [HEADS["symmetric"], SKETCH, f"two stages, first {FIRST}"]
     for number, query in enumerate(load_queries(unlearned.run.artifacts["queries"])[:3]):
         for method, first, count in ((SKETCH, None, SAMPLES), (f"two stages, first {FIRST}", FIRST, FIRST)):
-            answer = service.attribute(query.image, query.caption, SAMPLES, first=first)
+            answer = service.attribute_query(query.query_id, SAMPLES, "sketch", first=first)
             expected = torch.zeros(SAMPLES, dtype=torch.float64)
-            for each in answer.samples:
+            for each in answer.hits:
                 expected[each.train_id] = each.score
-            assert len(answer.samples) == count
+            assert len(answer.hits) == count
             assert torch.allclose(scores[method][number], expected, rtol=1e-4, atol=1e-9)
 
 

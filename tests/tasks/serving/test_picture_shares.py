@@ -12,6 +12,7 @@ from fastgda_core.errors import UsageError
 from storage_schemas.sql.views import query
 from tasks.inputs.queries import load_queries
 from tasks.serving import picture_shares
+from tasks.serving.attributor import Attributor
 from tasks.serving.picture_shares import PictureShares
 from tasks.serving.shares import published_shares
 from tests.tasks.whole_runs import SAMPLES, WholeRun
@@ -33,10 +34,10 @@ def test_sketches_pay_by_their_scores_with_the_error_of_their_groups(
     service: PictureShares, image: Image.Image
 ) -> None:
     answer = service.shares(image, CAPTION, "key", "sketch")
-    stored = service._sketches.sketches
+    stored = service.loaded.sketch.stored
     groups = stored.scores(stored.ask(image, CAPTION)).by_group.numpy()
     paid = np.maximum(groups.mean(0), 0)
-    keys = service._sketches.samples["key"].to_pylist()
+    keys = service.loaded.catalogue().table["key"].to_pylist()
     found = {row.payee: row for row in answer.rows}
     assert set(found) == set(keys) and math.isclose(sum(row.share for row in answer.rows), 1)
     without = np.maximum((groups.sum(0) - groups) / (len(groups) - 1), 0)
@@ -57,7 +58,8 @@ def test_the_index_pays_by_ranks_as_scored_queries_were_paid(
     answer = service.shares(image, CAPTION, "key", "fast")
     assert math.isclose(sum(row.share for row in answer.rows), 1) and len(answer.rows) == SAMPLES
     assert (answer.tier, answer.noise) == ("fast", "calibration")
-    best = service._index.attribute(image, CAPTION, 1)[0]
+    attributor = Attributor(unlearned.workspace)
+    best = attributor.attribute(image, CAPTION, 1).hits[0]
     influence = "sum(greatest(influence, 0))"
     by_query = (
         f"SELECT query_id, train_id, greatest(influence, 0) / (SELECT {influence} FROM ranks i "
@@ -66,7 +68,7 @@ def test_the_index_pays_by_ranks_as_scored_queries_were_paid(
     firsts = []
     for asked in load_queries(unlearned.run.artifacts["queries"]):
         if asked.split == "train":
-            first = service._index.attribute(asked.image, asked.caption, 1)[0].train_id
+            first = attributor.attribute(asked.image, asked.caption, 1).hits[0].train_id
             rows = query(
                 unlearned.workspace.root,
                 f"SELECT part FROM ({by_query}) WHERE query_id = '{asked.query_id}' AND train_id = {first}",

@@ -20,7 +20,7 @@ from tasks.context import Context
 from tasks.distilling.index import build_search_index
 from tasks.inputs.features import extract_features
 from tasks.inputs.samples import ingest_samples
-from tasks.serving.attribute import AttributionService
+from tasks.serving.attributor import Attributor
 from tasks.serving.promotion import Evaluation, promote
 from tests import tiny
 from tests.storage_schemas.workspaces import finish_run, plan_run, publish_run, show, write_table
@@ -74,7 +74,7 @@ def test_the_data_of_an_index_of_an_earlier_release_is_that_of_its_heads_run(tmp
     assert index_samples(Workspace(tmp_path), head, index) == other.samples
     assert "where a train_id means another image" in promoted(tmp_path, head, index).refused
     write_json(head / "head.json", feature_space="pixel", imported_from="x.pth")
-    with pytest.raises(StoreError, match=r"does not say which training data.*`fastgda index CONFIG --head h`"):
+    with pytest.raises(StoreError, match=r"does not say which training data.*`fastgda index build CONFIG --head h`"):
         promoted(tmp_path, head, index)
 
 
@@ -96,11 +96,11 @@ def test_an_index_says_its_data_and_answers_with_it(tmp_path: Path) -> None:
     description = built.path / "index.json"  # as an earlier release wrote it
     description.write_text(json.dumps({"head": "h"}))
     again = build_search_index.fn(context, samples, extracted, stage)
-    assert again.reused and "samples" in json.loads(description.read_bytes())
+    assert not again.reused and "samples" in json.loads(description.read_bytes())
 
     plan_run(root, "other", config=context.config.model_dump(mode="json"))
     publish_run(root, "other")  # of other data, by an earlier release that did not ask
     show(Workspace(root), head="heads/h", index=f"indexes/{built.key}")
-    answers = AttributionService(Workspace(root)).attribute(Image.new("RGB", (16, 16)), "a caption", 4)
+    answers = Attributor(Workspace(root)).attribute(Image.new("RGB", (16, 16)), "a caption", 4)
     keys = tables.read(samples.path, tables.SAMPLES)["key"].to_pylist()
-    assert {answer.train_id: answer.key for answer in answers} == dict(enumerate(keys))
+    assert {answer.train_id: answer.key for answer in answers.hits} == dict(enumerate(keys))

@@ -1,0 +1,66 @@
+"""Near-duplicates in an answer: images that look the same are one hit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from tasks.inputs.looks import LOOK_BYTES, same_looks
+
+
+@dataclass(frozen=True)
+class Folded:
+    """One place of an answer: the sample that is named, and those below it in the order that look the same.
+
+    place: of the sample, in the order that was folded.
+    """
+
+    place: int
+    duplicates: list[int] = field(default_factory=list)
+
+
+class Looks:
+    """What tells which samples of a table look the same: the same bytes, or hashes that are near.
+
+    Samples that an earlier release indexed have no hash, and are compared by their bytes alone.
+    """
+
+    def __init__(self, samples: pa.Table) -> None:
+        digests = samples["image_sha256"].combine_chunks().to_numpy(zero_copy_only=False)
+        self._bytes = np.array([int(digest[:16], 16) for digest in digests], np.uint64)
+        hashes = samples["image_look"].to_pylist()
+        self._hashed = np.array([len(each) == LOOK_BYTES for each in hashes], np.bool_)
+        whole = b"".join(each if len(each) == LOOK_BYTES else bytes(LOOK_BYTES) for each in hashes)
+        self._looks = np.frombuffer(whole, np.uint8).reshape(len(hashes), LOOK_BYTES)
+
+    def fold(self, train_ids: NDArray[np.int64], k: int) -> list[Folded]:
+        """Return the first k places of an order of samples, those that look like an earlier one put under it.
+
+        Args:
+            train_ids: best first.
+            k: how many places.
+        """
+        above = self._alike(train_ids)
+        found: dict[int, Folded] = {}
+        for place, train_id in enumerate(train_ids.tolist()):
+            head = next((other for other in above.get(place, []) if other in found), None)
+            if head is not None:
+                found[head].duplicates.append(train_id)
+            elif len(found) < k:
+                found[place] = Folded(place)
+        return list(found.values())
+
+    def _alike(self, train_ids: NDArray[np.int64]) -> dict[int, list[int]]:
+        """Return the earlier places whose samples look the same, by place."""
+        digests = self._bytes[train_ids]
+        pairs = [np.argwhere(np.triu(digests[:, None] == digests[None], k=1))]
+        hashed = np.flatnonzero(self._hashed[train_ids])
+        if len(hashed):
+            pairs.append(hashed[same_looks(self._looks[train_ids[hashed]])])
+        above: dict[int, list[int]] = {}
+        for first, later in np.concatenate(pairs).tolist():
+            above.setdefault(later, []).append(first)
+        return above
