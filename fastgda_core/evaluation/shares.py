@@ -85,6 +85,8 @@ class Shares:
     noise_error: its standard error by the noise of scores; NaN where that is not known.
     query_error: its standard error by the spread between queries; NaN of a single query.
     standard_error: both together, of what is known of them; NaN where nothing is.
+    signal_to_noise: the least that the share could be without what noise adds, by its standard error; NaN where that is
+        0 or not known. A payee without influence has about 0, however many samples the noise pays for.
     low, high: of LEVEL for all payees together; NaN where nothing is known.
     uniform: what each would have if all samples were paid the same.
     influence: sum of the influence over the queries, in units of scores.
@@ -96,6 +98,7 @@ class Shares:
     noise_error: Floats
     query_error: Floats
     standard_error: Floats
+    signal_to_noise: Floats
     low: Floats
     high: Floats
     uniform: Floats
@@ -103,13 +106,6 @@ class Shares:
     paid: Numbers
     queries: int
     silent: int
-
-    @property
-    def signal_to_noise(self) -> Floats:
-        """Share by standard error; NaN where that is 0 or not known."""
-        return np.divide(
-            self.share, self.standard_error, out=np.full_like(self.share, np.nan), where=self.standard_error > 0
-        )
 
     @property
     def proven(self) -> NDArray[np.bool_]:
@@ -259,6 +255,7 @@ class Period:
             noise_error=noise_errors[0],
             query_error=query_errors[0],
             standard_error=errors[0],
+            signal_to_noise=np.divide(means[1], errors[1], out=np.full_like(means[1], np.nan), where=errors[1] > 0),
             low=np.maximum(means[1] - reach * errors[1], 0),
             high=np.minimum(means[2] + reach * errors[2], 1),
             uniform=self._uniform / count,

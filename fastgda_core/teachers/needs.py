@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GRADIENT_FORWARDS = 2.1  # one forward and backward to the chosen layers, in forwards (benchmarks/RESULTS.md)
+MLP_GRADIENT_FORWARDS = 2.6  # the same to the weights of the MLPs, which MUCS moves (benchmarks/RESULTS.md)
+EXPECTED_ASCENT = 60  # steps: as published, MUCS took 24 to 59 (benchmarks/RESULTS.md, "MUCS")
 
 
 @dataclass(frozen=True)

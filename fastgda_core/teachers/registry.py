@@ -10,7 +10,7 @@ from fastgda_core.diffusion.objective import Objective
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
 from fastgda_core.teachers.kernel import KERNEL_TEACHERS
-from fastgda_core.teachers.needs import GRADIENT_FORWARDS, Needs, Work
+from fastgda_core.teachers.needs import EXPECTED_ASCENT, GRADIENT_FORWARDS, MLP_GRADIENT_FORWARDS, Needs, Work
 from fastgda_core.teachers.similarity import SimilarityTeacher
 
 if TYPE_CHECKING:  # a configuration looks teachers up, and is checked before torch is loaded
@@ -172,9 +172,10 @@ class MucsTeacher:
     def needs(self, work: Work) -> Needs:
         """Return base losses, and for a new query the steps' own forwards and the losses of all samples after them.
 
-        A step takes a batch of the query's pairs and one of samples. Many ascents end long before the last step.
+        A step takes a batch of the query's pairs and one of samples. Ascents end long before the last step that they
+        may take.
         """
-        steps = work.ascent_steps * 2 * work.pairs * GRADIENT_FORWARDS
+        steps = min(work.ascent_steps, EXPECTED_ASCENT) * 2 * work.pairs * MLP_GRADIENT_FORWARDS
         noises = 8.0 * work.noises
         return Needs("base losses", noises, work.noises, steps + work.samples * work.noises, 12.0 * work.weights)
 

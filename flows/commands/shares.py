@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from datetime import UTC, datetime
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,8 +26,17 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 _NOISE = {
     "pairs": "noise of scores by each pair's standard error",
     "agreement": "noise of scores by the teacher's agreement with another teacher",
+    "groups": "noise of the picture's own gradient alone",
+    "calibration": "errors by how far such predictions are off on queries that the teacher scored",
     "unknown": "the noise of scores is not known, so errors are too small: see teacher.draws, or `fastgda evaluate`",
 }
+
+
+class PictureTier(StrEnum):
+    """How a picture that no teacher scored is answered."""
+
+    fast = "fast"
+    sketch = "sketch"
 
 
 def shares(
@@ -36,6 +47,13 @@ def shares(
     split: Annotated[str | None, typer.Option(help="Queries of this split alone: train, validation, test, ...")] = None,
     since: Annotated[datetime | None, typer.Option(help="Queries that a run planned from then on scored, UTC.")] = None,
     until: Annotated[datetime | None, typer.Option(help="Queries that a run planned before then scored, UTC.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="A generated image that need not be scored, with --caption.")
+    ] = None,
+    caption: Annotated[str | None, typer.Option(help="The caption that --image was generated from.")] = None,
+    tier: Annotated[
+        PictureTier, typer.Option(help="Of --image. fast: predicted from the index; sketch: scores, by its gradient.")
+    ] = PictureTier.fast,
     limit: Annotated[int, typer.Option(min=1, help="Rows of the table; CSV and JSON have all.")] = 20,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
@@ -45,18 +63,17 @@ def shares(
 
     Example: `fastgda shares --by shard --split test`
     """
-    from tasks.serving.shares import published_shares
-
     if as_csv and as_json:
         raise UsageError("--csv and --json are two forms of one answer: give one of them")
-    answer = published_shares(
-        Workspace.at(workspace),
-        by,
-        query_ids=query,
-        split=split,
-        since=_utc(since),
-        until=_utc(until),
-    )
+    place = Workspace.at(workspace)
+    if image is not None or caption is not None:
+        if query or split or since or until:
+            raise UsageError("--image asks for one picture: leave out --query, --split, --since and --until")
+        answer = _of_picture(place, image, caption, by, tier)
+    else:
+        from tasks.serving.shares import published_shares
+
+        answer = published_shares(place, by, query_ids=query, split=split, since=since, until=until)
     if as_json:
         print(json.dumps(answer.as_json(), indent=2, allow_nan=False))
     elif as_csv:
@@ -65,8 +82,19 @@ def shares(
         print_shares(answer, limit)
 
 
-def _utc(given: datetime | None) -> datetime | None:
-    return given.replace(tzinfo=UTC) if given is not None and given.tzinfo is None else given
+def _of_picture(place: Workspace, image: Path | None, caption: str | None, by: str, tier: PictureTier) -> SharesAnswer:
+    if image is None or caption is None:
+        raise UsageError("--image and --caption go together: give the picture and what it was generated from")
+    from storage_schemas.snapshots.published import read_published
+    from tasks.serving.question import check_caption, check_sketched, read_picture
+
+    picture = read_picture(image)
+    check_caption(caption)
+    if tier is PictureTier.sketch:
+        check_sketched(place, read_published(place).run)
+    from tasks.serving.picture_shares import PictureShares
+
+    return PictureShares(place).shares(picture, caption, by, tier.value)
 
 
 def _print_csv(answer: SharesAnswer) -> None:

@@ -25,6 +25,7 @@ from storage_schemas.workspace import Workspace
 UNKNOWN = "unknown"  # the payee of samples without a value
 METADATA = "metadata"  # the column of samples that holds what else is known of them, as JSON
 BLOCK_ROWS = 4_000_000  # scored pairs whose sums are made at a time
+_NO_PAYEES = (METADATA, "image_look")  # columns that name nobody
 _FLOATS = ("influence", "variance", "noise")
 _TESTS = (tables.TWIN, tables.PSEUDO)  # queries that nobody asked for
 
@@ -93,7 +94,7 @@ def payee_columns(connection: duckdb.DuckDBPyConnection) -> list[str]:
     if METADATA in columns:
         rows = connection.execute(f"SELECT DISTINCT unnest(json_keys({METADATA})) AS key FROM samples ORDER BY key")
         keys = [key for (key,) in rows.fetchall() if key not in columns]
-    return [*(name for name, kind in columns.items() if name != METADATA and not kind.endswith("]")), *keys]
+    return [*(name for name, kind in columns.items() if name not in _NO_PAYEES and not kind.endswith("]")), *keys]
 
 
 def payee_expression(connection: duckdb.DuckDBPyConnection, by: str) -> str:
@@ -103,7 +104,7 @@ def payee_expression(connection: duckdb.DuckDBPyConnection, by: str) -> str:
         UnknownColumn: there is neither, or the column holds several values.
     """
     columns = _columns(connection)
-    if by in columns and by != METADATA and not columns[by].endswith("]"):
+    if by in columns and by not in _NO_PAYEES and not columns[by].endswith("]"):
         quoted = by.replace('"', '""')
         return f'CAST("{quoted}" AS VARCHAR)'
     if METADATA in columns and by not in columns:
@@ -139,6 +140,15 @@ def number_payees(connection: duckdb.DuckDBPyConnection, by: str) -> Payees:
     (everyone,) = connection.execute("SELECT count(*) FROM samples").fetchall()[0]
     counts = [count for _, count in rows]
     return Payees([*(name for name, _ in rows), UNKNOWN], np.array([*counts, everyone - sum(counts)], np.int64))
+
+
+def payees_of_samples(connection: duckdb.DuckDBPyConnection, payees: Payees) -> NDArray[np.int64]:
+    """Return the number of each sample's payee by train_id, after `number_payees`; of samples that are gone, too."""
+    found = connection.execute("SELECT sample, number FROM payee_numbers").fetchnumpy()
+    (last,) = connection.execute("SELECT coalesce(max(train_id), -1) FROM samples").fetchall()[0]
+    numbers = np.full(last + 1, len(payees.names) - 1, np.int64)
+    numbers[found["sample"]] = found["number"]
+    return numbers
 
 
 def shared_queries(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 
 from fastgda_core.errors import UsageError
 from fastgda_core.ranking.head import RankHead, load_head
 from storage_schemas.commit import committed, read_manifest
+from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, local_files, matching
 from storage_schemas.heads.records import HEAD_FILE, HeadRecord, IndexRecord, read_head_record, read_index_record
 from storage_schemas.which_workspace import command
@@ -17,6 +19,8 @@ from tasks.distilling.head_space import recorded_space
 from tasks.inputs.features import (
     in_space,
 )
+
+log = logging.getLogger("fastgda.heads")
 
 
 def space_of_head(context: Context, head: HeadRecord) -> Context:
@@ -42,7 +46,10 @@ def read_head(workspace: Workspace, version: str) -> tuple[Artifact, HeadRecord]
 
 
 def heads_of_run(workspace: Workspace, run: str) -> dict[str, Artifact]:
-    """Return the newest head of each kind that learned from a run, newest first; none before one is trained."""
+    """Return the newest head of each kind that learned from a run, newest first; none before one is trained.
+
+    A head whose record cannot be read is named, and left out.
+    """
     made = {
         path.parent: manifest.committed_at
         for path in matching(workspace.root / "heads", "*/head.safetensors")
@@ -50,7 +57,11 @@ def heads_of_run(workspace: Workspace, run: str) -> dict[str, Artifact]:
     }
     found: dict[str, Artifact] = {}
     for folder in sorted(made, key=made.__getitem__, reverse=True):
-        head, record = read_head(workspace, folder.name)
+        try:
+            head, record = read_head(workspace, folder.name)
+        except (UsageError, StoreError) as error:
+            log.warning("head %s is left out: %s", folder.name, error)
+            continue
         if record.run == run:
             found.setdefault(record.kind, head)
     return found

@@ -25,7 +25,7 @@ from tasks.inputs.features import extract_features, feature_folders, features_ke
 from tasks.inputs.queries import Query, load_queries
 from tasks.judging.ensembles import ensembles_of
 from tasks.judging.latency import Answer, Latency, by_features, by_head, measured, scored_anew
-from tasks.judging.methods import every_method, members, named_spaces
+from tasks.judging.methods import named_spaces
 from tasks.judging.metric_rows import metric_row
 from tasks.judging.rivals import Rivals
 from tasks.judging.sketches import SKETCH
@@ -82,8 +82,7 @@ def measure_costs(run: Run, ranks: Artifact) -> Made:
 
     def make(started: float) -> Manifest:
         found = _costs(run, tiers, rivals)
-        none = Tiers({}, sketched=False, first=0)
-        for name, several in ensembles_of(run, members(every_method(run, ranks, none), none)).items():
+        for name, several in ensembles_of(run, ranks).items():
             found[name] = reduce(Cost.and_then, [found[each] for each in several])
         rows = [row for name, cost in found.items() for row in _rows(name, cost, samples.rows)]
         table = pa.Table.from_pylist(rows, schema=tables.METRICS.schema)

@@ -1,76 +1,48 @@
-"""Ensembles: standardised sums of the methods that are best on the validation queries, judged like the rest."""
+"""The run's ensembles: sums of the methods that are best on its validation queries, judged like the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from fastgda_core.evaluation.lds import predictions
-from fastgda_core.evaluation.ranking_metrics import spearman
+from fastgda_core.evaluation.ensembles import chosen_members, ensemble_sum
+from tasks.artifact import Artifact
 from tasks.inputs.queries import load_queries
+from tasks.judging.methods import RANDOM, methods_key, own_methods
 from tasks.judging.retrained_pool import RetrainedPool
+from tasks.teaching.retrainings import RetrainingParts
 from tasks.teaching.run import Run
 
-SIZES = (2, 3)  # of methods that are added up
 CHOSEN_ON = "validation"
-BEST = "best "  # how the names begin
 
 
-def ensembles_of(run: Run, members: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Return the members of the run's ensembles, by name.
+def members(run: Run, ranks: Artifact) -> dict[str, Tensor]:
+    """Return those methods that an ensemble may be made of: all but chance and tiers, which stand for a teacher."""
+    return {name: each for name, each in own_methods(run, ranks).items() if name != RANDOM}
+
+
+def ensembles_of(run: Run, ranks: Artifact) -> dict[str, list[str]]:
+    """Return the members of the run's ensembles, by name; chosen once for the same methods and models.
 
     Args:
         run: one whose pool of retrained models is complete.
-        members: scores of the methods that may be in them, (queries, samples).
+        ranks: its rank labels.
     """
-    several = load_queries(run.artifacts["queries"])
-    validation = [number for number, query in enumerate(several) if query.split == CHOSEN_ON]
-    pool = RetrainedPool.of(run)
-    return chosen_members(members, pool.kept, pool.losses, validation)
+
+    def choose() -> dict[str, list[str]]:
+        several = load_queries(run.artifacts["queries"])
+        validation = [number for number, query in enumerate(several) if query.split == CHOSEN_ON]
+        pool = RetrainedPool.of(run)
+        return chosen_members(members(run, ranks), pool.kept, pool.losses, validation)
+
+    judge = run.config.judge
+    assert judge is not None
+    pool = run.artifacts[RetrainingParts.kind].key, judge.subsets, judge.share, judge.seed
+    return run.context.loaded.once("ensembles", (methods_key(run, ranks), pool), choose)
 
 
-def ensemble_scores(run: Run, members: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def ensemble_scores(run: Run, ranks: Artifact) -> dict[str, Tensor]:
     """Return the scores of the run's ensembles, (queries, samples) float64 each; arguments as of `ensembles_of`."""
-    chosen = ensembles_of(run, members)
-    return {name: standardised_sum([members[each] for each in names]) for name, names in chosen.items()}
-
-
-def chosen_members(
-    scores: Mapping[str, Tensor], kept: Tensor, losses: Tensor, validation: Sequence[int]
-) -> dict[str, list[str]]:
-    """Choose the best two and the best three methods by their LDS on the validation queries, and on nothing else.
-
-    Args:
-        scores: of the methods that may be members, (queries, samples) each.
-        kept: (models, samples) bool, what each model was trained on.
-        losses: (models, queries).
-        validation: numbers of the validation queries.
-
-    Returns:
-        Members, best first, by the ensemble's name; none where there is nothing to choose by.
-    """
-    if not validation:
-        return {}
-    asked = list(validation)
-    truth = -losses[:, asked].T.double()
-    judged = {name: spearman(predictions(kept, each[asked]), truth).mean().item() for name, each in scores.items()}
-    best = sorted(judged, key=lambda name: -judged[name])
-    return {f"{BEST}{size}: {'; '.join(best[:size])}": best[:size] for size in SIZES if len(best) >= size}
-
-
-def standardised_sum(several: Sequence[Tensor]) -> Tensor:
-    """Add up methods, each query's scores divided by their standard deviation over the samples.
-
-    Scores of one query that are all alike say nothing, and count as 0.
-
-    Args:
-        several: (queries, samples) each, float64.
-    """
-    total = torch.zeros_like(several[0])
-    for scores in several:
-        deviation = scores.std(dim=1, correction=0, keepdim=True)
-        alike = scores.amax(dim=1, keepdim=True) == scores.amin(dim=1, keepdim=True)
-        total += torch.where(alike, 0.0, scores / deviation)
-    return total
+    known: Mapping[str, Tensor] = members(run, ranks)
+    return {name: ensemble_sum([known[each] for each in names]) for name, names in ensembles_of(run, ranks).items()}

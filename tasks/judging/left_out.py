@@ -86,7 +86,7 @@ def _removing(run: Run, ranks: Artifact, chosen: list[int]) -> dict[str, Tensor]
     """Return scores of all samples for some queries by the methods whose samples are removed, (queries, samples)."""
     judge = run.config.judge
     assert judge is not None and judge.leave_out is not None
-    rivals = Rivals.of(run).scores(left_out=-torch.inf)
+    rivals = Rivals.of(run).scores(judge.leave_out.methods, left_out=-torch.inf)
     known = method_scores(run, ranks, chosen) | {name: each[chosen] for name, each in rivals.items()}
     wanted = (TEACHER, *judge.leave_out.methods, RANDOM)
     return {name: known[name] for name in wanted if name in known}

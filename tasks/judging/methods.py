@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from tasks.artifact import Artifact
 from tasks.config import judging
 from tasks.context import Context
 from tasks.distilling.ranks import candidate_scores
-from tasks.inputs.features import extract_features, in_space, load_features
+from tasks.inputs.features import extract_features, features_key, in_space, load_features
 from tasks.inputs.queries import load_queries
 from tasks.judging.rivals import Rivals
 from tasks.judging.tiers import Tiers
@@ -24,18 +24,32 @@ UNTUNED, RANDOM, SUM = judging.UNTUNED, judging.RANDOM, "captions + images"
 
 
 def every_method(run: Run, ranks: Artifact, tiers: Tiers) -> dict[str, Tensor]:
-    """Return scores of all samples for all queries by method: those of `method_scores`, and all that cost no training.
+    """Return scores of all samples for all queries by method, (queries, samples) float64: `own_methods` and tiers."""
+    return own_methods(run, ranks) | tiers.scores(run)
 
-    Beside them stand its rivals, every feature space, centred and not, the sum of caption and image, and its tiers.
+
+def own_methods(run: Run, ranks: Artifact) -> dict[str, Tensor]:
+    """Return scores of all samples for all queries by the methods that stand for themselves, and for no teacher.
+
+    They are those of `method_scores`, the rivals, every feature space, centred and not, and the sum of caption and
+    image. Several checks ask for them: what is read and multiplied is kept with the run.
     """
     chosen = list(range(run.artifacts["queries"].rows))
-    rivals = Rivals.of(run).scores(left_out=0.0)
-    return method_scores(run, ranks, chosen) | rivals | _of_spaces(run, chosen) | tiers.scores(run)
+
+    def make() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return method_scores(run, ranks, chosen), _of_spaces(run, chosen)
+
+    first, spaces = run.context.loaded.once("judged methods", methods_key(run, ranks), make)
+    return first | Rivals.of(run).scores(left_out=0.0) | spaces
 
 
-def members(scores: Mapping[str, Tensor], tiers: Tiers) -> dict[str, Tensor]:
-    """Return those methods that an ensemble may be made of: all but chance and the tiers, which stand for a teacher."""
-    return {name: each for name, each in scores.items() if name not in (RANDOM, *tiers.names)}
+def methods_key(run: Run, ranks: Artifact) -> Hashable:
+    """Return what the scores of `own_methods` depend on."""
+    samples, judge = run.artifacts["samples"], run.config.judge
+    spaces = tuple(
+        (name, *(features_key(each, samples) for each in several)) for name, several in named_spaces(run).items()
+    )
+    return ranks.key, run.artifacts["queries"].key, spaces, tuple(Rivals.of(run).key), judge.seed if judge else 0
 
 
 def method_scores(run: Run, ranks: Artifact, chosen: list[int]) -> dict[str, Tensor]:

@@ -21,11 +21,10 @@ from tasks.artifact import Artifact, Made, once
 from tasks.inputs.features import features_key
 from tasks.inputs.queries import load_queries
 from tasks.inputs.samples import samples_table
-from tasks.judging.ensembles import ensemble_scores
-from tasks.judging.methods import every_method, members, method_scores, teacher_scores
+from tasks.judging.ensembles import ensemble_scores, members
+from tasks.judging.methods import method_scores, teacher_scores
 from tasks.judging.metric_rows import metric_row, metric_rows
 from tasks.judging.rivals import Rivals
-from tasks.judging.tiers import Tiers
 from tasks.teaching.retrainings import RetrainingParts
 from tasks.teaching.run import Run
 from tasks.watching.trust import TEACHER
@@ -103,7 +102,5 @@ def _rows(run: Run, ranks: Artifact, planted: dict[int, list[int]]) -> list[dict
 
 def _beside_teacher(run: Run, ranks: Artifact, chosen: list[int]) -> dict[str, Tensor]:
     """Return what the methods beside the teacher say of some queries, rivals and ensembles among them."""
-    none = Tiers({}, sketched=False, first=0)
-    every = members(every_method(run, ranks, none), none)
-    beside = every | Rivals.of(run).scores(left_out=-torch.inf) | ensemble_scores(run, every)
+    beside = members(run, ranks) | Rivals.of(run).scores(left_out=-torch.inf) | ensemble_scores(run, ranks)
     return method_scores(run, ranks, chosen) | {name: each[chosen] for name, each in beside.items()}

@@ -23,7 +23,7 @@ from tasks.inputs.twins import load_twins
 from tasks.judging.ensembles import ensemble_scores
 from tasks.judging.leave_k_out import leave_k_out_rows
 from tasks.judging.left_out import leave_out_rows
-from tasks.judging.methods import every_method, members
+from tasks.judging.methods import every_method
 from tasks.judging.metric_rows import metric_row, metric_rows, twin_rows
 from tasks.judging.regenerated import regeneration_distances
 from tasks.judging.removals import Removals
@@ -99,7 +99,7 @@ def _models(run: Run) -> Iterator[dict[str, object]]:
 def _rows(run: Run, ranks: Artifact, tiers: Tiers) -> list[dict[str, object]]:
     pool, queries = RetrainedPool.of(run), load_queries(run.artifacts["queries"])
     scores = every_method(run, ranks, tiers)
-    scores |= ensemble_scores(run, members(scores, tiers))
+    scores |= ensemble_scores(run, ranks)
     rows: list[dict[str, object]] = []
     for split in SPLITS:
         chosen = [number for number, query in enumerate(queries) if query.split == split]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,22 +35,29 @@ class Rivals:
         """What the scores depend on."""
         return [(name, record.snapshot, self._nearest(name)) for name, record in self.scored.items()]
 
-    def scores(self, *, left_out: float) -> dict[str, Tensor]:
+    def scores(self, names: Collection[str] | None = None, *, left_out: float) -> dict[str, Tensor]:
         """Return scores of all samples for all queries by rival, (queries, samples) float64.
 
         Args:
+            names: these rivals alone; None: all.
             left_out: of samples that are no candidates of a query, or not among its nearest.
         """
-        names = [query.query_id for query in load_queries(self.run.artifacts["queries"])]
-        return {name: self._scores(name, names, left_out) for name in self.scored}
+        wanted = [name for name in self.scored if names is None or name in names]
+        return {name: each.masked_fill(each.isnan(), left_out) for name in wanted for each in [self._kept(name)]}
+
+    def _kept(self, name: str) -> Tensor:
+        """Return a rival's scores, NaN of what was left out; kept with the run, as several checks ask for them."""
+        key = name, self.scored[name].snapshot, self._nearest(name)
+        return self.run.context.loaded.once("rivals", key, lambda: self._scores(name), most=len(self.scored))
 
     def _nearest(self, name: str) -> int | None:
         assert self.run.config.judge is not None
         return self.run.config.judge.rivals[name].nearest
 
-    def _scores(self, name: str, query_ids: list[str], left_out: float) -> Tensor:
+    def _scores(self, name: str) -> Tensor:
         record, workspace = self.scored[name], self.run.workspace
-        found = torch.full((len(query_ids), self.run.artifacts["samples"].rows), left_out, dtype=torch.float64)
+        query_ids = [query.query_id for query in load_queries(self.run.artifacts["queries"])]
+        found = torch.full((len(query_ids), self.run.artifacts["samples"].rows), torch.nan, dtype=torch.float64)
         place = {query_id: row for row, query_id in enumerate(query_ids)}
         rows = read_influence(workspace, record.snapshot, query_ids)
         at = [place[query_id] for query_id in rows["query_id"].to_pylist()], rows["train_id"].to_pylist()
@@ -60,5 +67,5 @@ class Rivals:
             near = tables.read(workspace.candidates(record.run), tables.CANDIDATES).to_pydict()
             for query_id, train_id, rank in zip(near["query_id"], near["train_id"], near["neighbor_rank"], strict=True):
                 if rank > nearest:
-                    found[place[query_id], train_id] = left_out
+                    found[place[query_id], train_id] = torch.nan
         return found

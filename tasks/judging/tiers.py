@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastgda_core.errors import UsageError
+from storage_schemas.errors import StoreError
+from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact
 from tasks.distilling.answering import answering_head
 from tasks.distilling.versions import heads_of_run, read_head, space_of_head
@@ -20,6 +24,7 @@ from tasks.teaching.sketch_scores import StoredSketches
 
 HEADS = {"symmetric": "symmetric head", "gradient": "gradient head"}  # names of methods by kind of head
 TWO_STAGES = "two stages"
+log = logging.getLogger("fastgda.judging")
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Tiers:
     def of(cls, run: Run) -> Tiers:
         samples, sketched = run.artifacts["samples"].rows, "sketches" in run.artifacts
         first = min(samples, max(run.config.evaluation.cutoffs))
-        return cls(heads_of_run(run.workspace, run.name), sketched, first)
+        heads = heads_of_run(run.workspace, run.name)
+        return cls({kind: head for kind, head in heads.items() if _answers(run.workspace, head)}, sketched, first)
 
     @property
     def names(self) -> list[str]:
@@ -70,6 +76,16 @@ class Tiers:
         if fast is not None:
             found[f"{TWO_STAGES}, first {self.first}"] = again(fast, sketched, self.first)
         return found
+
+
+def _answers(workspace: Workspace, head: Artifact) -> bool:
+    """Return whether a head can be asked; one that cannot, as of an earlier release, is named and left out."""
+    try:
+        answering_head(workspace, head.path)
+    except (UsageError, StoreError) as error:
+        log.warning("head %s is not judged: %s", head.key, error)
+        return False
+    return True
 
 
 def by_head(run: Run, head: Artifact, queries: Sequence[Query]) -> Tensor:

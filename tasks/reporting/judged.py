@@ -13,13 +13,13 @@ import jinja2
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from fastgda_core.evaluation.ensembles import BEST
 from fastgda_core.extras import installed
 from fastgda_core.features import text_space
-from storage_schemas.commit import Manifest, commit, input_key
+from storage_schemas.commit import Manifest, commit, input_key, read_manifest
 from storage_schemas.runs.rivals import read_rivals
 from tasks.artifact import Artifact, Made, once
 from tasks.config.pipeline import PipelineConfig
-from tasks.judging.ensembles import BEST
 from tasks.judging.judge_table import REACH, Column, JudgeTable, figures_of, judge_table
 from tasks.judging.kept_checks import read_checks
 from tasks.judging.methods import UNTUNED
@@ -48,10 +48,12 @@ def templates_text() -> str:
 @task(task_run_name="judge table", cache_policy=NO_CACHE)
 def write_judge_table(run: Run) -> Made:
     """Write the table of a run that was judged by retraining beside its report, in each format of `FORMATS`."""
-    checks = [(check.name, check.key) for check in read_checks(run.workspace, run.name)]
+    # Not keys alone: costs that were measured anew, of the same methods, are other figures.
+    found = [(check, read_manifest(check.path)) for check in read_checks(run.workspace, run.name)]
+    checks = [(check.name, check.key, manifest.sha256 if manifest else "") for check, manifest in found]
     shown = templates_text(), installed("matplotlib"), run.config.judge, run.config.features.space
     rivals = [(name, record.model_dump()) for name, record in read_rivals(run.workspace, run.name).items()]
-    key = input_key("judge table 2", checks, shown, rivals)
+    key = input_key("judge table 3", checks, shown, rivals)
     formats = FORMATS | (PICTURES if installed("matplotlib") else {})
     paths = {ending: run.workspace.judge_table(run.name, ending) for ending in formats}
 

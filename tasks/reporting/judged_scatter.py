@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from math import cos, pi, sin
 from typing import TYPE_CHECKING, Literal
 
+from fastgda_core.evaluation.ensembles import BEST
 from fastgda_core.extras import installed
 from tasks.judging.costs import LATENCY
-from tasks.judging.ensembles import BEST
 from tasks.judging.judge_table import REACH, JudgeTable
 from tasks.judging.sketches import SKETCH
 from tasks.judging.tiers import HEADS, TWO_STAGES

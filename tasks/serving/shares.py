@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import numpy as np
@@ -21,11 +21,13 @@ from storage_schemas.sql.shares import (
     shared_queries,
 )
 from storage_schemas.sql.views import connect
+from storage_schemas.tombstones import read_tombstones
 from storage_schemas.workspace import Workspace
+from tasks.serving.answers import Tier
 from tasks.watching.trust import JUDGED, OTHER_TEACHER, trust_in
 
 Beyond = Literal["more", "less", ""]
-Source = Literal["pairs", "agreement", "unknown"]
+Source = Literal["pairs", "agreement", "groups", "calibration", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Share:
     standard_error: None where nothing is known of it. noise_error, query_error: its parts, by the noise of the scores
         and by the spread between queries.
     low, high: interval, of 95 % for all payees together. proven: whether it lies above 0.
-    signal_to_noise: share by standard error.
+    signal_to_noise: what of the share is not what noise pays to everybody, at least, by its standard error.
     samples: how many samples the payee has. queries: on how many queries they have any influence.
     uniform: what the payee would have if all samples were paid the same. lift: share by that.
     beyond_uniform: more or less where the interval lies above or below that, else empty.
@@ -68,8 +70,9 @@ class SharesAnswer:
     queries: how many they are the mean of. silent: how many more have no positive influence, and count for nothing.
     level: of all intervals together.
     noise: where the noise of scores is known from: each pair's standard error, the agreement with another teacher, or
-        nowhere.
-    snapshot: the published scores.
+        nowhere. Of a picture: groups of its own noise, or how far predictions were off on scored queries.
+    snapshot: the published scores. tombstone: number of the newest take-down; what is taken down has no share.
+    tier: exact for published scores, else that of the scores.
     judged: how well the teacher predicts the losses of models that were trained again; empty where it was never held
         against any. warnings: what its checks found wrong with it.
     """
@@ -81,6 +84,8 @@ class SharesAnswer:
     level: float
     noise: Source
     snapshot: str
+    tombstone: int
+    tier: Tier
     judged: str
     warnings: list[str]
 
@@ -105,7 +110,7 @@ def published_shares(
     Args:
         by: column of the view `samples`, or key of its metadata.
         query_ids, split, since, until: these queries, those of a split, those that a run planned in [since, until)
-            scored; what is given together has to hold together.
+            scored (UTC unless they say otherwise); what is given together has to hold together.
         begin, advance: called with the number of queries there are, and with how many more are done.
 
     Raises:
@@ -113,7 +118,7 @@ def published_shares(
         StoreError: nothing is published; there is no such column, query or split.
     """
     if since is not None or until is not None:
-        scored = queries_scored(workspace, since, until)
+        scored = queries_scored(workspace, _utc(since), _utc(until))
         query_ids = scored if query_ids is None else [query for query in query_ids if query in set(scored)]
     with connect(workspace.root) as connection:
         payees = number_payees(connection, by)
@@ -127,10 +132,13 @@ def published_shares(
             advance(1)
     found = period.shares()
     source: Source = "unknown" if np.isnan(found.noise_error).any() else "pairs" if of_pairs else "agreement"
-    return _answer(workspace, by, payees, found, source)
+    return shares_answer(workspace, by, payees, found, source, "exact")
 
 
-def _answer(workspace: Workspace, by: str, payees: Payees, found: Shares, source: Source) -> SharesAnswer:
+def shares_answer(
+    workspace: Workspace, by: str, payees: Payees, found: Shares, source: Source, tier: Tier
+) -> SharesAnswer:
+    """Return shares as rows, with what is to be said beside them."""
     published = read_published(workspace)
     trust = trust_in(workspace, published.run)
     return SharesAnswer(
@@ -141,6 +149,8 @@ def _answer(workspace: Workspace, by: str, payees: Payees, found: Shares, source
         level=LEVEL,
         noise=source,
         snapshot=published.snapshot,
+        tombstone=read_tombstones(workspace).number,
+        tier=tier,
         judged=dict(trust.facts).get(JUDGED, ""),
         warnings=trust.warnings,
     )
@@ -175,6 +185,10 @@ def _rows(payees: Payees, found: Shares) -> list[Share]:
             )
         )
     return rows
+
+
+def _utc(moment: datetime | None) -> datetime | None:
+    return moment.replace(tzinfo=UTC) if moment is not None and moment.tzinfo is None else moment
 
 
 def _known(value: float) -> float | None:

@@ -51,4 +51,8 @@ class SketchTier:
 
 def _relative(found: SketchScores) -> SketchScores:
     length = found.norms.clamp_min(torch.finfo(torch.float64).tiny)
-    return found._replace(scores=found.scores / length, standard_errors=found.standard_errors / length)
+    return found._replace(
+        scores=found.scores / length,
+        standard_errors=found.standard_errors / length,
+        by_group=found.by_group / length,
+    )

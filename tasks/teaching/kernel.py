@@ -125,7 +125,7 @@ class KernelFamily:
             costs.append(KindCost(features, parts, size.samples, size.samples * of_sample, kept))
             costs.append(KindCost(asked, size.queries, size.queries, size.queries * of_query))
         if method.ridge is not None:
-            costs.append(KindCost(KERNEL, 1, size.queries, 0.0))
+            costs.append(KindCost(KERNEL, 1, size.queries, 0.0, unknown=True))  # products and a solve, no forward pass
         shards, _ = score_shards(config, size)
         return [*costs, KindCost("scores", shards, size.queries * size.candidates, 0.0)]
 

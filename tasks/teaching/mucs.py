@@ -14,6 +14,7 @@ from fastgda_core.diffusion.model import train_timesteps
 from fastgda_core.errors import NonFiniteLoss, UsageError
 from fastgda_core.evaluation.retraining import to_train
 from fastgda_core.teachers.mucs import NULL_ROWS, Ascent, Unlearned, unlearn, untrained_loss
+from fastgda_core.teachers.needs import EXPECTED_ASCENT, MLP_GRADIENT_FORWARDS
 from fastgda_core.teachers.scores import exact_scores
 from fastgda_core.teachers.training_loss import SampleBlock
 from storage_schemas.commit import Manifest, input_key
@@ -37,7 +38,6 @@ from tasks.teaching.parts import Parts
 from tasks.teaching.tensor_parts import QueryParts
 from tasks.teaching.updates import QueryUpdates, update_tensors
 
-GRADIENT_FORWARDS = 2.6  # one forward and backward to the weights of the MLPs, in forwards (benchmarks/RESULTS.md)
 RETAINED = 2048  # training images in memory, of which each step draws some
 log = logging.getLogger("fastgda.mucs")
 
@@ -180,10 +180,11 @@ class Mucs:
         return BlockScores(good, values, torch.full_like(values, torch.nan), left_out)
 
     def costs(self, config: PipelineConfig, size: Size) -> list[KindCost]:
-        """Return the costs of ascents that take all the steps that they may: most end long before."""
+        """Return the costs of ascents that end when those as published do, long before the last step they may take."""
         teacher, queries, pairs = config.teacher, size.queries, size.queries * size.candidates
         noises = teacher.timestep_count * teacher.draws * config.model.images * size.captions
-        ascent = NULL_ROWS + teacher.most_steps * 2 * teacher.gradient_pairs * GRADIENT_FORWARDS
+        steps = min(teacher.most_steps, EXPECTED_ASCENT)
+        ascent = NULL_ROWS + steps * 2 * teacher.gradient_pairs * MLP_GRADIENT_FORWARDS
         parts = -(-size.samples // BASE_LOSS_PART)
         return [
             KindCost("unlearning steps", queries, queries, queries * ascent),

@@ -33,12 +33,14 @@ class SketchScores(NamedTuple):
 
     standard_errors: over groups of the query's pairs; they say nothing of the samples' noise and of the Fisher.
     norms: length of each sample's sketch, that of its whitened gradient.
+    by_group: scores by group of the query's pairs, (groups, n), whose mean is `scores`.
     """
 
     train_ids: NDArray[np.int64]
     scores: Tensor
     standard_errors: Tensor
     norms: Tensor
+    by_group: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +123,7 @@ class StoredSketches:
         ids, by_group, norms = zip(*pieces, strict=True)
         groups = torch.cat(by_group, dim=1)
         errors = groups.std(0) / len(groups) ** 0.5 if len(groups) > 1 else torch.full_like(groups[0], torch.nan)
-        return SketchScores(np.concatenate(ids), groups.mean(0), errors, torch.cat(norms))
+        return SketchScores(np.concatenate(ids), groups.mean(0), errors, torch.cat(norms), groups)
 
     @functools.cached_property
     def _loaded(self) -> tuple[NDArray[np.int64], Tensor, Tensor]:

@@ -39,5 +39,7 @@ def test_teachers_of_gradient_features_store_them_and_run_no_sample_again() -> N
 
 def test_an_ascent_takes_its_steps_and_then_the_losses_of_all_samples() -> None:
     mucs = TEACHERS["mucs"].needs(replace(WORK, ascent_steps=30))
-    assert mucs.query_forwards == pytest.approx(30 * 2 * 10 * GRADIENT_FORWARDS + 50 * 4)
+    assert mucs.query_forwards == pytest.approx(30 * 2 * 10 * 2.6 + 50 * 4), "a backward to the MLPs takes more"
+    longer = TEACHERS["mucs"].needs(replace(WORK, ascent_steps=500))
+    assert longer.query_forwards == pytest.approx(60 * 2 * 10 * 2.6 + 50 * 4), "the bound ends it long before"
     assert mucs.stored_bytes == 8 * 4, "a base loss at each noise"

@@ -116,16 +116,18 @@ def test_intervals_hold_the_share_without_noise_and_prove_nobody_who_has_no_infl
     payee = np.array([0] * 5 + [1] * 40 + [2] * 300)
     truth = np.concatenate([np.full(5, 8.0), np.full(40, 2.0), np.zeros(300)])
     true_share = np.bincount(payee, truth) / truth.sum()
-    held, proven, naive = [], [], []
+    held, proven, naive, signal = [], [], [], []
     for seed in range(300):
         period = Period(3)
         period.add(sums_of(drawn(truth, 1, seed), np.ones(len(payee)), payee))
         found = period.shares()
         held.append((found.low <= true_share) & (true_share <= found.high))
         proven.append(found.proven)
+        signal.append(found.signal_to_noise)
         naive.append(found.share - 3 * found.standard_error > 0)
     assert np.all(held, axis=1).mean() >= LEVEL, np.mean(held, axis=0)
     assert np.mean(proven, axis=0)[[0, 1]].min() > 0.99 and np.mean(proven, axis=0)[2] <= 1 - LEVEL
+    assert np.median(signal, axis=0)[0] > 8 and np.median(signal, axis=0)[2] < 1
     assert np.mean(naive, axis=0)[2] == 1  # by standard errors alone it would always be "proven"
 
 

@@ -12,7 +12,9 @@ import pytest
 from fastgda_core.evaluation import shares as core
 from storage_schemas import tables
 from storage_schemas.publishing.publish import publish_runs
+from storage_schemas.publishing.takedown import lift, take_down
 from storage_schemas.runs.records import Labelling
+from storage_schemas.snapshots.published import read_published
 from storage_schemas.sql import shares
 from storage_schemas.sql.shares import (
     UNKNOWN,
@@ -168,3 +170,48 @@ def test_queries_are_chosen_by_name_split_and_the_time_of_their_run(root: Path, 
         with pytest.raises(UnknownQuery, match="no published query is of split 'tset': there are test"):
             shared_queries(connection, split="tset")
         assert measured(connection, "spearman", "another teacher") is None
+
+
+def test_a_sample_that_is_taken_down_has_no_share_until_that_is_lifted(tmp_path: Path) -> None:
+    publish_run(tmp_path, queries=("q0",))
+    workspace, ask = Workspace(tmp_path), "SELECT payee, share, influence FROM shares_by(train_id) ORDER BY payee"
+    before = query(tmp_path, ask).to_pylist()
+    assert [row["share"] for row in before] == [0, 1 / 3, 2 / 3, 0]
+    distinct_images(workspace)
+    take_down(workspace, [2], reason="asked for", by="test")
+    after = query(tmp_path, ask).to_pylist()
+    assert [row["payee"] for row in after] == ["0", "1", "3"] and [row["share"] for row in after] == [0, 1, 0]
+    assert after[1]["influence"] == before[1]["influence"]
+    (found,) = sums(tmp_path, "train_id")
+    assert found.samples.sum() == 3
+    lift(workspace, 1, reason="a mistake", by="test")
+    assert query(tmp_path, ask).to_pylist() == before
+
+
+def distinct_images(workspace: Workspace) -> None:
+    """Give every sample bytes of its own: a take-down is of all samples with the same bytes."""
+    samples = read_published(workspace).samples
+    assert samples is not None
+    rows = tables.read(workspace.file(samples), tables.SAMPLES).to_pylist()
+    rows = [{**row, "image_sha256": f"{row['train_id']:064d}"} for row in rows]
+    show(workspace, samples=workspace.relative(write_table(workspace.samples("distinct"), tables.SAMPLES, rows)))
+
+
+def test_fields_of_the_metadata_name_payees_and_samples_without_one_are_unknown(tmp_path: Path) -> None:
+    publish_run(tmp_path, queries=("q0",))
+    workspace = Workspace(tmp_path)
+    samples = read_published(workspace).samples
+    assert samples is not None
+    rows = tables.read(workspace.file(samples), tables.SAMPLES).to_pylist()
+    told = ['{"creator": "Ada", "a/b": 1}', '{"creator": "Ada"}', '{"creator": "Bob \\u00e9"}', "{}"]
+    rows = [{**row, "metadata": text} for row, text in zip(rows, told, strict=True)]
+    show(workspace, samples=workspace.relative(write_table(workspace.samples("told"), tables.SAMPLES, rows)))
+    with connect(tmp_path) as connection:
+        payees = number_payees(connection, "creator")
+        assert payees.names == ["Ada", "Bob \u00e9", UNKNOWN] and payees.samples.tolist() == [2, 1, 1]
+        assert number_payees(connection, "a/b").names == ["1", UNKNOWN]
+        assert "creator" in payee_columns(connection) and "image_look" not in payee_columns(connection)
+    (found,) = sums(tmp_path, "creator")
+    assert found.payee.tolist() == [0, 1, 2] and found.influence.tolist() == [1, 2, 0]
+    by_sql = query(tmp_path, "SELECT payee, share FROM shares_by(metadata->>'creator') ORDER BY payee").to_pylist()
+    assert [(row["payee"], row["share"]) for row in by_sql] == [("Ada", 1 / 3), ("Bob \u00e9", 2 / 3), (UNKNOWN, 0)]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from fastgda_core.evaluation.ensembles import BEST
 from storage_schemas import tables
 from storage_schemas.snapshots.snapshots import read_influence
 from storage_schemas.sql.views import query
 from tasks.inputs.queries import load_queries
-from tasks.judging.ensembles import BEST
 from tasks.judging.kept_checks import read_checks
 from tasks.judging.methods import RANDOM, UNTUNED
 from tasks.judging.planted import R_PRECISION, SPLITS, check_planted, planted_samples

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from scipy import stats
 
 from fastgda_core.errors import UsageError
+from fastgda_core.evaluation.ensembles import BEST
 from flows.curation import curate, plan_run
 from flows.evaluation import judge_run
 from flows.rivals import score_rivals
@@ -27,7 +28,6 @@ from tasks.inputs.features import feature_folders
 from tasks.inputs.queries import load_queries
 from tasks.inputs.twins import load_twins
 from tasks.judging.costs import COSTS, LATENCY, PREPARED, STORED, WHOLE_PASS
-from tasks.judging.ensembles import BEST
 from tasks.judging.judge_table import judge_table
 from tasks.judging.kept_checks import read_checks
 from tasks.judging.retrained import BESIDE_TEACHER

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from storage_schemas.commit import commit
+from storage_schemas.workspace import Workspace
+from tasks.config.pipeline import PipelineConfig
 from tasks.distilling.versions import heads_of_run
 from tasks.inputs.features import extract_features, in_space, load_features
 from tasks.inputs.queries import load_queries
@@ -67,6 +76,31 @@ def test_heads_of_a_run_are_the_newest_of_each_kind(unlearned: WholeRun, solved:
     assert heads_of_run(unlearned.workspace, unlearned.run.name) == {"symmetric": unlearned.head.artifact}
     assert heads_of_run(solved.workspace, solved.run.name) == {"gradient": solved.head.artifact}
     assert heads_of_run(unlearned.workspace, "another-run") == {}
+
+
+def test_a_head_of_an_earlier_release_is_named_and_left_out(
+    solved: WholeRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "workspace"
+    shutil.copytree(solved.workspace.root, folder)
+    workspace = Workspace(folder)
+    run = replace(solved.run, context=replace(solved.context, config=in_workspace(solved.config, folder)))
+    assert list(Tiers.of(run).heads) == ["gradient"]
+    (head,) = workspace.root.glob("heads/*/head.safetensors")
+    before = {"tower.weight": torch.zeros(2, 2)}
+    head.unlink()
+    commit(head, lambda path: save_file(before, path), key=head.parent.name, rows=1, started=time.monotonic())
+    with caplog.at_level("WARNING"):
+        assert Tiers.of(run).heads == {}
+    assert f"head {head.parent.name} is not judged: " in caplog.text and "train it again" in caplog.text
+    (head.parent / "head.json").unlink()
+    with caplog.at_level("WARNING"):
+        assert heads_of_run(workspace, run.name) == {}
+    assert f"head {head.parent.name} is left out: " in caplog.text
+
+
+def in_workspace(config: PipelineConfig, folder: Path) -> PipelineConfig:
+    return config.model_copy(update={"workspace": str(folder)})
 
 
 def test_features_are_judged_centred_and_not(unlearned: WholeRun) -> None:

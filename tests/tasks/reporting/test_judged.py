@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import csv
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from storage_schemas import tables
+from storage_schemas.commit import commit_table
+from tasks.judging.costs import COSTS, LATENCY
 from tasks.judging.judge_table import judge_table
+from tasks.judging.kept_checks import read_checks
 from tasks.judging.tiers import HEADS
 from tasks.reporting import announcements, judged, judged_picture, judged_scatter
 from tasks.reporting.judged import FORMATS, judged_part, meaning, notes, write_judge_table
@@ -40,6 +48,23 @@ def test_the_table_lies_beside_the_report_in_three_formats(unlearned: WholeRun) 
     assert page.count("<svg") == 2 and 'class="best"' in page and "Without training" in page
     for method in (HEADS["symmetric"], "two stages, first 4", "pixel"):
         assert f"<td>{method}</td>" in page and any(line.startswith(f"| {method} |") for line in lines)
+
+
+def test_the_table_is_written_anew_when_costs_alone_are_measured_again(unlearned: WholeRun, tmp_path: Path) -> None:
+    folder = tmp_path / "workspace"
+    shutil.copytree(unlearned.workspace.root, folder)
+    config = unlearned.config.model_copy(update={"workspace": str(folder)})
+    run = replace(unlearned.run, context=replace(unlearned.context, config=config))
+    assert write_judge_table.fn(run).reused
+    costs = next(check for check in read_checks(run.workspace, run.name) if check.name == COSTS)
+    rows = tables.read(costs.path, tables.METRICS).to_pylist()
+    dearer = [row | {"value": 77.0 if row["metric"] == LATENCY else row["value"]} for row in rows]
+    costs.path.unlink()
+    table = pa.Table.from_pylist(dearer, schema=tables.METRICS.schema)
+    commit_table(costs.path, table, tables.METRICS, key=costs.key, started=time.monotonic())
+    made = write_judge_table.fn(run)
+    assert not made.reused and "77 s" in made.artifact.path.read_text()
+    assert write_judge_table.fn(run).reused
 
 
 def test_the_report_shows_it_where_models_were_trained_again(unlearned: WholeRun, similar: WholeRun) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from tasks.judging.ensembles import chosen_members, standardised_sum
+from fastgda_core.evaluation.ensembles import chosen_members, ensemble_sum
 
 MODELS, SAMPLES, QUERIES = 12, 20, 6
 
@@ -57,7 +57,7 @@ def test_a_sum_weighs_members_alike_query_by_query() -> None:
     first = torch.tensor([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]], dtype=torch.float64)
     second = torch.tensor([[100.0, 0.0, 0.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
     expected = first[0].numpy() / first[0].numpy().std() + second[0].numpy() / second[0].numpy().std()
-    found = standardised_sum([first, second])
+    found = ensemble_sum([first, second])
     assert np.allclose(found[0].numpy(), expected)
     assert np.allclose(found[1].numpy(), second[1].numpy() / second[1].numpy().std()), "what is all alike says nothing"
-    assert torch.allclose(standardised_sum([first * 7, second]), found)
+    assert torch.allclose(ensemble_sum([first * 7, second]), found)

@@ -1,0 +1,138 @@
+"""Shares of a picture that no teacher scored, from the index or from sketches."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastgda_core.errors import UsageError
+from fastgda_core.evaluation.predicted_shares import predicted_shares
+from fastgda_core.evaluation.shares import Period, Sums, shares_of_groups
+from fastgda_core.images import as_rgb, decode_image
+from storage_schemas import tables
+from storage_schemas.snapshots.snapshots import read_influence
+from storage_schemas.sql.shares import Payees, number_payees, payees_of_samples
+from storage_schemas.sql.views import connect
+from storage_schemas.tombstones import removed_ids
+from storage_schemas.workspace import Workspace
+from tasks.serving.fast import FastTier
+from tasks.serving.loaded import Loaded
+from tasks.serving.shares import SharesAnswer, shares_answer
+
+DEPTH = 200_000  # ranks of a head that are told apart; later samples are paid all the same
+SCORED = 64  # queries by which predictions are calibrated, at most
+Paid = tuple[NDArray[np.int64], NDArray[np.float64]]  # train_ids, shares
+FEWEST = 3  # fewer say nothing of how far predictions are off
+CALIBRATES = "test"  # the split that neither trained nor chose the head
+
+
+class PictureShares:
+    """What answers for pictures, loaded when it is first needed; of what is published then."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace, self.loaded = workspace, Loaded(workspace)
+        self.published = self.loaded.published
+
+    def shares(self, image: Image.Image, caption: str, by: str, tier: Literal["fast", "sketch"]) -> SharesAnswer:
+        """Return the shares of a picture.
+
+        Raises:
+            UsageError: the tier cannot answer here: without sketches, or with too few queries that the teacher scored.
+            UnknownColumn: samples cannot be summed by this column.
+        """
+        with connect(self.workspace.root) as connection:
+            payees = number_payees(connection, by)
+            of_sample = payees_of_samples(connection, payees)
+        if tier == "sketch":
+            return self._of_sketches(as_rgb(image), caption, by, payees, of_sample)
+        return self._of_order(as_rgb(image), caption, by, payees, of_sample)
+
+    def _of_sketches(
+        self, picture: Image.Image, caption: str, by: str, payees: Payees, of_sample: NDArray[np.int64]
+    ) -> SharesAnswer:
+        found = self.loaded.sketch.scores(picture, caption, None)
+        kept = self._kept(found.train_ids)
+        sums, shares = shares_of_groups(found.by_group.numpy()[:, kept], of_sample[found.train_ids[kept]])
+        period = Period(len(payees.names))
+        period.add(sums, shares)
+        return shares_answer(self.workspace, by, payees, period.shares(), "groups", "sketch")
+
+    def _of_order(
+        self, picture: Image.Image, caption: str, by: str, payees: Payees, of_sample: NDArray[np.int64]
+    ) -> SharesAnswer:
+        scored, ordered, paid = self._calibration
+        order = self._order(picture, caption)
+        depth = min(len(order), scored.shape[1])
+        scored, ordered, order = scored[:, :depth], ordered[:, :depth], order[:depth]
+        truth = np.zeros((len(paid), len(payees.names)))
+        for row, (train_ids, share) in zip(truth, paid, strict=True):
+            np.add.at(row, of_sample[train_ids], share)
+        shares = predicted_shares(scored, of_sample[ordered], truth, of_sample[order], payees.samples)
+        there = np.arange(len(payees.names))
+        unknown = np.full(len(there), np.nan)
+        period = Period(len(there))
+        # A prediction has no unit: what a payee holds is told as a part of 1.
+        period.add(Sums(there, payees.samples, shares.share, unknown, unknown), shares)
+        return shares_answer(self.workspace, by, payees, period.shares(), "calibration", "fast")
+
+    @cached_property
+    def _fast(self) -> FastTier:
+        fast = self.loaded.fast
+        if self.workspace.relative(fast.samples_path) != self.published.samples:
+            raise UsageError(
+                "the served index is of other training samples than the published scores: index again with the "
+                "published run's configuration"
+            )
+        return fast
+
+    def _kept(self, train_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return np.isin(train_ids, removed_ids(self.workspace, self.published.samples), invert=True)
+
+    def _order(self, picture: Image.Image, caption: str) -> NDArray[np.int64]:
+        """Return the train_ids of the head's first ranks, without those that are taken down."""
+        vectors = self._fast.vectors(self._fast.features([picture], [caption]), [caption])
+        allowed = self.loaded.catalogue(self._fast.samples_path).allowed()
+        _, train_ids = self._fast.search(vectors, DEPTH, allowed)
+        return train_ids[0][train_ids[0] >= 0]
+
+    @cached_property
+    def _calibration(self) -> tuple[NDArray[np.float64], NDArray[np.int64], list[Paid]]:
+        """Return what share of each scored query the sample at each rank has, and its train_id, (queries, depth).
+
+        And whom the teacher pays on each.
+        """
+        asked = [row for path in self.published.queries for row in self._asked(path)][:SCORED]
+        shares, orders, paid = [], [], []
+        for row in asked:
+            rows = read_influence(self.workspace, self.published.snapshot, [row["query_id"]])
+            train_ids, share = self._paid(rows)
+            if not len(train_ids):
+                continue
+            by_sample = np.zeros(len(self.loaded.catalogue(self._fast.samples_path)))
+            by_sample[train_ids] = share
+            order = self._order(as_rgb(decode_image(row["image"])), row["caption"])
+            shares.append(by_sample[order])
+            orders.append(order)
+            paid.append((train_ids, share))
+        if len(shares) < FEWEST:
+            raise UsageError(
+                f"the teacher scored {len(shares)} queries of split {CALIBRATES}, by which an index is calibrated, and "
+                f"{FEWEST} are needed: ask with --tier sketch, or score more queries"
+            )
+        depth = min(map(len, orders))  # an approximate index may find fewer for some
+        return np.stack([each[:depth] for each in shares]), np.stack([each[:depth] for each in orders]), paid
+
+    def _asked(self, path: str) -> list[dict[str, Any]]:
+        rows = tables.read(self.workspace.file(path), tables.QUERIES, columns=["query_id", "split", "caption", "image"])
+        return [row for row in rows.to_pylist() if row["split"] == CALIBRATES]
+
+    def _paid(self, rows: pa.Table) -> Paid:
+        """Return the train_ids that have a share in one query, and their shares."""
+        train_ids, influence = rows["train_id"].to_numpy(), np.maximum(rows["score"].to_numpy(), 0)
+        there = self._kept(train_ids) & (influence > 0)
+        return train_ids[there], influence[there] / influence[there].sum()
