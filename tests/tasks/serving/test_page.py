@@ -427,7 +427,7 @@ def test_tiers_are_switched_and_stand_side_by_side(page: Page, url: str) -> None
         f"{len(both)} of the {len(sketch)} images on the left are on the right as well."
     )
     page.locator("#beside").select_option("similar")
-    expect(page.locator(".column h2").nth(1)).to_have_text("Untuned features")
+    expect(page.locator(".column h2").nth(1)).to_have_text("Alike, little influence")
 
 
 def test_the_teacher_is_asked_by_a_button_and_its_answer_comes_while_one_looks_elsewhere(page: Page, url: str) -> None:
