@@ -52,6 +52,7 @@ class Batcher:
         self._changed = threading.Condition()
         self._admitted = 0  # questions from admission to answer
         self._coming = 0  # of these, those that are not in the queue yet
+        self._idle = 0  # threads that wait for a batch
         self._seconds = 0.05  # of one question, a moving mean
         self._ended = False
         self._threads = [
@@ -110,16 +111,25 @@ class Batcher:
     def _take(self) -> list[Waiting]:
         """Return the next batch; nothing at the end."""
         with self._changed:
-            while not self._queue:
-                if self._ended:
-                    return []
-                self._changed.wait()
-            until = time.monotonic() + self._wait
-            while len(self._queue) < self._size and self._coming and not self._ended:
-                left = until - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
-                    break
-            return [self._queue.popleft() for _ in range(min(self._size, len(self._queue)))]
+            self._idle += 1
+            try:
+                return self._taken()
+            finally:
+                self._idle -= 1
+
+    def _taken(self) -> list[Waiting]:
+        while not self._queue:
+            if self._ended:
+                return []
+            self._changed.wait()
+        until = time.monotonic() + self._wait
+        while len(self._queue) < self._size and self._coming and not self._ended:
+            left = until - time.monotonic()
+            if left <= 0 or not self._changed.wait(left):
+                break
+        # Threads that have nothing to do take their part: together is not faster than beside each other.
+        fair = math.ceil(len(self._queue) / max(1, self._idle))
+        return [self._queue.popleft() for _ in range(min(self._size, fair))]
 
     def _work(self) -> None:
         one_thread()

@@ -5,7 +5,8 @@ import { gallery } from "./pictures.js";
 import { TIERS, figure, percent, plural, sentence, whole, withError } from "./words.js";
 
 const CAVEAT = "This is what the model's maths says. It is not proof.";
-const UNTUNED = "What looks alike to features that know nothing of the model, without the answer's own images.";
+const ALIKE =
+  "Similar by untuned features, and far down by the head: what a search for similar pictures would name instead.";
 
 /** The label beside an answer, as a museum has one beside a picture: what matters first, the rest on demand. */
 export function label(answer) {
@@ -107,8 +108,8 @@ export function sections(answer, open) {
     ),
     section(
       "similar",
-      "Alike, yet not named",
-      "They look similar to untuned features, and the answer does not hold them.",
+      "Alike, yet of little influence",
+      "Untuned features find them similar, and the head ranks them far down.",
       answer.similar,
       open,
     ),
@@ -138,7 +139,7 @@ export function sideBySide(left, right, open) {
       "section",
       { class: "column", "aria-label": side.title },
       el("h2", { text: side.title }),
-      side.answer ? plate(side.answer, null) : line("quiet", UNTUNED),
+      side.answer ? plate(side.answer, null) : line("quiet", ALIKE),
       side.hits.length
         ? gallery(side.hits, open, (id) => (rank.has(id) ? `${other.title}: ${rank.get(id)}` : null))
         : line("empty", "Nothing is known here."),

@@ -49,7 +49,9 @@ export async function showAsk(main, params, signal, open) {
 function content([first, second], beside, open) {
   const side = (answer) => ({ title: TIERS[answer.tier].name, hits: answer.hits, answer });
   if (second) return sideBySide(side(first), side(second), open);
-  if (beside === "similar") return sideBySide(side(first), { title: "Untuned features", hits: first.similar }, open);
+  if (beside === "similar") {
+    return sideBySide(side(first), { title: "Alike, little influence", hits: first.similar }, open);
+  }
   return [label(first), sections(first, open)];
 }
 
@@ -141,7 +143,7 @@ function panel(question, params, tier) {
         ...Object.entries(TIERS)
           .filter(([name]) => name !== tier)
           .map(([name, { name: text }]) => [name, text]),
-        ["similar", "Untuned features"],
+        ["similar", "Alike, little influence"],
       ],
       change,
     ),

@@ -6,17 +6,19 @@ import { showError } from "./errors.js";
 const OPERATORS = [
   ["=", "is"],
   ["<>", "is not"],
-  ["like", "contains"],
+  ["contains", "contains"],
   [">=", "at least"],
   ["<=", "at most"],
 ];
 const NUMBER = /^(?:tiny|small|big|u)?int|^(?:u?int\d+|float|double|decimal|hugeint)/i;
 
-/** A condition as the service reads it; a quote in a name or a text is written twice. */
+const quoted = (text) => `'${text.replaceAll("'", "''")}'`;
+
+/** A condition as the service reads it. A field of the tars' .json whose name is no plain one is no column. */
 export function condition(column, operator, value) {
-  const name = /^[a-z_]\w*$/i.test(column.name) ? column.name : `"${column.name.replaceAll('"', '""')}"`;
-  const quoted = (text) => `'${text.replaceAll("'", "''")}'`;
-  if (operator === "like") return `${name} like ${quoted(`%${value}%`)}`;
+  const plain = /^[a-z_]\w{0,62}$/i.test(column.name);
+  const name = plain ? `"${column.name}"` : `(metadata->>${quoted(column.name)})`; // "group" is a word of SQL
+  if (operator === "contains") return `contains(lower(cast(${name} as varchar)), ${quoted(value.toLowerCase())})`;
   const number = NUMBER.test(column.type) && value.trim() !== "" && Number.isFinite(Number(value));
   return `${name} ${operator} ${number ? value.trim() : quoted(value)}`;
 }
