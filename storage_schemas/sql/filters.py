@@ -24,9 +24,7 @@ from storage_schemas.sql.sample_columns import SampleColumn, sample_columns, wit
 LONGEST = 2000  # characters of an expression
 SECONDS = 10.0  # that an expression may take
 KEPT = 64  # expressions whose samples are remembered
-_CLASSES = frozenset(
-    ("COLUMN_REF", "CONSTANT", "COMPARISON", "CONJUNCTION", "OPERATOR", "BETWEEN", "CASE", "CAST", "FUNCTION")
-)
+_CLASSES = {"COLUMN_REF", "CONSTANT", "COMPARISON", "CONJUNCTION", "OPERATOR", "BETWEEN", "CASE", "CAST", "FUNCTION"}
 _TYPES = {
     *("VARCHAR", "BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UINTEGER", "UBIGINT", "FLOAT"),
     *("DOUBLE", "DECIMAL", "DATE", "TIMESTAMP", "JSON"),
@@ -108,8 +106,8 @@ def checked(where: str) -> str:
     """
     if len(where) > LONGEST:
         raise RefusedFilter(f"where has {len(where):,} characters: it may have {LONGEST:,}")
-    if "\0" in where:
-        raise RefusedFilter("where holds a character NUL")
+    if any(sign == "\0" or "\ud800" <= sign <= "\udfff" for sign in where):
+        raise RefusedFilter("where holds a character that SQL has no way to write: NUL, or half of one")
     # The line breaks keep a comment at its end from what follows.
     parsed: dict[str, Any] = json.loads(_said("json_serialize_sql", f"SELECT (\n{where}\n)"))
     if parsed["error"]:
@@ -191,7 +189,9 @@ def _within_time(connection: duckdb.DuckDBPyConnection, statement: str, expressi
     except duckdb.InterruptException:
         raise RefusedFilter(f"where takes more than {SECONDS:.0f} s: ask for less") from None
     except duckdb.Error as error:
-        raise RefusedFilter(f"where {expression[:200]}: {_first_line(error)}") from None
+        # DuckDB reads `a AND b->>'c'` as `(a AND b)->>'c'`.
+        brackets = " (write (metadata->>'name') in brackets)" if "->" in expression else ""
+        raise RefusedFilter(f"where {_first_line(expression)[:200]}: {_first_line(error)}{brackets}") from None
     finally:
         timer.cancel()
 
