@@ -62,7 +62,7 @@ def choose_kind(
         return Choice(kind, ", ".join(said))
     kind = f"{_lists(rows)},PQ{_pieces(width)}"
     size = rows * bytes_each(kind, width, rows)
-    beyond = "" if memory is None or size <= memory else f", beyond {_bytes(memory)}: lists stay on disk"
+    beyond = "" if memory is None or size <= memory else f"; beyond {_bytes(memory)}, so the rest stays on disk"
     return Choice(
         kind, f"{rows:,} vectors of {width}: nothing larger fits, a byte for {width // _pieces(width)} numbers{beyond}"
     )
@@ -75,7 +75,8 @@ def _candidates(rows: int, width: int, *, half: bool) -> list[tuple[str, str]]:
     lists = _lists(rows)
     large = [(f"{lists},RaBitQ4,Refine(SQfp16)", "4 bits a number, the best looked at again in half precision")]
     short = [(f"{lists},RaBitQ{bits}", f"{bits} bits a number") for bits in BITS]
-    small = [(f"HNSW{LINKS},SQfp16", "a graph over vectors in half precision"), (f"{lists},Flat", "lists of vectors")]
+    # Lists first: they are trained in minutes where a graph takes hours, and can be made in parts.
+    small = [(f"{lists},Flat", "lists of vectors"), (f"HNSW{LINKS},SQfp16", "a graph over vectors in half precision")]
     if rows <= EXACT_ROWS:
         return [*exact, *small, *short]
     return [*small, *short] if rows <= GRAPH_ROWS else [*large, *short]
