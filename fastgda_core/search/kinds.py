@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+FLAT_ROWS = 20_000  # up to which vectors are kept as they are: a scan of more is twice as fast in half precision
 EXACT_ROWS = 200_000  # up to which every vector is looked at
 GRAPH_ROWS = 10_000_000  # up to which vectors stay whole, or half as long, in memory
 SCANNED_A_SECOND = 10e9  # bytes
@@ -61,7 +62,7 @@ def choose_kind(
         return Choice(kind, ", ".join(said))
     kind = f"{_lists(rows)},PQ{_pieces(width)}"
     size = rows * bytes_each(kind, width, rows)
-    beyond = "" if memory is None or size <= memory else f", beyond {_bytes(memory)}: lists stay on disk"
+    beyond = "" if memory is None or size <= memory else f"; beyond {_bytes(memory)}, so the rest stays on disk"
     return Choice(
         kind, f"{rows:,} vectors of {width}: nothing larger fits, a byte for {width // _pieces(width)} numbers{beyond}"
     )
@@ -69,12 +70,13 @@ def choose_kind(
 
 def _candidates(rows: int, width: int, *, half: bool) -> list[tuple[str, str]]:
     """Return kinds and what speaks for each, the most accurate first."""
-    whole = [] if half else [("Flat", "every vector is looked at")]
+    whole = [] if half or rows > FLAT_ROWS else [("Flat", "every vector is looked at")]
     exact = [*whole, ("SQfp16", "every vector is looked at, in half precision")]
     lists = _lists(rows)
     large = [(f"{lists},RaBitQ4,Refine(SQfp16)", "4 bits a number, the best looked at again in half precision")]
     short = [(f"{lists},RaBitQ{bits}", f"{bits} bits a number") for bits in BITS]
-    small = [(f"HNSW{LINKS},SQfp16", "a graph over vectors in half precision"), (f"{lists},Flat", "lists of vectors")]
+    # Lists first: they are trained in minutes where a graph takes hours, and can be made in parts.
+    small = [(f"{lists},Flat", "lists of vectors"), (f"HNSW{LINKS},SQfp16", "a graph over vectors in half precision")]
     if rows <= EXACT_ROWS:
         return [*exact, *small, *short]
     return [*small, *short] if rows <= GRAPH_ROWS else [*large, *short]

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastgda_core.search.build import Vectors, faiss
 
 MANY = 16  # queries from which this is faster
-MORE = 4  # times k vectors are named
+MORE = 2  # times k vectors are named
 ROWS = 2**15  # compared at a time
 # Of the lengths' product: two factors are rounded by 2^-9 each, and so is the result.
 ROUNDED = 3 * 2.0**-9
