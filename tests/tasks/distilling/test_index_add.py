@@ -19,10 +19,11 @@ from storage_schemas.workspace import Workspace
 from tasks.distilling.index import read_index_mean
 from tasks.distilling.index_add import add_to_search_index, read_parent
 from tasks.distilling.opened_index import open_search_index
+from tasks.distilling.vectors import read_vectors
 from tasks.distilling.versions import load_trained_head
 from tasks.inputs.samples import sample_images, samples_table
 from tests import tiny
-from tests.tasks.whole_runs import SAMPLES, WholeRun
+from tests.tasks.whole_runs import AXES, SAMPLES, WholeRun
 
 ADDED = 6
 
@@ -100,12 +101,16 @@ def test_without_the_vectors_of_its_parent_an_index_is_not_added_to(copied: Work
 
 @pytest.mark.heavy
 def test_a_gradient_head_sketches_what_is_added(solved: WholeRun, tmp_path: Path) -> None:
-    """A copy of an old sample's image and caption under another name gets nearly the vector of the old one."""
+    """Copies of old samples under other names: their features are the same, their sketches are under other noise."""
     root = tmp_path / "workspace"
     shutil.copytree(solved.workspace.root, root)
     members = [(f"copy-{name}", content) for name, content in tiny.sample_members(range(3))]
     tar = tiny.write_tar(tmp_path / "copies.tar", members)
     parent = read_parent(Workspace.at(root))
     added = add_to_search_index.fn(parent, [tar])
-    assert read_index_record(added.artifact.path).kind == "SQfp16"
-    assert open_search_index(added.artifact.path).vectors == SAMPLES + 3
+    record = read_index_record(added.artifact.path)
+    assert record.kind == "SQfp16" and open_search_index(added.artifact.path).vectors == SAMPLES + 3
+    old, new = (read_vectors(root / "vectors" / key / "part-00000.parquet") for key in record.vectors)
+    assert new.train_ids.tolist() == [SAMPLES, SAMPLES + 1, SAMPLES + 2]
+    np.testing.assert_allclose(new.vectors[:, -AXES:], old.vectors[:3, -AXES:], atol=1e-5)
+    assert (np.abs(new.vectors[:, :-AXES]).sum(axis=1) > 0).all(), "zeros stand for a sample without a gradient"
