@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -246,8 +247,9 @@ class Attributor:
         self, pictures: Sequence[Picture], captions: Sequence[Caption], settings: Settings
     ) -> list[Answer]:
         vectors, features = self.encode_both(pictures, captions)
-        asked = [name_of(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
-        return self._by_vectors(vectors, asked, settings, features)
+        both = list(zip(pictures, captions, strict=True))
+        answers = self._by_vectors(vectors, [name_of(*each) for each in both], settings, features)
+        return [_of_part(answer, *each) for answer, each in zip(answers, both, strict=True)]
 
     def _by_vectors(
         self, vectors: NDArray[np.float32], asked: Sequence[str], settings: Settings, features: Tensor | None
@@ -352,3 +354,14 @@ class Attributor:
             influence=lists.influence,
             notes=lists.notes,
         )
+
+
+def _of_part(answer: Answer, picture: Picture, caption: Caption) -> Answer:
+    """Return an answer to a question that may lack a part, without the predictions that were learned with both."""
+    lacks = "image" if picture is None else "caption" if caption is None else ""
+    if not lacks:
+        return answer
+    note = f"asked without the {lacks}: the agreement above was measured with both, and nothing is predicted"
+    bare: dict[str, Any] = {"predicted_rank": None, "score": None, "standard_error": None}
+    hits, lowering = ([replace(hit, **bare) for hit in each] for each in (answer.hits, answer.lowering))
+    return replace(answer, hits=hits, lowering=lowering, notes=[note, *answer.notes])
