@@ -145,6 +145,11 @@ def set_up(level: str, form: str) -> None:
     warnings.filterwarnings("ignore", message=f"Logger '{ROOT}")  # Prefect's, of records outside of a flow run
 
 
+def shown(level: str) -> bool:
+    """Return whether records of this level are written to standard error."""
+    return _standard_error.level <= LEVELS[level] and logging.getLogger(ROOT).isEnabledFor(LEVELS[level])
+
+
 def default_level() -> str:
     """Return `warning` at a terminal, where a person wants the result, else `info`, as a log is read later."""
     return "warning" if sys.stderr.isatty() else "info"

@@ -81,6 +81,11 @@ class Catalogue:
             found[left_out] = False
         return found
 
+    def newest_take_down(self) -> int:
+        """Look whether there is a newer take-down, and return the newest one's number; 0: there is none."""
+        self._without_removed()
+        return self._tombstones.number if self._tombstones is not None else 0
+
     def _without_removed(self) -> NDArray[np.bool_] | None:
         """Look whether there is a newer take-down, and return who is left; None: all."""
         with self._lock:

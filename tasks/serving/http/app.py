@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -46,7 +45,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type", "x-api-key"],
         )
-    app.add_middleware(Guard, service=service, access_log=logging.getLogger(logs.ROOT).isEnabledFor(logging.INFO))
+    app.add_middleware(Guard, service=service, access_log=logs.shown("info"))
     return app
 
 

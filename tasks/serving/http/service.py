@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from tasks.serving.answers import Answer
 from tasks.serving.http.answering import answer_alone, answer_batch
 from tasks.serving.http.audit import Audit
 from tasks.serving.http.batching import Batcher, Full, Ticket, Waiting
-from tasks.serving.http.cache import Pictures
+from tasks.serving.http.cache import Answers, Pictures
 from tasks.serving.http.engine import Engine
 from tasks.serving.http.jobs import Job, Jobs
 from tasks.serving.http.keys import Caller, Keys
@@ -42,6 +43,7 @@ class Service:
         self.engine = Engine(self.workspace, self.metrics, settings.poll_seconds)
         self.keys = Keys(Path(settings.keys)) if settings.keys else None
         self.audit = Audit(Path(settings.audit or f"{settings.keys}.audit.jsonl")) if settings.keys else None
+        self.answers = Answers()
         self.pictures = Pictures(self.limits.thumbnail_bytes)
         self.batcher = Batcher(
             self._answer_batch,
@@ -91,7 +93,10 @@ class Service:
 
     async def answer(self, question: Question, ticket: Ticket) -> Answer:
         """Answer a question of tier fast or sketch; those of tier fast together with others of the same time."""
-        attributor = self.engine.current
+        attributor, started = self.engine.current, time.perf_counter()
+        key = Answers.key(attributor, question)
+        if key is not None and (kept := self.answers.get(key, started)) is not None:
+            return kept
         if question.where is not None and question.tier == "fast":  # it is kept: no other question waits for it
             await self.slowly(lambda: attributor.catalogue(attributor.fast.samples_path).allowed(question.where))
         picture = None
@@ -102,7 +107,10 @@ class Service:
             self.engine.query(question.query_id)
         if question.tier != "fast":
             return await self.slowly(lambda: answer_alone(attributor, question, picture))
-        return await asyncio.wrap_future(ticket.put(question, picture))
+        answer = await asyncio.wrap_future(ticket.put(question, picture))
+        if key is not None and answer.versions.published == attributor.versions.published:
+            self.answers.put(key, answer)
+        return answer
 
     async def begin(self, question: Question, caller: Caller) -> Job:
         """Begin a question of tier exact."""

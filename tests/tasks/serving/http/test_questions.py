@@ -15,6 +15,9 @@ from starlette.testclient import TestClient
 from tasks.distilling.versions import load_trained_head
 from tasks.inputs.features import load_features
 from tasks.inputs.queries import load_queries
+from tasks.serving.attributor import Attributor
+from tasks.serving.http.cache import Answers
+from tasks.serving.http.questions import Question
 from tests.tasks.serving.http.conftest import serving, settings_of
 from tests.tasks.whole_runs import WholeRun
 
@@ -148,3 +151,23 @@ def test_a_question_without_a_published_index_is_told_what_is_missing(tmp_path: 
         assert found.status_code == 503 and "no published run" in found.json()["error"]
         asked = client.post("/v1/attribute", json={"query_id": "x"})
         assert asked.status_code == 503 and asked.headers["retry-after"]
+
+
+def test_an_answer_to_a_stored_query_is_kept_until_a_version_or_a_take_down_is_new(
+    client: TestClient, similar: WholeRun
+) -> None:
+    attributor = Attributor(similar.workspace)
+    asked = [Question(query_id="s0001", k=k) for k in (3, 3, 4)]
+    keys = [Answers.key(attributor, question) for question in asked]
+    assert keys[0] == keys[1] != keys[2] and None not in keys
+    assert Answers.key(attributor, Question(vector=[1.0])) is None
+    kept, answer = Answers(most=2), attributor.attribute_query("s0001", 3)
+    kept.put(keys[0], answer)
+    found = kept.get(keys[1], 0.0)
+    assert found is not None and found.hits == answer.hits and found.seconds != answer.seconds
+    assert kept.get(keys[2], 0.0) is None
+    for number in range(2):
+        kept.put(number, answer)
+    assert kept.get(keys[0], 0.0) is None
+    first, second = (client.post("/v1/attribute", json={"query_id": "s0002", "k": 5}).json() for _ in range(2))
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
