@@ -73,7 +73,7 @@ function details({ agreement, versions, influence, lineage, seconds }) {
       "Recall",
       versions.recall_at_100 === null
         ? "not measured"
-        : `${figure(versions.recall_at_10)} of the first 10, ${figure(versions.recall_at_100)} of the first 100`,
+        : `${percent(versions.recall_at_10)} of the first 10, ${percent(versions.recall_at_100)} of the first 100`,
     ],
     [
       "Influence",

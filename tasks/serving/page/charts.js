@@ -50,7 +50,7 @@ export function history(title, points) {
       .filter((value, index, all) => index === 0 || value - all[0] > 1e-6)
       .map((value) => [
         svg("line", { class: "grid", x1: 36, x2: WIDTH, y1: y(value), y2: y(value) }),
-        svg("text", { x: 0, y: y(value) + 4, text: value.toFixed(3) }),
+        svg("text", { x: 0, y: y(value) + 4, text: value.toFixed(value > 0.999 ? 4 : 3) }),
       ]),
     svg("path", { class: "line", d: line }),
     path.map(([point, index]) => [

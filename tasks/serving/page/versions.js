@@ -4,7 +4,7 @@ import * as api from "./api.js";
 import { history } from "./charts.js";
 import { el, facts, line, put } from "./dom.js";
 import { errorLine } from "./errors.js";
-import { date, figure, whole, withError } from "./words.js";
+import { date, percent, whole, withError } from "./words.js";
 
 export function showVersions(main, _params, signal) {
   const body = el("div", {}, line("quiet", "Versions are being read"));
@@ -62,8 +62,8 @@ function version(each) {
   const figures = [
     ["Images", each.vectors === undefined ? null : whole(each.vectors)],
     ["mAP", withError(each.map, each.map_error)],
-    ["Recall@10", figure(each.recall_at_10)],
-    ["Recall@100", figure(each.recall_at_100)],
+    ["Recall@10", percent(each.recall_at_10)],
+    ["Recall@100", percent(each.recall_at_100)],
     ["Head", each.head ? short(each.head) : null],
   ];
   return el(

@@ -40,8 +40,11 @@ export function withError(number, error) {
   return scale ? `(${both}) × ${power(scale)}` : both;
 }
 
-export function percent(part, digits = 1) {
-  return part === null || part === undefined ? "–" : `${(100 * part).toFixed(digits)} %`;
+/** A share in percent. What is not all of it is never rounded to 100 %. */
+export function percent(part) {
+  if (part === null || part === undefined) return "–";
+  const almost = part < 1 && part >= 0.9995;
+  return `${almost ? (Math.floor(1e5 * part) / 1e3).toFixed(3) : (100 * part).toFixed(1)} %`;
 }
 
 /** Where a normalised rank lies: 0.004 is among the first 0.4 %. */

@@ -184,6 +184,13 @@ def test_figures_are_written_as_far_as_their_errors_count(page: Page) -> None:
         assert found == text
 
 
+def test_what_is_not_all_is_never_a_hundred_percent(page: Page) -> None:
+    page.goto("/")
+    said = {1.0: "100.0 %", 0.99975: "99.975 %", 0.999999: "99.999 %", 0.9994: "99.9 %", 0.0004: "0.0 %"}
+    for part, text in said.items():
+        assert page.evaluate("async (part) => (await import('/words.js')).percent(part)", part) == text
+
+
 def test_conditions_quote_names_and_values(page: Page) -> None:
     page.goto("/")
     said = {
