@@ -104,6 +104,6 @@ def evaluate(config: PipelineConfig, index: str | None = None) -> Evaluation:
     checks = read_checks(context.workspace, labels.run)
     metrics = measure_head(context, labels.samples, labels.queries, labels.ranks, trained, checks)
     calibrate(context, labels.samples, labels.queries, labels.ranks, trained, metrics.artifact)
-    evaluation = promote(context.workspace, config.evaluation, trained, built, metrics)
+    evaluation = promote(context.workspace, config.evaluation, built, metrics)
     announce_metrics(context, evaluation, trained, labels)
     return evaluation

@@ -275,6 +275,14 @@ def remove(path: AnyPath) -> None:
     path.unlink(missing_ok=True)
 
 
+def remove_folder(folder: AnyPath) -> None:
+    """Delete a folder and all files below it, whoever else does so at the same time."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        folder.fs.rm(folder.path, recursive=True)
+
+
 @contextmanager
 def _written(path: Path, content: bytes) -> Iterator[Path]:
     """Write a durable file under a hidden name beside `path`; it is deleted after the block."""

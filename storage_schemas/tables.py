@@ -460,6 +460,24 @@ TOMBSTONES = Table(
     ),
 )
 
+TRAIN_IDS = pa.list_(pa.field("element", pa.int64(), nullable=False))
+
+ANSWERS_CHANGED = Table(
+    "answers_changed",
+    "a query whose first ten samples changed when what is published now was published: `fastgda diff` compares others",
+    schema(
+        ("before", pa.string(), "a snapshot"),
+        ("after", pa.string(), "the snapshot that is compared with it"),
+        ("query_id", pa.string(), "the query"),
+        ("k", pa.int32(), "how many of its first samples are compared; none that is taken down is among them"),
+        ("change", pa.string(), "changed: other samples; reordered: the same; new, gone: the query is in one alone"),
+        ("overlap", pa.float64(), "share of the samples that are in both"),
+        ("moved", pa.int64(), "of these, how many have another place"),
+        ("entered", TRAIN_IDS, "train_ids that came, best first"),
+        ("dropped", TRAIN_IDS, "train_ids that went, best first, as the snapshot before numbers them"),
+    ),
+)
+
 EXACT_CHECK = Table("exact_check", "a pair that the exact teacher scored too", SCORES.schema)
 
 RANKS_VIEW = Table(

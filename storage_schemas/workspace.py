@@ -27,7 +27,9 @@ class Workspace:
         *("scores", "exact_checks", "teacher_checks", "ranks", "runs", "snapshots", "published", "leases"),
         *("heads", "indexes", "metrics", "studies", "reports", "finished", "quarantine", "parts"),
         *("sketches", "retrainings"),
-        *("tombstones", "vectors"),
+        "tombstones",
+        "vectors",
+        "calibrations",
     )
     # Of kinds of parts that are older than `parts`, or are asked for by themselves.
     OWN_FOLDERS: ClassVar[Mapping[str, str]] = {
@@ -197,8 +199,12 @@ class Workspace:
         return self.root / "metrics" / f"{key}.parquet"
 
     def calibration(self, metrics: str) -> AnyPath:
-        """What the similarities of a head say of rank and score, beside the metrics of this key: `Calibration`."""
-        return self.root / "metrics" / f"{metrics}.calibration.json"
+        """What the similarities of a head say of rank and score, by the key of its metrics: `Calibration`."""
+        return self.root / "calibrations" / f"{metrics}.json"
+
+    def evaluation(self, key: str) -> AnyPath:
+        """JSON beside the metrics of this key: which head they are of, on which snapshot: `EvaluationRecord`."""
+        return self.root / "metrics" / f"{key}.json"
 
     def study(self, key: str) -> AnyPath:
         """Folder of a study's parts, one for each head that it trained, and of the table of all."""

@@ -23,6 +23,7 @@ from rich.console import Console
 from fastgda_core.errors import UsageError
 from flows.commands.answers import attribute, sql
 from flows.commands.demo import demo, train_demo_model
+from flows.commands.index import index_app
 from flows.commands.lake import lake_app
 from flows.commands.lineage import lineage
 from flows.commands.metrics import metrics
@@ -95,6 +96,7 @@ for command in (
     metrics,
 ):
     app.command()(command)
+app.add_typer(index_app)
 app.add_typer(ledger_app)
 app.add_typer(lake_app)
 

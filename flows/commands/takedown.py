@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import getpass
+import json
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastgda_core.errors import UsageError
-from flows.commands.options import DEFAULT_WORKSPACE, WorkspaceOption
+from flows.commands.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption
 from flows.commands.terminal import say, warn
 from flows.commands.text_table import print_rows
 from storage_schemas.which_workspace import command
@@ -108,4 +110,33 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:NAMES]) + more
 
 
-takedown_commands = (remove,)
+def diff(
+    before: Annotated[str, typer.Argument(metavar="SNAPSHOT", help="`fastgda sql` names them: heads.snapshot.")],
+    after: Annotated[str, typer.Argument(metavar="SNAPSHOT", help="The one that is compared with it.")],
+    k: Annotated[int, typer.Option("-k", "--k", min=1, help="How many of each query's first samples.")] = 10,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Which queries' first k samples changed between two snapshots of scores, and which samples came and went.
+
+    Example: `fastgda diff openmoji-1b2c3d4e5f-0a1b2c3d openmoji-2c3d4e5f6a-1b2c3d4e -k 20`
+    """
+    from storage_schemas.snapshots.changes import answers_changed
+
+    rows = answers_changed(Workspace.at(workspace), before, after, k).to_pylist()
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    shown = [
+        [row["query_id"], row["change"], f"{row['overlap']:.2f}", str(row["moved"])]
+        + [", ".join(map(str, row[name])) or "-" for name in ("entered", "dropped")]
+        for row in rows
+    ]
+    if shown:
+        print_rows(["query_id", "", "overlap", "moved", "entered", "dropped"], shown, sys.stdout)
+    counted = Counter(row["change"] for row in rows)
+    found = ", ".join(f"{count:,} {change}" for change, count in counted.most_common()) or "none changed"
+    say(f"queries by their first {k} samples: {found}")
+
+
+takedown_commands = (remove, diff)

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, TypeVar
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
+from storage_schemas import tables
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, is_there, matching, read_if_there, write_changed
 from storage_schemas.runs.ledger import read_run
@@ -51,7 +56,6 @@ class HeadRecord(BaseModel):
     solved: dict[str, float] = Field(default_factory=dict, description="validation mAP by choice")
     imported_from: str | None = Field(default=None, description="file name of a checkpoint of FastGDA's release")
     sha256: str | None = Field(default=None, description="of that file")
-    tombstones: int = Field(default=0, description="the newest take-down whose samples it was made without; 0: none")
     origin: str = Field(default="", description="the Prefect flow run that it was made in")
     code_version: str = ""
 
@@ -73,7 +77,6 @@ class IndexRecord(BaseModel):
 
     head: str = Field(default="", description="version of the head")
     samples: str | None = Field(default=None, description="the table of samples, relative to the workspace")
-    tombstones: int = Field(default=0, description="the newest take-down whose samples it was made without; 0: none")
     kind: str = Field(default="", description="FAISS's factory string")
     reason: str = Field(default="", description="why it is this one")
     faiss: str = Field(default="", description="version of FAISS that wrote it, which has to read it")
@@ -104,7 +107,7 @@ class Curve(BaseModel):
 
 
 class Calibration(BaseModel):
-    """`metrics/<key>.calibration.json`: what a head's similarities say of the teacher's rank and score."""
+    """`calibrations/<key>.json`: what a head's similarities say of the teacher's rank and score."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -229,6 +232,17 @@ def taught_by(workspace: Workspace) -> dict[str, str]:
     """Return the run that each head learned from, by the head's version; empty where it was imported."""
     heads = [path.parent for path in matching(workspace.root / "heads", f"*/{HEAD_FILE}")]
     return {head.name: read_head_record(head).run or "" for head in heads}
+
+
+def holds_any(index: AnyPath, train_ids: NDArray[np.int64]) -> bool:
+    """Return whether an index has vectors of any of these samples; true where its list of them is gone."""
+    if not len(train_ids):
+        return False
+    chosen = pc.field("train_id").isin(pa.array(train_ids, pa.int64()))
+    try:
+        return bool(tables.read(index / INDEX_IDS, tables.INDEX_IDS, chosen).num_rows)
+    except FileNotFoundError:
+        return True
 
 
 def indexed_tables(workspace: Workspace) -> dict[str, str]:

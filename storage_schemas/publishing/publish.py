@@ -15,6 +15,7 @@ from storage_schemas.snapshots.published import (
     NotPublished,
     OtherRelease,
     Published,
+    Served,
     listed_version,
     newest_version,
     parsed,
@@ -23,6 +24,8 @@ from storage_schemas.snapshots.published import (
 from storage_schemas.snapshots.snapshots import Snapshot, make_snapshot, read_snapshot
 from storage_schemas.sql.views import write_catalog
 from storage_schemas.workspace import Workspace
+
+SERVED_KEPT = 50  # versions that a rollback can lead back through
 
 
 def publish_runs(
@@ -64,6 +67,8 @@ def _showing(
     last = records[-1]
     kept = before if before is not None and before.snapshot == snapshot.snapshot else None
     served = before if before is not None and before.samples == last.samples else None
+    # What answered comes back by a rollback when its data is published again.
+    history = [] if before is None else before.served_before if served else with_served(before)
     return Published(
         layout_version=LAYOUT_VERSION,
         snapshot=snapshot.snapshot,
@@ -82,8 +87,26 @@ def _showing(
         head=served.head if served else None,
         index=served.index if served else None,
         index_samples=served.index_samples if served else None,
+        served_before=history,
+        pruned=before.pruned if before else [],
+        snapshot_before=kept.snapshot_before if kept else before.snapshot if before else None,
         config=last.config,
     )
+
+
+def with_served(published: Published) -> list[Served]:
+    """Return where a rollback leads from what is served now on, when something else is served."""
+    before = published.served_before
+    if published.index is None or published.head is None or published.index_samples is None:
+        return before
+    now = Served(
+        index=published.index,
+        head=published.head,
+        index_samples=published.index_samples,
+        metrics=published.metrics,
+        snapshot=published.snapshot,
+    )
+    return [*before, now][-SERVED_KEPT:]
 
 
 def retract_run(workspace: Workspace, run: str) -> Published | None:

@@ -142,7 +142,7 @@ def _planned(workspace: Workspace, before: Tombstones, train_ids: Sequence[int],
     images = frozenset(row.image_sha256 for row in asked)
     removed = [
         RemovedSample(samples=table, train_id=train_id, key=key, image_sha256=image)
-        for table in searched
+        for table in (searched if images else [])
         for train_id, key, image in samples_of_images(workspace.file(table), images)
     ]
     record = Tombstone(
@@ -174,12 +174,13 @@ def _samples(workspace: Workspace) -> tuple[str, int]:
         if indexed is None:
             raise
         return indexed.samples, 0
-    if published.samples is None:
+    samples = published.index_samples or published.samples
+    if samples is None:
         raise NoSuchSample(
             f"run {published.run} was imported without its samples, so no image is known by a train_id: "
             "`fastgda import-release --samples` names their table"
         )
-    return published.samples, published.version
+    return samples, published.version
 
 
 def _named(workspace: Workspace, samples: str, train_ids: Sequence[int]) -> list[RemovedSample]:

@@ -20,6 +20,18 @@ from storage_schemas.workspace import Workspace
 LAYOUT_VERSION = "3"  # of current.json and of what it names
 
 
+class Served(BaseModel):
+    """What answered before something else did: paths relative to the workspace."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    index: str
+    head: str
+    index_samples: str
+    metrics: str | None = None
+    snapshot: str = Field(description="that the metrics are of")
+
+
 class Published(BaseModel):
     """`published/<number>.json`: the files that SQL, `attribute` and the report read, relative to the workspace."""
 
@@ -43,6 +55,9 @@ class Published(BaseModel):
     head: str | None = None
     index: str | None = None
     index_samples: str | None = Field(default=None, description="table that the index's train_ids number")
+    served_before: list[Served] = Field(default_factory=list, description="where a rollback leads, the last first")
+    pruned: list[str] = Field(default_factory=list, description="index versions that are being deleted")
+    snapshot_before: str | None = Field(default=None, description="the snapshot that was published before this one")
     config: dict[str, object] = Field(description="the pipeline's configuration")
 
 

@@ -36,7 +36,7 @@ from storage_schemas.database import (
     rows_of,
 )
 from storage_schemas.errors import StoreError
-from storage_schemas.files import AnyPath, matching, temporary_name
+from storage_schemas.files import AnyPath, is_there, matching, temporary_name
 from storage_schemas.heads.records import (
     HEAD_FILE,
     check_tables,
@@ -48,11 +48,13 @@ from storage_schemas.indexed_samples import Indexed, read_indexed
 from storage_schemas.runs.ledger import read_compaction, read_run, run_names
 from storage_schemas.runs.records import Part
 from storage_schemas.runs.sketches import sketch_rows
+from storage_schemas.snapshots.changes import DEFAULT_K, changes_sql
 from storage_schemas.snapshots.published import NotPublished, OtherRelease, Published, read_published
 from storage_schemas.snapshots.snapshots import Snapshot, read_snapshot
 from storage_schemas.sql.answers import Answer
 from storage_schemas.sql.masks import Masks, tombstone_rows
 from storage_schemas.table import Table
+from storage_schemas.tombstones import without
 from storage_schemas.workspace import Workspace, regenerated, retrained, twins_beside
 
 
@@ -184,9 +186,9 @@ class _State:
 
     @property
     def samples(self) -> str | None:
-        """The published samples, and before there are any those that were indexed last."""
+        """The published samples with those that were added to the served index, or else those indexed last."""
         if self.published is not None:
-            return self.published.samples
+            return self.published.index_samples or self.published.samples
         return self.indexed.samples if self.indexed else None
 
     @property
@@ -232,7 +234,17 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, s
     checked = [_select(tables.SCORES, exact) + left_out.rows(tables.SCORES)] if exact else []
     _create_view(connection, tables.EXACT_CHECK, checked)
     _create_view(connection, tables.RUN_SCORES, _run_scores(workspace, state))
+    _create_view(connection, tables.ANSWERS_CHANGED, _changes(workspace, state))
     _load(connection, workspace, state)
+
+
+def _changes(workspace: Workspace, state: _State) -> Iterator[str]:
+    """Yield SQL for what the newest snapshot changed."""
+    published = state.published
+    before = published.snapshot_before if published else None
+    if published is not None and before is not None and is_there(workspace.snapshot(before)):
+        tombstones = state.masks.tombstones
+        yield f"({changes_sql(workspace, before, published.snapshot, DEFAULT_K, tombstones)})"
 
 
 def _twins(workspace: Workspace, queries: Iterable[str]) -> Iterator[str]:
@@ -319,7 +331,7 @@ def _load(connection: duckdb.DuckDBPyConnection, workspace: Workspace, state: _S
     shards = [tables.read(path, tables.SHARDS) for path in ledgers]
     left_out = {run: workspace.quarantined_samples(run) for run in state.runs}
     quarantined = [
-        state.masks.of_run(run).shown(tables.read(path, tables.QUARANTINED_SAMPLES))
+        without(tables.read(path, tables.QUARANTINED_SAMPLES), state.masks.of_run(run).train_ids)
         for run, path in left_out.items()
         if path.exists()
     ]
@@ -391,7 +403,7 @@ def _head_rows(workspace: Workspace, state: _State) -> pa.Table:
                 "best_epoch": head.best_epoch,
                 "validation_map": head.validation_map,
                 "served": bool(state.published and state.published.head == workspace.relative(path.parent)),
-                "stale": state.masks.stale(samples.get(head.run or ""), since=head.tombstones),
+                "stale": state.masks.stale(samples.get(head.run or "")),
             }
         )
     return pa.Table.from_pylist(rows, schema=tables.HEADS.schema)
@@ -406,6 +418,7 @@ def _index_rows(workspace: Workspace, state: _State) -> pa.Table:
             continue
         served = bool(state.published and state.published.index == workspace.relative(path.parent))
         about = read_index_record(path.parent)
+        # Indexes of earlier releases do not name their head: of the served one it is known.
         head = about.head or ((state.published.head or "").rsplit("/", 1)[-1] if served and state.published else "")
         rows.append(
             {
@@ -414,7 +427,7 @@ def _index_rows(workspace: Workspace, state: _State) -> pa.Table:
                 "vectors": manifest.rows,
                 "size": manifest.size,
                 "served": served,
-                "stale": state.masks.stale(samples.get(path.parent.name), since=about.tombstones),
+                "stale": state.masks.stale_index(path.parent, samples.get(path.parent.name)),
                 "kind": about.kind,
                 "recall_at_10": about.recall_at_10,
                 "recall_at_100": about.recall_at_100,

@@ -22,6 +22,7 @@ from fastgda_core.features import text_space
 from fastgda_core.ranking.head import RankHead
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table, input_key
+from storage_schemas.heads.evaluations import EvaluationRecord, write_evaluation
 from storage_schemas.heads.records import EXACT_CHECK
 from storage_schemas.snapshots.snapshots import read_ranks
 from storage_schemas.workspace import Workspace
@@ -60,7 +61,9 @@ def measure_head(
         table = pa.concat_tables([measured, *(tables.read(check.path, tables.METRICS) for check in others)])
         return commit_table(path, table, tables.METRICS, key=key, started=started)
 
-    return once(Artifact("evaluation", key, path, 0), path, make, alone_in=context.workspace)
+    made = once(Artifact("evaluation", key, path, 0), path, make, alone_in=context.workspace)
+    write_evaluation(context.workspace, key, EvaluationRecord(head=head.key, snapshot=ranks.key))
+    return made
 
 
 def _head_rows(

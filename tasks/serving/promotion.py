@@ -9,9 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from storage_schemas.heads.metrics_history import mean_value
-from storage_schemas.heads.records import index_samples
-from storage_schemas.publishing.publish import update_published
-from storage_schemas.snapshots.published import Published
+from storage_schemas.publishing.serving import NotPromoted, promote_index
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made
 from tasks.config.distilling import EvaluationConfig
@@ -31,13 +29,11 @@ class Evaluation:
 
 
 @task(task_run_name="promotion", cache_policy=NO_CACHE)
-def promote(
-    workspace: Workspace, config: EvaluationConfig, head: Artifact, index: Artifact, metrics: Made
-) -> Evaluation:
-    """Serve a head, its index and its metrics together, unless they are refused.
+def promote(workspace: Workspace, config: EvaluationConfig, index: Artifact, metrics: Made) -> Evaluation:
+    """Serve an index, its head and its metrics together, unless they are refused.
 
-    They are refused below the floors of the configuration, and where they are of other training data than what is
-    published.
+    They are refused below the floors of the configuration, where they are of other training data than what is
+    published, and where they are worse than what is served.
     """
     tuned, untuned = (
         mean_value(metrics.artifact.path, "mAP", space, config.validation_cutoff) for space in ("tuned", "untuned")
@@ -52,7 +48,7 @@ def promote(
             f"{what}, {tuned / untuned:.2f} x the untuned features', below evaluation.gain_floor {config.gain_floor}"
         )
     if not refused:
-        refused = _serve(workspace, head, index, metrics.artifact)
+        refused = _serve(workspace, index, metrics.artifact)
     if refused:
         log.info("index %s is not promoted: %s", index.key, refused)
     else:
@@ -60,24 +56,10 @@ def promote(
     return Evaluation(metrics, index, tuned, untuned, refused)
 
 
-def _serve(workspace: Workspace, head: Artifact, index: Artifact, metrics: Artifact) -> str:
-    """Serve head, index and metrics beside what is published by now; return why that cannot be, or an empty text."""
-    paths = {"head": head.path, "index": index.path, "metrics": metrics.path}
-    served = {name: workspace.relative(path) for name, path in paths.items()}
-    samples, refused = index_samples(workspace, head.path, index.path), ""
-
-    def change(before: Published | None) -> Published | None:
-        nonlocal refused
-        if before is None:
-            refused = f"{workspace.root} has no published run: `fastgda publish RUN`, then evaluate again"
-        elif before.samples != samples:
-            refused = (
-                f"index {index.key} is of {samples}, what is published of {before.samples}, where a train_id means "
-                "another image: `fastgda publish` a run of the index's data, or train and index on what is published"
-            )
-        else:
-            refused = ""
-        return before if refused or before is None else before.model_copy(update={**served, "index_samples": samples})
-
-    update_published(workspace, change)
-    return refused
+def _serve(workspace: Workspace, index: Artifact, metrics: Artifact) -> str:
+    """Serve an index beside what is published by now; return why that cannot be, or an empty text."""
+    try:
+        promote_index(workspace, index.key, metrics=workspace.relative(metrics.path))
+    except NotPromoted as error:
+        return str(error)
+    return ""

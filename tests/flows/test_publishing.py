@@ -26,7 +26,7 @@ from tasks.distilling.labels import Labels
 from tasks.judging.kept_checks import publish_checks
 from tasks.judging.study import _publish
 from tasks.serving.promotion import promote
-from tests.storage_schemas.workspaces import finish_run, write_table
+from tests.storage_schemas.workspaces import commit_index, finish_run, write_table
 from tests.tasks.configs import document
 
 # What they import is there already, so that forty begin in a second.
@@ -45,11 +45,10 @@ def take_out(root: str, run: str) -> None:
 
 def serve(root: str, name: str) -> None:
     context = _context(root)
-    folders = {kind: context.workspace.root / kind / name for kind in ("heads", "indexes")}
-    stages = {kind: Artifact(kind, name, path, 1) for kind, path in folders.items()}
+    index = Artifact("index", name, context.workspace.index(name), 1)
     metrics = Artifact("evaluation", name, context.workspace.metrics(name), 1)
     floors = context.config.evaluation
-    promote.fn(context.workspace, floors, stages["heads"], stages["indexes"], Made(metrics, 0.0, True))
+    promote.fn(context.workspace, floors, index, Made(metrics, 0.0, True))
 
 
 def study(root: str, name: str) -> None:
@@ -97,9 +96,7 @@ def workspace_with(root: Path, *, published: Sequence[str], others: Sequence[str
     ]
     samples = read_published(Workspace(root)).samples
     for name in promoted:
-        folder = root / "indexes" / name
-        folder.mkdir(parents=True)
-        (folder / "index.json").write_text(json.dumps({"head": name, "samples": samples}))
+        commit_index(Workspace(root), name, samples or "", head=name)
     for name in promoted:
         write_table(root / "metrics" / f"{name}.parquet", tables.METRICS, rows)
     write_table(root / "studies" / "any", tables.STUDY, [row | LOSS for row in rows])

@@ -13,7 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage_schemas import tables
-from storage_schemas.commit import commit_table, input_key
+from storage_schemas.commit import commit, commit_table, input_key
+from storage_schemas.files import write_atomically
+from storage_schemas.heads.evaluations import EvaluationRecord, write_evaluation
+from storage_schemas.heads.records import HEAD_FILE, INDEX_FILE, INDEX_IDS, HeadRecord, IndexRecord, as_json
 from storage_schemas.publishing.publish import publish_runs, update_published
 from storage_schemas.runs.ledger import write_plan
 from storage_schemas.runs.records import RunRecord
@@ -53,7 +56,7 @@ def plan_run(
             "captions": list(captions),
             "width": 8,
             "height": 8,
-            "image_sha256": "0" * 64,
+            "image_sha256": f"{train:064x}",
         }
         for train in range(samples)
     ]
@@ -165,6 +168,38 @@ def show(workspace: Workspace, **fields: Any) -> Published:
     published = update_published(workspace, lambda before: before and before.model_copy(update=fields))
     assert published is not None
     return published
+
+
+def commit_index(
+    workspace: Workspace,
+    version: str,
+    samples: str,
+    *,
+    head: str = "head",
+    run: str = "run-1",
+    precision: dict[str, float] | None = None,
+    snapshot: str = "",
+    train_ids: Sequence[int] = range(4),
+    **record: Any,
+) -> str:
+    """An index and its head as far as the store knows them; `precision`: the AP of each test query on a snapshot."""
+    folder, place = workspace.index(version), workspace.head(head)
+    described = HeadRecord(feature_space="pixel", run=run, snapshot=snapshot)
+    write_atomically(place / HEAD_FILE, as_json(described))
+    write_atomically(folder / INDEX_FILE, as_json(IndexRecord(head=head, samples=samples, **record)))
+    write_table(folder / INDEX_IDS, tables.INDEX_IDS, [{"train_id": train_id} for train_id in train_ids], version)
+    content = version.encode()
+    commit(
+        folder / "index.faiss", lambda path: path.write_bytes(content), key=version, rows=len(train_ids), started=0.0
+    )
+    if precision is not None:
+        mean = sum(precision.values()) / len(precision)
+        figure = {"space": "tuned", "split": "test", "cutoff": 100, "standard_error": 0.0, "queries": 1}
+        rows = [figure | {"metric": "mAP", "query_id": "", "value": mean}]
+        rows += [figure | {"metric": "AP", "query_id": name, "value": value} for name, value in precision.items()]
+        write_table(workspace.metrics(head), tables.METRICS, rows)
+        write_evaluation(workspace, head, EvaluationRecord(head=head, snapshot=snapshot))
+    return version
 
 
 def with_column(

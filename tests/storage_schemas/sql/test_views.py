@@ -23,6 +23,7 @@ from tests.storage_schemas.workspaces import commit_shard, plan_run, publish_run
 
 ROOT = Path(__file__).parents[3]
 VIEWS = (
+    "answers_changed",
     "samples",
     "rejected_samples",
     "queries",
@@ -40,7 +41,7 @@ VIEWS = (
     "regenerations",
     "regeneration_distances",
 )
-LOADED = ("shards", "quarantined_samples", "runs", "heads", "indexes", "sketches")
+LOADED = ("shards", "quarantined_samples", "runs", "heads", "indexes", "sketches", "tombstones")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,7 @@ def files_of(root: Path) -> dict[Path, bytes]:
         ("heads", 0),
         ("indexes", 0),
         ("sketches", 0),
+        ("tombstones", 0),
     ],
 )
 def test_every_table_is_counted_by_sql(published_root: Path, view: str, count: int) -> None:

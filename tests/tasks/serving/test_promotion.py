@@ -10,6 +10,7 @@ from PIL import Image
 
 from fastgda_core.ranking.head import RankHead, save_head
 from storage_schemas import tables
+from storage_schemas.commit import commit
 from storage_schemas.errors import StoreError
 from storage_schemas.heads.records import index_samples
 from storage_schemas.snapshots.published import read_published
@@ -39,43 +40,44 @@ def write_json(path: Path, **content: object) -> Path:
     return path.parent
 
 
-def promoted(root: Path, head: Path, index: Path) -> Evaluation:
+def promoted(root: Path, index: Path) -> Evaluation:
     rows: list[dict[str, object]] = [
         {"metric": "mAP", "space": space, "split": "test", "cutoff": 2, "query_id": "", "queries": 1}
         | {"value": 0.5, "standard_error": 0.1}
         for space in ("tuned", "untuned")
     ]
     metrics = write_table(root / "metrics" / "m.parquet", tables.METRICS, rows)
-    trained, built, measured = (Artifact(path.name, path.name, path, 1) for path in (head, index, metrics))
+    commit(index / "index.faiss", lambda path: path.write_bytes(b"x"), key=index.name, rows=1, started=0.0)
+    built, measured = (Artifact(path.name, path.name, path, 1) for path in (index, metrics))
     context = tiny_context(root)
-    return promote.fn(context.workspace, context.config.evaluation, trained, built, Made(measured, 0.0, True))
+    return promote.fn(context.workspace, context.config.evaluation, built, Made(measured, 0.0, True))
 
 
 @pytest.mark.heavy
 def test_an_index_of_other_training_data_is_refused(tmp_path: Path) -> None:
     published = publish_run(tmp_path, "first")
-    other = finish_run(tmp_path, "second", samples=5)
-    head = write_json(tmp_path / "heads" / "h" / "head.json", feature_space="pixel", snapshot="s", run="first")
+    other = finish_run(tmp_path, "second", samples=3)
+    write_json(tmp_path / "heads" / "h" / "head.json", feature_space="pixel", snapshot="s", run="first")
     index = write_json(tmp_path / "indexes" / "i" / "index.json", head="h", samples=other.samples)
-    found = promoted(tmp_path, head, index)
+    found = promoted(tmp_path, index)
     assert f"index i is of {other.samples}, what is published of {published.samples}" in found.refused
     assert read_published(Workspace(tmp_path)) == published
     write_json(index / "index.json", head="h", samples=published.samples)
-    assert not promoted(tmp_path, head, index).refused
+    assert not promoted(tmp_path, index).refused
     now = read_published(Workspace(tmp_path))
     assert (now.index, now.index_samples, now.metrics) == ("indexes/i", published.samples, "metrics/m.parquet")
 
 
 def test_the_data_of_an_index_of_an_earlier_release_is_that_of_its_heads_run(tmp_path: Path) -> None:
     publish_run(tmp_path, "first")
-    other = finish_run(tmp_path, "second", samples=5)
+    other = finish_run(tmp_path, "second", samples=3)
     head = write_json(tmp_path / "heads" / "h" / "head.json", feature_space="pixel", snapshot="s", run="second")
     index = write_json(tmp_path / "indexes" / "i" / "index.json", head="h")
     assert index_samples(Workspace(tmp_path), head, index) == other.samples
-    assert "where a train_id means another image" in promoted(tmp_path, head, index).refused
+    assert "where a train_id means another image" in promoted(tmp_path, index).refused
     write_json(head / "head.json", feature_space="pixel", imported_from="x.pth")
     with pytest.raises(StoreError, match=r"does not say which training data.*`fastgda index build CONFIG --head h`"):
-        promoted(tmp_path, head, index)
+        promoted(tmp_path, index)
 
 
 def test_an_index_says_its_data_and_answers_with_it(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +10,6 @@ import torch
 
 from storage_schemas import tables
 from storage_schemas.commit import commit_table
-from storage_schemas.files import write_atomically
 from storage_schemas.publishing.publish import publish_runs
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.workspace import Workspace
@@ -19,7 +17,7 @@ from tasks.artifact import Artifact, Made
 from tasks.config.pipeline import PipelineConfig
 from tasks.judging.metric_rows import metric_row
 from tasks.serving.promotion import promote
-from tests.storage_schemas.workspaces import finish_run
+from tests.storage_schemas.workspaces import commit_index, finish_run
 from tests.tasks.configs import document
 
 
@@ -47,12 +45,9 @@ def test_a_head_below_the_untuned_features_is_not_served_unless_that_is_asked_fo
     workspace = Workspace(tmp_path)
     outcomes = {}
     for name, tuned in (("good", 0.210), ("random", 0.081)):
-        head, index = (
-            Artifact(what, name, folder, 1)
-            for what, folder in (("rank head", workspace.head(name)), ("index", workspace.index(name)))
-        )
-        write_atomically(index.path / "index.json", json.dumps({"head": name, "samples": samples}).encode())
-        outcomes[name] = promote.fn(workspace, floors, head, index, measured(workspace, name, tuned, 0.144))
+        commit_index(workspace, name, samples or "", head=name)
+        index = Artifact("index", name, workspace.index(name), 1)
+        outcomes[name] = promote.fn(workspace, floors, index, measured(workspace, name, tuned, 0.144))
     published = read_published(workspace)
     assert published.index == workspace.relative(workspace.index(served))
     assert published.head == workspace.relative(workspace.head(served))
