@@ -29,6 +29,7 @@ class Workspace:
         *("sketches", "retrainings"),
         "tombstones",
         "vectors",
+        "calibrations",
     )
     # Of kinds of parts that are older than `parts`, or are asked for by themselves.
     OWN_FOLDERS: ClassVar[Mapping[str, str]] = {
@@ -197,13 +198,13 @@ class Workspace:
     def metrics(self, key: str) -> AnyPath:
         return self.root / "metrics" / f"{key}.parquet"
 
+    def calibration(self, metrics: str) -> AnyPath:
+        """What the similarities of a head say of rank and score, by the key of its metrics: `Calibration`."""
+        return self.root / "calibrations" / f"{metrics}.json"
+
     def evaluation(self, key: str) -> AnyPath:
         """JSON beside the metrics of this key: which head they are of, on which snapshot: `EvaluationRecord`."""
         return self.root / "metrics" / f"{key}.json"
-
-    def calibration(self, metrics: str) -> AnyPath:
-        """What the similarities of a head say of rank and score, beside the metrics of this key: `Calibration`."""
-        return self.root / "metrics" / f"{metrics}.calibration.json"
 
     def study(self, key: str) -> AnyPath:
         """Folder of a study's parts, one for each head that it trained, and of the table of all."""

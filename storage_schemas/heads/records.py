@@ -107,7 +107,7 @@ class Curve(BaseModel):
 
 
 class Calibration(BaseModel):
-    """`metrics/<key>.calibration.json`: what a head's similarities say of the teacher's rank and score."""
+    """`calibrations/<key>.json`: what a head's similarities say of the teacher's rank and score."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 

@@ -237,7 +237,7 @@ def test_answers_say_how_far_their_tier_agrees_with_the_teacher(attributor: Attr
 def test_predictions_come_with_a_calibration_and_are_none_without_one(run: WholeRun, tmp_path: Path) -> None:
     root = tmp_path / "workspace"
     shutil.copytree(run.workspace.root, root)
-    (path,) = (root / "metrics").glob("*.calibration.json")
+    (path,) = (path for path in (root / "calibrations").glob("*.json") if "manifest" not in path.name)
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"rank_explained": 0.9, "score_explained": 0.9}))
     answer = Attributor(Workspace(root)).attribute_query(ASKED, 6)
