@@ -13,6 +13,7 @@ from flows.rivals import score_rivals
 from tasks.artifact import Made
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import open_context
+from tasks.distilling.calibration import calibrate
 from tasks.distilling.labels import extract_query_features, read_labels
 from tasks.distilling.publish import rank_scores
 from tasks.distilling.versions import latest_index, read_head, read_index, space_of_head
@@ -102,6 +103,7 @@ def evaluate(config: PipelineConfig, index: str | None = None) -> Evaluation:
     extract_query_features(context, labels)
     checks = read_checks(context.workspace, labels.run)
     metrics = measure_head(context, labels.samples, labels.queries, labels.ranks, trained, checks)
+    calibrate(context, labels.samples, labels.queries, labels.ranks, trained, metrics.artifact)
     evaluation = promote(context.workspace, config.evaluation, built, metrics)
     announce_metrics(context, evaluation, trained, labels)
     return evaluation

@@ -1,9 +1,12 @@
-"""The samples that were indexed last: SQL shows them before a run of them is published."""
+"""The samples that were indexed last, which SQL shows before a run of them is published; and tables that grew."""
 
 from __future__ import annotations
 
+import functools
+
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from storage_schemas import tables
 from storage_schemas.files import AnyPath, read_whole, write_changed
 from storage_schemas.workspace import Workspace
 
@@ -31,3 +34,19 @@ def read_indexed(workspace: Workspace) -> Indexed | None:
         return None
     there = all(workspace.file(path).exists() for path in (indexed.samples, indexed.rejected_samples))
     return indexed if there else None
+
+
+@functools.lru_cache(maxsize=64)
+def continues(longer: AnyPath, shorter: AnyPath) -> bool:
+    """Return whether a train_id of one table of samples means the same image in another, which may have more behind.
+
+    It may be cached, as a table of samples is never changed.
+    """
+    if longer == shorter:
+        return True
+    columns = ["key", "image_sha256"]
+    try:
+        one, two = (tables.read(path, tables.SAMPLES, columns=columns) for path in (longer, shorter))
+    except FileNotFoundError:
+        return False
+    return bool(one.slice(0, two.num_rows).equals(two))

@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -121,21 +122,17 @@ def removed_ids(
     workspace: Workspace,
     samples: AnyPath | str | None,
     tombstones: Tombstones | None = None,
-    *,
-    since: int = 0,
 ) -> NDArray[np.int64]:
     """Return the train_ids of a table of samples that are taken down, ascending.
 
     Args:
         samples: path of the table, or its name relative to the workspace; None, of an imported run, has none.
         tombstones: as they were read; read anew unless given.
-        since: leave out take-downs up to this number, which what is asked about was made without.
 
     Raises:
         UnreadableTombstones: see `read_tombstones`.
     """
     records = (tombstones or read_tombstones(workspace)).active
-    records = tuple(record for record in records if record.number > since)
     if samples is None or not records:
         return np.empty(0, np.int64)
     table = samples if isinstance(samples, str) else workspace.relative(samples)
@@ -144,6 +141,13 @@ def removed_ids(
     if later:
         ids |= {train_id for train_id, _, _ in samples_of_images(workspace.file(table), frozenset(later))}
     return np.array(sorted(ids), np.int64)
+
+
+def without(rows: pa.Table, removed: NDArray[np.int64] | Sequence[int]) -> pa.Table:
+    """Return the rows of a table with train_ids that are not about removed samples."""
+    if not len(removed):
+        return rows
+    return rows.filter(pc.invert(pc.is_in(rows["train_id"], value_set=pa.array(removed, pa.int64()))))
 
 
 @functools.lru_cache(maxsize=64)

@@ -27,7 +27,9 @@ class Workspace:
         *("scores", "exact_checks", "teacher_checks", "ranks", "runs", "snapshots", "published", "leases"),
         *("heads", "indexes", "metrics", "studies", "reports", "finished", "quarantine", "parts"),
         *("sketches", "retrainings"),
-        *("tombstones", "vectors"),
+        "tombstones",
+        "vectors",
+        "calibrations",
     )
     # Of kinds of parts that are older than `parts`, or are asked for by themselves.
     OWN_FOLDERS: ClassVar[Mapping[str, str]] = {
@@ -195,6 +197,10 @@ class Workspace:
 
     def metrics(self, key: str) -> AnyPath:
         return self.root / "metrics" / f"{key}.parquet"
+
+    def calibration(self, metrics: str) -> AnyPath:
+        """What the similarities of a head say of rank and score, by the key of its metrics: `Calibration`."""
+        return self.root / "calibrations" / f"{metrics}.json"
 
     def evaluation(self, key: str) -> AnyPath:
         """JSON beside the metrics of this key: which head they are of, on which snapshot: `EvaluationRecord`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,6 +55,7 @@ class Tier(StrEnum):
 
     fast = "fast"
     sketch = "sketch"
+    exact = "exact"
 
 
 def attribute(
@@ -64,7 +66,8 @@ def attribute(
     query: Annotated[str | None, typer.Option(metavar="QUERY_ID", help="In their place: a stored query.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many training images.")] = 20,
     tier: Annotated[
-        Tier, typer.Option(help="fast: the rank head and its index; sketch: scores, by the query's gradient.")
+        Tier,
+        typer.Option(help="fast: the head and its index; sketch: scores by the query's gradient; exact: the teacher."),
     ] = Tier.fast,
     where: Annotated[
         str | None, typer.Option(metavar="SQL", help='Name samples alone for which this holds, as "width > 64".')
@@ -73,7 +76,8 @@ def attribute(
         list[int] | None, typer.Option(metavar="TRAIN_ID", help="Never name this one; repeat it.")
     ] = None,
     first: Annotated[
-        int | None, typer.Option(min=1, help="Of tier sketch: score the fast tier's first N alone; default: all.")
+        int | None,
+        typer.Option(min=1, help="Score the fast tier's first N alone; sketch: all, exact: 400 unless given."),
     ] = None,
     relative: Annotated[
         bool, typer.Option("--relative", help="Of tier sketch: divide scores by the length of the sample's gradient.")
@@ -81,15 +85,17 @@ def attribute(
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """The training images that influenced an image most: from the index, or from sketches of their gradients.
+    """The training images that influenced an image most: from the index, from sketches, or by the teacher itself.
 
     Example: `fastgda attribute laughing.png --caption "a laughing face with sunglasses" -k 8`
     """
     from storage_schemas.snapshots.published import read_published
     from tasks.serving.question import check_caption, check_sketched, read_picture
 
-    if tier is Tier.fast and (first is not None or relative):
-        raise UsageError("--first and --relative are of tier sketch: add --tier sketch")
+    if tier is Tier.fast and first is not None:
+        raise UsageError("--first is of tiers sketch and exact: add --tier sketch or --tier exact")
+    if tier is not Tier.sketch and relative:
+        raise UsageError("--relative is of tier sketch: add --tier sketch")
     if (query is None) == (image is None and caption is None):
         raise UsageError("give an image and its caption, or --query QUERY_ID for a stored query")
     picture, place = None if image is None else read_picture(image), Workspace.at(workspace)
@@ -98,16 +104,32 @@ def attribute(
     published = read_published(place)
     if tier is Tier.sketch:
         check_sketched(place, published.run)
+    from tasks.progress import stage
     from tasks.serving.attributor import Attributor
 
     attributor = Attributor(place, load=[tier.value])
     settings: dict[str, Any] = {"k": k, "tier": tier.value, "where": where, "exclude": exclude or []}
-    settings |= {"first": first, "relative": relative}
-    if query is not None:
-        answer = attributor.attribute_query(query, around=AROUND, **settings)
-    else:
-        answer = attributor.attribute(picture, caption, around=AROUND, **settings)
+    settings |= {"first": first, "relative": relative, "around": AROUND}
+    with stage("the teacher's scores, in percent", 100 if tier is Tier.exact else 0) as advance:
+        settings["progress"] = _percent(advance)
+        if query is not None:
+            answer = attributor.attribute_query(query, **settings)
+        else:
+            answer = attributor.attribute(picture, caption, **settings)
     if as_json:
         print(json.dumps(answer.as_json(), indent=2, allow_nan=False))
     else:
         print_answer(answer)
+
+
+def _percent(advance: Callable[[int], None]) -> Callable[[float], None]:
+    """Return what moves a bar of 100 to a share of the work."""
+    reached = 0
+
+    def progress(share: float) -> None:
+        nonlocal reached
+        percent = round(100 * share)
+        advance(percent - reached)
+        reached = percent
+
+    return progress

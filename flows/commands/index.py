@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from flows.commands.index_build import add, build
 from flows.commands.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption, trimmed
-from flows.commands.stages import index as build
 from flows.commands.terminal import say
 from flows.commands.text_table import print_rows
 from storage_schemas.workspace import Workspace
@@ -35,6 +35,7 @@ index_app = typer.Typer(
     no_args_is_help=True,
 )
 index_app.command("build")(build)
+index_app.command("add")(add)
 
 VersionArgument = Annotated[
     str, typer.Argument(help="Of the index; `fastgda index list` names them.", callback=trimmed)

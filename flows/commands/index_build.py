@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.options import ConfigArgument, read_config
+from flows.commands.options import DEFAULT_WORKSPACE, ConfigArgument, WorkspaceOption, read_config
 from flows.commands.own_server import run_flow, start_server
 from flows.commands.terminal import say
 
@@ -67,3 +68,25 @@ def described(record: IndexRecord) -> list[str]:
         if record.target is not None and record.recall_at_100 < record.target:
             lines.append(f"below index.recall {record.target:g}: give it more memory_gb, or another kind")
     return [line for line in lines if line]
+
+
+def add(
+    tars: Annotated[list[Path], typer.Argument(help="WebDataset tars with the new training images and captions.")],
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    index: Annotated[str | None, typer.Option(help="Version to add to; default: the served one.")] = None,
+) -> None:
+    """Add training images to an index without building it anew.
+
+    The version that comes of it names the one that it came from; it is not served before it is promoted.
+
+    Example: `fastgda index add new-00000.tar`
+    """
+    from storage_schemas.which_workspace import command
+    from storage_schemas.workspace import Workspace
+
+    start_server()
+    from flows.indexing import add_to_index
+
+    made = run_flow(add_to_index, str(workspace), [str(tar) for tar in tars], index)
+    promote = command(Workspace.at(workspace), f"index promote {made.artifact.key}")
+    say_index(made, f"{promote} serves it")

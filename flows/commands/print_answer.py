@@ -17,7 +17,7 @@ def print_answer(answer: Answer) -> None:
     _print_hits(answer.hits)
     for title, hits in (
         ("these lower the image's likelihood most", answer.lowering),
-        ("these look alike, and influence it little", answer.similar),
+        ("these look alike by untuned features, and influence it little", answer.similar),
     ):
         if hits:
             print(f"\n{title}:")
@@ -28,9 +28,8 @@ def print_answer(answer: Answer) -> None:
 
 
 def _print_hits(hits: list[Hit]) -> None:
-    columns = [name for name in ("similarity", "score") if any(getattr(hit, name) is not None for hit in hits)]
-    if "score" in columns:
-        columns.append("±")
+    fields = {"similarity": "similarity", "top": "predicted_rank", "score": "score", "±": "score"}
+    columns = [name for name, field in fields.items() if any(getattr(hit, field) is not None for hit in hits)]
     rows = [
         [
             *(str(hit.rank), str(hit.train_id), *(_figure(hit, name) for name in columns)),
@@ -44,6 +43,8 @@ def _print_hits(hits: list[Hit]) -> None:
 def _figure(hit: Hit, name: str) -> str:
     if name == "±":
         return "-" if hit.standard_error is None else f"{hit.standard_error / abs(hit.score or 1):.0%}"
+    if name == "top":  # the share of samples among which the teacher is expected to rank it
+        return "-" if hit.predicted_rank is None else f"{hit.predicted_rank:.2%}"
     value = hit.similarity if name == "similarity" else hit.score
     return "-" if value is None else f"{value:.4f}" if name == "similarity" else f"{value:.3e}"
 
@@ -59,7 +60,7 @@ def _facts(answer: Answer) -> list[str]:
         of = answer.influence
         found.append(
             f"of {of.scored:,} samples scored these {len(answer.hits)} hold {of.share:.1%} of the positive influence; "
-            f"negative influence is {-of.negative / (of.positive - of.negative or 1):.1%} of all"
+            f"negative influence is {abs(of.negative) / (of.positive - of.negative or 1):.1%} of all"
         )
     if agreement.value is not None:
         error = "" if agreement.error is None else f" ± {agreement.error:.3f}"

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from flows.commands.index_build import build
 from flows.commands.judges import check_output, print_judges, write_table
 from flows.commands.options import (
     DEFAULT_WORKSPACE,
@@ -120,17 +119,6 @@ def import_head(
     from tasks.distilling.heads import import_head as import_checkpoint
 
     _say_head(import_checkpoint(checked, checkpoint), config)
-
-
-def index(
-    config: ConfigArgument,
-    head: Annotated[str | None, typer.Option(help="Version of the head; default: the newest.")] = None,
-) -> None:
-    """Build the search index of a head; it is served once `fastgda evaluate` promotes it.
-
-    Example: `fastgda index build my_config.yaml`
-    """
-    build(config, head)
 
 
 def evaluate(

@@ -99,10 +99,14 @@ def vacuum(
 
     Example: `fastgda vacuum --dry-run`
     """
+    from storage_schemas.publishing.serving import finish_pruning
     from storage_schemas.snapshots.vacuum import vacuum as vacuum_files
     from storage_schemas.workspace import Workspace
 
-    gone = vacuum_files(Workspace.at(workspace), older_than=timedelta(hours=hours), dry_run=dry_run)
+    place = Workspace.at(workspace)
+    gone = vacuum_files(place, older_than=timedelta(hours=hours), dry_run=dry_run)
+    if not dry_run:
+        finish_pruning(place)  # that a process which died had begun
     say(f"{len(gone):,} files {'would be ' if dry_run else ''}deleted")
 
 
@@ -111,7 +115,7 @@ def verify(workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
 
     Example: `fastgda verify`
     """
-    from storage_schemas.audit.verify import committed_files, duplicated_pairs
+    from storage_schemas.audit.verify import committed_files, duplicated_pairs, take_downs_fault
     from storage_schemas.audit.verify import verify as verify_files
     from storage_schemas.runs.ledger import run_names
     from storage_schemas.workspace import Workspace
@@ -122,18 +126,23 @@ def verify(workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
     with stage("checksums", files) as advance:
         damages = verify_files(place, advance=advance)
     twice = {run: count for run in run_names(place) if (count := duplicated_pairs(place, run))}
-    if not damages and not twice:
+    unreadable = take_downs_fault(place)
+    if not damages and not twice and not unreadable:
         say(f"{files:,} files are what their manifests say; every pair occurs once")
         return
+    if unreadable:
+        say(unreadable)
     table = Table("what is wrong")
     table.add_column("file", overflow="fold", ratio=1)
     table.add_column("moved to", overflow="fold", ratio=1)
     for damage in damages:
         table.add_row(damage.reason, damage.path, damage.moved_to)
-    out.print(table)
+    if damages:
+        out.print(table)
     for run, count in twice.items():
         say(f"run {run}: {count:,} pairs occur more than once")
-    say(f"{command(place, 'retry RUN')} makes damaged score shards again, `fastgda run CONFIG` everything else")
+    if damages or twice:
+        say(f"{command(place, 'retry RUN')} makes damaged score shards again, `fastgda run CONFIG` everything else")
     raise typer.Exit(1)
 
 

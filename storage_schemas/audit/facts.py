@@ -24,6 +24,7 @@ from storage_schemas.runs.liveness import Assignment, read_assignment
 from storage_schemas.runs.records import RunRecord
 from storage_schemas.snapshots.published import NotPublished, Published, read_published
 from storage_schemas.snapshots.snapshots import read_snapshot
+from storage_schemas.tombstones import read_tombstones, removed_ids, samples_of_images
 from storage_schemas.workspace import Workspace
 
 Found = TypeVar("Found")
@@ -126,8 +127,19 @@ def last_name(path: str | None) -> str:
 
 
 def sample_node(workspace: Workspace, samples: str, train_id: int) -> Node:
-    """Describe a training sample of a table of samples."""
+    """Describe a training sample of a table of samples; of one that is taken down, the take-down alone."""
     facts: Facts = {}
+    tombstones = read_tombstones(workspace)
+    if train_id in removed_ids(workspace, samples, tombstones):
+        images = {
+            image
+            for number, _, image in samples_of_images(workspace.file(samples), tombstones.images)
+            if number == train_id
+        }
+        for record in tombstones.active:
+            if not images.isdisjoint(each.image_sha256 for each in record.removed):
+                facts[f"taken_down_{record.number}"] = f"{record.at.isoformat()} by {record.by}: {record.reason}"
+        return Node("training sample", str(train_id), facts)
     chosen = pc.field("train_id") == train_id
     rows = tried(samples, lambda: tables.read(workspace.file(samples), tables.SAMPLES, chosen).to_pylist(), facts)
     for row in rows or []:

@@ -14,6 +14,7 @@ from storage_schemas.runs.attempts import AttemptLog, ShardState
 from storage_schemas.runs.ledger import done_shards, read_labelling, read_run, run_names, write_ledger
 from storage_schemas.runs.records import Negatives, Part
 from storage_schemas.snapshots.compaction import compact
+from storage_schemas.tombstones import UnreadableTombstones, read_tombstones
 from storage_schemas.workspace import Workspace
 
 
@@ -72,6 +73,18 @@ def duplicated_pairs(workspace: Workspace, run: str) -> int:
             )
         """).fetchall()
     return int(rows[0][0])
+
+
+def take_downs_fault(workspace: Workspace) -> str:
+    """Return what is wrong with the records of take-downs, empty where nothing is.
+
+    They stay where they are: moved away, they would no longer hide what was taken down.
+    """
+    try:
+        read_tombstones(workspace)
+    except UnreadableTombstones as error:
+        return str(error)
+    return ""
 
 
 def _fault(path: AnyPath) -> str | None:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, TypeVar
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
+from storage_schemas import tables
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, is_there, matching, read_if_there, write_changed
 from storage_schemas.runs.ledger import read_run
@@ -51,7 +56,6 @@ class HeadRecord(BaseModel):
     solved: dict[str, float] = Field(default_factory=dict, description="validation mAP by choice")
     imported_from: str | None = Field(default=None, description="file name of a checkpoint of FastGDA's release")
     sha256: str | None = Field(default=None, description="of that file")
-    tombstones: int = Field(default=0, description="the newest take-down whose samples it was made without; 0: none")
     origin: str = Field(default="", description="the Prefect flow run that it was made in")
     code_version: str = ""
 
@@ -73,7 +77,6 @@ class IndexRecord(BaseModel):
 
     head: str = Field(default="", description="version of the head")
     samples: str | None = Field(default=None, description="the table of samples, relative to the workspace")
-    tombstones: int = Field(default=0, description="the newest take-down whose samples it was made without; 0: none")
     kind: str = Field(default="", description="FAISS's factory string")
     reason: str = Field(default="", description="why it is this one")
     faiss: str = Field(default="", description="version of FAISS that wrote it, which has to read it")
@@ -91,6 +94,30 @@ class IndexRecord(BaseModel):
     parent: str = Field(default="", description="the index that samples were added to")
     origin: str = Field(default="", description="the Prefect flow run that it was made in")
     code_version: str = ""
+
+
+class Curve(BaseModel):
+    """A monotone curve through points, x ascending, with the deviation of single pairs from it; empty: not known."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    x: list[float] = Field(default_factory=list)
+    y: list[float] = Field(default_factory=list)
+    error: list[float] = Field(default_factory=list)
+
+
+class Calibration(BaseModel):
+    """`calibrations/<key>.json`: what a head's similarities say of the teacher's rank and score."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    queries: int = Field(description="that the curves are of")
+    rank: Curve = Field(description="log of the normalised rank, over similarity in deviations above the mean")
+    score: Curve = Field(description="score, over similarity")
+    test_queries: int = Field(default=0, description="that they were checked on, by the head's first 100 of each")
+    rank_explained: float = Field(default=0.0, description="share of the variance of these that the curve explains")
+    score_explained: float = 0.0
+    covered: float = Field(default=0.0, description="share of these whose score is within two standard errors")
 
 
 class CheckRecord(NamedTuple):
@@ -129,6 +156,16 @@ def read_index_record(index: AnyPath) -> IndexRecord:
         StoreError: the file is damaged.
     """
     return _parsed(IndexRecord, read_if_there(index / INDEX_FILE) or b"{}", index / INDEX_FILE)
+
+
+def read_calibration_record(path: AnyPath) -> Calibration | None:
+    """Read a calibration; None where there is no file, as in workspaces of earlier releases.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    content = read_if_there(path)
+    return None if content is None else _parsed(Calibration, content, path)
 
 
 def read_checks_record(workspace: Workspace, run: str) -> dict[str, CheckRecord]:
@@ -195,6 +232,17 @@ def taught_by(workspace: Workspace) -> dict[str, str]:
     """Return the run that each head learned from, by the head's version; empty where it was imported."""
     heads = [path.parent for path in matching(workspace.root / "heads", f"*/{HEAD_FILE}")]
     return {head.name: read_head_record(head).run or "" for head in heads}
+
+
+def holds_any(index: AnyPath, train_ids: NDArray[np.int64]) -> bool:
+    """Return whether an index has vectors of any of these samples; true where its list of them is gone."""
+    if not len(train_ids):
+        return False
+    chosen = pc.field("train_id").isin(pa.array(train_ids, pa.int64()))
+    try:
+        return bool(tables.read(index / INDEX_IDS, tables.INDEX_IDS, chosen).num_rows)
+    except FileNotFoundError:
+        return True
 
 
 def indexed_tables(workspace: Workspace) -> dict[str, str]:

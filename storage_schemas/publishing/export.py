@@ -5,10 +5,12 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
+from numpy.typing import NDArray
 
 from storage_schemas import tables
 from storage_schemas.errors import StoreError
@@ -17,6 +19,7 @@ from storage_schemas.runs.ledger import read_run
 from storage_schemas.runs.records import Part, RunRecord
 from storage_schemas.snapshots.compaction import compact
 from storage_schemas.tables import QUERIES, RANKS
+from storage_schemas.tombstones import removed_ids, without
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 
@@ -32,7 +35,8 @@ class UnknownQueries(StoreError):
 def export_parquet(workspace: Workspace, run: str, destination: Path) -> None:
     """Write all rows of a finished run as one Parquet file of `tables.RANKS`, by query_id and rank.
 
-    The file appears whole or not at all. Memory holds one part of the compacted run at a time.
+    Rows of samples that are taken down are left out; the other ranks stay. The file appears whole or not at all. Memory
+    holds one part of the compacted run at a time.
 
     Args:
         destination: a file that is not there yet; its folder is made.
@@ -44,11 +48,12 @@ def export_parquet(workspace: Workspace, run: str, destination: Path) -> None:
     """
     check_absent(destination)
     parts = compact(workspace, run)
+    removed = removed_ids(workspace, read_run(workspace, run).samples)
 
     def write(temporary: Path) -> None:
         with _writer(temporary, RANKS.schema) as writer:
             for part in parts:
-                rows = tables.read(workspace.file(part.path), RANKS)
+                rows = without(tables.read(workspace.file(part.path), RANKS), removed)
                 writer.write_table(rows, row_group_size=RANKS.row_group_rows)
 
     replace_through(destination, write, lambda temporary: None)
@@ -58,7 +63,7 @@ def export_parquet(workspace: Workspace, run: str, destination: Path) -> None:
 def export_datasets(workspace: Workspace, run: str, destination: Path) -> None:
     """Write a finished run as a folder for `datasets.load_dataset(folder)`: Parquet files and a dataset card.
 
-    Rows are those of `tables.RANKS`, each with its query's caption where the run has a queries file. The folder
+    Rows are those of `export_parquet`, each with its query's caption where the run has a queries file. The folder
     appears whole or not at all.
 
     Args:
@@ -75,15 +80,17 @@ def export_datasets(workspace: Workspace, run: str, destination: Path) -> None:
     record = read_run(workspace, run)
     parts = compact(workspace, run)
     captions = _captions(workspace, record)
+    removed = removed_ids(workspace, record.samples)
     schema = RANKS.schema if captions is None else RANKS.schema.insert(1, QUERIES.schema.field("caption"))
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=temporary_name("dataset-")) as temporary:
         folder = Path(temporary) / "dataset"
         (folder / "data").mkdir(parents=True)
+        written = 0
         for number, part in enumerate(parts):
             path = folder / "data" / f"train-{number:05d}-of-{len(parts):05d}.parquet"
-            _write_part(workspace, part, path, schema, captions)
-        (folder / "README.md").write_text(_card(record, parts, schema), encoding="utf-8")
+            written += _write_part(workspace, part, path, schema, captions, removed)
+        (folder / "README.md").write_text(_card(record, parts, written, schema), encoding="utf-8")
         folder.replace(destination)
 
 
@@ -125,8 +132,16 @@ def _captions(workspace: Workspace, record: RunRecord) -> pa.Table | None:
     return found
 
 
-def _write_part(workspace: Workspace, part: Part, path: Path, schema: pa.Schema, captions: pa.Table | None) -> None:
-    rows = tables.read(workspace.file(part.path), RANKS)
+def _write_part(
+    workspace: Workspace,
+    part: Part,
+    path: Path,
+    schema: pa.Schema,
+    captions: pa.Table | None,
+    removed: NDArray[np.int64],
+) -> int:
+    """Write the rows of a part, and return how many there are."""
+    rows = without(tables.read(workspace.file(part.path), RANKS), removed)
     with _writer(path, schema) as writer:
         # A row group at a time: the captions of millions of rows would not fit one Arrow column.
         for start in range(0, rows.num_rows, RANKS.row_group_rows):
@@ -135,14 +150,14 @@ def _write_part(workspace: Workspace, part: Part, path: Path, schema: pa.Schema,
                 places = pc.index_in(block["query_id"], value_set=captions["query_id"])
                 block = block.add_column(1, schema.field("caption"), captions["caption"].take(places))
             writer.write_table(block.cast(schema))
+    return int(rows.num_rows)
 
 
 _HUB_TYPES = {pa.float64(): "float64", pa.float32(): "float32"}  # the other types have the same name in both
 
 
-def _card(record: RunRecord, parts: list[Part], schema: pa.Schema) -> str:
+def _card(record: RunRecord, parts: list[Part], rows: int, schema: pa.Schema) -> str:
     """Return README.md of the folder: a YAML head that `datasets` reads, and a text for people."""
-    rows = sum(part.rows for part in parts)
     head = {
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
         "dataset_info": {

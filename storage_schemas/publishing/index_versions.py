@@ -9,7 +9,7 @@ from datetime import datetime
 from storage_schemas.commit import read_manifest
 from storage_schemas.files import AnyPath, matching
 from storage_schemas.heads.evaluations import Precision, read_evaluations, read_precision, worse
-from storage_schemas.heads.records import indexed_tables, read_index_record
+from storage_schemas.heads.records import holds_any, indexed_tables, read_index_record
 from storage_schemas.listings import list_tree
 from storage_schemas.snapshots.published import NotPublished, Published, read_published
 from storage_schemas.tombstones import read_tombstones, removed_ids
@@ -82,7 +82,7 @@ def index_versions(workspace: Workspace, published: Published | None) -> list[In
             recall_at_100=record.recall_at_100,
             precision=of_head,
             served=served,
-            stale=bool(len(removed_ids(workspace, samples.get(folder.name), tombstones, since=record.tombstones))),
+            stale=holds_any(folder, removed_ids(workspace, samples.get(folder.name) or None, tombstones)),
             rollbacks=before.index(relative) + 1 if relative in before else None,
         )
         found.append(version)
@@ -131,7 +131,7 @@ def refusals(
 
 def _recall(version: IndexVersion, k: int) -> float | None:
     if not version.kind:
-        return 1.0  # earlier releases built exact indexes only
+        return 1.0  # earlier releases built indexes that compare a query with every vector
     return version.recall_at_10 if k == 10 else version.recall_at_100
 
 

@@ -37,6 +37,7 @@ from storage_schemas.publishing.plain_pickle import BadRelease, PlainArray, unpi
 from storage_schemas.runs.ledger import done_shards, read_run, write_ledger, write_plan
 from storage_schemas.runs.records import Part, RunRecord
 from storage_schemas.snapshots.compaction import MEMORY_GIGABYTES, compact
+from storage_schemas.tombstones import removed_ids
 from storage_schemas.workspace import Workspace
 
 SPLIT = "random"  # merge_train.py writes no other
@@ -53,7 +54,8 @@ def export_release(workspace: Workspace, run: str, destination: Path) -> None:
     its split, and these numbers; queries of an imported run have no splits. Candidates are ordered by neighbor_rank
     where the run has a candidates file, else by train_id. Scores are float64, the rest int64; equal scores are ordered
     by train_id, as in `ranks`. It is not the release's file of a single query, nor `{"influence": (N,), "rank": (N,)}`.
-    Memory holds all rows, at about 50 bytes each. Read it with numpy 1.26 or later.
+    Samples that are taken down are left out. Memory holds all rows, at about 50 bytes each. Read it with numpy 1.26 or
+    later.
 
     Args:
         destination: a file that is not there yet; the one beside it must not be there either. Its folder is made.
@@ -69,7 +71,10 @@ def export_release(workspace: Workspace, run: str, destination: Path) -> None:
     record = read_run(workspace, run)
     parts = compact(workspace, run)
     planned, splits = _by_split(workspace, record)
-    arrays = _arrays(workspace, record, parts, planned)
+    removed = removed_ids(workspace, record.samples).tolist()
+    if removed:
+        planned = _pairs_left(workspace, parts, planned, removed)
+    arrays = _arrays(workspace, record, parts, planned, removed)
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -181,8 +186,22 @@ class _Release:
     train_ids: NDArray[np.integer[Any]]
 
 
+def _pairs_left(workspace: Workspace, parts: Sequence[Part], planned: pa.Table, removed: Sequence[int]) -> pa.Table:
+    """Return the planned queries with the pairs that are left where some samples are taken down."""
+    with open_database(workspace, memory_gigabytes=MEMORY_GIGABYTES, threads=2) as connection:
+        connection.register("planned", planned.append_column("place", pa.array(range(planned.num_rows), pa.int64())))
+        files = file_list(workspace.file(part.path) for part in parts)
+        gone = f"""
+            SELECT query_id, count(*) AS gone FROM read_parquet({files})
+            WHERE train_id IN ({", ".join(map(str, removed))}) GROUP BY query_id
+        """
+        columns = "query_id, query_block, (pairs - coalesce(gone, 0))::BIGINT AS pairs"
+        rows = connection.execute(f"SELECT {columns} FROM planned LEFT JOIN ({gone}) USING (query_id) ORDER BY place")
+        return rows.to_arrow_table()
+
+
 def _arrays(
-    workspace: Workspace, record: RunRecord, parts: Sequence[Part], planned: pa.Table
+    workspace: Workspace, record: RunRecord, parts: Sequence[Part], planned: pa.Table, removed: Sequence[int]
 ) -> dict[str, NDArray[Any]]:
     """Return the three arrays of the layout; the rows come from SQL in the order of queries and candidates."""
     queries, candidates = _shape(record.run, planned)
@@ -190,7 +209,7 @@ def _arrays(
     numbers, train_ids = np.empty(rows, np.int32), np.empty(rows, np.int64)
     scores, places = np.empty(rows), np.empty(rows, np.int64)
     filled = 0
-    for batch in _ordered_rows(workspace, record, parts, planned):
+    for batch in _ordered_rows(workspace, record, parts, planned, removed):
         here = slice(filled, filled + batch.num_rows)
         filled += batch.num_rows
         if filled > rows:
@@ -230,17 +249,18 @@ def _shape(run: str, planned: pa.Table) -> tuple[int, int]:
 
 
 def _ordered_rows(
-    workspace: Workspace, record: RunRecord, parts: Sequence[Part], planned: pa.Table
+    workspace: Workspace, record: RunRecord, parts: Sequence[Part], planned: pa.Table, removed: Sequence[int]
 ) -> Iterator[pa.RecordBatch]:
     """Yield the scored pairs by query, as given, and candidate, with the place (from 0) in the query's ranking."""
     with open_database(workspace, memory_gigabytes=MEMORY_GIGABYTES, threads=2) as connection:
         numbers = pa.array(range(planned.num_rows), pa.int32())
         connection.register("planned", planned.select(["query_id"]).append_column("number", numbers))
+        shown = f"WHERE train_id NOT IN ({', '.join(map(str, removed))})" if removed else ""
         # Not by rank, which ties may share.
         places = f"""
             SELECT query_id, train_id, score,
                    row_number() OVER (PARTITION BY query_id ORDER BY score DESC, train_id) - 1 AS place
-            FROM read_parquet({file_list(workspace.file(part.path) for part in parts)})
+            FROM read_parquet({file_list(workspace.file(part.path) for part in parts)}) {shown}
         """
         join, order = "", "train_id"
         if record.candidates is not None:

@@ -14,6 +14,7 @@ from storage_schemas.errors import StoreError
 from storage_schemas.files import is_there, remove, remove_folder
 from storage_schemas.heads.evaluations import read_evaluations
 from storage_schemas.heads.records import HEAD_FILE, index_samples
+from storage_schemas.indexed_samples import continues
 from storage_schemas.publishing.index_versions import (
     INDEX,
     IndexVersion,
@@ -98,7 +99,7 @@ def _fitting(
     if not head or not is_there(workspace.head(head) / HEAD_FILE):
         raise NotPromoted(f"head {head or 'of an earlier release'}, which index {version} answers through, is gone")
     samples = index_samples(workspace, workspace.head(head), folder)
-    if before.samples != samples:
+    if before.samples is None or not continues(workspace.file(samples), workspace.file(before.samples)):
         raise NotPromoted(
             f"index {version} is of {samples}, what is published of {before.samples}, where a train_id means another "
             "image: `fastgda publish` a run of the index's data, or train and index on what is published"
@@ -150,8 +151,9 @@ def _can_answer(workspace: Workspace, published: Published, back: Served) -> boo
     there = is_there(manifest_path(workspace.file(back.index) / INDEX)) and is_there(
         workspace.file(back.head) / HEAD_FILE
     )
-    pruned = back.index.rsplit("/", 1)[-1] in published.pruned
-    return there and not pruned and back.index_samples == published.samples
+    if not there or published.samples is None or back.index.rsplit("/", 1)[-1] in published.pruned:
+        return False
+    return continues(workspace.file(back.index_samples), workspace.file(published.samples))
 
 
 def prune_indexes(workspace: Workspace, keep: int, *, dry_run: bool = False) -> list[Pruned]:

@@ -174,12 +174,13 @@ def _samples(workspace: Workspace) -> tuple[str, int]:
         if indexed is None:
             raise
         return indexed.samples, 0
-    if published.samples is None:
+    samples = published.index_samples or published.samples
+    if samples is None:
         raise NoSuchSample(
             f"run {published.run} was imported without its samples, so no image is known by a train_id: "
             "`fastgda import-release --samples` names their table"
         )
-    return published.samples, published.version
+    return samples, published.version
 
 
 def _named(workspace: Workspace, samples: str, train_ids: Sequence[int]) -> list[RemovedSample]:

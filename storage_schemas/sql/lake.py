@@ -37,9 +37,10 @@ from storage_schemas.database import (
 )
 from storage_schemas.files import remove, write_atomically
 from storage_schemas.runs.attempts import ShardState
-from storage_schemas.runs.ledger import read_ledger
+from storage_schemas.runs.ledger import read_ledger, run_names
 from storage_schemas.sql.answers import Answer
 from storage_schemas.sql.lake_writers import LakeConflict, LakeUnavailable, catalog_fault, patiently, without_password
+from storage_schemas.sql.masks import Masks
 from storage_schemas.sql.views import RefusedStatement, single_query
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
@@ -178,7 +179,7 @@ class Lake:
         options = ", READ_ONLY" + (f", SNAPSHOT_VERSION {int(at)}" if at is not None else "")
         limits = {"memory_gigabytes": memory_gigabytes or half_the_memory(), "threads": threads}
         with self._attached(options, **limits) as connection:
-            patiently(lambda: _create_views(connection))
+            patiently(lambda: _create_views(self.workspace, connection))
             connection.execute(f"SET allowed_directories = {allowed_folders(self.workspace.root)}")
             connection.execute("SET enable_external_access = false")
             connection.execute("SET lock_configuration = true")
@@ -316,12 +317,14 @@ def _runs(connection: duckdb.DuckDBPyConnection) -> dict[str, set[str]] | None:
     return found
 
 
-def _create_views(connection: duckdb.DuckDBPyConnection) -> None:
-    runs = _runs(connection)
+def _create_views(workspace: Workspace, connection: duckdb.DuckDBPyConnection) -> None:
+    runs, masks, known = _runs(connection), Masks(workspace), set(run_names(workspace))
     if not runs:
         raise LakeUnavailable("the lake holds no run at this snapshot: `fastgda lake add RUN` first")
     selects = [
-        f"SELECT {literal(run)} AS run, {_scores(there)} FROM lake.runs.{_quoted(run)}" for run, there in runs.items()
+        f"SELECT {literal(run)} AS run, {_scores(there)} FROM lake.runs.{_quoted(run)}"
+        + (masks.of_run(run).rows(tables.SCORES) if run in known else "")
+        for run, there in runs.items()
     ]
     connection.execute(f"CREATE OR REPLACE VIEW run_scores AS {' UNION ALL '.join(selects)}")
     connection.execute("CREATE OR REPLACE VIEW registered AS FROM lake.registered")

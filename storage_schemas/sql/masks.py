@@ -6,10 +6,12 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from storage_schemas import tables
+from storage_schemas.files import AnyPath
+from storage_schemas.heads.records import holds_any
 from storage_schemas.runs.ledger import read_run
 from storage_schemas.table import Table
 from storage_schemas.tombstones import Tombstone, Tombstones, read_tombstones, removed_ids
@@ -27,11 +29,6 @@ class Mask:
         if not self.train_ids or "train_id" not in table.schema.names:
             return ""
         return f" WHERE train_id NOT IN ({self._listed()})"
-
-    def shown(self, rows: pa.Table) -> pa.Table:
-        """Return the rows of a table with train_ids that are not about removed samples."""
-        removed = pa.array(self.train_ids, pa.int64())
-        return rows.filter(pc.invert(pc.is_in(rows["train_id"], value_set=removed))) if self.train_ids else rows
 
     def queries(self, twins: str | None) -> str:
         """As `rows`, for queries: one of the twin test may be a training image itself.
@@ -64,9 +61,13 @@ class Masks:
     def of_run(self, run: str) -> Mask:
         return self.of(read_run(self.workspace, run).samples) if self.tombstones.active else Mask([])
 
-    def stale(self, samples: str | None, since: int = 0) -> bool:
-        """Return whether samples of a table were taken down after the record of this number."""
-        return bool(len(removed_ids(self.workspace, samples or None, self.tombstones, since=since)))
+    def stale(self, samples: str | None) -> bool:
+        """Return whether samples of a table are taken down."""
+        return bool(self.of(samples or None).train_ids)
+
+    def stale_index(self, index: AnyPath, samples: str | None) -> bool:
+        """Return whether an index of a table holds vectors of samples that are taken down."""
+        return holds_any(index, np.array(self.of(samples or None).train_ids, np.int64))
 
 
 def tombstone_rows(tombstones: Tombstones) -> pa.Table:

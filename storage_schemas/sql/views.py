@@ -55,6 +55,7 @@ from storage_schemas.sql.answers import Answer
 from storage_schemas.sql.masks import Masks, tombstone_rows
 from storage_schemas.sql.shares import shares_macro, shares_view
 from storage_schemas.table import Table
+from storage_schemas.tombstones import without
 from storage_schemas.workspace import Workspace, regenerated, retrained, twins_beside
 
 
@@ -186,9 +187,9 @@ class _State:
 
     @property
     def samples(self) -> str | None:
-        """The published samples, and before there are any those that were indexed last."""
+        """The published samples with those that were added to the served index, or else those indexed last."""
         if self.published is not None:
-            return self.published.samples
+            return self.published.index_samples or self.published.samples
         return self.indexed.samples if self.indexed else None
 
     @property
@@ -333,7 +334,7 @@ def _load(connection: duckdb.DuckDBPyConnection, workspace: Workspace, state: _S
     shards = [tables.read(path, tables.SHARDS) for path in ledgers]
     left_out = {run: workspace.quarantined_samples(run) for run in state.runs}
     quarantined = [
-        state.masks.of_run(run).shown(tables.read(path, tables.QUARANTINED_SAMPLES))
+        without(tables.read(path, tables.QUARANTINED_SAMPLES), state.masks.of_run(run).train_ids)
         for run, path in left_out.items()
         if path.exists()
     ]
@@ -405,7 +406,7 @@ def _head_rows(workspace: Workspace, state: _State) -> pa.Table:
                 "best_epoch": head.best_epoch,
                 "validation_map": head.validation_map,
                 "served": bool(state.published and state.published.head == workspace.relative(path.parent)),
-                "stale": state.masks.stale(samples.get(head.run or ""), since=head.tombstones),
+                "stale": state.masks.stale(samples.get(head.run or "")),
             }
         )
     return pa.Table.from_pylist(rows, schema=tables.HEADS.schema)
@@ -420,6 +421,7 @@ def _index_rows(workspace: Workspace, state: _State) -> pa.Table:
             continue
         served = bool(state.published and state.published.index == workspace.relative(path.parent))
         about = read_index_record(path.parent)
+        # Indexes of earlier releases do not name their head: of the served one it is known.
         head = about.head or ((state.published.head or "").rsplit("/", 1)[-1] if served and state.published else "")
         rows.append(
             {
@@ -428,7 +430,7 @@ def _index_rows(workspace: Workspace, state: _State) -> pa.Table:
                 "vectors": manifest.rows,
                 "size": manifest.size,
                 "served": served,
-                "stale": state.masks.stale(samples.get(path.parent.name), since=about.tombstones),
+                "stale": state.masks.stale_index(path.parent, samples.get(path.parent.name)),
                 "kind": about.kind,
                 "recall_at_10": about.recall_at_10,
                 "recall_at_100": about.recall_at_100,

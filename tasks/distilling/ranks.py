@@ -15,6 +15,7 @@ from torch import Tensor
 from fastgda_core.evaluation.candidates import CandidateScores
 from fastgda_core.ranking.batches import RankPairs, first_pairs
 from storage_schemas.snapshots.snapshots import read_influence, read_snapshot
+from storage_schemas.tombstones import without
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact
 from tasks.context import Context
@@ -33,9 +34,14 @@ def run_behind(workspace: Workspace, ranks: Artifact) -> str:
 ROWS_AT_ONCE = 300_000
 
 
-def candidate_scores(workspace: Workspace, ranks: Artifact, query_ids: Sequence[str]) -> CandidateScores:
-    """Read the teacher's scores of some queries' candidates; negative ones are 0 where the labels tie them."""
-    table = read_influence(workspace, ranks.key, list(query_ids))
+def candidate_scores(
+    workspace: Workspace, ranks: Artifact, query_ids: Sequence[str], removed: Sequence[int] = ()
+) -> CandidateScores:
+    """Read the teacher's scores of some queries' candidates; negative ones are 0 where the labels tie them.
+
+    `removed` are train_ids that are left out.
+    """
+    table = without(read_influence(workspace, ranks.key, list(query_ids)), removed)
     number = pc.index_in(table["query_id"], pa.array(query_ids, pa.string())).to_numpy()
     columns = (number, table["train_id"].to_numpy(), table["score"].to_numpy())
     return CandidateScores.of(*(torch.from_numpy(each.copy()) for each in columns), queries=len(query_ids))

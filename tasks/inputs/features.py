@@ -67,7 +67,7 @@ def _extracted(context: Context, items: Artifact) -> Made:
                 assert encoder is not None
                 started = time.monotonic()
                 numbers = list(range(number * PART_ITEMS, number * PART_ITEMS + sizes[number]))
-                features, unreadable = _encode(encoder, items, numbers, size, advance)
+                features, unreadable = encode_items(encoder, items, numbers, size, advance)
                 table = tables.FEATURES.rows(item=[str(number) for number in numbers], feature=as_lists(features))
                 path = part(folder, number)
                 there[path.name] = commit_table(
@@ -279,7 +279,7 @@ def _files_hash(files: Stamps) -> str:
     return input_key("weights", [(Path(path).name, file_sha256(Path(path))) for path, _, _ in files])
 
 
-def _encode(
+def encode_items(
     encoder: Encoder, items: Artifact, numbers: list[int], size: int, advance: Callable[[int], None]
 ) -> tuple[Tensor, dict[int, str]]:
     """Return features of some items, (items, d), and the samples whose image can no longer be read, with reasons."""

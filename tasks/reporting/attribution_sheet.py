@@ -7,6 +7,7 @@ import io
 from PIL import Image, ImageDraw, ImageFont
 
 from storage_schemas.snapshots.snapshots import read_ranks
+from storage_schemas.tombstones import removed_ids, without
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact
 from tasks.inputs.queries import load_queries
@@ -21,7 +22,8 @@ def attribution_sheet(
     """Draw a JPEG: a row for each of some queries, spread over the set, with its most influential images."""
     every = load_queries(queries)
     chosen = [every[number] for number in spread(len(every), shown_queries)]
-    ranks = read_ranks(workspace, snapshot, [query.query_id for query in chosen]).to_pylist()
+    ranked = read_ranks(workspace, snapshot, [query.query_id for query in chosen])
+    ranks = without(ranked, removed_ids(workspace, samples.path)).to_pylist()
     width = (shown_samples + 1) * (TILE + GAP) + 2 * GAP
     sheet = Image.new("RGB", (width, len(chosen) * (TILE + LABEL + GAP) + GAP), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)

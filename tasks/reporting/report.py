@@ -18,6 +18,7 @@ from fastgda_core.extras import installed
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit, input_key
 from storage_schemas.heads.records import read_head_record
+from storage_schemas.tombstones import removed_ids
 from tasks.artifact import Artifact, Made, once
 from tasks.context import Context
 from tasks.distilling.answering import answering_head
@@ -78,7 +79,9 @@ def write_report(context: Context, run: str, stages: list[Made]) -> Made:
     path = context.workspace.report(run)
     artifacts = {made.artifact.name: made.artifact for made in stages}
     shown = _measures(context.config.evaluation.cutoffs), templates_text(), installed("matplotlib")
-    key = input_key("report", [each.key for each in artifacts.values()], context.config.evaluation, shown)
+    removed = removed_ids(context.workspace, artifacts["samples"].path).tolist()
+    left_out = [removed] if removed else []  # a page that is written after a take-down is without its images
+    key = input_key("report", [each.key for each in artifacts.values()], context.config.evaluation, shown, *left_out)
 
     def make(started: float) -> Manifest:
         html = _render(context, run, artifacts, stages).encode()
@@ -169,9 +172,9 @@ def _panels(
     several = load_queries(queries)
     test = rows_of_split([queries], "test")
     test = test[spread(len(test), config.shown_queries)]
-    scores = candidate_scores(
-        context.workspace, artifacts["rank labels"], [several[number].query_id for number in test.tolist()]
-    )
+    names = [several[number].query_id for number in test.tolist()]
+    removed = removed_ids(context.workspace, samples.path).tolist()
+    scores = candidate_scores(context.workspace, artifacts["rank labels"], names, removed)
     captions = [several[number].caption for number in test.tolist()]
     phi = load_features(context, queries, samples)[test], sample_features(context, samples)
     score = "AbU+ score" if _objective(context) else "cosine"

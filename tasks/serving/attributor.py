@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +23,7 @@ from tasks.serving.catalogue import Catalogue
 from tasks.serving.exact import FIRST, Progress
 from tasks.serving.fast import Caption, FastTier, Picture
 from tasks.serving.loaded import Loaded
-from tasks.serving.nearest import low_and_alike, lowering_by, nearest_of
+from tasks.serving.nearest import low_and_alike, nearest_of, with_lowering
 from tasks.serving.question import check_caption
 from tasks.serving.ranked import Lists, Scored, depth_for, lists_of_scores
 from tasks.serving.settings import AROUND, Settings, name_of
@@ -245,8 +247,9 @@ class Attributor:
         self, pictures: Sequence[Picture], captions: Sequence[Caption], settings: Settings
     ) -> list[Answer]:
         vectors, features = self.encode_both(pictures, captions)
-        asked = [name_of(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
-        return self._by_vectors(vectors, asked, settings, features)
+        both = list(zip(pictures, captions, strict=True))
+        answers = self._by_vectors(vectors, [name_of(*each) for each in both], settings, features)
+        return [_of_part(answer, *each) for answer, each in zip(answers, both, strict=True)]
 
     def _by_vectors(
         self, vectors: NDArray[np.float32], asked: Sequence[str], settings: Settings, features: Tensor | None
@@ -260,9 +263,9 @@ class Attributor:
         for number, question in enumerate(asked):
             mine = slice(number, number + 1)
             hits = nearest_of(fast, catalogue, vectors[mine], settings.k, allowed, (found[0][mine], found[1][mine]))
-            lists = Lists(hits)
+            lists = Lists(hits, notes=fast.predictions.notes)
             if settings.around:
-                lists = lowering_by(fast, catalogue, vectors[mine], hits, allowed, settings, tied=self._loaded.tied)
+                lists = with_lowering(fast, catalogue, vectors[mine], lists, allowed, settings, tied=self._loaded.tied)
                 phi = None if features is None else features[number]
                 lists = self._with_similar(lists, catalogue, vectors[mine], phi, allowed, settings)
             answers.append(self._answer(settings, question, catalogue, lists, started))
@@ -334,9 +337,9 @@ class Attributor:
         if features is not None:
             if not isinstance(untuned := self._loaded.untuned, str):
                 similar = low_and_alike(self.fast, untuned, catalogue, vector, features, lists.hits, allowed, settings)
-                return Lists(lists.hits, lists.lowering, similar, lists.influence, lists.notes)
+                return replace(lists, similar=similar)
             why = f"similar images are not named: {untuned}"
-        return Lists(lists.hits, lists.lowering, [], lists.influence, [*lists.notes, why])
+        return replace(lists, notes=[*lists.notes, why])
 
     def _answer(self, settings: Settings, asked: str, catalogue: Catalogue, lists: Lists, started: float) -> Answer:
         return Answer(
@@ -351,3 +354,14 @@ class Attributor:
             influence=lists.influence,
             notes=lists.notes,
         )
+
+
+def _of_part(answer: Answer, picture: Picture, caption: Caption) -> Answer:
+    """Return an answer to a question that may lack a part, without the predictions that were learned with both."""
+    lacks = "image" if picture is None else "caption" if caption is None else ""
+    if not lacks:
+        return answer
+    note = f"asked without the {lacks}: the agreement above was measured with both, and nothing is predicted"
+    bare: dict[str, Any] = {"predicted_rank": None, "score": None, "standard_error": None}
+    hits, lowering = ([replace(hit, **bare) for hit in each] for each in (answer.hits, answer.lowering))
+    return replace(answer, hits=hits, lowering=lowering, notes=[note, *answer.notes])

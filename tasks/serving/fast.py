@@ -20,10 +20,13 @@ from storage_schemas.snapshots.published import Published
 from storage_schemas.workspace import Workspace
 from tasks.devices import pick_device
 from tasks.distilling.answering import answering_head
+from tasks.distilling.calibration import read_calibration
 from tasks.distilling.head_space import recorded_space
 from tasks.distilling.index import read_index_mean
 from tasks.distilling.opened_index import open_search_index
 from tasks.inputs.features import load_encoders
+from tasks.inputs.samples import samples_table
+from tasks.serving.predicted import Predictions
 
 Picture = Image.Image | None
 Caption = str | None
@@ -52,6 +55,8 @@ class FastTier:
         self.mean = read_index_mean(index) if self.space.centre else None
         self.index = open_search_index(index, head.name)
         self.samples_path = workspace.file(published.index_samples or index_samples(workspace, head, index))
+        calibration = read_calibration(workspace, published.metrics) if published.metrics else None
+        self.predictions = Predictions(calibration, self.index, samples_table(self.samples_path).num_rows)
         # A gradient head loads the model at its first question, which nobody should wait for.
         self.vectors(self.features([_BLANK], ["a picture"]), ["a picture"])
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tasks.distilling.calibration import drawn_samples
 from tasks.serving.answers import Hit
 from tasks.serving.catalogue import Catalogue
 from tasks.serving.fast import FastTier
@@ -15,7 +18,6 @@ from tasks.serving.untuned import Untuned
 
 LOW = 0.1  # a sample below this share of all ranks low
 ALIKE = 200  # nearest images by untuned features, among which such samples are looked for
-DRAWN = 1024  # samples whose similarities stand for those of all
 SYMMETRIC = "this head learned an order alone, so what lowers the image is not named: tier sketch or exact may name it"
 
 Found = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -50,25 +52,26 @@ def nearest_of(
         kept = train_ids[0] >= 0
         if opposed:
             kept &= similarity[0] > 0
-        return train_ids[0][kept], {"similarity": sign * similarity[0][kept]}
+        near = sign * similarity[0][kept]
+        return train_ids[0][kept], {"similarity": near, **fast.predictions.of(vector, near)}
 
     return hits_of(catalogue, first, k)
 
 
-def lowering_by(
+def with_lowering(
     fast: FastTier,
     catalogue: Catalogue,
     vector: NDArray[np.float32],
-    hits: list[Hit],
+    lists: Lists,
     allowed: NDArray[np.bool_] | None,
     settings: Settings,
     *,
     tied: bool,
 ) -> Lists:
-    """Return hits with those samples that lower the image's likelihood, or with why they are not named."""
+    """Return the lists with those samples that lower the image's likelihood, or with why they are not named."""
     if tied or not fast.can_lower:
-        return Lists(hits, notes=[TIED if tied else SYMMETRIC])
-    return Lists(hits, nearest_of(fast, catalogue, vector, settings.around, allowed, opposed=True))
+        return replace(lists, notes=[*lists.notes, TIED if tied else SYMMETRIC])
+    return replace(lists, lowering=nearest_of(fast, catalogue, vector, settings.around, allowed, opposed=True))
 
 
 def low_and_alike(
@@ -98,11 +101,6 @@ def low_and_alike(
         return train_ids[:depth], {"similarity": cosine[:depth], "predicted_rank": above[:depth]}
 
     return hits_of(catalogue, first, settings.around)
-
-
-def drawn_samples(samples: int) -> NDArray[np.int64]:
-    """Return the train_ids of the samples that stand for all, ascending: the same ones each time."""
-    return np.sort(np.random.default_rng(0).choice(samples, min(samples, DRAWN), replace=False))
 
 
 def share_above(

@@ -104,7 +104,7 @@ class BasisParts(Parts):
         # A gigabyte, held once. Who is left out now is not asked again: all sketches rest on one basis.
         sketches, filled = torch.empty(len(pilot) * context.config.model.images, len(eigen), dtype=torch.bfloat16), 0
         for train_ids in np.split(pilot, range(step, len(pilot), step)):
-            found = _sketched(context, self.latents, train_ids, eigen, self.plan).sketches.flatten(0, 1)
+            found = sketched(context, self.latents, train_ids, eigen, self.plan).sketches.flatten(0, 1)
             sketches[filled : filled + len(found)] = found
             filled += len(found)
         sketch = PrincipalSketch.of_samples_like(eigen, sketches[:filled], config.size)
@@ -147,7 +147,7 @@ def load_sketch(context: Context, curvature: Artifact, basis: Artifact) -> Princ
     return context.loaded.once("sketch basis", basis.key, load)
 
 
-class _Sketched(NamedTuple):
+class Sketched(NamedTuple):
     """Sketches of some training samples, (n, flips, size) on the CPU; left_out: the other samples, and why."""
 
     train_ids: NDArray[np.int64]
@@ -155,13 +155,13 @@ class _Sketched(NamedTuple):
     left_out: dict[int, str]
 
 
-def _sketched(
+def sketched(
     context: Context,
     latents: Artifact,
     train_ids: NDArray[np.int64],
     sketch: EigenSketch | PrincipalSketch,
     chosen_plan: Artifact | None,
-) -> _Sketched:
+) -> Sketched:
     """Run the model on some samples, ascending, and sketch their gradients under the run's noise plan."""
 
     def of_samples(chosen: NDArray[np.int64]) -> Tensor:
@@ -172,7 +172,7 @@ def _sketched(
 
     known = unreadable_samples(latents, train_ids.tolist())
     nothing = torch.empty(0, context.config.model.images, len(sketch))
-    return _Sketched(*without_bad_samples(train_ids, known, of_samples, nothing))
+    return Sketched(*without_bad_samples(train_ids, known, of_samples, nothing))
 
 
 class SketchParts(TensorParts):
@@ -218,8 +218,8 @@ class SketchParts(TensorParts):
     def make(self, number: int) -> Manifest:
         started = time.monotonic()
         sketch = load_sketch(self.context, self.curvature, self.basis)
-        sketched = _sketched(self.context, self.latents, self.train_ids(number), sketch, self.plan)
-        return self._commit(number, sketched, started)
+        found = sketched(self.context, self.latents, self.train_ids(number), sketch, self.plan)
+        return self._commit(number, found, started)
 
     def beside(self, train_ids: NDArray[np.int64]) -> SketchBeside | None:
         """Return what makes the part of these samples while their scores are made; None where no part is missing."""
@@ -229,7 +229,7 @@ class SketchParts(TensorParts):
         sketch = load_sketch(self.context, self.curvature, self.basis)
         return SketchBeside(self.context, sketch, functools.partial(self._commit, number))
 
-    def _commit(self, number: int, made: _Sketched, started: float) -> Manifest:
+    def _commit(self, number: int, made: Sketched, started: float) -> Manifest:
         packed = Int8Vectors.of(made.sketches.flatten(0, 1))
         shape = made.sketches.shape[:2]
         tensors = {
@@ -246,7 +246,7 @@ class SketchBeside:
 
     context: Context
     sketch: PrincipalSketch
-    _commit: Callable[[_Sketched, float], Manifest]
+    _commit: Callable[[Sketched, float], Manifest]
     _found: list[Tensor] = field(default_factory=list)
     _seconds: float = 0.0
 
@@ -264,5 +264,5 @@ class SketchBeside:
         """Commit the part; the seconds behind it are those that it took beside the scores."""
         nothing = torch.empty(0, self.context.config.model.images, len(self.sketch))
         self._commit(
-            _Sketched(train_ids, torch.cat([nothing, *self._found]), left_out), time.monotonic() - self._seconds
+            Sketched(train_ids, torch.cat([nothing, *self._found]), left_out), time.monotonic() - self._seconds
         )

@@ -20,6 +20,8 @@ from storage_schemas.commit import committed, manifest_path, read_manifest
 from storage_schemas.files import AnyPath, any_path, create, file_sha256, is_there, matching, read_if_there
 from storage_schemas.publishing.export import export_parquet
 from storage_schemas.publishing.publish import publish_runs, retract_run, update_published
+from storage_schemas.publishing.serving import promote_index, prune_indexes, rollback_index
+from storage_schemas.publishing.takedown import lift, take_down
 from storage_schemas.runs import lease
 from storage_schemas.runs.attempts import AttemptLog, ShardState, read_attempts
 from storage_schemas.runs.ledger import done_shards, read_ledger, rebuild_ledgers
@@ -29,9 +31,10 @@ from storage_schemas.snapshots.snapshots import read_snapshot
 from storage_schemas.snapshots.vacuum import vacuum
 from storage_schemas.sql.lake import Lake
 from storage_schemas.sql.views import RefusedStatement, query
+from storage_schemas.tombstones import read_tombstones, removed_ids
 from storage_schemas.workspace import Workspace
 from tests.object_store import empty_workspace, requests_counted
-from tests.storage_schemas.workspaces import commit_shard, finish_run, plan_run, shard_key
+from tests.storage_schemas.workspaces import commit_index, commit_shard, finish_run, plan_run, shard_key
 
 RUN, SAMPLES = "run-1", 4
 QUERIES = ("q0", "it's [x] *", "q\n😀")
@@ -153,6 +156,30 @@ def test_what_several_change_at_once_of_what_is_published_is_all_there(root: Any
     assert set(read_snapshot(workspace, published.snapshot).runs) == {"old-1", "new-0", "new-1"}
     assert (published.index, published.version) == ("indexes/i", 5)
     assert workspace.current.read_bytes() == workspace.published(5).read_bytes()
+
+
+@pytest.mark.heavy
+def test_versions_and_take_downs_are_steps_there_too(root: AnyPath) -> None:
+    workspace = Workspace.at(root)
+    finish_run(root, RUN, queries=QUERIES)
+    samples = publish_runs(workspace, [RUN]).samples or ""
+    for version in "abc":
+        promote_index(workspace, commit_index(workspace, version, samples, kind="Flat"), force=True)
+    for train_id in (1, 2):
+        take_down(workspace, [train_id], reason="asked", by="them")
+    lift(workspace, 1, reason="an error", by="us")
+    assert [record.number for record in read_tombstones(workspace).records] == [1, 2, 3]
+    assert removed_ids(workspace, samples).tolist() == [2]
+    assert set(query(root, "SELECT train_id FROM ranks")["train_id"].to_pylist()) == {0, 1, 3}
+    assert rollback_index(workspace)[0].index == "indexes/b"
+    promote_index(workspace, "c", force=True)
+    with ThreadPoolExecutor(3) as pool:
+        pruned = [pool.submit(prune_indexes, workspace, 0) for _ in range(3)]
+    assert {each.version for done in pruned for each in done.result(60)} == {"a", "b"}
+    assert query(root, "SELECT index_version, served, stale FROM indexes").to_pylist() == [
+        {"index_version": "c", "served": True, "stale": True}
+    ]
+    assert not matching(workspace.root / "indexes", "[ab]/*")
 
 
 def test_a_name_that_is_being_taken_at_this_instant_is_taken(root: AnyPath, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from storage_schemas import tables
 from storage_schemas.commit import commit, commit_table, input_key
 from storage_schemas.files import write_atomically
 from storage_schemas.heads.evaluations import EvaluationRecord, write_evaluation
-from storage_schemas.heads.records import HEAD_FILE, INDEX_FILE, HeadRecord, IndexRecord, as_json
+from storage_schemas.heads.records import HEAD_FILE, INDEX_FILE, INDEX_IDS, HeadRecord, IndexRecord, as_json
 from storage_schemas.publishing.publish import publish_runs, update_published
 from storage_schemas.runs.ledger import write_plan
 from storage_schemas.runs.records import RunRecord
@@ -56,7 +56,7 @@ def plan_run(
             "captions": list(captions),
             "width": 8,
             "height": 8,
-            "image_sha256": "0" * 64,
+            "image_sha256": f"{train:064x}",
         }
         for train in range(samples)
     ]
@@ -179,6 +179,7 @@ def commit_index(
     run: str = "run-1",
     precision: dict[str, float] | None = None,
     snapshot: str = "",
+    train_ids: Sequence[int] = range(4),
     **record: Any,
 ) -> str:
     """An index and its head as far as the store knows them; `precision`: the AP of each test query on a snapshot."""
@@ -186,8 +187,11 @@ def commit_index(
     described = HeadRecord(feature_space="pixel", run=run, snapshot=snapshot)
     write_atomically(place / HEAD_FILE, as_json(described))
     write_atomically(folder / INDEX_FILE, as_json(IndexRecord(head=head, samples=samples, **record)))
+    write_table(folder / INDEX_IDS, tables.INDEX_IDS, [{"train_id": train_id} for train_id in train_ids], version)
     content = version.encode()
-    commit(folder / "index.faiss", lambda path: path.write_bytes(content), key=version, rows=4, started=0.0)
+    commit(
+        folder / "index.faiss", lambda path: path.write_bytes(content), key=version, rows=len(train_ids), started=0.0
+    )
     if precision is not None:
         mean = sum(precision.values()) / len(precision)
         figure = {"space": "tuned", "split": "test", "cutoff": 100, "standard_error": 0.0, "queries": 1}

@@ -62,14 +62,6 @@ def found(root: Path, before: str, after: str, k: int) -> dict[str, dict[str, ob
     return {row["query_id"]: {name: row[name] for name in names} for row in rows}
 
 
-def distinct_images(root: Path, samples: int = SAMPLES) -> None:
-    """Give each sample of the workspace's only table bytes of its own."""
-    (path,) = root.glob("samples/*/samples.parquet")
-    rows = tables.read(path, tables.SAMPLES).to_pylist()
-    key = path.parent.name
-    write_table(path, tables.SAMPLES, [row | {"image_sha256": f"{row['train_id']:064x}"} for row in rows], key)
-
-
 @pytest.mark.heavy
 def test_changes_are_those_that_plain_sorting_finds_and_none_names_a_removed_sample(tmp_path: Path) -> None:
     chance = random.Random(0)
@@ -81,7 +73,6 @@ def test_changes_are_those_that_plain_sorting_finds_and_none_names_a_removed_sam
     two["q3"][top(one["q3"], 30, set())[-1]] = 99.0
     two["q9"] = [chance.random() for _ in range(SAMPLES)]
     before, after = scored(tmp_path, "one", one), scored(tmp_path, "two", two)
-    distinct_images(tmp_path)
     for k in (1, 5, 10, 100):
         assert found(tmp_path, before, after, k) == expected(one, two, k, set())
     removed = {top(two["q3"], 1, set())[0], top(one["q2"], 1, set())[0]}
@@ -100,7 +91,6 @@ def test_changes_are_those_that_plain_sorting_finds_and_none_names_a_removed_sam
 def test_an_image_that_got_another_number_is_the_same_image(tmp_path: Path) -> None:
     one: Scores = {"q0": [float(-train) for train in range(4)]}
     before = scored(tmp_path, "one", one, samples=4)
-    distinct_images(tmp_path)
     old = read_run(Workspace(tmp_path), "one").samples
     # The data without sample 0: the others are numbered anew.
     two: Scores = {"q0": [float(-train) for train in range(3)]}
@@ -110,7 +100,7 @@ def test_an_image_that_got_another_number_is_the_same_image(tmp_path: Path) -> N
     path = Workspace(tmp_path).file(new)
     rows = tables.read(path, tables.SAMPLES).to_pylist()
     shifted = [row | {"image_sha256": f"{row['train_id'] + 1:064x}"} for row in rows]
-    write_table(path, tables.SAMPLES, shifted, path.parent.name)  # type: ignore[arg-type]  # on disk
+    write_table(path, tables.SAMPLES, shifted, path.parent.name)
     assert found(tmp_path, before, after, 2) == {
         "q0": {"change": "changed", "overlap": 0.5, "moved": 1, "entered": [1], "dropped": [0]}
     }

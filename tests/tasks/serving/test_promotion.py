@@ -56,7 +56,7 @@ def promoted(root: Path, index: Path) -> Evaluation:
 @pytest.mark.heavy
 def test_an_index_of_other_training_data_is_refused(tmp_path: Path) -> None:
     published = publish_run(tmp_path, "first")
-    other = finish_run(tmp_path, "second", samples=5)
+    other = finish_run(tmp_path, "second", samples=3)
     write_json(tmp_path / "heads" / "h" / "head.json", feature_space="pixel", snapshot="s", run="first")
     index = write_json(tmp_path / "indexes" / "i" / "index.json", head="h", samples=other.samples)
     found = promoted(tmp_path, index)
@@ -70,7 +70,7 @@ def test_an_index_of_other_training_data_is_refused(tmp_path: Path) -> None:
 
 def test_the_data_of_an_index_of_an_earlier_release_is_that_of_its_heads_run(tmp_path: Path) -> None:
     publish_run(tmp_path, "first")
-    other = finish_run(tmp_path, "second", samples=5)
+    other = finish_run(tmp_path, "second", samples=3)
     head = write_json(tmp_path / "heads" / "h" / "head.json", feature_space="pixel", snapshot="s", run="second")
     index = write_json(tmp_path / "indexes" / "i" / "index.json", head="h")
     assert index_samples(Workspace(tmp_path), head, index) == other.samples
