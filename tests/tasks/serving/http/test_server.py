@@ -130,6 +130,17 @@ def test_a_service_that_is_told_to_end_answers_what_is_under_way(similar: WholeR
         assert "Traceback" not in found.log.read_text()
 
 
+def test_a_connection_that_is_kept_waits_for_no_acknowledgement(served: Running) -> None:
+    connection = http.client.HTTPConnection(served.url.removeprefix("http://"))
+    took = []
+    for _ in range(30):
+        started = time.monotonic()
+        connection.request("GET", "/v1/queries?limit=1")
+        connection.getresponse().read()
+        took.append(time.monotonic() - started)
+    assert sorted(took)[5] < 0.035  # with Nagle's algorithm each but the first takes 40 ms, however idle the machine
+
+
 def refused(*arguments: str) -> str:
     with pytest.raises(UsageError) as error:
         CliRunner().invoke(app, ["serve", *arguments], catch_exceptions=False)
