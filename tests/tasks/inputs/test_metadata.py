@@ -103,7 +103,7 @@ def test_copies_of_a_picture_look_the_same_and_other_pictures_do_not() -> None:
     copies = [
         again(originals[0], "PNG"),
         again(originals[1], "JPEG", quality=90),
-        again(originals[2], "WEBP", quality=90),
+        again(originals[2], "WEBP", lossless=True),
         originals[3].resize((128, 128), Image.Resampling.BICUBIC),
     ]
     assert pairs([*originals, *copies]) == [(number, 30 + number) for number in range(4)]
