@@ -41,7 +41,7 @@ VIEWS = (
     "regenerations",
     "regeneration_distances",
 )
-LOADED = ("shards", "quarantined_samples", "runs", "heads", "indexes", "sketches")
+LOADED = ("shards", "quarantined_samples", "runs", "heads", "indexes", "sketches", "tombstones")
 
 
 @pytest.fixture(scope="module")
