@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -31,6 +32,7 @@ LDS, RETRAINED_AGAIN = "lds", "retraining again"  # the judge's score, and what 
 
 # Below it less than half of what orders the samples would come back if the teacher were drawn again.
 LEAST_AGREEMENT = 0.5
+log = logging.getLogger("fastgda.trust")
 _RAISED = {
     OTHER_NOISE: "teacher.timesteps or teacher.draws",
     OTHER_GRADIENT: "teacher.gradient_pairs",
@@ -222,8 +224,12 @@ def _of_the_head(workspace: Workspace, run: str) -> list[dict[str, Any]]:
         return []
     if published.run != run or published.metrics is None:
         return []
+    try:
+        kind = read_head_record(workspace.file(published.head)).kind if published.head else ""
+    except StoreError as error:  # nothing else of the run rests on its head
+        log.warning("what the published head agrees with is left out: %s", error)
+        return []
     rows = tables.read(workspace.file(published.metrics), tables.METRICS).to_pylist()
-    kind = read_head_record(workspace.file(published.head)).kind if published.head else ""
     return [row for row in by_itself(rows, kind) if row["space"] == HEAD]
 
 

@@ -22,7 +22,7 @@ from tasks.judging.methods import RANDOM, UNTUNED, every_method
 from tasks.judging.sketches import SKETCH
 from tasks.judging.tiers import HEADS, Tiers, again, by_head
 from tasks.serving.attributor import Attributor
-from tasks.watching.trust import TEACHER
+from tasks.watching.trust import TEACHER, trust_in
 from tests.tasks.whole_runs import CUTOFFS, SAMPLES, WholeRun
 
 FIRST = max(CUTOFFS)
@@ -96,7 +96,9 @@ def test_a_head_of_an_earlier_release_is_named_and_left_out(
     (head.parent / "head.json").unlink()
     with caplog.at_level("WARNING"):
         assert heads_of_run(workspace, run.name) == {}
+        assert trust_in(workspace, run.name).twins
     assert f"head {head.parent.name} is left out: " in caplog.text
+    assert "what the published head agrees with is left out: " in caplog.text
 
 
 def in_workspace(config: PipelineConfig, folder: Path) -> PipelineConfig:
