@@ -24,6 +24,7 @@ from storage_schemas.runs.ledger import read_ledger
 from storage_schemas.snapshots.compaction import compact
 from storage_schemas.snapshots.snapshots import read_ranks
 from storage_schemas.snapshots.vacuum import vacuum
+from storage_schemas.sql import views
 from storage_schemas.sql.views import connect
 from storage_schemas.table import Added, DamagedTable, Table
 from storage_schemas.workspace import Workspace, part
@@ -154,17 +155,20 @@ def test_a_file_of_the_release_before_answers_to_the_same_key(tmp_path: Path) ->
 
 def becomes(monkeypatch: pytest.MonkeyPatch, scores: Table, ranks: Table) -> None:
     """This code as a release that has these scores and ranks."""
-    views = {
+    shown = {
         "RANKS_VIEW": [*ranks.schema, tables.RANKS_VIEW.schema.field("influence")],
         "RUN_SCORES": [tables.RUN_SCORES.schema.field("run"), *scores.schema],
         "EXACT_CHECK": scores.schema,
     }
     changed = {
-        name: dataclasses.replace(getattr(tables, name), schema=pa.schema(fields)) for name, fields in views.items()
+        name: dataclasses.replace(getattr(tables, name), schema=pa.schema(fields)) for name, fields in shown.items()
     }
     for name, table in {**changed, "SCORES": scores, "RANKS": ranks}.items():
         monkeypatch.setattr(tables, name, table)
     monkeypatch.setattr(export, "RANKS", ranks)
+    # Releases that have shares have scores with errors.
+    monkeypatch.setattr(views, "shares_macro", lambda: "SELECT 1")
+    monkeypatch.setattr(views, "shares_view", lambda: f"SELECT {views._no_values(tables.SHARES_VIEW)} WHERE false")
 
 
 @pytest.fixture(autouse=True)

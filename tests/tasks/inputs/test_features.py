@@ -130,7 +130,7 @@ def test_equal_captions_are_encoded_once(tmp_path: Path) -> None:
         asked.extend(batch)
         return torch.tensor([[float(len(text)), float(ord(text[2]))] for text in batch])
 
-    found, _ = features._encode(Encoder("text", encode), samples, list(range(6)), 2, done.append)
+    found, _ = features.encode_items(Encoder("text", encode), samples, list(range(6)), 2, done.append)
     assert asked == ["a cat", "a dog", "a bird"]
     assert found.tolist() == [[len(text), ord(text[2])] for text in captions]
     assert sum(done) == len(captions)

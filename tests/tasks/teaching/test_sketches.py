@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from tasks.teaching.noise import noise_plan
 from tasks.teaching.run import Run
 from tasks.teaching.sketch_scores import GROUPS, StoredSketches
 from tasks.teaching.sketches import BasisParts, SketchParts
-from tasks.teaching.updates import device_fisher, gradients_of, update_of
+from tasks.teaching.updates import device_fisher, gradients_of, owner_of, update_of
 from tests.tasks.configs import document
 from tests.tasks.whole_runs import SAMPLES, WholeRun
 
@@ -82,10 +83,8 @@ def test_scores_are_the_teachers_for_an_image_that_it_never_saw(run: Run, stored
         torch.testing.assert_close(stored.scores(asked).scores, found.scores)
 
 
-def noise_of(image: object) -> dict[str, int]:
-    from tasks.teaching.sketch_scores import _owner
-
-    return {"owner": _owner(image, CAPTION), "seed": 0}  # type: ignore[arg-type]
+def noise_of(image: Image.Image) -> dict[str, int]:
+    return {"owner": owner_of(image, CAPTION), "seed": 0}
 
 
 def first_order(context: Context, run: Run, groups: dict[str, Tensor]) -> Tensor:
@@ -102,7 +101,7 @@ def test_some_samples_are_read_row_by_row_and_score_as_among_all(run: Run, store
     whole, some = stored.scores(asked), stored.scores(asked, np.array([23, 3, 15, 16, 3]))
     assert some.train_ids.tolist() == [3, 15, 16, 23]
     for mine, all_of_them in zip(some[1:], whole[1:], strict=True):
-        torch.testing.assert_close(mine, all_of_them[[3, 15, 16, 23]])
+        torch.testing.assert_close(mine, all_of_them[..., [3, 15, 16, 23]])
 
 
 def test_a_sample_whose_loss_is_no_number_is_left_out_and_named(
