@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from tasks.demo import openmoji
 from tasks.demo.openmoji import CONFIG, list_openmoji
 from tests import tiny, warm
 from tests.flows.pipeline_case import environment, fastgda, lay_out
+from tests.tasks.serving.http.running import running
 
 ROOT = Path(__file__).parents[2]
 SAMPLES, QUERIES, TWINS = 3953, 96, 16
@@ -83,6 +85,8 @@ def run_in(folder: Path, command: str, home: Path) -> subprocess.CompletedProces
     )
 
 
+SERVED = "http://127.0.0.1:8000"  # where documented clients find a service
+
 # What cannot run inside the tests: this test run itself, and the full demo, which has a test of its own.
 BY_HAND = ("make ", ". .venv/bin/activate", "fastgda demo", "python benchmarks/")
 # What embeds the captions of the whole demo; tests/tasks/demo/test_model.py does the same with a few.
@@ -112,8 +116,12 @@ def test_documented_python_runs(small_demo: Path, home: Path) -> None:
     blocks = documented("python")
     assert blocks
     for document, block in blocks:
-        (small_demo / "block.py").write_text(block)
-        done = run_in(small_demo, f"PYTHONPATH={ROOT} python block.py", home)
+        with ExitStack() as stack:
+            served = SERVED
+            if SERVED in block:
+                served = stack.enter_context(running(small_demo, "--workspace", "demo/workspace")).url
+            (small_demo / "block.py").write_text(block.replace(SERVED, served))
+            done = run_in(small_demo, f"PYTHONPATH={ROOT} python block.py", home)
         assert done.returncode == 0, f"{document}\n{done.stderr}"
 
 
