@@ -18,6 +18,7 @@ from storage_schemas.listings import list_tree
 from storage_schemas.runs.finished import FinishedRecord, MadeRecord, read_finished, write_finished
 from storage_schemas.runs.rivals import read_rivals
 from storage_schemas.snapshots.published import NotPublished, read_published
+from storage_schemas.tombstones import read_tombstones
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made
 from tasks.config.pipeline import PipelineConfig
@@ -46,7 +47,7 @@ class RunSummary:
 
 
 def inputs_stamp(config: PipelineConfig) -> str | None:
-    """Hash everything that a pipeline reads and runs on: configuration, stamps of files, packages.
+    """Hash everything that a pipeline reads and runs on: configuration, stamps of files, packages, take-downs.
 
     Returns:
         None where an encoder's weights come from a hub: they may change without a file of ours doing so.
@@ -63,7 +64,8 @@ def inputs_stamp(config: PipelineConfig) -> str | None:
     code = (path for package in _PACKAGES for path in (_CODE / package).rglob("*.[ph]*") if path.suffix != ".pyc")
     folders = [folder_stamps(folder) for folder in (config.model.folder, *checkpoints, *map(Path, sorted(sources)))]
     installed = sorted(path.name for path in Path(sysconfig.get_path("purelib")).glob("*.dist-info"))
-    return input_key("finished", config, stamps([*tars, *sorted(code)]), folders, installed)
+    take_downs = read_tombstones(Workspace.at(config.workspace)).sha256  # index and report are made anew without them
+    return input_key("finished", config, stamps([*tars, *sorted(code)]), folders, installed, take_downs)
 
 
 def keep_summary(config: PipelineConfig, inputs: str | None, summary: RunSummary) -> None:

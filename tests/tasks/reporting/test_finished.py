@@ -11,6 +11,7 @@ import pytest
 
 from storage_schemas.commit import manifest_path
 from storage_schemas.publishing.publish import update_published
+from storage_schemas.publishing.takedown import take_down
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Made
 from tasks.config.pipeline import PipelineConfig
@@ -74,6 +75,9 @@ CHANGES: dict[str, Callable[[Path, RunSummary], object]] = {
     "a manifest is gone": lambda _, summary: manifest_path(artifact(summary, "evaluation")).unlink(),
     "something is published since": lambda folder, _: update_published(
         Workspace(folder / "workspace"), lambda published: published and published.model_copy(update={"index": None})
+    ),
+    "an image is taken down since": lambda folder, _: take_down(
+        Workspace(folder / "workspace"), [0], reason="asked", by="them"
     ),
     "the summary is damaged": lambda folder, _: next((folder / "workspace" / "finished").iterdir()).write_text("{"),
 }
