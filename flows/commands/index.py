@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,9 +49,8 @@ def list_versions(workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonO
 
     Example: `fastgda index list`
     """
-    import sys
-
-    from storage_schemas.publishing.index_versions import cutoff_of, index_versions, published_or_none
+    from storage_schemas.publishing.index_versions import cutoff_of, index_versions
+    from storage_schemas.snapshots.published import published_or_none
 
     place = Workspace.at(workspace)
     published = published_or_none(place)
@@ -127,8 +127,7 @@ def rollback(workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:
     from storage_schemas.publishing.serving import rollback_index
 
     published, left = rollback_index(Workspace.at(workspace))
-    now = (published.index or "").rsplit("/", 1)[-1]
-    say(f"index {now} is served again" + (f", in place of {left}" if left else ""))
+    say(f"index {published.index_version} is served again" + (f", in place of {left}" if left else ""))
 
 
 @index_app.command()

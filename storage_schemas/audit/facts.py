@@ -22,7 +22,7 @@ from storage_schemas.runs.attempts import ShardState
 from storage_schemas.runs.ledger import ledger_as_written, read_labelling, read_run
 from storage_schemas.runs.liveness import Assignment, read_assignment
 from storage_schemas.runs.records import RunRecord
-from storage_schemas.snapshots.published import NotPublished, Published, read_published
+from storage_schemas.snapshots.published import published_or_none
 from storage_schemas.snapshots.snapshots import read_snapshot
 from storage_schemas.tombstones import read_tombstones, removed_ids, samples_of_images
 from storage_schemas.workspace import Workspace
@@ -115,17 +115,6 @@ def checked_name(value: object) -> str:
     return value if isinstance(value, str) and NAME.fullmatch(value) else ""
 
 
-def published_or_none(workspace: Workspace) -> Published | None:
-    try:
-        return read_published(workspace)
-    except NotPublished:
-        return None
-
-
-def last_name(path: str | None) -> str:
-    return (path or "").rsplit("/", 1)[-1]
-
-
 def sample_node(workspace: Workspace, samples: str, train_id: int) -> Node:
     """Describe a training sample of a table of samples; of one that is taken down, the take-down alone."""
     facts: Facts = {}
@@ -160,7 +149,7 @@ def index_node(workspace: Workspace, version: str) -> Node:
     published = published_or_none(workspace)
     if published is not None and published.index == workspace.relative(folder):
         facts["served"] = "yes"
-        head = head or checked_name(last_name(published.head))  # indexes of earlier releases do not say
+        head = head or checked_name(published.head_version)  # indexes of earlier releases do not say
     return Node("index", version, facts, [head_node(workspace, head)] if head else [])
 
 

@@ -26,9 +26,7 @@ from storage_schemas.audit.facts import (
     index_node,
     is_run,
     known,
-    last_name,
     needed,
-    published_or_none,
     run_node,
     sample_node,
     snapshot_node,
@@ -38,7 +36,7 @@ from storage_schemas.audit.pairs import planned_shard, ranked_pair, shard_of_pai
 from storage_schemas.files import matching
 from storage_schemas.runs.attempts import Attempt, ShardState, read_attempts
 from storage_schemas.runs.ledger import read_ledger, read_run, run_names
-from storage_schemas.snapshots.published import read_published
+from storage_schemas.snapshots.published import published_or_none, read_published
 from storage_schemas.snapshots.snapshots import read_snapshot
 from storage_schemas.table import Table
 from storage_schemas.workspace import Workspace
@@ -103,7 +101,7 @@ def _served(workspace: Workspace) -> Node:
     published = read_published(workspace)
     facts = {"published_at": published.created_at, "snapshot": published.snapshot, "metrics": published.metrics}
     trained: list[Node] = []
-    if index := checked_name(last_name(published.index)):
+    if index := checked_name(published.index_version):
         trained = [index_node(workspace, index)]
     else:
         facts["index"] = "none: no index of this data is promoted, `attribute` does not answer"

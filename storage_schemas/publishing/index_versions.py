@@ -11,7 +11,7 @@ from storage_schemas.files import AnyPath, matching
 from storage_schemas.heads.evaluations import Precision, read_evaluations, read_precision, worse
 from storage_schemas.heads.records import holds_any, indexed_tables, read_index_record
 from storage_schemas.listings import list_tree
-from storage_schemas.snapshots.published import NotPublished, Published, read_published
+from storage_schemas.snapshots.published import Published
 from storage_schemas.tombstones import read_tombstones, removed_ids
 from storage_schemas.workspace import Workspace
 
@@ -48,14 +48,6 @@ class IndexVersion:
     rollbacks: int | None
 
 
-def published_or_none(workspace: Workspace) -> Published | None:
-    """Read what is published; None where nothing is."""
-    try:
-        return read_published(workspace)
-    except NotPublished:
-        return None
-
-
 def index_versions(workspace: Workspace, published: Published | None) -> list[IndexVersion]:
     """Return every index that is whole, the one built last first; `published` is what is published."""
     samples, tombstones = indexed_tables(workspace), read_tombstones(workspace)
@@ -68,7 +60,7 @@ def index_versions(workspace: Workspace, published: Published | None) -> list[In
             continue
         record, relative = read_index_record(folder), workspace.relative(folder)
         served = published is not None and published.index == relative
-        head = record.head or (_name(published.head) if served and published else "")
+        head = record.head or (published.head_version if served and published else "")
         of_head = {snapshot: precision for (of, snapshot), precision in precisions.items() if of == head}
         version = IndexVersion(
             version=folder.name,
@@ -140,11 +132,7 @@ def _precisions(workspace: Workspace, published: Published | None) -> dict[tuple
     metrics = read_evaluations(workspace)
     if published is not None and published.metrics is not None and published.head is not None:
         # Earlier releases did not note what metrics are of.
-        metrics.setdefault((_name(published.head), published.snapshot), workspace.file(published.metrics))
+        metrics.setdefault((published.head_version, published.snapshot), workspace.file(published.metrics))
     cutoff = cutoff_of(published)
     read = {of: read_precision(path, cutoff) for of, path in metrics.items()}
     return {of: precision for of, precision in read.items() if precision is not None}
-
-
-def _name(path: str | None) -> str:
-    return (path or "").rsplit("/", 1)[-1]

@@ -21,11 +21,10 @@ from storage_schemas.publishing.index_versions import (
     cutoff_of,
     folder_size,
     index_versions,
-    published_or_none,
     refusals,
 )
 from storage_schemas.publishing.publish import update_published, with_served
-from storage_schemas.snapshots.published import NotPublished, Published, Served
+from storage_schemas.snapshots.published import NotPublished, Published, Served, published_or_none
 from storage_schemas.workspace import Workspace
 
 
@@ -132,13 +131,13 @@ def rollback_index(workspace: Workspace) -> tuple[Published, str | None]:
         for place in reversed(range(len(before.served_before))):
             back = before.served_before[place]
             if back.index != before.index and _can_answer(workspace, before, back):
-                left = before.index.rsplit("/", 1)[-1] if before.index else None
+                left = before.index_version or None
                 kept = back.metrics if back.snapshot == before.snapshot else None
                 update = {
                     "index": back.index,
                     "head": back.head,
                     "index_samples": back.index_samples,
-                    "metrics": kept or _metrics_of(workspace, back.head.rsplit("/", 1)[-1], before.snapshot),
+                    "metrics": kept or _metrics_of(workspace, back.head_version, before.snapshot),
                     "served_before": before.served_before[:place],
                 }
                 return before.model_copy(update=update)
@@ -153,7 +152,7 @@ def _can_answer(workspace: Workspace, published: Published, back: Served) -> boo
     there = is_there(manifest_path(workspace.file(back.index) / INDEX)) and is_there(
         workspace.file(back.head) / HEAD_FILE
     )
-    if not there or published.samples is None or back.index.rsplit("/", 1)[-1] in published.pruned:
+    if not there or published.samples is None or back.index_version in published.pruned:
         return False
     return continues(workspace.file(back.index_samples), workspace.file(published.samples))
 

@@ -31,6 +31,14 @@ class Served(BaseModel):
     metrics: str | None = None
     snapshot: str = Field(description="that the metrics are of")
 
+    @property
+    def index_version(self) -> str:
+        return _last_name(self.index)
+
+    @property
+    def head_version(self) -> str:
+        return _last_name(self.head)
+
 
 class Published(BaseModel):
     """`published/<number>.json`: the files that SQL, `attribute` and the report read, relative to the workspace."""
@@ -60,6 +68,16 @@ class Published(BaseModel):
     snapshot_before: str | None = Field(default=None, description="the snapshot that was published before this one")
     config: dict[str, object] = Field(description="the pipeline's configuration")
 
+    @property
+    def index_version(self) -> str:
+        """The version of the index that answers; empty where none does."""
+        return _last_name(self.index)
+
+    @property
+    def head_version(self) -> str:
+        """The version of the head that answers; empty where none does."""
+        return _last_name(self.head)
+
 
 class NotPublished(StoreError):
     """The workspace holds no published run, or one that this release cannot read."""
@@ -86,6 +104,14 @@ def read_published(workspace: Workspace) -> Published:
             "or name another folder with --workspace"
         )
     return parsed(workspace, content)
+
+
+def published_or_none(workspace: Workspace) -> Published | None:
+    """Read what is published; None where nothing is, or another release published it."""
+    try:
+        return read_published(workspace)
+    except NotPublished:
+        return None
 
 
 def parsed(workspace: Workspace, content: bytes) -> Published:
@@ -142,6 +168,10 @@ def listed_version(workspace: Workspace) -> tuple[int, bytes | None]:
         content = read_if_there(workspace.published(number))
         if content is not None:  # else it is vacuumed, and there are newer ones
             return number, None if content == NOTHING else content
+
+
+def _last_name(path: str | None) -> str:
+    return (path or "").rsplit("/", 1)[-1]
 
 
 def _number(content: bytes) -> int:

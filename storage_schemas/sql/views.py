@@ -422,7 +422,7 @@ def _index_rows(workspace: Workspace, state: _State) -> pa.Table:
         served = bool(state.published and state.published.index == workspace.relative(path.parent))
         about = read_index_record(path.parent)
         # Indexes of earlier releases do not name their head: of the served one it is known.
-        head = about.head or ((state.published.head or "").rsplit("/", 1)[-1] if served and state.published else "")
+        head = about.head or (state.published.head_version if served and state.published else "")
         rows.append(
             {
                 "index_version": path.parent.name,

@@ -12,7 +12,8 @@ from pydantic import BaseModel, Field
 
 from storage_schemas.heads.evaluations import Precision
 from storage_schemas.heads.records import read_index_record
-from storage_schemas.publishing.index_versions import IndexVersion, cutoff_of, index_versions, published_or_none
+from storage_schemas.publishing.index_versions import IndexVersion, cutoff_of, index_versions
+from storage_schemas.snapshots.published import published_or_none
 from storage_schemas.workspace import Workspace
 from tasks.serving.answers import Versions
 from tasks.serving.http.problems import responses
