@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -279,7 +279,8 @@ def remove_folder(folder: AnyPath) -> None:
     """Delete a folder and all files below it, whoever else does so at the same time."""
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
-    elif folder.exists():
+        return
+    with suppress(FileNotFoundError):
         folder.fs.rm(folder.path, recursive=True)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -42,8 +43,12 @@ def list_folder(folder: AnyPath) -> Listing:
 def list_tree(folder: AnyPath) -> Listing:
     """List every file below a folder by its path from there; nothing where there is no folder."""
     if isinstance(folder, Path):
-        paths = (path for path in folder.rglob("*") if path.is_file())
-        return {path.relative_to(folder).as_posix(): _local(path.stat()) for path in paths}
+        listing = {}
+        for path in folder.rglob("*"):
+            with suppress(FileNotFoundError):  # another process deletes it meanwhile
+                if path.is_file():
+                    listing[path.relative_to(folder).as_posix()] = _local(path.stat())
+        return listing
     found = folder.fs.find(folder.path, detail=True, refresh=True)
     return {name.removeprefix(f"{folder.path}/"): _remote(entry) for name, entry in found.items()}
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from storage_schemas.commit import read_manifest
-from storage_schemas.files import AnyPath, matching
+from storage_schemas.files import AnyPath
 from storage_schemas.heads.evaluations import Precision, read_evaluations, read_precision, worse
-from storage_schemas.heads.records import holds_any, indexed_tables, read_index_record
+from storage_schemas.heads.records import indexed_tables, read_index_record
 from storage_schemas.listings import list_tree
 from storage_schemas.snapshots.published import Published
-from storage_schemas.tombstones import read_tombstones, removed_ids
+from storage_schemas.sql.masks import Masks
 from storage_schemas.workspace import Workspace
 
 INDEX = "index.faiss"
@@ -50,12 +50,13 @@ class IndexVersion:
 
 def index_versions(workspace: Workspace, published: Published | None) -> list[IndexVersion]:
     """Return every index that is whole, the one built last first; `published` is what is published."""
-    samples, tombstones = indexed_tables(workspace), read_tombstones(workspace)
+    samples, masks = indexed_tables(workspace), Masks(workspace)
     precisions = _precisions(workspace, published)
     before = [each.index for each in reversed(published.served_before)] if published else []
     found = []
-    for path in matching(workspace.root / "indexes", f"*/{INDEX}"):
-        manifest, folder = read_manifest(path), path.parent
+    for name, size in _sizes(workspace).items():
+        folder = workspace.index(name)
+        manifest = read_manifest(folder / INDEX)
         if manifest is None:  # it is being built, or deleted
             continue
         record, relative = read_index_record(folder), workspace.relative(folder)
@@ -63,18 +64,18 @@ def index_versions(workspace: Workspace, published: Published | None) -> list[In
         head = record.head or (published.head_version if served and published else "")
         of_head = {snapshot: precision for (of, snapshot), precision in precisions.items() if of == head}
         version = IndexVersion(
-            version=folder.name,
+            version=name,
             kind=record.kind,
             head=head,
-            samples=samples.get(folder.name, ""),
+            samples=samples.get(name, ""),
             vectors=manifest.rows,
-            size=folder_size(folder),
+            size=size,
             built_at=manifest.committed_at,
             recall_at_10=record.recall_at_10,
             recall_at_100=record.recall_at_100,
             precision=of_head,
             served=served,
-            stale=holds_any(folder, removed_ids(workspace, samples.get(folder.name) or None, tombstones)),
+            stale=masks.stale_index(folder, samples.get(name)),
             rollbacks=before.index(relative) + 1 if relative in before else None,
         )
         found.append(version)
@@ -86,6 +87,18 @@ def cutoff_of(published: Published | None) -> int:
     evaluation = published.config.get("evaluation") if published else None
     cutoff = evaluation.get("validation_cutoff") if isinstance(evaluation, dict) else None
     return cutoff if isinstance(cutoff, int) else DEFAULT_CUTOFF
+
+
+def _sizes(workspace: Workspace) -> dict[str, int]:
+    """Return the bytes of each index's files by its version, from one listing of all."""
+    sizes: dict[str, int] = {}
+    names = set()
+    for path, entry in list_tree(workspace.root / "indexes").items():
+        name, _, file = path.partition("/")
+        sizes[name] = sizes.get(name, 0) + entry.size
+        if file == INDEX:
+            names.add(name)
+    return {name: sizes[name] for name in sorted(names)}
 
 
 def folder_size(folder: AnyPath) -> int:

@@ -7,7 +7,7 @@ that was interrupted is completed by the next one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from storage_schemas.commit import manifest_path
 from storage_schemas.errors import StoreError
@@ -61,18 +61,21 @@ def promote_index(workspace: Workspace, version: str, *, force: bool = False, me
         if before is not None and metrics is not None and (before.index, before.metrics) == (relative, metrics):
             return before  # nothing is to be compared, which reads every version
         known = index_versions(workspace, before)
-        head, samples = _fitting(workspace, before, version, known)
+        candidate = _fitting(workspace, before, version, known)
         assert before is not None
-        candidate = next(each for each in known if each.version == version)
         served = next((each for each in known if each.served), None)
         reasons = [] if force else list(refusals(candidate, served, cutoff_of(before), measured=metrics is not None))
         if reasons:
             again = f"`fastgda index promote {version} --force` serves it all the same"
             raise NotPromoted(f"index {version} is refused: {'; '.join(reasons)}: {again}")
-        shown = metrics or _metrics_of(workspace, head, before.snapshot)
         history = before.served_before if before.index == relative else with_served(before)
-        path = workspace.relative(workspace.head(head))
-        update = {"index": relative, "head": path, "index_samples": samples, "metrics": shown, "served_before": history}
+        update = {
+            "index": relative,
+            "head": workspace.relative(workspace.head(candidate.head)),
+            "index_samples": candidate.samples,
+            "metrics": metrics or _metrics_of(workspace, candidate.head, before.snapshot),
+            "served_before": history,
+        }
         return before.model_copy(update=update)
 
     published = update_published(workspace, change)
@@ -80,10 +83,8 @@ def promote_index(workspace: Workspace, version: str, *, force: bool = False, me
     return published
 
 
-def _fitting(
-    workspace: Workspace, before: Published | None, version: str, known: list[IndexVersion]
-) -> tuple[str, str]:
-    """Return the head and the samples of an index that can answer beside what is published.
+def _fitting(workspace: Workspace, before: Published | None, version: str, known: list[IndexVersion]) -> IndexVersion:
+    """Return an index that can answer beside what is published.
 
     Raises:
         NotPromoted: it cannot.
@@ -92,20 +93,22 @@ def _fitting(
         raise NotPromoted(f"{workspace.root} has no published run: `fastgda publish RUN` first")
     if version in before.pruned:
         raise NotPromoted(f"index {version} is being deleted by `fastgda index prune`")
-    if version not in {each.version for each in known}:
+    found = next((each for each in known if each.version == version), None)
+    if found is None:
         there = ", ".join(each.version for each in known[:5]) or "none"
         raise NotPromoted(f"there is no index {version!r:.100}; built last: {there}")
-    folder = workspace.index(version)
-    head = next(each.head for each in known if each.version == version)
-    if not head or not is_there(workspace.head(head) / HEAD_FILE):
-        raise NotPromoted(f"head {head or 'of an earlier release'}, which index {version} answers through, is gone")
-    samples = index_samples(workspace, workspace.head(head), folder)
+    head = workspace.head(found.head)
+    if not found.head or not is_there(head / HEAD_FILE):
+        raise NotPromoted(
+            f"head {found.head or 'of an earlier release'}, which index {version} answers through, is gone"
+        )
+    samples = found.samples or index_samples(workspace, head, workspace.index(version))
     if before.samples is None or not continues(workspace.file(samples), workspace.file(before.samples)):
         raise NotPromoted(
             f"index {version} is of {samples}, what is published of {before.samples}, where a train_id means another "
             "image: `fastgda publish` a run of the index's data, or train and index on what is published"
         )
-    return head, samples
+    return replace(found, samples=samples)
 
 
 def _metrics_of(workspace: Workspace, head: str, snapshot: str) -> str | None:
@@ -183,7 +186,11 @@ def prune_indexes(workspace: Workspace, keep: int, *, dry_run: bool = False) -> 
             and not (served_at is not None and each.built_at is not None and each.built_at > served_at)
         ]
         gone += [version for version in before.pruned if version not in gone]
-        doomed = [Pruned(version, folder_size(workspace.index(version))) for version in gone]
+        sizes = {each.version: each.size for each in known}
+        doomed = [
+            Pruned(version, sizes[version] if version in sizes else folder_size(workspace.index(version)))
+            for version in gone
+        ]
         if dry_run:
             return before
         history = [each for each in before.served_before if each.index in kept]
