@@ -28,19 +28,15 @@ def answers_changed(workspace: Workspace, before: str, after: str, k: int = DEFA
     Raises:
         NotPublished: there is no such snapshot.
     """
-    statement = changes_sql(workspace, before, after, k, read_tombstones(workspace))
+    snapshots = read_snapshot(workspace, before), read_snapshot(workspace, after)
+    statement = changes_sql(workspace, *snapshots, k, read_tombstones(workspace))
     with open_database(workspace, memory_gigabytes=MEMORY_GIGABYTES, threads=2) as connection:
         rows = connection.execute(f"{statement} ORDER BY query_id").to_arrow_table()
     return rows.cast(tables.ANSWERS_CHANGED.schema)
 
 
-def changes_sql(workspace: Workspace, before: str, after: str, k: int, tombstones: Tombstones) -> str:
-    """Return SQL for the rows of `answers_changed`, in any order.
-
-    Raises:
-        NotPublished: there is no such snapshot.
-    """
-    old, new = read_snapshot(workspace, before), read_snapshot(workspace, after)
+def changes_sql(workspace: Workspace, old: Snapshot, new: Snapshot, k: int, tombstones: Tombstones) -> str:
+    """Return SQL for the rows of `answers_changed`, in any order."""
     samples = [read_run(workspace, each.runs[-1]).samples for each in (old, new)]
     shared = {part.path for part in old.parts} & {part.path for part in new.parts}
     if samples[0] != samples[1]:
@@ -57,7 +53,7 @@ def changes_sql(workspace: Workspace, before: str, after: str, k: int, tombstone
             SELECT query_id, place, old_top.train_id, two.train_id AS of_after
             FROM old_top LEFT JOIN ({one}) AS one USING (train_id) LEFT JOIN ({two}) AS two USING (image_sha256, copy)
         """
-    values = {"before": literal(before), "after": literal(after), "k": str(k)}
+    values = {"before": literal(old.snapshot), "after": literal(new.snapshot), "k": str(k)}
     columns = ", ".join(
         f"CAST({values.get(field.name, field.name)} AS {duckdb_type(field.type)}) AS {field.name}"
         for field in tables.ANSWERS_CHANGED.schema

@@ -37,7 +37,7 @@ from storage_schemas.database import (
 )
 from storage_schemas.files import remove, write_atomically
 from storage_schemas.runs.attempts import ShardState
-from storage_schemas.runs.ledger import read_ledger, run_names
+from storage_schemas.runs.ledger import read_ledger, read_run, run_names
 from storage_schemas.sql.answers import Answer
 from storage_schemas.sql.lake_writers import LakeConflict, LakeUnavailable, catalog_fault, patiently, without_password
 from storage_schemas.sql.masks import Masks
@@ -318,12 +318,13 @@ def _runs(connection: duckdb.DuckDBPyConnection) -> dict[str, set[str]] | None:
 
 
 def _create_views(workspace: Workspace, connection: duckdb.DuckDBPyConnection) -> None:
-    runs, masks, known = _runs(connection), Masks(workspace), set(run_names(workspace))
+    runs, masks = _runs(connection), Masks(workspace)
     if not runs:
         raise LakeUnavailable("the lake holds no run at this snapshot: `fastgda lake add RUN` first")
+    known = set(run_names(workspace)) if masks.tombstones.active else set()
     selects = [
         f"SELECT {literal(run)} AS run, {_scores(there)} FROM lake.runs.{_quoted(run)}"
-        + (masks.of_run(run).rows(tables.SCORES) if run in known else "")
+        + (masks.of(read_run(workspace, run).samples).rows(tables.SCORES) if run in known else "")
         for run, there in runs.items()
     ]
     connection.execute(f"CREATE OR REPLACE VIEW run_scores AS {' UNION ALL '.join(selects)}")

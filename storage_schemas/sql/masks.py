@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from storage_schemas import tables
 from storage_schemas.files import AnyPath
 from storage_schemas.heads.records import holds_any
-from storage_schemas.runs.ledger import read_run
 from storage_schemas.table import Table
-from storage_schemas.tombstones import Tombstone, Tombstones, read_tombstones, removed_ids
+from storage_schemas.tombstones import read_tombstones, removed_ids
 from storage_schemas.workspace import Workspace
 
 
@@ -58,9 +54,6 @@ class Masks:
         mask: Mask = self._mask(samples)
         return mask
 
-    def of_run(self, run: str) -> Mask:
-        return self.of(read_run(self.workspace, run).samples) if self.tombstones.active else Mask([])
-
     def stale(self, samples: str | None) -> bool:
         """Return whether samples of a table are taken down."""
         return bool(self.of(samples or None).train_ids)
@@ -68,19 +61,3 @@ class Masks:
     def stale_index(self, index: AnyPath, samples: str | None) -> bool:
         """Return whether an index of a table holds vectors of samples that are taken down."""
         return holds_any(index, np.array(self.of(samples or None).train_ids, np.int64))
-
-
-def tombstone_rows(tombstones: Tombstones) -> pa.Table:
-    """Return the rows of `tables.TOMBSTONES`."""
-    lifted = {record.lifts: record for record in tombstones.records if record.lifts is not None}
-    rows = [row for record in tombstones.records for row in _rows(record, lifted.get(record.number))]
-    return pa.Table.from_pylist(rows, schema=tables.TOMBSTONES.schema)
-
-
-def _rows(record: Tombstone, lifting: Tombstone | None) -> Iterator[dict[str, Any]]:
-    held = record.model_dump(include={"number", "reason", "indexes", "heads", "runs", "snapshots", "reports"})
-    said = {"in_force": lifting is None, "removed_at": record.at, "removed_by": record.by}
-    if lifting is not None:
-        said |= {"lifted_by": lifting.by, "lifted_at": lifting.at, "lifted_reason": lifting.reason}
-    for sample in record.removed:
-        yield sample.model_dump() | held | said

@@ -10,20 +10,17 @@ before anything is published `samples` are those that were indexed last; what wa
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 
 from storage_schemas import tables
-from storage_schemas.commit import read_manifest
 from storage_schemas.database import (
     allowed_folders,
     damage_explained,
@@ -36,26 +33,20 @@ from storage_schemas.database import (
     rows_of,
 )
 from storage_schemas.errors import StoreError
-from storage_schemas.files import AnyPath, is_there, matching, temporary_name
+from storage_schemas.files import AnyPath, matching, temporary_name
 from storage_schemas.heads.records import (
-    HEAD_FILE,
     check_tables,
-    indexed_tables,
-    read_head_record,
-    read_index_record,
 )
-from storage_schemas.indexed_samples import Indexed, read_indexed
-from storage_schemas.runs.ledger import read_compaction, read_run, run_names
+from storage_schemas.runs.ledger import read_compaction
 from storage_schemas.runs.records import Part
-from storage_schemas.runs.sketches import sketch_rows
 from storage_schemas.snapshots.changes import DEFAULT_K, changes_sql
-from storage_schemas.snapshots.published import NotPublished, OtherRelease, Published, read_published
-from storage_schemas.snapshots.snapshots import Snapshot, read_snapshot
+from storage_schemas.snapshots.published import NotPublished, Published
+from storage_schemas.snapshots.snapshots import read_snapshot
 from storage_schemas.sql.answers import Answer
-from storage_schemas.sql.masks import Masks, tombstone_rows
+from storage_schemas.sql.loaded import loaded_tables
 from storage_schemas.sql.shares import shares_macro, shares_view
+from storage_schemas.sql.state import State
 from storage_schemas.table import Table
-from storage_schemas.tombstones import without
 from storage_schemas.workspace import Workspace, regenerated, retrained, twins_beside
 
 
@@ -81,7 +72,7 @@ def connect(
         DamagedTable: a file cannot be read.
     """
     workspace = Workspace.at(location)
-    state = _State.of(workspace)
+    state = State.of(workspace)
     spill = tempfile.TemporaryDirectory(prefix="fastgda-sql-")
     connection = new_connection(
         workspace, memory_gigabytes=memory_gigabytes or half_the_memory(), threads=threads, spill=spill.name
@@ -156,50 +147,14 @@ def write_catalog(workspace: Workspace) -> None:
     try:
         with damage_explained(workspace), new_connection(workspace, database=str(temporary)) as connection:
             connection.begin()  # else each of some 200 statements waits for the disk
-            _create_views(connection, workspace, _State.of(workspace))
+            _create_views(connection, workspace, State.of(workspace))
             connection.commit()
         temporary.replace(workspace.catalog)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class _State:
-    """The content of the workspace at one moment; published and snapshot are None before the first run is published."""
-
-    published: Published | None
-    snapshot: Snapshot | None
-    indexed: Indexed | None
-    runs: list[str]
-    masks: Masks
-
-    @classmethod
-    def of(cls, workspace: Workspace) -> _State:
-        runs, indexed, masks = run_names(workspace), read_indexed(workspace), Masks(workspace)
-        try:
-            published = read_published(workspace)
-        except NotPublished as error:
-            # A first run can be watched while it grows, from its samples on.
-            if not (runs or indexed) or isinstance(error, OtherRelease):
-                raise
-            return cls(None, None, indexed, runs, masks)
-        return cls(published, read_snapshot(workspace, published.snapshot), indexed, runs, masks)
-
-    @property
-    def samples(self) -> str | None:
-        """The published samples with those that were added to the served index, or else those indexed last."""
-        if self.published is not None:
-            return self.published.index_samples or self.published.samples
-        return self.indexed.samples if self.indexed else None
-
-    @property
-    def rejected_samples(self) -> list[str]:
-        """Tables of what was rejected beside the published samples, and beside those that were indexed last."""
-        both = (self.published and self.published.rejected_samples, self.indexed and self.indexed.rejected_samples)
-        return list(dict.fromkeys(path for path in both if path))
-
-
-def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, state: _State) -> None:
+def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, state: State) -> None:
     published, snapshot = state.published, state.snapshot
 
     def files(*relative: str | None) -> str | None:
@@ -241,13 +196,15 @@ def _create_views(connection: duckdb.DuckDBPyConnection, workspace: Workspace, s
     _load(connection, workspace, state)
 
 
-def _changes(workspace: Workspace, state: _State) -> Iterator[str]:
+def _changes(workspace: Workspace, state: State) -> Iterator[str]:
     """Yield SQL for what the newest snapshot changed."""
-    published = state.published
-    before = published.snapshot_before if published else None
-    if published is not None and before is not None and is_there(workspace.snapshot(before)):
-        tombstones = state.masks.tombstones
-        yield f"({changes_sql(workspace, before, published.snapshot, DEFAULT_K, tombstones)})"
+    if state.snapshot is None or state.published is None or state.published.snapshot_before is None:
+        return
+    try:
+        before = read_snapshot(workspace, state.published.snapshot_before)
+    except NotPublished:  # it is gone
+        return
+    yield f"({changes_sql(workspace, before, state.snapshot, DEFAULT_K, state.masks.tombstones)})"
 
 
 def _twins(workspace: Workspace, queries: Iterable[str]) -> Iterator[str]:
@@ -305,8 +262,8 @@ def _parts(folder: AnyPath) -> str | None:
     return parts_glob(folder) if matching(folder, "part-*.parquet") else None
 
 
-def _run_scores(workspace: Workspace, state: _State) -> Iterator[str]:
-    for run in state.runs:
+def _run_scores(workspace: Workspace, state: State) -> Iterator[str]:
+    for run, record in state.runs.items():
         compaction = read_compaction(workspace, run)
         if compaction is not None:
             source: str | None = file_list(workspace.file(part.path) for part in compaction.parts)
@@ -314,7 +271,7 @@ def _run_scores(workspace: Workspace, state: _State) -> Iterator[str]:
             source = _parts(workspace.scores(run))
         if source is not None:
             rows = rows_of(tables.SCORES, source)
-            shown = state.masks.of_run(run).rows(tables.SCORES)
+            shown = state.masks.of(record.samples).rows(tables.SCORES)
             yield f"SELECT {literal(run)} AS run, {_columns(tables.SCORES)} FROM {rows}{shown}"
 
 
@@ -328,116 +285,12 @@ def _create_view(connection: duckdb.DuckDBPyConnection, table: Table, selects: I
     _comment(connection, "VIEW", table)
 
 
-def _load(connection: duckdb.DuckDBPyConnection, workspace: Workspace, state: _State) -> None:
-    """Load the small tables: ledger, quarantined samples, runs, heads, indexes, take-downs, sketches."""
-    ledgers = [workspace.ledger(run) for run in state.runs if workspace.ledger(run).exists()]
-    shards = [tables.read(path, tables.SHARDS) for path in ledgers]
-    left_out = {run: workspace.quarantined_samples(run) for run in state.runs}
-    quarantined = [
-        without(tables.read(path, tables.QUARANTINED_SAMPLES), state.masks.of_run(run).train_ids)
-        for run, path in left_out.items()
-        if path.exists()
-    ]
-    loaded = {
-        tables.SHARDS: pa.concat_tables([tables.SHARDS.schema.empty_table(), *shards]),
-        tables.QUARANTINED_SAMPLES: pa.concat_tables([tables.QUARANTINED_SAMPLES.schema.empty_table(), *quarantined]),
-        tables.RUNS: _run_rows(workspace, state, shards),
-        tables.HEADS: _head_rows(workspace, state),
-        tables.INDEXES: _index_rows(workspace, state),
-        tables.TOMBSTONES: tombstone_rows(state.masks.tombstones),
-        tables.SKETCHES: pa.Table.from_pylist(list(sketch_rows(workspace, state.runs)), schema=tables.SKETCHES.schema),
-    }
-    for table, rows in loaded.items():
+def _load(connection: duckdb.DuckDBPyConnection, workspace: Workspace, state: State) -> None:
+    for table, rows in loaded_tables(workspace, state).items():
         connection.register("given", rows.cast(table.schema))
         connection.execute(f"CREATE TABLE {table.name} AS SELECT {_columns(table)} FROM given")
         connection.unregister("given")
         _comment(connection, "TABLE", table)
-
-
-def _run_rows(workspace: Workspace, state: _State, ledgers: list[pa.Table]) -> pa.Table:
-    by_run = {ledger["run"][0].as_py(): ledger.to_pydict() for ledger in ledgers if ledger.num_rows}
-    live = set(state.snapshot.runs) if state.snapshot else set()
-    rows = []
-    for run in state.runs:
-        record, ledger = read_run(workspace, run), by_run.get(run)
-        states = ledger["state"] if ledger else []
-        done = states.count("done")
-        failed = states.count("failed") + states.count("quarantined")
-        if run in live:
-            word = "published"
-        elif done == record.shards:
-            word = "done"
-        elif "running" in states or not any(states.count(word) for word in ("done", "failed", "quarantined")):
-            word = "running" if "running" in states else "planned"
-        else:
-            word = "incomplete"
-        rows.append(
-            {
-                "run": run,
-                "name": record.name,
-                "teacher": record.teacher,
-                "state": word,
-                "created_at": record.created_at,
-                "code_version": record.code_version,
-                "shards": record.shards,
-                "done": done,
-                "failed": failed,
-                "pairs": record.pairs,
-                "rows": sum(ledger["rows"]) if ledger else 0,
-                "seconds": sum(ledger["seconds"]) if ledger else 0.0,
-                "config": json.dumps(record.config, ensure_ascii=False),
-                "stale": state.masks.stale(record.samples),
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=tables.RUNS.schema)
-
-
-def _head_rows(workspace: Workspace, state: _State) -> pa.Table:
-    rows = []
-    samples = {run: read_run(workspace, run).samples for run in state.runs} if state.masks.tombstones.active else {}
-    for path in matching(workspace.root / "heads", f"*/{HEAD_FILE}"):
-        head = read_head_record(path.parent)
-        rows.append(
-            {
-                "head": path.parent.name,
-                "run": head.run or "",
-                "snapshot": head.snapshot or "",
-                "feature_space": head.feature_space,
-                "best_epoch": head.best_epoch,
-                "validation_map": head.validation_map,
-                "served": bool(state.published and state.published.head == workspace.relative(path.parent)),
-                "stale": state.masks.stale(samples.get(head.run or "")),
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=tables.HEADS.schema)
-
-
-def _index_rows(workspace: Workspace, state: _State) -> pa.Table:
-    rows = []
-    samples = indexed_tables(workspace) if state.masks.tombstones.active else {}
-    for path in matching(workspace.root / "indexes", "*/index.faiss"):
-        manifest = read_manifest(path)
-        if manifest is None:  # it is being built
-            continue
-        served = bool(state.published and state.published.index == workspace.relative(path.parent))
-        about = read_index_record(path.parent)
-        # Indexes of earlier releases do not name their head: of the served one it is known.
-        head = about.head or (state.published.head_version if served and state.published else "")
-        rows.append(
-            {
-                "index_version": path.parent.name,
-                "head": head,
-                "vectors": manifest.rows,
-                "size": manifest.size,
-                "served": served,
-                "stale": state.masks.stale_index(path.parent, samples.get(path.parent.name)),
-                "kind": about.kind,
-                "recall_at_10": about.recall_at_10,
-                "recall_at_100": about.recall_at_100,
-                "parent": about.parent,
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=tables.INDEXES.schema)
 
 
 def _columns(table: Table) -> str:
