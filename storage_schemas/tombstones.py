@@ -104,17 +104,20 @@ def read_tombstones(workspace: Workspace, known: Tombstones | None = None) -> To
     Raises:
         UnreadableTombstones: one is gone, damaged, or another release's.
     """
-    found = known or Tombstones()
-    if known is None:  # one listing says which are there, and whether one of them is gone
-        paths = [path for path in matching(workspace.tombstones, "*.json") if _NAME.fullmatch(path.name)]
-        numbers = sorted(int(path.stem) for path in paths)
-        for place, number in enumerate(numbers, start=1):
-            if number != place:
-                raise _unreadable(workspace.tombstone(place), "it is gone")
-        for content in _contents([workspace.tombstone(number) for number in numbers]):
-            found = _with(workspace, found, content)
-    while (later := read_if_there(workspace.tombstone(found.number + 1))) is not None:
-        found = _with(workspace, found, later)
+    if known is not None:
+        found = known
+        while (later := read_if_there(workspace.tombstone(found.number + 1))) is not None:
+            found = _with(workspace, found, later)
+        return found
+    found = Tombstones()
+    # One listing says which are there, and whether one of them is gone.
+    paths = [path for path in matching(workspace.tombstones, "*.json") if _NAME.fullmatch(path.name)]
+    numbers = sorted(int(path.stem) for path in paths)
+    for place, number in enumerate(numbers, start=1):
+        if number != place:
+            raise _unreadable(workspace.tombstone(place), "it is gone")
+    for content in _contents([workspace.tombstone(number) for number in numbers]):
+        found = _with(workspace, found, content)
     return found
 
 
