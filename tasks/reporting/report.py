@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,7 +85,7 @@ def write_report(context: Context, run: str, stages: list[Made]) -> Made:
     key = input_key("report", [each.key for each in artifacts.values()], context.config.evaluation, shown, *left_out)
 
     def make(started: float) -> Manifest:
-        html = _render(context, run, artifacts, stages).encode()
+        html = _render(context, run, artifacts, stages, removed).encode()
         return commit(path, lambda temporary: temporary.write_bytes(html), key=key, rows=1, started=started)
 
     return once(Artifact("report", key, path, 1), path, make)
@@ -98,7 +99,9 @@ _WHOSE = {
 }
 
 
-def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: list[Made]) -> str:
+def _render(
+    context: Context, run: str, artifacts: dict[str, Artifact], stages: list[Made], removed: Sequence[int]
+) -> str:
     metrics = tables.read(artifacts["evaluation"].path, tables.METRICS).to_pylist()
     head = read_head_record(artifacts["rank head"].path)
     means = {(row["metric"], row["space"], row["cutoff"]): row for row in metrics if not row["query_id"]}
@@ -133,7 +136,7 @@ def _render(context: Context, run: str, artifacts: dict[str, Artifact], stages: 
         agreement=means.get(("spearman", "exact vs first order", 0)),
         loss_curve=curve[curve.index(b"<svg") :].decode() if curve else "" if head.solved else NO_CURVE,
         solved=head.solved,
-        panels=_panels(context, run, artifacts, precision, spaces),
+        panels=_panels(context, run, artifacts, precision, spaces, removed),
         stages=stages,
         samples=artifacts["samples"].rows,
         queries=sum(query.split not in KINDS for query in load_queries(artifacts["queries"])),
@@ -161,19 +164,20 @@ def _panels(
     artifacts: dict[str, Artifact],
     precision: dict[tuple[str, str], float],
     spaces: list[str],
+    removed: Sequence[int],
 ) -> list[QueryPanel]:
     """Return the panels of the shown test queries.
 
     Args:
         precision: average precision by (query_id, space).
         spaces: the rankings that were measured, beside the teacher's.
+        removed: train_ids that are left out.
     """
     samples, queries, config = artifacts["samples"], artifacts["queries"], context.config.evaluation
     several = load_queries(queries)
     test = rows_of_split([queries], "test")
     test = test[spread(len(test), config.shown_queries)]
     names = [several[number].query_id for number in test.tolist()]
-    removed = removed_ids(context.workspace, samples.path).tolist()
     scores = candidate_scores(context.workspace, artifacts["rank labels"], names, removed)
     captions = [several[number].caption for number in test.tolist()]
     phi = load_features(context, queries, samples)[test], sample_features(context, samples)
