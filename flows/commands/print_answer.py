@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from flows.commands.text_table import print_rows
 
 if TYPE_CHECKING:
-    from tasks.serving.answers import Answer, Hit, Versions
+    from tasks.serving.answers import Answer, Hit
 
 
 def print_answer(answer: Answer) -> None:
@@ -69,9 +69,6 @@ def _facts(answer: Answer) -> list[str]:
             f"{agreement.measure} {agreement.value:.3f}{error}"
         )
     found += filter(None, [agreement.note, *answer.notes])
-    made = [f"run {versions.run}", *(f"{name} {value}" for name, value in _parts(versions) if value)]
-    return [*found, f"answer {answer.lineage}: {', '.join(made)}"]
-
-
-def _parts(versions: Versions) -> list[tuple[str, str | None]]:
-    return [("head", versions.head), ("index", versions.index)]
+    parts = {"run": versions.run, "head": versions.head, "index": versions.index}
+    made = ", ".join(f"{name} {version}" for name, version in parts.items() if version)
+    return [*found, f"answer {answer.lineage}: {made}"]

@@ -56,10 +56,11 @@ def remove(
         raise UsageError("name the train_ids to take down, or --undo NUMBER")
     from storage_schemas.publishing.takedown import plan_take_down, take_down
 
-    planned = plan_take_down(place, train_ids, reason=reason, by=who)
-    if planned.asked and not yes:
-        _say_what_goes(planned)
-        _ask(len(planned.asked))
+    if not yes:
+        planned = plan_take_down(place, train_ids, reason=reason, by=who)
+        if planned.asked:
+            _say_what_goes(planned)
+            _ask(len(planned.asked))
     done = take_down(place, train_ids, reason=reason, by=who)
     for train_id, number in done.already.items():
         say(f"{train_id} was taken down before, by record {number}")
