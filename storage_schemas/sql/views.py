@@ -34,9 +34,7 @@ from storage_schemas.database import (
 )
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, matching, temporary_name
-from storage_schemas.heads.records import (
-    check_tables,
-)
+from storage_schemas.heads.records import check_tables
 from storage_schemas.runs.ledger import read_compaction
 from storage_schemas.runs.records import Part
 from storage_schemas.snapshots.changes import DEFAULT_K, changes_sql
