@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastgda_core.errors import UsageError
 from storage_schemas.publishing.takedown import lift, take_down
@@ -23,6 +25,7 @@ from tasks.inputs.features import load_features
 from tasks.serving.answers import Answer, Hit
 from tasks.serving.attributor import Attributor
 from tasks.serving.catalogue import RemovedSample, UnknownSample
+from tasks.serving.fast import Caption, Picture
 from tests.tasks.serving.answered import COPIES, LICENCES, SHAPES, answered_run
 from tests.tasks.whole_runs import WholeRun
 
@@ -145,6 +148,22 @@ def test_answers_are_the_same_from_eight_threads(attributor: Attributor) -> None
         found = list(pool.map(lambda each: fresh.attribute_query(each[0], each[1], where=each[2], around=2), asked * 5))
     for place, answer in enumerate(found):
         assert replace(answer, seconds=0.0) == replace(plain[place % len(asked)], seconds=0.0)
+
+
+def test_a_stored_query_is_encoded_once_for_its_vector_and_its_similar_images(
+    attributor: Attributor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = Attributor(attributor.workspace)
+    features, encoded = fresh.fast.features, []
+
+    def counted(pictures: Sequence[Picture], captions: Sequence[Caption]) -> Tensor:
+        encoded.extend(captions)
+        return features(pictures, captions)
+
+    monkeypatch.setattr(fresh.fast, "features", counted)
+    answer = fresh.attribute_query(ASKED, 3, around=2)
+    assert encoded == [fresh.query(ASKED).caption] and answer.similar
+    assert replace(answer, seconds=0.0) == replace(attributor.attribute_query(ASKED, 3, around=2), seconds=0.0)
 
 
 def test_a_lineage_names_versions_question_and_settings(attributor: Attributor) -> None:
