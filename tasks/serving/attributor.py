@@ -73,12 +73,13 @@ class Attributor:
         return self._loaded.queries
 
     def prepare(self, tier: Tier) -> None:
-        """Load what a tier answers from, unless it is loaded.
+        """Load what a tier answers from, and what its answers tell beside the hits, unless it is loaded.
 
         Raises:
             UsageError: it is not there.
         """
         self.catalogue(getattr(self._loaded, tier).samples_path)
+        _ = self._loaded.agreements, self._loaded.tied  # else the first question reads them, from a later moment
 
     def catalogue(self, path: AnyPath | None = None) -> Catalogue:
         """Return a table of samples, unless told otherwise those that are published."""

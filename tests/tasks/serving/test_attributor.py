@@ -253,6 +253,19 @@ def test_answers_say_how_far_their_tier_agrees_with_the_teacher(attributor: Attr
         assert {each.name: each.value for each in agreement.measures} == measured
 
 
+def test_an_answer_is_of_the_moment_at_which_its_attributor_was_loaded(run: WholeRun, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "workspace")
+    shutil.copytree(run.workspace.root, workspace.root)
+    before, after = (Attributor(workspace) for _ in range(2))
+    asked = {"k": 3, "around": 3}
+    expected = before.attribute_query(ASKED, **asked)  # type: ignore[arg-type]
+    for folder in ("metrics", "snapshots"):
+        shutil.rmtree(workspace.root / folder)
+    found = after.attribute_query(ASKED, **asked)  # type: ignore[arg-type]
+    assert found.agreement == expected.agreement and found.agreement.measures
+    assert replace(found, seconds=0.0) == replace(expected, seconds=0.0)
+
+
 def test_predictions_come_with_a_calibration_and_are_none_without_one(run: WholeRun, tmp_path: Path) -> None:
     root = tmp_path / "workspace"
     shutil.copytree(run.workspace.root, root)
