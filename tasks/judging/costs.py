@@ -21,11 +21,11 @@ from storage_schemas.runs.ledger import read_ledger
 from tasks.artifact import Artifact, Made, once
 from tasks.context import Context
 from tasks.inputs.candidates import candidate_space
-from tasks.inputs.features import extract_features, feature_folders, features_key
+from tasks.inputs.features import extract_features, feature_folders
 from tasks.inputs.queries import Query, load_queries
-from tasks.judging.ensembles import ensembles_of
+from tasks.judging.ensembles import ensembles_of, pool_key
 from tasks.judging.latency import Answer, Latency, by_features, by_head, measured, scored_anew
-from tasks.judging.methods import named_spaces
+from tasks.judging.methods import named_spaces, spaces_key
 from tasks.judging.metric_rows import metric_row
 from tasks.judging.rivals import Rivals
 from tasks.judging.sketches import SKETCH
@@ -34,7 +34,6 @@ from tasks.progress import stage
 from tasks.teaching.cost import Size, scores_of
 from tasks.teaching.families import family_of
 from tasks.teaching.parts import Parts
-from tasks.teaching.retrainings import RetrainingParts
 from tasks.teaching.run import Run, read_run_anew
 from tasks.teaching.sketch_scores import StoredSketches
 from tasks.watching.trust import TEACHER
@@ -73,11 +72,8 @@ def measure_costs(run: Run, ranks: Artifact) -> Made:
         ranks: its rank labels.
     """
     tiers, rivals, samples = Tiers.of(run), Rivals.of(run), run.artifacts["samples"]
-    spaces = [[name, *(features_key(each, samples) for each in several)] for name, several in named_spaces(run).items()]
-    judge = run.config.judge
-    assert judge is not None
-    chosen_by = run.artifacts[RetrainingParts.kind].key, judge.subsets, judge.share, judge.seed  # ensembles
-    key = input_key("costs 1", ranks.key, chosen_by, tiers.key(run), rivals.key, spaces, table=tables.METRICS)
+    methods = [pool_key(run), tiers.key(run), rivals.key, spaces_key(run)]  # the pool chooses ensembles
+    key = input_key("costs 1", ranks.key, *methods, table=tables.METRICS)
     path = run.workspace.teacher_check(key)
 
     def make(started: float) -> Manifest:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 from fastgda_core.evaluation.ensembles import chosen_members, ensemble_sum
@@ -36,13 +34,17 @@ def ensembles_of(run: Run, ranks: Artifact) -> dict[str, list[str]]:
         pool = RetrainedPool.of(run)
         return chosen_members(members(run, ranks), pool.kept, pool.losses, validation)
 
+    return run.context.loaded.once("ensembles", (methods_key(run, ranks), pool_key(run)), choose)
+
+
+def pool_key(run: Run) -> tuple[str, int, float, int]:
+    """Return what the models depend on by which ensembles are chosen."""
     judge = run.config.judge
     assert judge is not None
-    pool = run.artifacts[RetrainingParts.kind].key, judge.subsets, judge.share, judge.seed
-    return run.context.loaded.once("ensembles", (methods_key(run, ranks), pool), choose)
+    return run.artifacts[RetrainingParts.kind].key, judge.subsets, judge.share, judge.seed
 
 
 def ensemble_scores(run: Run, ranks: Artifact) -> dict[str, Tensor]:
     """Return the scores of the run's ensembles, (queries, samples) float64 each; arguments as of `ensembles_of`."""
-    known: Mapping[str, Tensor] = members(run, ranks)
+    known = members(run, ranks)
     return {name: ensemble_sum([known[each] for each in names]) for name, names in ensembles_of(run, ranks).items()}

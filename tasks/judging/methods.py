@@ -45,11 +45,8 @@ def own_methods(run: Run, ranks: Artifact) -> dict[str, Tensor]:
 
 def methods_key(run: Run, ranks: Artifact) -> Hashable:
     """Return what the scores of `own_methods` depend on."""
-    samples, judge = run.artifacts["samples"], run.config.judge
-    spaces = tuple(
-        (name, *(features_key(each, samples) for each in several)) for name, several in named_spaces(run).items()
-    )
-    return ranks.key, run.artifacts["queries"].key, spaces, tuple(Rivals.of(run).key), judge.seed if judge else 0
+    judge, queries = run.config.judge, run.artifacts["queries"].key
+    return ranks.key, queries, spaces_key(run), tuple(Rivals.of(run).key), judge.seed if judge else 0
 
 
 def method_scores(run: Run, ranks: Artifact, chosen: list[int]) -> dict[str, Tensor]:
@@ -100,6 +97,14 @@ def named_spaces(run: Run) -> dict[str, tuple[Context, ...]]:
     if words and images:
         found[SUM] = tuple(in_space(context, space=each) for each in (words, images))
     return found
+
+
+def spaces_key(run: Run) -> tuple[tuple[str, ...], ...]:
+    """Return the names of `named_spaces`, each with the keys of its features."""
+    samples = run.artifacts["samples"]
+    return tuple(
+        (name, *(features_key(each, samples) for each in several)) for name, several in named_spaces(run).items()
+    )
 
 
 def _of_spaces(run: Run, chosen: list[int]) -> dict[str, Tensor]:

@@ -73,12 +73,13 @@ class Attributor:
         return self._loaded.queries
 
     def prepare(self, tier: Tier) -> None:
-        """Load what a tier answers from, unless it is loaded.
+        """Load what a tier answers from, and what its answers tell beside the hits, unless it is loaded.
 
         Raises:
             UsageError: it is not there.
         """
         self.catalogue(getattr(self._loaded, tier).samples_path)
+        _ = self._loaded.agreements, self._loaded.tied  # else the first question reads them, from a later moment
 
     def catalogue(self, path: AnyPath | None = None) -> Catalogue:
         """Return a table of samples, unless told otherwise those that are published."""
@@ -159,7 +160,7 @@ class Attributor:
         if tier != "fast":
             return self._answer_slow(query.image, query.caption, asked, settings, query.owner, progress)
         features = self.fast.features([query.image], [query.caption]) if around else None
-        return self._by_vectors(self.query_vector(query)[None], [asked], settings, features)[0]
+        return self._by_vectors(self.query_vector(query, features)[None], [asked], settings, features)[0]
 
     def attribute_vector(
         self,
@@ -226,11 +227,14 @@ class Attributor:
             raise UsageError(f"no query {query_id[:100]} is published: the table queries lists those that are")
         return self.queries[query_id]
 
-    def query_vector(self, query: Query) -> NDArray[np.float32]:
-        """Return the vector of a stored query, (width,), which is kept."""
+    def query_vector(self, query: Query, features: Tensor | None = None) -> NDArray[np.float32]:
+        """Return the vector of a stored query, (width,), which is kept; features: its phi, (1, d), where at hand."""
         found = self._vectors.get(query.query_id)
         if found is None:
-            found = self.encode_many([query.image], [query.caption])[0]
+            if features is None:
+                found = self.encode_many([query.image], [query.caption])[0]
+            else:
+                found = self.fast.vectors(features, [query.caption])[0]
             if len(self._vectors) < VECTORS_KEPT:
                 self._vectors[query.query_id] = found
         return found

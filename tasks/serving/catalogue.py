@@ -23,6 +23,7 @@ from tasks.inputs.samples import samples_table
 from tasks.serving.answers import Hit
 from tasks.serving.folding import Looks
 
+_FACTS = ["train_id", "key", "captions", "shard", "offset", "metadata"]  # columns that a hit tells
 _SIGNATURES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
 
 
@@ -41,6 +42,7 @@ class Catalogue:
         self.workspace, self.path = workspace, path
         self.table = samples_table(path)
         self.looks = Looks(self.table)
+        self._facts = self.table.select(_FACTS)
         self._filters = SampleFilters(self.table)
         self._lock = threading.Lock()
         self._tombstones: Tombstones | None = None
@@ -108,7 +110,7 @@ class Catalogue:
             duplicates: what is folded under each.
             figures: further fields of the hits, one value for each.
         """
-        rows = self.table.take(pa.array(train_ids, pa.int64())).to_pylist()
+        rows = self._facts.take(pa.array(train_ids, pa.int64())).to_pylist()
         return [
             _hit(
                 row,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -13,12 +13,11 @@ from PIL import Image
 from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.predicted_shares import predicted_shares
 from fastgda_core.evaluation.shares import Period, Sums, shares_of_groups
-from fastgda_core.images import as_rgb, decode_image
-from storage_schemas import tables
+from fastgda_core.images import as_rgb
 from storage_schemas.snapshots.snapshots import read_influence
 from storage_schemas.sql.shares import Payees, number_payees, payees_of_samples
 from storage_schemas.sql.views import connect
-from storage_schemas.tombstones import removed_ids
+from storage_schemas.tombstones import removed_ids, without
 from storage_schemas.workspace import Workspace
 from tasks.serving.fast import FastTier
 from tasks.serving.loaded import Loaded
@@ -56,11 +55,11 @@ class PictureShares:
         self, picture: Image.Image, caption: str, by: str, payees: Payees, of_sample: NDArray[np.int64]
     ) -> SharesAnswer:
         found = self.loaded.sketch.scores(picture, caption, None)
-        kept = self._kept(found.train_ids)
+        kept = np.isin(found.train_ids, self._removed(), invert=True)
         sums, shares = shares_of_groups(found.by_group.numpy()[:, kept], of_sample[found.train_ids[kept]])
         period = Period(len(payees.names))
         period.add(sums, shares)
-        return shares_answer(self.workspace, by, payees, period.shares(), "groups", "sketch")
+        return shares_answer(self.workspace, self.published, by, payees, period.shares(), "groups", "sketch")
 
     def _of_order(
         self, picture: Image.Image, caption: str, by: str, payees: Payees, of_sample: NDArray[np.int64]
@@ -78,7 +77,7 @@ class PictureShares:
         period = Period(len(there))
         # A prediction has no unit: what a payee holds is told as a part of 1.
         period.add(Sums(there, payees.samples, shares.share, unknown, unknown), shares)
-        return shares_answer(self.workspace, by, payees, period.shares(), "calibration", "fast")
+        return shares_answer(self.workspace, self.published, by, payees, period.shares(), "calibration", "fast")
 
     @cached_property
     def _fast(self) -> FastTier:
@@ -90,8 +89,8 @@ class PictureShares:
             )
         return fast
 
-    def _kept(self, train_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-        return np.isin(train_ids, removed_ids(self.workspace, self.published.samples), invert=True)
+    def _removed(self) -> NDArray[np.int64]:
+        return removed_ids(self.workspace, self.published.samples)
 
     def _order(self, picture: Image.Image, caption: str) -> NDArray[np.int64]:
         """Return the train_ids of the head's first ranks, without those that are taken down."""
@@ -106,16 +105,17 @@ class PictureShares:
 
         And whom the teacher pays on each.
         """
-        asked = [row for path in self.published.queries for row in self._asked(path)][:SCORED]
+        asked = [query for query in self.loaded.queries.values() if query.split == CALIBRATES][:SCORED]
+        removed, samples = self._removed(), len(self.loaded.catalogue(self._fast.samples_path))
         shares, orders, paid = [], [], []
-        for row in asked:
-            rows = read_influence(self.workspace, self.published.snapshot, [row["query_id"]])
-            train_ids, share = self._paid(rows)
+        for query in asked:
+            rows = read_influence(self.workspace, self.published.snapshot, [query.query_id])
+            train_ids, share = _paid(without(rows, removed))
             if not len(train_ids):
                 continue
-            by_sample = np.zeros(len(self.loaded.catalogue(self._fast.samples_path)))
+            by_sample = np.zeros(samples)
             by_sample[train_ids] = share
-            order = self._order(as_rgb(decode_image(row["image"])), row["caption"])
+            order = self._order(query.image, query.caption)
             shares.append(by_sample[order])
             orders.append(order)
             paid.append((train_ids, share))
@@ -127,12 +127,9 @@ class PictureShares:
         depth = min(map(len, orders))  # an approximate index may find fewer for some
         return np.stack([each[:depth] for each in shares]), np.stack([each[:depth] for each in orders]), paid
 
-    def _asked(self, path: str) -> list[dict[str, Any]]:
-        rows = tables.read(self.workspace.file(path), tables.QUERIES, columns=["query_id", "split", "caption", "image"])
-        return [row for row in rows.to_pylist() if row["split"] == CALIBRATES]
 
-    def _paid(self, rows: pa.Table) -> Paid:
-        """Return the train_ids that have a share in one query, and their shares."""
-        train_ids, influence = rows["train_id"].to_numpy(), np.maximum(rows["score"].to_numpy(), 0)
-        there = self._kept(train_ids) & (influence > 0)
-        return train_ids[there], influence[there] / influence[there].sum()
+def _paid(rows: pa.Table) -> Paid:
+    """Return the train_ids that have a share in one query, and their shares."""
+    train_ids, influence = rows["train_id"].to_numpy(), np.maximum(rows["score"].to_numpy(), 0)
+    there = influence > 0
+    return train_ids[there], influence[there] / influence[there].sum()

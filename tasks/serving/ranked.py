@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -106,4 +107,4 @@ def _influence(scores: NDArray[np.float64], hits: list[Hit]) -> Influence:
 
 def _number(value: float) -> float | None:
     """Return a figure, None where it is not known: JSON has no NaN."""
-    return value if np.isfinite(value) else None
+    return value if math.isfinite(value) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from PIL import Image
 
@@ -42,8 +42,8 @@ class Settings:
 
     def lineage(self, versions: Versions, asked: str, tombstones: int) -> str:
         """Return what names an answer: versions, question, settings, and the newest take-down that it honours."""
-        mine = {**asdict(self), "exclude": sorted(set(self.exclude))}
-        document = json.dumps([asdict(versions), asked, mine, tombstones], sort_keys=True)
+        mine = {**vars(self), "exclude": sorted(set(self.exclude))}
+        document = json.dumps([vars(versions), asked, mine, tombstones], sort_keys=True)
         return hashlib.sha256(document.encode()).hexdigest()[:16]
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fastgda_core.evaluation.shares import LEVEL, Period, Shares, Sums
-from storage_schemas.snapshots.published import read_published
+from storage_schemas.snapshots.published import Published, read_published
 from storage_schemas.sql.shares import (
     Payees,
     measured,
@@ -132,14 +132,13 @@ def published_shares(
             advance(1)
     found = period.shares()
     source: Source = "unknown" if np.isnan(found.noise_error).any() else "pairs" if of_pairs else "agreement"
-    return shares_answer(workspace, by, payees, found, source, "exact")
+    return shares_answer(workspace, read_published(workspace), by, payees, found, source, "exact")
 
 
 def shares_answer(
-    workspace: Workspace, by: str, payees: Payees, found: Shares, source: Source, tier: Tier
+    workspace: Workspace, published: Published, by: str, payees: Payees, found: Shares, source: Source, tier: Tier
 ) -> SharesAnswer:
-    """Return shares as rows, with what is to be said beside them."""
-    published = read_published(workspace)
+    """Return shares as rows, with what is to be said beside them of the published state that they were made of."""
     trust = trust_in(workspace, published.run)
     return SharesAnswer(
         by=by,

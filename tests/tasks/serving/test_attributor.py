@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastgda_core.errors import UsageError
 from storage_schemas.publishing.takedown import lift, take_down
@@ -23,6 +25,7 @@ from tasks.inputs.features import load_features
 from tasks.serving.answers import Answer, Hit
 from tasks.serving.attributor import Attributor
 from tasks.serving.catalogue import RemovedSample, UnknownSample
+from tasks.serving.fast import Caption, Picture
 from tests.tasks.serving.answered import COPIES, LICENCES, SHAPES, answered_run
 from tests.tasks.whole_runs import WholeRun
 
@@ -147,6 +150,22 @@ def test_answers_are_the_same_from_eight_threads(attributor: Attributor) -> None
         assert replace(answer, seconds=0.0) == replace(plain[place % len(asked)], seconds=0.0)
 
 
+def test_a_stored_query_is_encoded_once_for_its_vector_and_its_similar_images(
+    attributor: Attributor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = Attributor(attributor.workspace)
+    features, encoded = fresh.fast.features, []
+
+    def counted(pictures: Sequence[Picture], captions: Sequence[Caption]) -> Tensor:
+        encoded.extend(captions)
+        return features(pictures, captions)
+
+    monkeypatch.setattr(fresh.fast, "features", counted)
+    answer = fresh.attribute_query(ASKED, 3, around=2)
+    assert encoded == [fresh.query(ASKED).caption] and answer.similar
+    assert replace(answer, seconds=0.0) == replace(attributor.attribute_query(ASKED, 3, around=2), seconds=0.0)
+
+
 def test_a_lineage_names_versions_question_and_settings(attributor: Attributor) -> None:
     def of(**settings: object) -> str:
         return attributor.attribute_query(ASKED, **settings).lineage  # type: ignore[arg-type]
@@ -232,6 +251,19 @@ def test_answers_say_how_far_their_tier_agrees_with_the_teacher(attributor: Attr
         }
         assert agreement.measure == "mAP(4)" and agreement.value == measured["mAP(4)"]
         assert {each.name: each.value for each in agreement.measures} == measured
+
+
+def test_an_answer_is_of_the_moment_at_which_its_attributor_was_loaded(run: WholeRun, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "workspace")
+    shutil.copytree(run.workspace.root, workspace.root)
+    before, after = (Attributor(workspace) for _ in range(2))
+    asked = {"k": 3, "around": 3}
+    expected = before.attribute_query(ASKED, **asked)  # type: ignore[arg-type]
+    for folder in ("metrics", "snapshots"):
+        shutil.rmtree(workspace.root / folder)
+    found = after.attribute_query(ASKED, **asked)  # type: ignore[arg-type]
+    assert found.agreement == expected.agreement and found.agreement.measures
+    assert replace(found, seconds=0.0) == replace(expected, seconds=0.0)
 
 
 def test_predictions_come_with_a_calibration_and_are_none_without_one(run: WholeRun, tmp_path: Path) -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from PIL import Image
+from pytest import MonkeyPatch
 
 from fastgda_core.errors import UsageError
+from storage_schemas.publishing.takedown import take_down
 from storage_schemas.sql.views import query
+from storage_schemas.workspace import Workspace
 from tasks.inputs.queries import load_queries
 from tasks.serving import picture_shares
 from tasks.serving.attributor import Attributor
@@ -50,7 +56,7 @@ def test_sketches_pay_by_their_scores_with_the_error_of_their_groups(
 
 
 def test_the_index_pays_by_ranks_as_scored_queries_were_paid(
-    service: PictureShares, image: Image.Image, unlearned: WholeRun, monkeypatch: pytest.MonkeyPatch
+    service: PictureShares, image: Image.Image, unlearned: WholeRun, monkeypatch: MonkeyPatch
 ) -> None:
     with pytest.raises(UsageError, match="2 queries of split test, by which an index is calibrated, and 3 are needed"):
         service.shares(image, CAPTION, "key", "fast")
@@ -75,6 +81,22 @@ def test_the_index_pays_by_ranks_as_scored_queries_were_paid(
             )
             firsts.append(rows["part"][0].as_py())
     assert {row.payee: row.share for row in answer.rows}[best.key] == pytest.approx(np.mean(firsts))
+
+
+@pytest.mark.parametrize("tier", ["sketch", "fast"])
+def test_what_is_taken_down_has_no_share(
+    unlearned: WholeRun, image: Image.Image, tmp_path: Path, tier: Literal["fast", "sketch"], monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setattr(picture_shares, "CALIBRATES", "train")
+    workspace = Workspace(tmp_path / "workspace")
+    shutil.copytree(unlearned.workspace.root, workspace.root)
+    before = PictureShares(workspace).shares(image, CAPTION, "key", tier)
+    first = before.rows[0].payee
+    keys = PictureShares(workspace).loaded.catalogue().table["key"].to_pylist()
+    take_down(workspace, [keys.index(first)], reason="asked for", by="a test")
+    after = PictureShares(workspace).shares(image, CAPTION, "key", tier)
+    assert {row.payee for row in after.rows} == {row.payee for row in before.rows} - {first}
+    assert math.isclose(sum(row.share for row in after.rows), 1) and after.tombstone == 1
 
 
 def test_published_shares_are_those_of_sql(unlearned: WholeRun) -> None:
