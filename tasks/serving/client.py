@@ -109,7 +109,7 @@ class Client:
         return self._json("GET", f"/v1/samples/{train_id}")
 
     def sample_image(self, train_id: int, size: int | None = None) -> bytes:
-        """Return a training image: its file, or a JPEG whose longer side has `size` pixels at most."""
+        """Return a training image: its file, or a picture whose longer side has `size` pixels at most."""
         return self._bytes(f"/v1/samples/{train_id}/image", {"size": size})
 
     def queries(self, split: str | None = None, offset: int = 0, limit: int = 100) -> list[dict[str, Any]]:
