@@ -102,6 +102,7 @@ class Service:
             await self.slowly(lambda: attributor.catalogue(attributor.fast.samples_path).allowed(question.where))
         picture = await self._picture(question)
         if question.tier != "fast":
+            ticket.step_aside()
             return await self.slowly(lambda: answer_alone(attributor, question, picture))
         answer = await asyncio.wrap_future(ticket.put(question, picture))
         if key is not None and answer.versions.published == attributor.versions.published:
