@@ -157,7 +157,7 @@ def alone(workspace: Path, seconds: float) -> tuple[Figures, list[list[float]]]:
 
 
 def questions(workspace: Path) -> tuple[list[Request], list[Request], int]:
-    """Return requests with images, requests by stored query, and how many samples have pictures."""
+    """Return requests with images, requests by stored query, and how many samples there are."""
     from storage_schemas.workspace import Workspace
     from tasks.serving.attributor import Attributor
 
@@ -240,13 +240,13 @@ def grown(workspace: Path, folder: Path, rows: int, kind: str) -> int:
     return pictures
 
 
-def measure(workspace: Path, pictures: int, workers: int, clients: int, seconds: float) -> list[Figures]:
-    """Return all figures of one workspace."""
+def measure(workspace: Path, pictures: int | None, workers: int, clients: int, seconds: float) -> list[Figures]:
+    """Return all figures of one workspace; pictures: how many samples have one, None: all of them."""
     by_itself, vectors = alone(workspace, seconds)
-    with_images, by_query, _ = questions(workspace)
+    with_images, by_query, samples = questions(workspace)
     by_vector = [_plain({"vector": vector, "k": 20, "around": 0}) for vector in vectors]
     thumbnails: list[Request] = [
-        ("GET", f"/v1/samples/{number}/image?size=256", None, {}) for number in range(min(pictures, 2000))
+        ("GET", f"/v1/samples/{number}/image?size=256", None, {}) for number in range(min(pictures or samples, 2000))
     ]
     found = [by_itself]
     with service(workspace, workers, {"queue": 1024}) as address:
@@ -288,13 +288,11 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     given = parser.parse_args(arguments)
     with contextlib.ExitStack() as stack:
-        workspace = given.workspace
+        workspace, pictures = given.workspace, None
         if given.rows:
             beside = stack.enter_context(tempfile.TemporaryDirectory(dir=workspace.parent))  # links stay in one disk
             workspace = Path(beside) / "workspace"
             pictures = grown(given.workspace, workspace, given.rows, given.kind)
-        else:
-            pictures = questions(workspace)[2]
         found = measure(workspace, pictures, given.workers, given.clients, given.seconds)
     print_figures(found)
     if given.json:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -52,9 +53,9 @@ def chosen_workspace(named: str) -> str:
     return named
 
 
-WorkspaceOption = Annotated[
-    str,
-    typer.Option(
+def workspace_option(callback: Callable[[str], str] | None = None) -> Any:
+    """Return the option that names a workspace; `callback` makes its location of what was given."""
+    return typer.Option(
         "--workspace",
         "--config",
         "-c",
@@ -62,9 +63,11 @@ WorkspaceOption = Annotated[
         help="The workspace, as a folder, a URL, or a config whose workspace it is.",
         show_default="that of the current folder: itself, ./workspace or ./demo/workspace",
         envvar=ENVIRONMENT,
-        callback=chosen_workspace,
-    ),
-]
+        callback=callback,
+    )
+
+
+WorkspaceOption = Annotated[str, workspace_option(chosen_workspace)]
 
 
 def trimmed(given: str) -> str:

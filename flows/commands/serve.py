@@ -9,26 +9,14 @@ from typing import Annotated
 import typer
 
 from fastgda_core.errors import UsageError
-from flows.commands.options import DEFAULT_WORKSPACE, DEMO_FOLDER, chosen_workspace
+from flows.commands.options import DEFAULT_WORKSPACE, DEMO_FOLDER, chosen_workspace, workspace_option
 from flows.commands.terminal import say, warn
-from storage_schemas.which_workspace import ENVIRONMENT
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(
-    workspace: Annotated[
-        str,
-        typer.Option(
-            "--workspace",
-            "--config",
-            "-c",
-            metavar="PATH",
-            help="The workspace, as a folder, a URL, or a config whose workspace it is.",
-            show_default="that of the current folder",
-            envvar=ENVIRONMENT,
-        ),
-    ] = DEFAULT_WORKSPACE,
+    workspace: Annotated[str, workspace_option()] = DEFAULT_WORKSPACE,  # --demo names one as well
     demo: Annotated[bool, typer.Option("--demo", help="Serve what `fastgda demo` made in ./demo.")] = False,
     host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need --keys.")] = LOOPBACK[0],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: one that is free.")] = 8000,

@@ -7,9 +7,10 @@ import functools
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -220,8 +221,21 @@ def encode_query(encoders: Sequence[Encoder], image: Image.Image, caption: str) 
 
 
 def load_encoders(config: FeaturesConfig, device: torch.device) -> list[Encoder]:
-    """Load the encoders of a feature space, in order."""
-    return [load_encoder(name, device, config.weights.get(name)) for name in encoder_names(config.space)]
+    """Return the encoders of a feature space, in order; those that somebody in this process holds are shared."""
+    return [_shared_encoder(name, device, config.weights.get(name)) for name in encoder_names(config.space)]
+
+
+_held: WeakValueDictionary[Hashable, Encoder] = WeakValueDictionary()
+
+
+def _shared_encoder(name: str, device: torch.device, source: str | None) -> Encoder:
+    """Return an encoder, loaded only where nobody holds the same one: weights that changed on disk are another one."""
+    folder = source is not None and Path(source).is_dir()
+    key = name, device, source, folder_stamps(Path(str(source))) if folder else ()
+    found = _held.get(key)
+    if found is None:
+        found = _held[key] = load_encoder(name, device, source)
+    return found
 
 
 def in_space(context: Context, **changes: Any) -> Context:

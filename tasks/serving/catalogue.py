@@ -151,8 +151,7 @@ class Catalogue:
             raise UsageError(f"{row['shard']}: {error.strerror}: put the tar back where it was") from error
         if hashlib.sha256(content).hexdigest() != row["image_sha256"]:
             raise UsageError(f"{row['shard']}: the image {row['key']} changed since it was indexed: restore the tar")
-        kind = next((kind for start, kind in _SIGNATURES.items() if content.startswith(start)), None)
-        return content, kind or "application/octet-stream"
+        return content, kind_of(content)
 
     def _row(self, train_id: int) -> dict[str, Any]:
         if not 0 <= train_id < len(self):
@@ -165,6 +164,11 @@ class Catalogue:
 
     def _unknown(self, train_id: int) -> str:
         return f"there is no training sample {train_id}: train_ids go from 0 to {len(self) - 1:,}"
+
+
+def kind_of(content: bytes) -> str:
+    """Return an image's content type, by its first bytes."""
+    return next((kind for start, kind in _SIGNATURES.items() if content.startswith(start)), "application/octet-stream")
 
 
 def _hit(row: dict[str, Any], rank: int, **more: Any) -> Hit:

@@ -39,6 +39,7 @@ class Asked:
     """A question: an image with its caption, or a stored query, or a vector.
 
     image: content of a PNG, JPEG or WebP file, or its path.
+    around: samples of each list beside the hits; None: as many as the service gives; 0, which is quicker: none.
     """
 
     image: bytes | Path | None = None
@@ -51,6 +52,7 @@ class Asked:
     exclude: Sequence[int] = ()
     first: int | None = None
     relative: bool = False
+    around: int | None = None
 
     def fields(self) -> dict[str, Any]:
         """Return the question as the service reads it."""
@@ -109,7 +111,7 @@ class Client:
         return self._json("GET", f"/v1/samples/{train_id}")
 
     def sample_image(self, train_id: int, size: int | None = None) -> bytes:
-        """Return a training image: its file, or a JPEG whose longer side has `size` pixels at most."""
+        """Return a training image: its file, or a picture whose longer side has `size` pixels at most."""
         return self._bytes(f"/v1/samples/{train_id}/image", {"size": size})
 
     def queries(self, split: str | None = None, offset: int = 0, limit: int = 100) -> list[dict[str, Any]]:

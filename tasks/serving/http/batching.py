@@ -100,6 +100,11 @@ class Batcher:
                 self._changed.notify_all()
             self._metrics.queue.dec(questions)
 
+    def _step_aside(self, questions: int) -> None:
+        with self._changed:
+            self._coming -= questions
+            self._changed.notify_all()
+
     def _put(self, waiting: Waiting) -> None:
         with self._changed:
             if self._ended:
@@ -164,3 +169,8 @@ class Ticket:
         self.coming -= 1
         self.batcher._put(waiting)
         return waiting.answered
+
+    def step_aside(self) -> None:
+        """Let no batch wait for this: it is answered without the queue."""
+        aside, self.coming = self.coming, 0
+        self.batcher._step_aside(aside)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from storage_schemas.runs.ledger import process_lives
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 SHARED = "PROMETHEUS_MULTIPROC_DIR"  # where prometheus_client's processes leave their figures
@@ -56,9 +60,19 @@ class ServiceMetrics:
         """Return all series in Prometheus's text format."""
         if SHARED not in os.environ:
             return generate_latest(self.registry)
+        _forget_dead_processes(Path(os.environ[SHARED]))
         together = CollectorRegistry()
         MultiProcessCollector(together)  # type: ignore[no-untyped-call]
         return generate_latest(together)
+
+
+def _forget_dead_processes(folder: Path) -> None:
+    """Drop the gauges of processes that are gone: one that was killed would be counted beside its successor."""
+    for path in folder.glob("gauge_live*_*.db"):
+        process = path.stem.rsplit("_", 1)[1]
+        if not process_lives(f"{os.uname().nodename}:{process}"):
+            with contextlib.suppress(FileNotFoundError):  # another process forgets, too
+                mark_process_dead(int(process), str(folder))  # type: ignore[no-untyped-call]
 
 
 def _gauge(name: str, what: str, mode: str, registry: CollectorRegistry, *labels: str) -> Gauge:

@@ -16,6 +16,7 @@ from storage_schemas.errors import StoreError
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.workspace import Workspace
 from tasks.serving.http.keys import read_keys
+from tasks.serving.http.metrics import SHARED
 from tasks.serving.http.problems import one_line
 from tasks.serving.http.settings import ServiceSettings
 
@@ -69,7 +70,7 @@ def run(settings: ServiceSettings, listening: socket.socket) -> None:
     with tempfile.TemporaryDirectory(prefix="fastgda-serve-") as runtime:
         settings.model_copy(update={"runtime": runtime}).stored()
         if settings.workers > 1:
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = runtime
+            os.environ[SHARED] = runtime
         config = uvicorn.Config(
             APP,
             factory=True,

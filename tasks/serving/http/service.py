@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from fastapi import Request
+from PIL import Image
 
 from storage_schemas.workspace import Workspace
 from tasks.serving.answers import Answer
@@ -99,13 +100,9 @@ class Service:
             return kept
         if question.where is not None and question.tier == "fast":  # it is kept: no other question waits for it
             await self.slowly(lambda: attributor.catalogue(attributor.fast.samples_path).allowed(question.where))
-        picture = None
-        if question.image is not None:
-            content = question.image
-            picture = await self.reading(lambda: decoded(content, self.limits))
-        elif question.query_id is not None:
-            self.engine.query(question.query_id)
+        picture = await self._picture(question)
         if question.tier != "fast":
+            ticket.step_aside()
             return await self.slowly(lambda: answer_alone(attributor, question, picture))
         answer = await asyncio.wrap_future(ticket.put(question, picture))
         if key is not None and answer.versions.published == attributor.versions.published:
@@ -114,14 +111,19 @@ class Service:
 
     async def begin(self, question: Question, caller: Caller) -> Job:
         """Begin a question of tier exact."""
-        attributor = self.engine.current
-        picture = None
-        if question.image is not None:
-            content = question.image
-            picture = await self.reading(lambda: decoded(content, self.limits))
-        elif question.query_id is not None:
-            self.engine.query(question.query_id)
+        attributor, picture = self.engine.current, await self._picture(question)
         return self.jobs.submit(caller.name, lambda progress: answer_alone(attributor, question, picture, progress))
+
+    async def _picture(self, question: Question) -> Image.Image | None:
+        """Return the picture of a question, decoded; None where none came with it.
+
+        Raises:
+            Problem: it is none, or the stored query does not exist.
+        """
+        if question.query_id is not None:
+            self.engine.query(question.query_id)
+        content = question.image
+        return None if content is None else await self.reading(lambda: decoded(content, self.limits))
 
     def _answer_batch(self, batch: Sequence[Waiting]) -> None:
         answer_batch(self.engine.current, batch, self.metrics)

@@ -1,4 +1,4 @@
-"""Pictures of samples and queries, resized, as JPEG, the latest in memory."""
+"""Pictures of samples and queries, resized, the latest in memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from fastapi.responses import Response
 from PIL import Image
 
 from fastgda_core.images import decode_image
+from tasks.serving.catalogue import kind_of
 from tasks.serving.http.problems import Problem
 from tasks.serving.http.service import Service
 from tasks.serving.http.settings import Limits
 
 QUALITY = 85
+FEW_PIXELS = 128 * 128  # JPEG of so few blurs edges that can be seen, and saves little
 KEPT = "private, max-age=3600"  # an image that is taken down may be shown for so long by the browser that has it
 # A picture is shown and never run, whatever else its bytes may be.
 HEADERS = {"Content-Security-Policy": "default-src 'none'; sandbox", "Cache-Control": KEPT}
@@ -51,13 +53,16 @@ async def thumbnail(service: Service, tag: str, read: Callable[[], bytes], size:
     if content is None:
         content = await service.reading(lambda: resized(read, size))
         service.pictures.put(tag, content)
-    return picture_response(content, "image/jpeg", tag)
+    return picture_response(content, kind_of(content), tag)
 
 
 def resized(read: Callable[[], bytes], size: int) -> bytes:
-    """Return a file's picture as JPEG, its longer side `size` at most; it is never enlarged."""
+    """Return a file's picture, its longer side `size` at most; it is never enlarged. Of few pixels PNG, else JPEG."""
     picture = decode_image(read())
     picture.thumbnail((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0)
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=QUALITY)
+    if picture.width * picture.height <= FEW_PIXELS:
+        picture.save(buffer, "PNG")
+    else:
+        picture.save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue()

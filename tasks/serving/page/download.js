@@ -35,6 +35,8 @@ export function cell(value) {
   return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }
 
+const csv = (lines) => lines.map((line) => `${line.map(cell).join(",")}\r\n`).join("");
+
 /** An answer as a table: one line a sample, its metadata in columns of their own. */
 export function table(answer) {
   const rows = SECTIONS.flatMap((section) => (answer[section] ?? []).map((hit) => ({ section, ...hit })));
@@ -44,7 +46,7 @@ export function table(answer) {
     ...COLUMNS.map((name) => row[name]),
     ...metadata.map((name) => row.metadata?.[name]),
   ]);
-  return [["section", ...COLUMNS, ...metadata], ...lines].map((line) => line.map(cell).join(",")).join("\r\n") + "\r\n";
+  return csv([["section", ...COLUMNS, ...metadata], ...lines]);
 }
 
 export const saveJson = (name, value) =>
@@ -54,8 +56,5 @@ export const saveCsv = (name, text) => save(`${name}.csv`, "text/csv;charset=utf
 /** Rows of equal keys as a table. */
 export function rowsTable(rows) {
   const names = Object.keys(rows[0] ?? {});
-  return (
-    [names, ...rows.map((row) => names.map((name) => row[name]))].map((line) => line.map(cell).join(",")).join("\r\n") +
-    "\r\n"
-  );
+  return csv([names, ...rows.map((row) => names.map((name) => row[name]))]);
 }

@@ -2,13 +2,12 @@
 
 import * as api from "./api.js";
 import { announce, el, line, put, skeletons } from "./dom.js";
-import { errorLine } from "./errors.js";
+import { showError } from "./errors.js";
 import { queryCards } from "./pictures.js";
 import { changed, go, href } from "./route.js";
-import { plural, whole } from "./words.js";
+import { SPLITS, plural, whole } from "./words.js";
 
 const PAGE = 48;
-const SPLITS = ["test", "validation", "train", "twin", "pseudo"];
 
 export function showQueries(main, params, signal) {
   const offset = Math.max(0, Number(params.get("offset")) || 0);
@@ -42,9 +41,7 @@ export function showQueries(main, params, signal) {
         pager(params, offset, page.total),
       );
     },
-    (error) => {
-      if (error.name !== "AbortError") put(body, errorLine(error));
-    },
+    showError(body),
   );
 }
 

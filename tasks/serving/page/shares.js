@@ -4,11 +4,10 @@ import * as api from "./api.js";
 import { shareBar } from "./charts.js";
 import { action, announce, el, line, put } from "./dom.js";
 import { rowsTable, saveCsv, saveJson } from "./download.js";
-import { errorLine } from "./errors.js";
+import { showError } from "./errors.js";
 import { changed, go } from "./route.js";
-import { figure, fileName, percent, plural, sentence, whole } from "./words.js";
+import { SPLITS, figure, fileName, percent, plural, sentence, whole } from "./words.js";
 
-const SPLITS = ["test", "validation", "train", "twin", "pseudo"];
 const SHOWN = 100;
 
 export function showShares(main, params, signal) {
@@ -91,9 +90,7 @@ export function showShares(main, params, signal) {
   };
   return api.shares(Object.fromEntries(Object.entries(question).filter(([, value]) => value !== null)), signal).then(
     (answer) => put(body, result(answer, by)),
-    (error) => {
-      if (error.name !== "AbortError") put(body, errorLine(error));
-    },
+    showError(body),
   );
 }
 

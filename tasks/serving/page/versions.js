@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { history } from "./charts.js";
 import { el, facts, line, put } from "./dom.js";
-import { errorLine } from "./errors.js";
+import { showError } from "./errors.js";
 import { date, percent, whole, withError } from "./words.js";
 
 export function showVersions(main, _params, signal) {
@@ -23,9 +23,7 @@ export function showVersions(main, _params, signal) {
   );
   return api.indexes(signal).then(
     ({ indexes }) => put(body, versions(indexes)),
-    (error) => {
-      if (error.name !== "AbortError") put(body, errorLine(error));
-    },
+    showError(body),
   );
 }
 

@@ -9,6 +9,9 @@ export const TIERS = {
   exact: { name: "Exact", says: "The teacher itself, asked on the spot. It takes a while." },
 };
 
+/** Of the stored queries. */
+export const SPLITS = ["test", "validation", "train", "twin", "pseudo"];
+
 const count = new Intl.NumberFormat("en");
 const plain = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
 

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from fastgda_core.features import Encoder, load_encoder
 from storage_schemas.commit import manifest_path, read_manifest
+from tasks.config.inputs import FeaturesConfig
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
 from tasks.inputs import features
-from tasks.inputs.features import extract_features, feature_mean, in_space, load_features, map_features
+from tasks.inputs.features import (
+    extract_features,
+    feature_mean,
+    in_space,
+    load_encoders,
+    load_features,
+    map_features,
+)
 from tasks.inputs.queries import load_queries, make_queries
 from tasks.inputs.samples import ingest_samples
 from tests import tiny
+from tests.fastgda_core.test_encoders import save_dino
 from tests.tasks.configs import document
 
 SAMPLES, ROTTEN = 12, 7
@@ -81,6 +93,26 @@ def test_queries_go_through_their_own_map_where_one_was_learned(
     of_samples, of_queries = (load_features(context, items, samples) for items in (samples, queries))
     rows = [int(query.query_id.removeprefix("s")) for query in load_queries(queries)]
     torch.testing.assert_close(of_queries, 1 - 2 * of_samples[rows])
+
+
+def test_encoders_are_shared_while_somebody_holds_them_and_loaded_anew_when_their_weights_change(
+    tmp_path: Path,
+) -> None:
+    folder, picture, cpu = tmp_path / "dino", Image.new("RGB", (32, 32), "teal"), torch.device("cpu")
+    save_dino(folder)
+    config = FeaturesConfig(space="dino+pixel", weights={"dino": str(folder)})
+    first, same = load_encoders(config, cpu), load_encoders(config.model_copy(update={"unit_length": False}), cpu)
+    assert [one is other for one, other in zip(first, same, strict=True)] == [True, True]
+    before = first[0].encode([picture])
+    save_dino(folder)  # other random weights
+    other = load_encoders(config, cpu)
+    assert other[0] is not first[0] and other[1] is first[1]
+    assert not torch.equal(other[0].encode([picture]), before)
+    assert torch.equal(first[0].encode([picture]), before)
+    held = weakref.ref(first[0])
+    del first, same
+    gc.collect()
+    assert held() is None
 
 
 def test_features_that_are_not_centred_have_no_mean_and_are_the_encoders_own(context: Context) -> None:

@@ -17,11 +17,13 @@ import pytest
 
 from flows.indexing import rebuild_index
 from flows.training import train_rank_head
+from storage_schemas.publishing.serving import promote_index
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.workspace import Workspace
 from tasks.distilling.versions import load_trained_head
 from tasks.inputs.features import load_features
 from tasks.inputs.queries import load_queries
+from tasks.serving.attributor import Attributor
 from tasks.serving.http.keys import add_key
 from tasks.serving.http.settings import ServiceSettings
 from tests.tasks.serving.http.conftest import serving
@@ -168,6 +170,15 @@ def wrong(order: list[int], hits: list[int], gone: set[int], maybe: set[int]) ->
     if left_out - maybe or len(hits) != K:
         return f"{hits} leave out {left_out - maybe}"
     return ""
+
+
+def test_a_version_whose_encoders_are_the_served_ones_loads_no_encoder(two: Two) -> None:
+    before = Attributor(two.workspace)
+    promote_index(two.workspace, two.versions[1], force=True)
+    after = Attributor(two.workspace)
+    assert before.versions.head != after.versions.head
+    pairs = list(zip(before.fast.encoders, after.fast.encoders, strict=True))
+    assert pairs and all(old is new for old, new in pairs)
 
 
 def test_administrators_alone_change_anything(two: Two, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 from tasks.inputs.queries import load_queries
 from tasks.inputs.samples import sample_images
 from tasks.serving.http.cache import Pictures
+from tasks.serving.http.thumbnails import resized
 from tests import tiny
 from tests.tasks.whole_runs import WholeRun
 
@@ -37,6 +38,24 @@ def test_a_thumbnail_is_the_image_resized_and_never_enlarged(client: TestClient,
         assert client.get(f"/v1/samples/3/image?size={size}").content == response.content
     assert client.get("/v1/samples/3/image?size=2000").status_code == 422
     assert client.get("/v1/samples/3/image?size=1").status_code == 422
+
+
+def test_a_small_thumbnail_has_the_pixels_of_its_picture_and_a_large_one_is_jpeg(
+    client: TestClient, similar: WholeRun
+) -> None:
+    (image,) = sample_images(similar.run.artifacts["samples"].path, [3])
+    for size in (16, 256):
+        response = client.get(f"/v1/samples/3/image?size={size}")
+        expected = image.copy()
+        expected.thumbnail((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0)
+        assert response.headers["content-type"] == "image/png"
+        assert np.array_equal(np.asarray(opened(response.content)), np.asarray(expected))
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))
+    buffer = io.BytesIO()
+    noise.save(buffer, "PNG")
+    for size, kind, shape in ((1024, "JPEG", (400, 300)), (160, "JPEG", (160, 120)), (128, "PNG", (128, 96))):
+        found = Image.open(io.BytesIO(resized(buffer.getvalue, size)))
+        assert (found.format, found.size) == (kind, shape)
 
 
 def test_a_client_that_has_an_image_gets_304(client: TestClient) -> None:
