@@ -30,10 +30,8 @@ from tasks.context import Context, load_tensors
 from tasks.distilling.index_parts import IndexParts
 from tasks.distilling.index_recall import HeldOut, held_out_queries, measured
 from tasks.distilling.opened_index import believe, release_of
-from tasks.distilling.vectors import HeadVectors, read_vectors
-from tasks.inputs.features import (
-    feature_mean,
-)
+from tasks.distilling.vectors import head_vectors, read_vectors
+from tasks.inputs.features import feature_mean
 from tasks.progress import stage
 
 INDEX_MEAN = "mean.safetensors"  # of the training samples' features, beside an index of a head over centred ones
@@ -123,8 +121,8 @@ class _Build:
         removed: NDArray[np.int64],
     ) -> None:
         self.context, self.samples, self.head, self.queries, self.removed = context, samples, head, queries, removed
-        self.vectors = HeadVectors(context, samples, features, head)
         self.mean = feature_mean(context, samples)
+        self.vectors = head_vectors(context, samples, features, head, self.mean)
         self.key = input_key(
             "index 2",
             self.vectors.artifact.key,
@@ -150,8 +148,8 @@ class _Build:
         return parts
 
     def make(self, started: float) -> Manifest:
-        parts = self.parts()
         self.vectors.made()
+        parts = self.parts()
         log.info("index %s: %s: %s", self.key, self.choice.kind, self.choice.reason)
         with stage("index", self.samples.rows) as advance:
             index = parts.whole(advance)
@@ -163,7 +161,6 @@ class _Build:
             reason=self.choice.reason,
             vectors=[self.vectors.artifact.key],
             target=self.context.config.index.recall,
-            recall_queries=self.context.config.index.recall_queries,
         )
         manifest = commit_version(
             self.folder, self.key, index, train_ids, record, held_out, parts, self.mean, started=started

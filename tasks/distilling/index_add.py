@@ -21,7 +21,7 @@ from storage_schemas.tombstones import removed_ids
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made, once
 from tasks.context import Context
-from tasks.distilling.added_vectors import AddedVectors
+from tasks.distilling.added_vectors import added_vectors
 from tasks.distilling.index import INDEX_MEAN, commit_version, read_index_mean
 from tasks.distilling.index_parts import IndexParts
 from tasks.distilling.index_recall import HeldOut, held_out_queries
@@ -96,7 +96,7 @@ def add_to_search_index(parent: Parent, tars: Sequence[Path]) -> Made:
     samples = append_samples(workspace, parent.samples, tars)
     centred = is_there(parent.index.path / INDEX_MEAN)
     mean = read_index_mean(parent.index.path) if centred else None
-    vectors = AddedVectors(parent.context, samples, parent.head, parent.samples.rows, mean)
+    vectors = added_vectors(parent.context, samples, parent.head, parent.samples.rows, mean)
     release = release_of(faiss_version())
     # What is taken down and in the parent already is left out by whoever searches.
     down = removed_ids(workspace, samples.path)

@@ -16,11 +16,13 @@ from fastgda_core.features import concatenate, load_encoder
 from storage_schemas import tables
 from storage_schemas.heads.records import read_index_record
 from storage_schemas.workspace import Workspace
+from tasks.distilling.added_vectors import added_vectors
 from tasks.distilling.index import read_index_mean
 from tasks.distilling.index_add import add_to_search_index, read_parent
 from tasks.distilling.opened_index import open_search_index
 from tasks.distilling.vectors import read_vectors
 from tasks.distilling.versions import load_trained_head
+from tasks.inputs.added_samples import append_samples
 from tasks.inputs.samples import sample_images, samples_table
 from tests import tiny
 from tests.tasks.whole_runs import AXES, SAMPLES, WholeRun
@@ -73,6 +75,16 @@ def test_adding_twice_names_the_parent_and_adding_again_finds_what_is_there(copi
     assert record.parent == first.artifact.key and len(record.vectors) == 3
     ids = tables.read(second.artifact.path / "ids.parquet", tables.INDEX_IDS)["train_id"].to_pylist()
     assert ids == list(range(SAMPLES + ADDED + 3))
+
+
+def test_a_new_sample_that_is_gone_again_is_not_indexed_as_a_grey_picture(copied: Workspace, tmp_path: Path) -> None:
+    parent, tar = read_parent(copied), new_tar(tmp_path)
+    samples = append_samples(copied, parent.samples, [tar])
+    tar.write_bytes(bytes(tar.stat().st_size))
+    mean = read_index_mean(parent.index.path)
+    vectors = added_vectors(parent.context, samples, parent.head, SAMPLES, mean)
+    with pytest.raises(UsageError, match=rf"sample {SAMPLES} cannot be read any more \(.*\): mend it or leave its tar"):
+        vectors.made()
 
 
 def test_what_cannot_be_added_is_refused_in_one_line(copied: Workspace, tmp_path: Path) -> None:
