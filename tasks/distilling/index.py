@@ -142,7 +142,9 @@ class _Build:
         # Of sketches a byte a number would do; cosines that differ in the fourth digit keep theirs.
         half = read_head_record(self.head.path).kind == "gradient"
         choice = chosen(self.context.config.index, self.samples.rows - len(self.removed), width, half=half)
-        parts = IndexParts(self.folder / "building", self.key, choice.kind, width, paths, self.removed)
+        parts = IndexParts(
+            self.context.workspace.index_parts(self.key), self.key, choice.kind, width, paths, self.removed
+        )
         self.vectors.made(parts.learns_from)
         self.choice = choice
         return parts

@@ -119,7 +119,7 @@ def add_to_search_index(parent: Parent, tars: Sequence[Path]) -> Made:
         ids = np.concatenate(train_ids)
         removed = np.setdiff1d(np.arange(samples.rows), ids)
         kind, paths = parent.record.kind, [*old, *vectors.paths]
-        parts = IndexParts(folder / "building", key, kind, int(index.d), paths, removed)
+        parts = IndexParts(workspace.index_parts(key), key, kind, int(index.d), paths, removed)
         record = parent.record.model_copy(
             update={
                 "samples": workspace.relative(samples.path),
