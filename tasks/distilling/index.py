@@ -72,8 +72,7 @@ def build_search_index(
     """
     build = _Build(context, samples, features, head, queries, np.unique(np.array(removed, np.int64)))
     artifact = Artifact("index", build.key, build.folder, samples.rows)
-    beside = [build.folder / INDEX_FILE, build.folder / INDEX_IDS]
-    beside += [build.folder / INDEX_MEAN] if build.mean is not None else []
+    beside = files_beside(build.folder, build.mean)
     return once(artifact, build.folder / "index.faiss", build.make, beside=beside, alone_in=context.workspace)
 
 
@@ -169,6 +168,11 @@ class _Build:
         )
         parts.clear()
         return manifest
+
+
+def files_beside(folder: AnyPath, mean: Tensor | None) -> list[AnyPath]:
+    """Return the files without which the index in a folder has to be made again."""
+    return [folder / name for name in (INDEX_FILE, INDEX_IDS, *([] if mean is None else [INDEX_MEAN]))]
 
 
 def chosen(config: IndexConfig, rows: int, width: int, *, half: bool) -> Choice:

@@ -22,7 +22,7 @@ from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made, once
 from tasks.context import Context
 from tasks.distilling.added_vectors import added_vectors
-from tasks.distilling.index import INDEX_MEAN, commit_version, read_index_mean
+from tasks.distilling.index import INDEX_MEAN, commit_version, files_beside, read_index_mean
 from tasks.distilling.index_parts import IndexParts
 from tasks.distilling.index_recall import HeldOut, held_out_queries
 from tasks.distilling.labels import read_labels
@@ -132,7 +132,7 @@ def add_to_search_index(parent: Parent, tars: Sequence[Path]) -> Made:
         return commit_version(folder, key, index, ids, record, held_out, parts, mean, started=started)
 
     artifact = Artifact("index", key, folder, samples.rows)
-    return once(artifact, folder / "index.faiss", make, alone_in=workspace)
+    return once(artifact, folder / "index.faiss", make, beside=files_beside(folder, mean), alone_in=workspace)
 
 
 def _held_out(parent: Parent, parts: IndexParts) -> HeldOut:

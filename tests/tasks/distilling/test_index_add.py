@@ -77,6 +77,18 @@ def test_adding_twice_names_the_parent_and_adding_again_finds_what_is_there(copi
     assert ids == list(range(SAMPLES + ADDED + 3))
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["index.json", "ids.parquet", "mean.safetensors"])
+def test_an_added_version_that_lost_a_file_is_made_again(copied: Workspace, tmp_path: Path, name: str) -> None:
+    parent, tar = read_parent(copied), new_tar(tmp_path)
+    first = add_to_search_index.fn(parent, [tar]).artifact
+    lost = Path(str(first.path)) / name
+    before = lost.read_bytes()
+    lost.unlink()
+    again = add_to_search_index.fn(parent, [tar])
+    assert not again.reused and again.artifact == first and lost.read_bytes() == before
+
+
 def test_a_new_sample_that_is_gone_again_is_not_indexed_as_a_grey_picture(copied: Workspace, tmp_path: Path) -> None:
     parent, tar = read_parent(copied), new_tar(tmp_path)
     samples = append_samples(copied, parent.samples, [tar])
