@@ -256,7 +256,7 @@ def print_large(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         ratios = f"{flat['one'] / told['one']:.1f} | {told['bytes'] / flat['bytes']:.2f}"
         print(f"| {each} | {recalls} | {ratios} | {told['seconds']:.0f} | {told['peak'] / vectors:.2f} | {first:.2f} |")
     print(f"settings of {kind}: {found[kind]['settings']}\n")
-    return found[kind] | {"kind": kind}
+    return found[kind]
 
 
 def print_paper(measured: dict[str, Any], options: argparse.Namespace) -> None:

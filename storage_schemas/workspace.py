@@ -195,6 +195,10 @@ class Workspace:
     def index(self, version: str) -> AnyPath:
         return self.root / "indexes" / version
 
+    def index_parts(self, version: str) -> AnyPath:
+        """Folder of what an index is built from, part by part, until it is there."""
+        return self.index(version) / "building"
+
     def metrics(self, key: str) -> AnyPath:
         return self.root / "metrics" / f"{key}.parquet"
 

@@ -35,7 +35,7 @@ def new_index(kind: str, width: int) -> Any:
     try:
         index = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        raise UsageError(f"index.kind {kind} of vectors of {width}: {_first_line(error)}") from None
+        raise UsageError(f"index.kind {kind} of vectors of {width}: {first_line(error)}") from None
     return index
 
 
@@ -67,7 +67,7 @@ def train(index: Any, vectors: Vectors, *, kind: str) -> None:
         index.train(np.ascontiguousarray(vectors))
     except RuntimeError as error:
         raise UsageError(
-            f"index.kind {kind} does not learn from {len(vectors):,} vectors: {_first_line(error)}"
+            f"index.kind {kind} does not learn from {len(vectors):,} vectors: {first_line(error)}"
         ) from None
     if lists is not None:
         lists.clustering_index = None
@@ -130,7 +130,7 @@ def read_index(path: Path) -> Any:
     try:
         return faiss.read_index(str(path))
     except RuntimeError as error:
-        raise UsageError(f"{path} is no whole index: {_first_line(error)}") from None
+        raise UsageError(f"{path} is no whole index: {first_line(error)}") from None
 
 
 def faiss_version() -> str:
@@ -144,6 +144,6 @@ def _lists(index: Any) -> Any:
     return faiss.try_extract_index_ivf(index)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """Return what FAISS says without its place in its source."""
     return str(error).rpartition("Error: ")[2].split("\n")[0].strip() or str(error).split("\n")[0]

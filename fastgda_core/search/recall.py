@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -98,19 +99,17 @@ def settings_for(searcher: Searcher, queries: Vectors, truth: Neighbours, target
         ladder = [SearchSettings(ef_search=nodes, k_factor=factor) for nodes in GRAPH_LADDER]
     else:
         ladder = [SearchSettings(k_factor=factor)]
-    chosen = _climb(searcher, queries, truth, target, ladder)
+    chosen, reached = _climb(searcher, queries, truth, target, ladder)
     if not refined:
         return chosen
-    reached = measure(searcher, queries, truth, chosen).at_100
-    wanted = min(target, reached - FAR_ENOUGH)
-    factors = [SearchSettings(chosen.nprobe, chosen.ef_search, factor) for factor in FACTORS]
-    return _climb(searcher, queries, truth, wanted, factors)
+    factors = [replace(chosen, k_factor=factor) for factor in FACTORS]
+    return _climb(searcher, queries, truth, min(target, reached - FAR_ENOUGH), factors)[0]
 
 
 def _climb(
     searcher: Searcher, queries: Vectors, truth: Neighbours, target: float, ladder: Sequence[SearchSettings]
-) -> SearchSettings:
-    """Return the first rung that reaches the target, or the one after which two more would gain nothing."""
+) -> tuple[SearchSettings, float]:
+    """Return the first rung that reaches the target, or the one after which two more gain nothing, and its recall."""
     best, value, in_vain = ladder[0], -1.0, 0
     for rung in ladder:
         found = measure(searcher, queries, truth, rung).at_100
@@ -120,4 +119,4 @@ def _climb(
             in_vain += 1
         if value >= target or in_vain == 2:
             break
-    return best
+    return best, value

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgda_core.errors import UsageError
-from fastgda_core.search.build import Vectors, faiss, has_own_ids
+from fastgda_core.search.build import Vectors, faiss, first_line, has_own_ids
 from fastgda_core.search.together import MANY, Together
 
 FEW = 0.05  # share of vectors that are allowed, below which these are looked at one by one
@@ -176,8 +176,8 @@ def open_index(
 ) -> Searcher:
     """Open an index where it lies on this machine's disk: what a query does not look at is never read.
 
-    The file must be whole and one's own: see `tasks.distilling.index.open_search_index`, which compares it with what
-    was committed. FAISS reads headers of hostile files without much care.
+    The file must be whole and one's own: see `tasks.distilling.opened_index.open_search_index`, which compares it with
+    what was committed. FAISS reads headers of hostile files without much care.
 
     Raises:
         UsageError: it is cut short, or is no index.
@@ -186,6 +186,7 @@ def open_index(
     try:
         index = faiss.read_index(str(path), flags)
     except RuntimeError as error:
-        what = str(error).rpartition("Error: ")[2].split("\n")[0].strip()
-        raise UsageError(f"{path} is no whole index ({what}): `fastgda index build CONFIG` builds it again") from None
+        raise UsageError(
+            f"{path} is no whole index ({first_line(error)}): `fastgda index build CONFIG` builds it again"
+        ) from None
     return Searcher(index, train_ids, settings)

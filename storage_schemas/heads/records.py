@@ -1,4 +1,4 @@
-"""Records of rank heads, indexes and checks of a teacher: three JSON files, each with its model."""
+"""Records of rank heads, indexes, calibrations and checks of a teacher: four JSON files, each with its model."""
 
 from __future__ import annotations
 

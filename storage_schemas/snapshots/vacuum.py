@@ -26,9 +26,9 @@ def vacuum(workspace: Workspace, *, older_than: timedelta, dry_run: bool = False
     """Delete what nothing refers to any more; manifests stay, as the ledger counts by them.
 
     These are: score shards of runs whose rows lie in parts, unless a lake has them, parts that no snapshot and no
-    compaction names, all but the last hundred versions of what is published, and unfinished files that processes which
-    died left. Only files that are older than `older_than` are deleted: a reader that started before the compaction may
-    still look at the shards.
+    compaction names, the parts that a finished index was merged from, all but the last hundred versions of what is
+    published, and unfinished files that processes which died left. Only files that are older than `older_than` are
+    deleted: a reader that started before the compaction may still look at the shards.
 
     The root may be a folder with other things in it. Only names that this package gives are looked at, in the folders
     where it gives them, and nothing behind a link.
@@ -52,6 +52,8 @@ def _unreferenced(workspace: Workspace) -> Iterator[AnyPath]:
     named = set()
     if isinstance(workspace.root, Path):
         yield from leftovers(workspace.root, workspace.FOLDERS)
+    for index in matching(workspace.root / "indexes", "*/index.faiss.manifest.json"):
+        yield from _ours(workspace.index_parts(index.parent.name), _INDEX_PART)
     # From the lowest number on, as `update_published` relies on.
     yield from (workspace.published(number) for number in published_versions(workspace)[:-VERSIONS_KEPT])
     for path in matching(workspace.root / "snapshots", "*.json"):
@@ -69,10 +71,11 @@ def _unreferenced(workspace: Workspace) -> Iterator[AnyPath]:
 
 
 _SHARD, _PART = re.compile(r"part-\d{5,}\.parquet"), re.compile(r"part-\d{5,}-[0-9a-f]{16}\.parquet")
+_INDEX_PART = re.compile(r"(trained|(part|grown)-\d{5,})\.faiss(\.manifest\.json)?")
 
 
 def _ours(folder: AnyPath, name: re.Pattern[str]) -> list[AnyPath]:
-    return [path for path in matching(folder, "part-*.parquet") if name.fullmatch(path.name)]
+    return [path for path in matching(folder, "*") if name.fullmatch(path.name)]
 
 
 def _behind_link(workspace: Workspace, path: AnyPath) -> bool:

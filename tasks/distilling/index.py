@@ -30,10 +30,8 @@ from tasks.context import Context, load_tensors
 from tasks.distilling.index_parts import IndexParts
 from tasks.distilling.index_recall import HeldOut, held_out_queries, measured
 from tasks.distilling.opened_index import believe, release_of
-from tasks.distilling.vectors import HeadVectors, read_vectors
-from tasks.inputs.features import (
-    feature_mean,
-)
+from tasks.distilling.vectors import head_vectors, read_vectors
+from tasks.inputs.features import feature_mean
 from tasks.progress import stage
 
 INDEX_MEAN = "mean.safetensors"  # of the training samples' features, beside an index of a head over centred ones
@@ -74,8 +72,7 @@ def build_search_index(
     """
     build = _Build(context, samples, features, head, queries, np.unique(np.array(removed, np.int64)))
     artifact = Artifact("index", build.key, build.folder, samples.rows)
-    beside = [build.folder / INDEX_FILE, build.folder / INDEX_IDS]
-    beside += [build.folder / INDEX_MEAN] if build.mean is not None else []
+    beside = files_beside(build.folder, build.mean)
     return once(artifact, build.folder / "index.faiss", build.make, beside=beside, alone_in=context.workspace)
 
 
@@ -123,8 +120,8 @@ class _Build:
         removed: NDArray[np.int64],
     ) -> None:
         self.context, self.samples, self.head, self.queries, self.removed = context, samples, head, queries, removed
-        self.vectors = HeadVectors(context, samples, features, head)
         self.mean = feature_mean(context, samples)
+        self.vectors = head_vectors(context, samples, features, head, self.mean)
         self.key = input_key(
             "index 2",
             self.vectors.artifact.key,
@@ -144,14 +141,16 @@ class _Build:
         # Of sketches a byte a number would do; cosines that differ in the fourth digit keep theirs.
         half = read_head_record(self.head.path).kind == "gradient"
         choice = chosen(self.context.config.index, self.samples.rows - len(self.removed), width, half=half)
-        parts = IndexParts(self.folder / "building", self.key, choice.kind, width, paths, self.removed)
+        parts = IndexParts(
+            self.context.workspace.index_parts(self.key), self.key, choice.kind, width, paths, self.removed
+        )
         self.vectors.made(parts.learns_from)
         self.choice = choice
         return parts
 
     def make(self, started: float) -> Manifest:
-        parts = self.parts()
         self.vectors.made()
+        parts = self.parts()
         log.info("index %s: %s: %s", self.key, self.choice.kind, self.choice.reason)
         with stage("index", self.samples.rows) as advance:
             index = parts.whole(advance)
@@ -163,13 +162,17 @@ class _Build:
             reason=self.choice.reason,
             vectors=[self.vectors.artifact.key],
             target=self.context.config.index.recall,
-            recall_queries=self.context.config.index.recall_queries,
         )
         manifest = commit_version(
             self.folder, self.key, index, train_ids, record, held_out, parts, self.mean, started=started
         )
         parts.clear()
         return manifest
+
+
+def files_beside(folder: AnyPath, mean: Tensor | None) -> list[AnyPath]:
+    """Return the files without which the index in a folder has to be made again."""
+    return [folder / name for name in (INDEX_FILE, INDEX_IDS, *([] if mean is None else [INDEX_MEAN]))]
 
 
 def chosen(config: IndexConfig, rows: int, width: int, *, half: bool) -> Choice:

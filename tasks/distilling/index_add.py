@@ -21,8 +21,8 @@ from storage_schemas.tombstones import removed_ids
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made, once
 from tasks.context import Context
-from tasks.distilling.added_vectors import AddedVectors
-from tasks.distilling.index import INDEX_MEAN, commit_version, read_index_mean
+from tasks.distilling.added_vectors import added_vectors
+from tasks.distilling.index import INDEX_MEAN, commit_version, files_beside, read_index_mean
 from tasks.distilling.index_parts import IndexParts
 from tasks.distilling.index_recall import HeldOut, held_out_queries
 from tasks.distilling.labels import read_labels
@@ -96,7 +96,7 @@ def add_to_search_index(parent: Parent, tars: Sequence[Path]) -> Made:
     samples = append_samples(workspace, parent.samples, tars)
     centred = is_there(parent.index.path / INDEX_MEAN)
     mean = read_index_mean(parent.index.path) if centred else None
-    vectors = AddedVectors(parent.context, samples, parent.head, parent.samples.rows, mean)
+    vectors = added_vectors(parent.context, samples, parent.head, parent.samples.rows, mean)
     release = release_of(faiss_version())
     # What is taken down and in the parent already is left out by whoever searches.
     down = removed_ids(workspace, samples.path)
@@ -119,7 +119,7 @@ def add_to_search_index(parent: Parent, tars: Sequence[Path]) -> Made:
         ids = np.concatenate(train_ids)
         removed = np.setdiff1d(np.arange(samples.rows), ids)
         kind, paths = parent.record.kind, [*old, *vectors.paths]
-        parts = IndexParts(folder / "building", key, kind, int(index.d), paths, removed)
+        parts = IndexParts(workspace.index_parts(key), key, kind, int(index.d), paths, removed)
         record = parent.record.model_copy(
             update={
                 "samples": workspace.relative(samples.path),
@@ -132,7 +132,7 @@ def add_to_search_index(parent: Parent, tars: Sequence[Path]) -> Made:
         return commit_version(folder, key, index, ids, record, held_out, parts, mean, started=started)
 
     artifact = Artifact("index", key, folder, samples.rows)
-    return once(artifact, folder / "index.faiss", make, alone_in=workspace)
+    return once(artifact, folder / "index.faiss", make, beside=files_beside(folder, mean), alone_in=workspace)
 
 
 def _held_out(parent: Parent, parts: IndexParts) -> HeldOut:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastgda_core.search.build import add, can_merge, merge, new_index, read_index, train, training_rows, write_index
 from storage_schemas.commit import commit, committed, manifest_path
-from storage_schemas.files import AnyPath, local_copy, matching, remove
+from storage_schemas.files import AnyPath, local_copy, matching, remove, remove_folder
 from storage_schemas.workspace import part
 from tasks.distilling.vectors import Block, blocks_of
 
@@ -98,11 +96,7 @@ class IndexParts:
 
     def clear(self) -> None:
         """Delete what is not needed once the index is there."""
-        if isinstance(self.folder, Path):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return
-        for path in matching(self.folder, "*"):
-            remove(path)
+        remove_folder(self.folder)
 
     def _grown(self, advance: Callable[[int], None]) -> Any:
         """Fill an index that cannot be merged, in order; every ten minutes it is saved as far as it came."""

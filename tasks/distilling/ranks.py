@@ -19,10 +19,7 @@ from storage_schemas.tombstones import without
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact
 from tasks.context import Context
-from tasks.inputs.features import (
-    load_features,
-    map_features,
-)
+from tasks.inputs.features import load_features, map_features
 from tasks.inputs.queries import joined_queries
 
 

@@ -16,9 +16,7 @@ from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact
 from tasks.context import Context
 from tasks.distilling.head_space import recorded_space
-from tasks.inputs.features import (
-    in_space,
-)
+from tasks.inputs.features import in_space
 
 log = logging.getLogger("fastgda.heads")
 

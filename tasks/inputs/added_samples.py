@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +14,15 @@ from storage_schemas.commit import commit_table, committed, input_key
 from storage_schemas.files import stamps
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact
-from tasks.inputs.samples import describe, samples_artifact, samples_table, tell_of_several_pictures, warn_of_rejections
+from tasks.inputs.samples import (
+    describe,
+    rejection_rows,
+    sample_rows,
+    samples_artifact,
+    samples_table,
+    tell_of_several_pictures,
+    warn_of_rejections,
+)
 from tasks.inputs.tars import RULES, Rejection, ShardSample, scan
 from tasks.progress import stage
 
@@ -44,12 +51,11 @@ def append_samples(workspace: Workspace, before: Artifact, tars: Sequence[Path])
         if not new:
             first = f"; the first fault: {describe(rejections[0])}" if rejections else ""
             raise UsageError(f"{', '.join(map(str, tars))} holds no usable new sample{first}")
-        rejected = pa.Table.from_pylist([asdict(item) for item in rejections], schema=tables.REJECTED_SAMPLES.schema)
+        rejected = rejection_rows(rejections)
         if rejections:
             warn_of_rejections(workspace, rejected)
         commit_table(rejected_path, rejected, tables.REJECTED_SAMPLES, key=key, started=started)
-        rows = [{"train_id": before.rows + number, **asdict(sample)} for number, sample in enumerate(new)]
-        added = pa.Table.from_pylist(rows, schema=tables.SAMPLES.schema)
+        added = sample_rows(new, before.rows)
         old = samples_table(before.path).cast(added.schema)
         commit_table(path, pa.concat_tables([old, added]), tables.SAMPLES, key=key, started=started)
     return samples_artifact(path)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -51,21 +51,9 @@ def ingest_samples(context: Context) -> Made:
         with stage("samples", len(shards)) as advance:
             samples, rejections = scan(shards, lambda: advance(1))
         tell_of_several_pictures(samples)
-        rows = [{"train_id": number, **asdict(sample)} for number, sample in enumerate(samples)]
-        rejected = commit_table(
-            rejected_path,
-            pa.Table.from_pylist([asdict(item) for item in rejections], schema=tables.REJECTED_SAMPLES.schema),
-            tables.REJECTED_SAMPLES,
-            key=key,
-            started=started,
-        )
-        manifest = commit_table(
-            samples_path,
-            pa.Table.from_pylist(rows, schema=tables.SAMPLES.schema),
-            tables.SAMPLES,
-            key=key,
-            started=started,
-        )
+        table = rejection_rows(rejections)
+        rejected = commit_table(rejected_path, table, tables.REJECTED_SAMPLES, key=key, started=started)
+        manifest = commit_table(samples_path, sample_rows(samples), tables.SAMPLES, key=key, started=started)
     assert manifest is not None and rejected is not None
     write_indexed(workspace, samples_path, rejected_path)
     if rejected.rows:
@@ -75,6 +63,17 @@ def ingest_samples(context: Context) -> Made:
             (first,) = rejections.slice(0, 1).to_pylist()
             raise UsageError(f"data.shards holds no usable sample; the first fault: {describe(Rejection(**first))}")
     return Made(samples_artifact(samples_path), manifest.seconds, reused)
+
+
+def sample_rows(samples: Sequence[ShardSample], first: int = 0) -> pa.Table:
+    """Return the rows of `tables.SAMPLES`, whose train_ids begin with `first`."""
+    rows = [{"train_id": first + number, **asdict(sample)} for number, sample in enumerate(samples)]
+    return pa.Table.from_pylist(rows, schema=tables.SAMPLES.schema)
+
+
+def rejection_rows(rejections: Sequence[Rejection]) -> pa.Table:
+    """Return the rows of `tables.REJECTED_SAMPLES`."""
+    return pa.Table.from_pylist([asdict(item) for item in rejections], schema=tables.REJECTED_SAMPLES.schema)
 
 
 def samples_artifact(path: AnyPath) -> Artifact:

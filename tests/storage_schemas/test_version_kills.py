@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import duckdb
@@ -75,12 +76,14 @@ def until_killed(root: Path, operation: Operation, instant: int) -> None:
     operation(Workspace(root))
 
 
-def crashes(begun: Path, folder: Path, operation: Operation, stride: int) -> Iterator[Workspace]:
+def crashes(
+    begun: Path, folder: Path, operation: Operation, stride: int, processes: BaseContext = PROCESSES
+) -> Iterator[Workspace]:
     """What the death of the process leaves, at each `stride`-th instant; last, what it leaves when it lives."""
     for instant in range(0, 400, stride):
         root = folder / str(instant)
         shutil.copytree(begun, root)
-        process = PROCESSES.Process(target=until_killed, args=(root, operation, instant))
+        process = processes.Process(target=until_killed, args=(root, operation, instant))  # type: ignore[attr-defined]
         process.start()
         process.join(60)
         assert process.exitcode in (0, -signal.SIGKILL)

@@ -16,7 +16,7 @@ from storage_schemas.database import open_database
 from storage_schemas.files import any_path, temporary_name
 from storage_schemas.snapshots.vacuum import vacuum
 from storage_schemas.workspace import Workspace
-from tests.storage_schemas.workspaces import publish_run
+from tests.storage_schemas.workspaces import commit_index, publish_run
 
 LONG_AGO = time.time() - 100 * 86_400
 
@@ -104,6 +104,19 @@ def test_shards_of_a_run_behind_a_link_are_left(tmp_path: Path) -> None:
     (root / "scores").symlink_to(elsewhere)
     assert vacuum(Workspace(root), older_than=timedelta(0)) == []
     assert len(list(elsewhere.glob("run-1/part-*.parquet"))) == 3
+
+
+def test_what_a_finished_index_was_built_from_goes_and_what_an_unfinished_one_needs_stays(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    commit_index(workspace, "done", publish_run(tmp_path).samples or "")
+    names = ("trained.faiss", "part-00000.faiss", "part-00000.faiss.manifest.json", "grown-00003.faiss", "notes.faiss")
+    for version in ("done", "begun"):
+        for name in names:
+            write(tmp_path / "indexes" / version / "building" / name)
+    vacuum(workspace, older_than=timedelta(0))
+    left = {str(path.relative_to(tmp_path / "indexes")) for path in tmp_path.glob("indexes/*/building/*")}
+    assert left == {"done/building/notes.faiss", *(f"begun/building/{name}" for name in names)}
+    assert (tmp_path / "indexes" / "done" / "index.faiss").exists()
 
 
 def test_what_is_spilled_is_known_by_its_name(tmp_path: Path) -> None:
