@@ -64,7 +64,7 @@ def list_versions(workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonO
 
 
 def _row(each: IndexVersion, snapshot: str) -> list[str]:
-    precision = each.precision.get(snapshot) or next(iter(each.precision.values()), None)
+    precision = each.precision_on(snapshot)
     return [
         each.version,
         _state(each),

@@ -47,6 +47,10 @@ class IndexVersion:
     stale: bool
     rollbacks: int | None
 
+    def precision_on(self, snapshot: str) -> Precision | None:
+        """Return the precision on a snapshot, on another where it was not measured there; None: on none."""
+        return self.precision.get(snapshot) or next(iter(self.precision.values()), None)
+
 
 def index_versions(workspace: Workspace, published: Published | None) -> list[IndexVersion]:
     """Return every index that is whole, the one built last first; `published` is what is published."""

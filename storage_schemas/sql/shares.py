@@ -87,14 +87,15 @@ def shares_view() -> str:
     return "SELECT query_id, payee, samples, influence, share, standard_error, uniform FROM shares_by(shard)"
 
 
-def payee_columns(connection: duckdb.DuckDBPyConnection) -> list[str]:
-    """Return what samples can be summed by: their columns that hold one value, then the keys of their metadata."""
+def payee_columns(connection: duckdb.DuckDBPyConnection) -> dict[str, str]:
+    """Return what samples can be summed by, with its type: columns that hold one value, then keys of their metadata."""
     columns = _columns(connection)
     keys: list[str] = []
     if METADATA in columns:
         rows = connection.execute(f"SELECT DISTINCT unnest(json_keys({METADATA})) AS key FROM samples ORDER BY key")
         keys = [key for (key,) in rows.fetchall() if key not in columns]
-    return [*(name for name, kind in columns.items() if name not in _NO_PAYEES and not kind.endswith("]")), *keys]
+    single = {name: kind for name, kind in columns.items() if name not in _NO_PAYEES and not kind.endswith("]")}
+    return single | dict.fromkeys(keys, "VARCHAR")
 
 
 def payee_expression(connection: duckdb.DuckDBPyConnection, by: str) -> str:

@@ -72,8 +72,7 @@ def read_parent(workspace: Workspace, version: str | None = None) -> Parent:
         UsageError: there is none, or an earlier release built it and its vectors were not kept.
     """
     published = read_published(workspace)
-    served = published.index.rsplit("/", 1)[-1] if published.index else None
-    index, record = read_version(workspace, version or served or latest_index(workspace))
+    index, record = read_version(workspace, version or published.index_version or latest_index(workspace))
     if not record.vectors:
         raise UsageError(
             f"index {index.key} is of an earlier release, which kept no vectors: `fastgda index build CONFIG` makes "

@@ -261,7 +261,8 @@ class Attributor:
         """Answer several questions of tier fast, by one search."""
         started, fast = time.perf_counter(), self.fast
         catalogue = self.catalogue(fast.samples_path)
-        allowed = catalogue.allowed(settings.where, settings.exclude)
+        present = catalogue.present()
+        allowed = catalogue.allowed(present, settings.where, settings.exclude)
         found = fast.search(vectors, depth_for(settings.k), allowed)
         answers = []
         for number, question in enumerate(asked):
@@ -272,7 +273,7 @@ class Attributor:
                 lists = with_lowering(fast, catalogue, vectors[mine], lists, allowed, settings, tied=self._loaded.tied)
                 phi = None if features is None else features[number]
                 lists = self._with_similar(lists, catalogue, vectors[mine], phi, allowed, settings)
-            answers.append(self._answer(settings, question, catalogue, lists, started))
+            answers.append(self._answer(settings, question, present.take_down, lists, started))
         return answers
 
     def _answer_slow(
@@ -288,7 +289,8 @@ class Attributor:
         started = time.perf_counter()
         tier = self._loaded.exact if settings.tier == "exact" else self._loaded.sketch
         catalogue = self.catalogue(tier.samples_path)
-        allowed = catalogue.allowed(settings.where, settings.exclude)
+        present = catalogue.present()
+        allowed = catalogue.allowed(present, settings.where, settings.exclude)
         around = self.encode_both([picture], [caption]) if self._asks_fast(settings) else None
         chosen = self._first(around, catalogue, settings, allowed)
         if settings.tier == "exact":
@@ -298,10 +300,12 @@ class Attributor:
         else:
             sketched = self._loaded.sketch.scores(picture, caption, chosen, relative=settings.relative)
             found = Scored(sketched.train_ids, sketched.scores.numpy(), sketched.standard_errors.numpy())
-        lists = lists_of_scores(catalogue, found, allowed, settings.k, settings.around, tied=self._loaded.tied)
+        lists = lists_of_scores(
+            catalogue, found, present.mask, allowed, settings.k, settings.around, tied=self._loaded.tied
+        )
         if around is not None and settings.around:
             lists = self._with_similar(lists, catalogue, around[0], around[1][0], allowed, settings)
-        return self._answer(settings, asked, catalogue, lists, started)
+        return self._answer(settings, asked, present.take_down, lists, started)
 
     def _asks_fast(self, settings: Settings) -> bool:
         """Return whether a slower tier's answer has a part that the fast tier makes: the choice, or similar images."""
@@ -345,7 +349,7 @@ class Attributor:
             why = f"similar images are not named: {untuned}"
         return replace(lists, notes=[*lists.notes, why])
 
-    def _answer(self, settings: Settings, asked: str, catalogue: Catalogue, lists: Lists, started: float) -> Answer:
+    def _answer(self, settings: Settings, asked: str, take_down: int, lists: Lists, started: float) -> Answer:
         return Answer(
             tier=settings.tier,
             hits=lists.hits,
@@ -353,7 +357,7 @@ class Attributor:
             similar=lists.similar,
             agreement=self._loaded.agreements[settings.tier],
             versions=self.versions,
-            lineage=settings.lineage(self.versions, asked, catalogue.tombstones),
+            lineage=settings.lineage(self.versions, asked, take_down),
             seconds=time.perf_counter() - started,
             influence=lists.influence,
             notes=lists.notes,

@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +35,13 @@ class RemovedSample(UsageError):
     """The training sample is taken down: nothing of it is shown."""
 
 
+class Present(NamedTuple):
+    """Whether each sample is not taken down, (n,), None: none is; and the newest take-down that this knows of."""
+
+    mask: NDArray[np.bool_] | None
+    take_down: int
+
+
 class Catalogue:
     """One table of samples, as answers see it; concurrent calls may share it."""
 
@@ -46,7 +53,7 @@ class Catalogue:
         self._filters = SampleFilters(self.table)
         self._lock = threading.Lock()
         self._tombstones: Tombstones | None = None
-        self._present: NDArray[np.bool_] | None = None  # None: none is taken down
+        self._present = Present(None, 0)
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -56,22 +63,20 @@ class Catalogue:
         """The columns by which samples can be filtered and summed."""
         return self._filters.columns
 
-    @property
-    def tombstones(self) -> int:
-        """The newest take-down that was looked at."""
-        return self._tombstones.number if self._tombstones else 0
-
-    def allowed(self, where: str | None = None, exclude: Iterable[int] = ()) -> NDArray[np.bool_] | None:
+    def allowed(
+        self, present: Present, where: str | None = None, exclude: Iterable[int] = ()
+    ) -> NDArray[np.bool_] | None:
         """Return whether a call may name each sample, (n,); None where it may name all.
 
         Args:
+            present: who is there, as the call saw it.
             where: an SQL expression over the columns of `samples`.
             exclude: train_ids that are not to be named.
 
         Raises:
             UsageError: the expression is none, or a train_id does not exist.
         """
-        found = self._without_removed()
+        found = present.mask
         if where is not None and where.strip():
             chosen = self._filters.bitmap(where)
             found = chosen if found is None else found & chosen
@@ -83,20 +88,15 @@ class Catalogue:
             found[left_out] = False
         return found
 
-    def newest_take_down(self) -> int:
-        """Look whether there is a newer take-down, and return the newest one's number; 0: there is none."""
-        self._without_removed()
-        return self._tombstones.number if self._tombstones is not None else 0
-
-    def _without_removed(self) -> NDArray[np.bool_] | None:
-        """Look whether there is a newer take-down, and return who is left; None: all."""
+    def present(self) -> Present:
+        """Look whether there is a newer take-down, and return who is left."""
         with self._lock:
             newest = read_tombstones(self.workspace, self._tombstones)
             if self._tombstones is None or newest.number != self._tombstones.number:
                 removed = removed_ids(self.workspace, self.path, newest)
-                present = np.ones(len(self), np.bool_)
-                present[removed] = False
-                self._present = present if len(removed) else None
+                mask = np.ones(len(self), np.bool_)
+                mask[removed] = False
+                self._present = Present(mask if len(removed) else None, newest.number)
                 self._tombstones = newest
             return self._present
 
@@ -156,8 +156,8 @@ class Catalogue:
     def _row(self, train_id: int) -> dict[str, Any]:
         if not 0 <= train_id < len(self):
             raise UnknownSample(self._unknown(train_id))
-        present = self._without_removed()
-        if present is not None and not present[train_id]:
+        mask = self.present().mask
+        if mask is not None and not mask[train_id]:
             raise RemovedSample(f"training sample {train_id} is taken down: nothing of it is shown")
         row: dict[str, Any] = self.table.slice(train_id, 1).to_pylist()[0]
         return row

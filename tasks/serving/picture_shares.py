@@ -95,8 +95,8 @@ class PictureShares:
     def _order(self, picture: Image.Image, caption: str) -> NDArray[np.int64]:
         """Return the train_ids of the head's first ranks, without those that are taken down."""
         vectors = self._fast.vectors(self._fast.features([picture], [caption]), [caption])
-        allowed = self.loaded.catalogue(self._fast.samples_path).allowed()
-        _, train_ids = self._fast.search(vectors, DEPTH, allowed)
+        present = self.loaded.catalogue(self._fast.samples_path).present().mask
+        _, train_ids = self._fast.search(vectors, DEPTH, present)
         return train_ids[0][train_ids[0] >= 0]
 
     @cached_property

@@ -68,12 +68,20 @@ class Scored:
 
 
 def lists_of_scores(
-    catalogue: Catalogue, found: Scored, allowed: NDArray[np.bool_] | None, k: int, around: int, *, tied: bool
+    catalogue: Catalogue,
+    found: Scored,
+    present: NDArray[np.bool_] | None,
+    allowed: NDArray[np.bool_] | None,
+    k: int,
+    around: int,
+    *,
+    tied: bool,
 ) -> Lists:
     """Return the lists of a tier by its scores.
 
     Args:
         found: the scores.
+        present: whether each sample is not taken down; None: none is. The influence of all that are there is summed.
         allowed: whether each sample may be named; None: all may.
         k: how many hits.
         around: how many that lower the image's likelihood.
@@ -92,7 +100,6 @@ def lists_of_scores(
         return first
 
     hits = hits_of(catalogue, first_of(order), k)
-    present = catalogue.allowed()
     counted = found.scores if present is None else found.scores[present[found.train_ids]]
     lowering = [] if tied else hits_of(catalogue, first_of(negative), around)
     notes = [TIED] if tied and around else []

@@ -11,7 +11,7 @@ from tasks.serving.answers import Versions
 
 def served_versions(workspace: Workspace, published: Published) -> Versions:
     """Return the versions of a published state; of an index what its record says of it."""
-    head = None if published.head is None else published.head.rsplit("/", 1)[-1]
+    head = published.head_version or None
     if published.index is None:
         return Versions(published.version, published.run, published.snapshot, head, None)
     index = workspace.file(published.index)

@@ -54,7 +54,7 @@ class Answers:
         """Return what an answer depends on; None where it is not kept."""
         if question.query_id is None or question.tier != "fast":
             return None
-        take_down = attributor.catalogue(attributor.fast.samples_path).newest_take_down()
+        take_down = attributor.catalogue(attributor.fast.samples_path).present().take_down
         asked = (question.query_id, question.k, question.where, tuple(question.exclude), question.around)
         return attributor.versions.published, take_down, asked
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from storage_schemas.sql.first_ranks import ranks_by_sample
 from storage_schemas.sql.views import connect
 from storage_schemas.workspace import Workspace
 from tasks.inputs.queries import Query
@@ -40,7 +41,4 @@ class FirstRanks:
 def first_ranks(workspace: Workspace, snapshot: str) -> FirstRanks:
     """Read the first ranks of what is published; they may be kept, as a snapshot is never changed."""
     with connect(workspace.root, threads=1) as connection:
-        found = connection.execute(
-            "SELECT train_id, rank, query_id FROM ranks WHERE rank <= ? ORDER BY train_id, rank, query_id", [FIRST]
-        ).fetchnumpy()
-    return FirstRanks(*(np.asarray(found[name]) for name in ("train_id", "rank", "query_id")))
+        return FirstRanks(*ranks_by_sample(connection, FIRST))

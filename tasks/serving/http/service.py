@@ -99,7 +99,8 @@ class Service:
         if key is not None and (kept := self.answers.get(key, started)) is not None:
             return kept
         if question.where is not None and question.tier == "fast":  # it is kept: no other question waits for it
-            await self.slowly(lambda: attributor.catalogue(attributor.fast.samples_path).allowed(question.where))
+            catalogue = attributor.catalogue(attributor.fast.samples_path)
+            await self.slowly(lambda: catalogue.allowed(catalogue.present(), question.where))
         picture = await self._picture(question)
         if question.tier != "fast":
             ticket.step_aside()

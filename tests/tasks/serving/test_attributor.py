@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,13 +20,14 @@ from fastgda_core.errors import UsageError
 from storage_schemas.publishing.takedown import lift, take_down
 from storage_schemas.sql.filters import RefusedFilter
 from storage_schemas.sql.views import query as sql
+from storage_schemas.tombstones import read_tombstones
 from storage_schemas.workspace import Workspace
 from tasks.distilling.answering import answering_head
 from tasks.inputs.features import load_features
 from tasks.serving.answers import Answer, Hit
 from tasks.serving.attributor import Attributor
 from tasks.serving.catalogue import RemovedSample, UnknownSample
-from tasks.serving.fast import Caption, Picture
+from tasks.serving.fast import Caption, FastTier, Picture
 from tests.tasks.serving.answered import COPIES, LICENCES, SHAPES, answered_run
 from tests.tasks.whole_runs import WholeRun
 
@@ -196,6 +198,29 @@ def test_what_is_taken_down_is_named_no_more_from_then_on(run: WholeRun, tmp_pat
             look(first)
     lift(workspace, 1, reason="a mistake", by="a test")
     assert attributor.attribute_query(ASKED, 3).hits[0].train_id == first
+
+
+def test_a_lineage_names_the_take_downs_that_its_answer_honoured(
+    run: WholeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another question saw a newer take-down while this one was being answered."""
+    root = tmp_path / "workspace"
+    shutil.copytree(run.workspace.root, root)
+    workspace = Workspace(root)
+    attributor = Attributor(workspace)
+    before = attributor.attribute_query(ASKED, 3)
+    search = FastTier.search
+
+    def overtaken(self: FastTier, *asked: Any) -> Any:
+        if not read_tombstones(workspace).number:
+            take_down(workspace, [before.hits[0].train_id], reason="asked for", by="a test")
+            attributor.catalogue().present()
+        return search(self, *asked)
+
+    monkeypatch.setattr(FastTier, "search", overtaken)
+    during, after = (attributor.attribute_query(ASKED, 3) for _ in range(2))
+    assert (during.hits, during.lineage) == (before.hits, before.lineage)
+    assert after.hits != before.hits and after.lineage != before.lineage
 
 
 def test_a_samples_facts_and_its_image_as_it_lies_in_the_tar(attributor: Attributor) -> None:

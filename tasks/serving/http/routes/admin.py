@@ -103,8 +103,11 @@ async def rollback(request: Request) -> Response:
 def _serving(service: Service, change: Callable[[], Any]) -> dict[str, Any]:
     published = change()
     service.engine.refresh()
-    index = (published.index or "").rsplit("/", 1)[-1]
-    return {"published": published.version, "index": index, "versions": service.engine.current.versions}
+    return {
+        "published": published.version,
+        "index": published.index_version,
+        "versions": service.engine.current.versions,
+    }
 
 
 async def _done(request: Request, service: Service, action: str, work: Callable[[], Any], **details: Any) -> Any:

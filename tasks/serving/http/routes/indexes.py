@@ -66,7 +66,7 @@ def _listed(workspace: Workspace) -> dict[str, Any]:
 
 
 def _row(workspace: Workspace, each: IndexVersion, snapshot: str) -> dict[str, Any]:
-    precision = each.precision.get(snapshot) or next(iter(each.precision.values()), None)
+    precision = each.precision_on(snapshot)
     return {
         "version": each.version,
         "served": each.served,

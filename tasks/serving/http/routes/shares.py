@@ -80,8 +80,7 @@ async def columns(request: Request) -> Response:
 
     def read() -> list[dict[str, str]]:
         with connect(service.workspace.root, threads=1) as connection:
-            kinds = dict(connection.execute("SELECT column_name, column_type FROM (DESCRIBE samples)").fetchall())
-            return [{"name": name, "type": kinds.get(name, "VARCHAR")} for name in payee_columns(connection)]
+            return [{"name": name, "type": kind} for name, kind in payee_columns(connection).items()]
 
     return reply({"columns": await service.slowly(read)})
 
