@@ -563,7 +563,9 @@ def test_a_service_with_keys_is_asked_with_the_key_that_was_given(
         page.locator("#key").fill(token)
         page.locator("#key").press("Enter")
         assert shown(page)
-        page.locator("#raised .card img").first.evaluate("(image) => image.decode()")
+        image = page.locator("#raised .card img").first
+        expect(image).to_have_attribute("src", re.compile("^blob:"))  # until it is fetched there is nothing to decode
+        image.evaluate("(image) => image.decode()")
         page.reload()
         assert shown(page)
         page.close()
