@@ -18,7 +18,7 @@ BITS = (8, 7, 6, 5, 4)  # of a number by RaBitQ: with fewer, answers have to be 
 
 _CODES = r"(Flat|SQ(4|6|8|fp16|bf16)|PQ\d+(x\d+)?(fs)?|RaBitQ(fs)?[1-9]?)"
 _KIND = re.compile(
-    rf"(Flat|SQ(4|6|8|fp16|bf16)|HNSW\d*,(Flat|SQ(4|6|8|fp16|bf16))|(OPQ\d+(_\d+)?,)?IVF\d+(_HNSW\d*)?,{_CODES})"
+    rf"(Flat|SQ(4|6|8|fp16|bf16)|HNSW\d*,(Flat|SQ(4|6|8|fp16|bf16))|((OPQ\d+(_\d+)?|RR\d+),)?IVF\d+(_HNSW\d*)?,{_CODES})"
     r"(,Refine\((Flat|SQ(4|6|8|fp16|bf16))\))?"
 )
 
@@ -73,8 +73,10 @@ def _candidates(rows: int, width: int, *, half: bool) -> list[tuple[str, str]]:
     whole = [] if half or rows > FLAT_ROWS else [("Flat", "every vector is looked at")]
     exact = [*whole, ("SQfp16", "every vector is looked at, in half precision")]
     lists = _lists(rows)
-    large = [(f"{lists},RaBitQ4,Refine(SQfp16)", "4 bits a number, the best looked at again in half precision")]
-    short = [(f"{lists},RaBitQ{bits}", f"{bits} bits a number") for bits in BITS]
+    # RaBitQ takes numbers of a vector for alike in size, which a random rotation makes them.
+    bits = {bits: f"RR{width},{lists},RaBitQ{bits}" for bits in BITS}
+    large = [(f"{bits[4]},Refine(SQfp16)", "4 bits a number, the best looked at again in half precision")]
+    short = [(kind, f"{each} bits a number") for each, kind in bits.items()]
     # Lists first: they are trained in minutes where a graph takes hours, and can be made in parts.
     small = [(f"{lists},Flat", "lists of vectors"), (f"HNSW{LINKS},SQfp16", "a graph over vectors in half precision")]
     if rows <= EXACT_ROWS:

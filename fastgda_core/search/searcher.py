@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from fastgda_core.errors import UsageError
 from fastgda_core.search.build import Vectors, faiss, first_line, has_own_ids
-from fastgda_core.search.together import MANY, Together
+from fastgda_core.search.rounded import Rounded
 
+MANY = 16  # queries after which an exact index is worth rounding
 FEW = 0.05  # share of vectors that are allowed, below which these are looked at one by one
 
 
@@ -50,8 +51,8 @@ class Selection:
 class Searcher:
     """An index that answers.
 
-    Nothing in it changes after it is opened, so that threads may share it: settings and filters go with each call. An
-    exact index keeps its vectors in bfloat16, too, from the first time that many queries are asked at once.
+    Nothing that is found depends on calls before, so that threads may share it: settings and filters go with each call.
+    An exact index keeps its vectors in 8 bits, too, after some queries, or `prepare`; answers are the same.
     A server calls `faiss.omp_set_num_threads(1)` in each thread that searches: OpenMP keeps a pool of threads for
     every thread that calls it. It opens indexes after it forked: FAISS hangs in a child of a process whose OpenMP ran.
 
@@ -74,6 +75,8 @@ class Searcher:
             raise UsageError(f"an index of {self.vectors:,} vectors has ids of {len(train_ids):,}")  # type: ignore[arg-type]
         dense = places and np.array_equal(train_ids, np.arange(self.vectors))  # type: ignore[arg-type]
         self._train_ids = train_ids if places and not dense else None
+        self._asked, self._rounding = 0, threading.Lock()
+        self._rounded: Rounded | None = None
         self._last = int(train_ids[-1]) if train_ids is not None and len(train_ids) else self.vectors - 1
 
     def selection(self, allowed: NDArray[np.bool_]) -> Selection:
@@ -118,11 +121,13 @@ class Searcher:
         block = np.ascontiguousarray(queries, dtype=np.float32)
         if k <= 0:
             return np.empty((len(block), 0), np.float32), np.empty((len(block), 0), np.int64)
-        together = self._together if len(block) >= MANY else None
-        if together is not None:
-            similarity, numbers = together.search(block, k, None if allowed is None else allowed.as_mask())
-        elif allowed is not None and allowed.count < FEW * allowed.total:
+        self._asked += len(block)
+        if self._asked >= MANY and self._rounded is None:
+            self.prepare()
+        if allowed is not None and allowed.count < FEW * allowed.total:
             similarity, numbers = self._scan(block, k, allowed)
+        elif self._rounded is not None:
+            similarity, numbers = self._rounded.search(block, k, None if allowed is None else allowed.as_mask())
         else:
             params = search_parameters(self.index, settings or self.settings, allowed)
             similarity, numbers = self.index.search(block, k, params=params)
@@ -135,10 +140,13 @@ class Searcher:
             numbers = np.where(found, self._train_ids[np.maximum(numbers, 0)], -1)
         return similarity, numbers
 
-    @functools.cached_property
-    def _together(self) -> Together | None:
-        """The same vectors for many queries at once; None of an approximate index. Made when first asked for."""
-        return Together(self.index) if Together.suits(self.index) else None
+    def prepare(self) -> None:
+        """Make ready for many queries: round the vectors of an exact index. Who finds another thread at it goes on."""
+        if self._rounded is None and Rounded.suits(self.index) and self._rounding.acquire(blocking=False):
+            try:
+                self._rounded = self._rounded or Rounded(self.index)
+            finally:
+                self._rounding.release()
 
     def _scan(self, queries: Vectors, k: int, allowed: Selection) -> tuple[Vectors, NDArray[np.int64]]:
         """Look at every allowed vector: a graph may lead to none of them, and lists that are near may hold none."""

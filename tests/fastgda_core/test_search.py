@@ -13,14 +13,14 @@ from fastgda_core.errors import UsageError
 from fastgda_core.search.build import add, can_merge, has_own_ids, merge, new_index, read_index, train, write_index
 from fastgda_core.search.kinds import bytes_each, choose_kind, is_kind
 from fastgda_core.search.recall import exact_neighbours, measure, perturbed, recall, settings_for
-from fastgda_core.search.searcher import Searcher, SearchSettings, open_index
-from fastgda_core.search.together import MANY
+from fastgda_core.search.rounded import Rounded
+from fastgda_core.search.searcher import MANY, Searcher, SearchSettings, open_index
 
 COUNT, WIDTH, K = 3000, 32, 10
 KINDS = (
     *("Flat", "SQfp16", "HNSW16,SQfp16", "HNSW16,Flat", "IVF16,Flat", "IVF16_HNSW8,SQ8", "IVF16,RaBitQ6"),
     *("IVF16,RaBitQ4,Refine(SQfp16)", "IVF16,RaBitQfs,Refine(Flat)", "OPQ8_32,IVF16,PQ8x4fs,Refine(SQfp16)"),
-    "IVF16,PQ16x4",
+    *("IVF16,PQ16x4", "RR32,IVF16,RaBitQ6"),
 )
 EVERYTHING = SearchSettings(nprobe=16, ef_search=512, k_factor=16.0)
 Vectors = NDArray[np.float32]
@@ -178,7 +178,7 @@ def test_parts_that_are_merged_are_the_index_that_was_built_at_once(
 def test_only_inverted_lists_keep_train_ids_of_their_own_and_only_graphs_cannot_be_merged() -> None:
     own = {kind: has_own_ids(new_index(kind, WIDTH)) for kind in KINDS}
     assert {kind for kind in KINDS if own[kind]} == {
-        *("IVF16,Flat", "IVF16_HNSW8,SQ8", "IVF16,RaBitQ6", "IVF16,PQ16x4"),
+        *("IVF16,Flat", "IVF16_HNSW8,SQ8", "IVF16,RaBitQ6", "IVF16,PQ16x4", "RR32,IVF16,RaBitQ6"),
     }
     assert {kind for kind in KINDS if not can_merge(new_index(kind, WIDTH))} == {"HNSW16,SQfp16", "HNSW16,Flat"}
 
@@ -242,9 +242,9 @@ def test_settings_are_the_cheapest_that_reach_the_target(vectors: Vectors, train
         (118_287, {"latency": 5.0}, "IVF1024,Flat"),
         (1_000_000, {}, "IVF2048,Flat"),
         (1_000_000, {"memory": 2e9}, "HNSW32,SQfp16"),
-        (1_000_000, {"memory": 0.768e9}, "IVF2048,RaBitQ7"),
-        (100_000_000, {}, "IVF32768_HNSW32,RaBitQ4,Refine(SQfp16)"),
-        (100_000_000, {"memory": 50e9}, "IVF32768_HNSW32,RaBitQ4"),
+        (1_000_000, {"memory": 0.768e9}, "RR768,IVF2048,RaBitQ7"),
+        (100_000_000, {}, "RR768,IVF32768_HNSW32,RaBitQ4,Refine(SQfp16)"),
+        (100_000_000, {"memory": 50e9}, "RR768,IVF32768_HNSW32,RaBitQ4"),
         (400_000_000, {"memory": 1e9}, "IVF65536_HNSW32,PQ96"),
     ],
 )
@@ -282,12 +282,13 @@ def test_a_kind_that_does_not_fit_is_refused_in_one_line(vectors: Vectors) -> No
 
 @pytest.mark.parametrize("kind", ["Flat", "SQfp16"])
 @pytest.mark.parametrize("spread", [1.0, 0.01])
-def test_many_queries_at_once_are_answered_as_one_by_one(
+def test_many_queries_are_answered_as_one_by_one(
     kind: str, spread: float, train_ids: NDArray[np.int64], tmp_path: Path
 ) -> None:
-    """Vectors that are nearly alike are told apart, although a product in bfloat16 cannot."""
+    """Vectors that are nearly alike are told apart, although a product of rounded ones cannot."""
     rng = np.random.default_rng(7)
     drawn = (rng.standard_normal(WIDTH) + spread * rng.standard_normal((COUNT, WIDTH))).astype(np.float32)
+    drawn[5] = 0
     asked = (rng.standard_normal(WIDTH) + spread * rng.standard_normal((MANY, WIDTH))).astype(np.float32)
     write_index(built(kind, drawn, train_ids).index, tmp_path / "index.faiss")
     searcher = open_index(tmp_path / "index.faiss", train_ids)
@@ -297,10 +298,32 @@ def test_many_queries_at_once_are_answered_as_one_by_one(
     for chosen in (None, allowed):
         here = np.ones(COUNT, dtype=bool) if chosen is None else chosen[train_ids]
         exact = asked.astype(np.float64) @ held[here].astype(np.float64).T
-        similarity, found = searcher.search(asked, K, allowed=chosen)
-        np.testing.assert_allclose(similarity, -np.sort(-exact, axis=1)[:, :K], rtol=2e-6, atol=1e-5)
-        place = np.searchsorted(train_ids[here], found)
-        np.testing.assert_allclose(np.take_along_axis(exact, place, 1), similarity, rtol=2e-6, atol=1e-5)
+        # One by one, while FAISS answers and later; at once.
+        alone = [searcher.search(query[None], K, allowed=chosen) for query in asked]
+        for similarity, found in (
+            map(np.concatenate, zip(*alone, strict=True)),
+            searcher.search(asked, K, allowed=chosen),
+        ):
+            np.testing.assert_allclose(similarity, -np.sort(-exact, axis=1)[:, :K], rtol=2e-6, atol=1e-5)
+            place = np.searchsorted(train_ids[here], found)
+            np.testing.assert_allclose(np.take_along_axis(exact, place, 1), similarity, rtol=2e-6, atol=1e-5)
     few = np.zeros(train_ids[-1] + 1, dtype=bool)
     few[train_ids[[3, 9]]] = True
     assert {tuple(sorted(row)) for row in searcher.search(asked, K, allowed=few)[1]} == {tuple(train_ids[[3, 9]])}
+
+
+@pytest.mark.parametrize("fall", [0.0, 1.0])
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+def test_what_rounded_vectors_name_is_what_a_scan_in_float64_finds(fall: float, spread: float) -> None:
+    """Lengths from 1 to 1,000, numbers that fall off, and so many alike that the bound names nearly all of them."""
+    rng = np.random.default_rng(8)
+    scale = np.arange(1, WIDTH + 1) ** -fall
+    drawn = scale * (rng.standard_normal(WIDTH) + spread * rng.standard_normal((20_000, WIDTH)))
+    drawn = (drawn * 10 ** rng.uniform(0, 3, (20_000, 1)) if spread == 1 else drawn).astype(np.float32)
+    asked = (scale * rng.standard_normal((70, WIDTH))).astype(np.float32)
+    index = new_index("Flat", WIDTH)
+    add(index, drawn, np.arange(len(drawn)))
+    similarity, places = Rounded(index).search(asked, K, None)
+    exact = asked.astype(np.float64) @ drawn.astype(np.float64).T
+    np.testing.assert_allclose(np.take_along_axis(exact, places, 1), -np.sort(-exact, axis=1)[:, :K], rtol=1e-5)
+    np.testing.assert_allclose(similarity, np.take_along_axis(exact, places, 1), rtol=1e-4, atol=1e-4)

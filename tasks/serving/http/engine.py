@@ -106,6 +106,7 @@ class Engine:
         started, first = time.monotonic(), self._current is None
         try:
             fresh = Attributor(self.workspace)
+            fresh.fast.index.prepare()  # no question shall wait for it
         except (UsageError, StoreError, OSError) as error:
             if number != self._loaded:
                 log.error("published version %d cannot be served: %s", number, one_line(error))
