@@ -116,9 +116,12 @@ def _code_bytes(code: str, width: int) -> float:
 
 
 def _lists(rows: int) -> str:
-    """Return the coarse part of an IVF kind: about 4 sqrt(rows) lists, whose centroids make a graph where many."""
-    lists = 1
-    while lists * 2 <= 4 * rows**0.5:
+    """Return the coarse part of an IVF kind: about 6 sqrt(rows) lists, whose centroids make a graph where many.
+
+    Of the most rows half as many: to cluster these would take longer than to add all vectors.
+    """
+    lists, most = 1, (8 if rows <= GRAPH_ROWS else 4) * rows**0.5
+    while lists * 2 <= most:
         lists *= 2
     return f"IVF{lists}" if lists < 2**14 else f"IVF{lists}_HNSW{LINKS}"
 

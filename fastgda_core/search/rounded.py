@@ -5,6 +5,9 @@ fast. A product of rounded vectors and a rounded query is wrong by no more than 
 allow (Cauchy-Schwarz), so that only vectors whose upper bound reaches the k-th exact product have to be looked at
 again: what is found is what a scan of all vectors finds. Vectors are turned by a random rotation first, after which
 their numbers are about alike in size and 8 bits serve all of them.
+
+Where the nearest are nearly orthogonal to the query, as gradients are, the bound names too many: such queries are given
+back.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgda_core.search.build import Vectors, faiss
+from fastgda_core.search.build import Vectors
+from fastgda_core.search.products import is_exact, largest, vectors_of
 
-MORE = 0.5  # times k further vectors are looked at again at once; all that the bound asks for where these do not do
+LEAST = 2**23  # numbers of an index below which a scan is as fast
+MORE = 0.5  # times k further vectors are looked at again at once
+MOST = 1 / 32  # of all vectors may be looked at again
 QUERIES, ROWS = 64, 2**17  # compared at a time
-GROUP = 64  # products of which the largest speaks for the others
 LEVELS = 127
 # Of the product of lengths: what single precision loses in the rotation and in exact products.
 SLACK = 2e-5
@@ -35,7 +40,7 @@ class Rounded:
 
     def __init__(self, index: Any) -> None:
         self.index = index  # whose memory the vectors lie in
-        self.vectors = torch.from_numpy(_codes(index))
+        self.vectors = vectors_of(index)
         rows, width = self.vectors.shape
         generator = torch.Generator().manual_seed(0)
         self.rotation = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
@@ -49,40 +54,47 @@ class Rounded:
 
     @staticmethod
     def suits(index: Any) -> bool:
-        """Return whether an index looks at every vector, exactly enough, and this processor multiplies bytes fast."""
-        if index.metric_type != faiss.METRIC_INNER_PRODUCT or not index.ntotal:
-            return False
-        half = isinstance(index, faiss.IndexScalarQuantizer) and index.sq.qtype == faiss.ScalarQuantizer.QT_fp16
-        return (half or isinstance(index, faiss.IndexFlat)) and bool(torch.cpu._is_vnni_supported())
+        """Return whether an index is exact and large, and this processor multiplies bytes fast."""
+        return is_exact(index) and index.ntotal * index.d >= LEAST and bool(torch.cpu._is_vnni_supported())
 
-    def search(self, queries: Vectors, k: int, allowed: NDArray[np.bool_] | None) -> tuple[Vectors, NDArray[np.int64]]:
+    def search(
+        self, queries: Vectors, k: int, allowed: NDArray[np.bool_] | None
+    ) -> tuple[Vectors, NDArray[np.int64], NDArray[np.bool_]]:
         """Return the k largest inner products and the places of these vectors, (queries, k) each, in order.
 
         Args:
             queries: (queries, width).
             k: at most as many as are allowed.
             allowed: by place; None: every vector.
+
+        Returns:
+            Also whether each query was asked in vain, (queries,): too many vectors may be among its nearest, and its
+            rows hold nothing.
         """
         forbidden = None if allowed is None else torch.from_numpy(~allowed)
         found = [self._search(some, k, forbidden) for some in torch.from_numpy(queries).split(QUERIES)]
-        similarity, places = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
-        return similarity, places
+        similarity, places, vain = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+        return similarity, places, vain
 
-    def _search(self, queries: Tensor, k: int, forbidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _search(self, queries: Tensor, k: int, forbidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         bounds = self._bounds(queries, forbidden)
-        highest, named = _largest(bounds, min(k + math.ceil(MORE * k) + 1, bounds.shape[1]))
-        similarity, places = [], []
-        for query, bound, row, first in zip(queries, bounds, highest, named, strict=True):
+        highest, named = largest(bounds, min(k + math.ceil(MORE * k) + 1, bounds.shape[1]))
+        similarity, places = torch.zeros(len(queries), k), torch.zeros(len(queries), k, dtype=torch.int64)
+        vain = torch.zeros(len(queries), dtype=torch.bool)
+        for number, (query, bound, row, first) in enumerate(zip(queries, bounds, highest, named, strict=True)):
             looked_at, products = first, self._products(query, first, row)
             least = products.topk(k).values[-1]
             # The last bound that was named is as high as any that was not.
             if row[-1] >= least and len(first) < len(bound):
-                looked_at = (bound >= least).nonzero().flatten()
+                reach = bound >= least
+                if int(reach.sum()) > max(MOST * len(bound), 4 * k):
+                    vain[number] = True
+                    continue
+                looked_at = reach.nonzero().flatten()
                 products = self._products(query, looked_at, bound[looked_at])
             found, order = products.topk(k)
-            similarity.append(found)
-            places.append(looked_at[order])
-        return torch.stack(similarity), torch.stack(places)
+            similarity[number], places[number] = found, looked_at[order]
+        return similarity, places, vain
 
     def _products(self, query: Tensor, places: Tensor, bounds: Tensor) -> Tensor:
         """Return exact products with the vectors at some places, -inf where the bound is."""
@@ -109,27 +121,3 @@ def _rounded(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     steps = (vectors.abs().amax(dim=1) / LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
     codes = (vectors / steps[:, None]).round_()
     return codes.to(torch.int8), steps, torch.addcmul(vectors, codes, steps[:, None], value=-1).norm(dim=1)
-
-
-def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest numbers of each row and their columns, in order: the k groups with the largest hold them."""
-    rows, columns = values.shape
-    whole = columns // GROUP
-    if whole < 2 * k:
-        found = values.topk(k, dim=1)
-        return found.values, found.indices
-    groups = values[:, : whole * GROUP].view(rows, whole, GROUP)
-    best = groups.amax(dim=2).topk(k, dim=1).indices
-    inside = best[:, :, None] * GROUP + torch.arange(GROUP)
-    rest = torch.arange(whole * GROUP, columns).expand(rows, -1)
-    candidates = torch.cat([inside.view(rows, -1), rest], dim=1)
-    found = values.gather(1, candidates).topk(k, dim=1)
-    return found.values, candidates.gather(1, found.indices)
-
-
-def _codes(index: Any) -> NDArray[Any]:
-    """Return the vectors where FAISS has them, in memory or mapped, (n, width); nobody may write to them."""
-    shape = (index.ntotal, index.d)
-    codes = faiss.rev_swig_ptr(index.codes.data(), index.ntotal * index.code_size)
-    kind = np.float32 if isinstance(index, faiss.IndexFlat) else np.float16
-    return codes.view(kind).reshape(shape)

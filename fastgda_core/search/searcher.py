@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fastgda_core.errors import UsageError
 from fastgda_core.search.build import Vectors, faiss, first_line, has_own_ids
+from fastgda_core.search.products import is_exact, largest_products, vectors_of
 from fastgda_core.search.rounded import Rounded
 
-MANY = 16  # queries after which an exact index is worth rounding
+MANY = 16  # queries at once for which one product is faster, or after which an exact index is worth rounding
+TRIED = 64  # queries after which it is known whether rounding helps
 FEW = 0.05  # share of vectors that are allowed, below which these are looked at one by one
 
 
@@ -52,7 +55,7 @@ class Searcher:
     """An index that answers.
 
     Nothing that is found depends on calls before, so that threads may share it: settings and filters go with each call.
-    An exact index keeps its vectors in 8 bits, too, after some queries, or `prepare`; answers are the same.
+    A large exact index keeps its vectors in 8 bits, too, after some queries, or `prepare`, as long as that helps.
     A server calls `faiss.omp_set_num_threads(1)` in each thread that searches: OpenMP keeps a pool of threads for
     every thread that calls it. It opens indexes after it forked: FAISS hangs in a child of a process whose OpenMP ran.
 
@@ -75,8 +78,10 @@ class Searcher:
             raise UsageError(f"an index of {self.vectors:,} vectors has ids of {len(train_ids):,}")  # type: ignore[arg-type]
         dense = places and np.array_equal(train_ids, np.arange(self.vectors))  # type: ignore[arg-type]
         self._train_ids = train_ids if places and not dense else None
-        self._asked, self._rounding = 0, threading.Lock()
+        self._asked = self._vain = 0
+        self._rounding = threading.Lock()
         self._rounded: Rounded | None = None
+        self._rounds = Rounded.suits(self.index)
         self._last = int(train_ids[-1]) if train_ids is not None and len(train_ids) else self.vectors - 1
 
     def selection(self, allowed: NDArray[np.bool_]) -> Selection:
@@ -121,19 +126,19 @@ class Searcher:
         block = np.ascontiguousarray(queries, dtype=np.float32)
         if k <= 0:
             return np.empty((len(block), 0), np.float32), np.empty((len(block), 0), np.int64)
-        self._asked += len(block)
-        if self._asked >= MANY and self._rounded is None:
+        if self._rounds and self._rounded is None and self._asked + len(block) >= MANY:
             self.prepare()
+        rounded = self._rounded if self._rounds else None
         if allowed is not None and allowed.count < FEW * allowed.total:
             similarity, numbers = self._scan(block, k, allowed)
-        elif self._rounded is not None:
-            similarity, numbers = self._rounded.search(block, k, None if allowed is None else allowed.as_mask())
+        elif rounded is not None:
+            similarity, numbers, vain = rounded.search(block, k, None if allowed is None else allowed.as_mask())
+            if vain.any():
+                similarity[vain], numbers[vain] = self._whole(block[vain], k, allowed, settings)
+            self._count(len(block), int(vain.sum()))
         else:
-            params = search_parameters(self.index, settings or self.settings, allowed)
-            similarity, numbers = self.index.search(block, k, params=params)
-            short = np.flatnonzero((numbers < 0).any(axis=1))
-            if len(short) and allowed is not None:
-                similarity[short], numbers[short] = self._scan(block[short], k, allowed)
+            similarity, numbers = self._whole(block, k, allowed, settings)
+            self._asked += len(block)
         found = numbers >= 0
         similarity[~found] = -np.inf
         if self._train_ids is not None:
@@ -142,11 +147,32 @@ class Searcher:
 
     def prepare(self) -> None:
         """Make ready for many queries: round the vectors of an exact index. Who finds another thread at it goes on."""
-        if self._rounded is None and Rounded.suits(self.index) and self._rounding.acquire(blocking=False):
+        if self._rounds and self._rounded is None and self._rounding.acquire(blocking=False):
             try:
                 self._rounded = self._rounded or Rounded(self.index)
             finally:
                 self._rounding.release()
+
+    def _count(self, asked: int, vain: int) -> None:
+        """Keep count of queries that rounded vectors could not answer; where these are many, give the vectors up."""
+        self._asked, self._vain = self._asked + asked, self._vain + vain
+        if self._asked >= TRIED and 2 * self._vain > self._asked:
+            self._rounds, self._rounded = False, None
+
+    def _whole(
+        self, queries: Vectors, k: int, allowed: Selection | None, settings: SearchSettings | None
+    ) -> tuple[Vectors, NDArray[np.int64]]:
+        """Ask FAISS, or, many queries of an exact index, multiply; -1 stands where an approximate one finds no more."""
+        if len(queries) >= MANY and is_exact(self.index):
+            mask = None if allowed is None else allowed.as_mask()
+            found = largest_products(vectors_of(self.index), torch.from_numpy(queries), k, mask)
+            return found[0].numpy(), found[1].numpy()
+        params = search_parameters(self.index, settings or self.settings, allowed)
+        similarity, numbers = self.index.search(queries, k, params=params)
+        short = np.flatnonzero((numbers < 0).any(axis=1))
+        if len(short) and allowed is not None:
+            similarity[short], numbers[short] = self._scan(queries[short], k, allowed)
+        return similarity, numbers
 
     def _scan(self, queries: Vectors, k: int, allowed: Selection) -> tuple[Vectors, NDArray[np.int64]]:
         """Look at every allowed vector: a graph may lead to none of them, and lists that are near may hold none."""

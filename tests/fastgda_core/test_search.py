@@ -10,11 +10,12 @@ import pytest
 from numpy.typing import NDArray
 
 from fastgda_core.errors import UsageError
+from fastgda_core.search import rounded
 from fastgda_core.search.build import add, can_merge, has_own_ids, merge, new_index, read_index, train, write_index
 from fastgda_core.search.kinds import bytes_each, choose_kind, is_kind
 from fastgda_core.search.recall import exact_neighbours, measure, perturbed, recall, settings_for
 from fastgda_core.search.rounded import Rounded
-from fastgda_core.search.searcher import MANY, Searcher, SearchSettings, open_index
+from fastgda_core.search.searcher import MANY, TRIED, Searcher, SearchSettings, open_index
 
 COUNT, WIDTH, K = 3000, 32, 10
 KINDS = (
@@ -239,10 +240,10 @@ def test_settings_are_the_cheapest_that_reach_the_target(vectors: Vectors, train
         (20_000, {"memory": 0.04e9}, "SQfp16"),
         (20_000, {"latency": 5.0}, "SQfp16"),
         (118_287, {}, "SQfp16"),
-        (118_287, {"latency": 5.0}, "IVF1024,Flat"),
-        (1_000_000, {}, "IVF2048,Flat"),
+        (118_287, {"latency": 5.0}, "IVF2048,Flat"),
+        (1_000_000, {}, "IVF4096,Flat"),
         (1_000_000, {"memory": 2e9}, "HNSW32,SQfp16"),
-        (1_000_000, {"memory": 0.768e9}, "RR768,IVF2048,RaBitQ7"),
+        (1_000_000, {"memory": 0.768e9}, "RR768,IVF4096,RaBitQ7"),
         (100_000_000, {}, "RR768,IVF32768_HNSW32,RaBitQ4,Refine(SQfp16)"),
         (100_000_000, {"memory": 50e9}, "RR768,IVF32768_HNSW32,RaBitQ4"),
         (400_000_000, {"memory": 1e9}, "IVF65536_HNSW32,PQ96"),
@@ -283,9 +284,10 @@ def test_a_kind_that_does_not_fit_is_refused_in_one_line(vectors: Vectors) -> No
 @pytest.mark.parametrize("kind", ["Flat", "SQfp16"])
 @pytest.mark.parametrize("spread", [1.0, 0.01])
 def test_many_queries_are_answered_as_one_by_one(
-    kind: str, spread: float, train_ids: NDArray[np.int64], tmp_path: Path
+    kind: str, spread: float, train_ids: NDArray[np.int64], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Vectors that are nearly alike are told apart, although a product of rounded ones cannot."""
+    monkeypatch.setattr(rounded, "LEAST", 0)
     rng = np.random.default_rng(7)
     drawn = (rng.standard_normal(WIDTH) + spread * rng.standard_normal((COUNT, WIDTH))).astype(np.float32)
     drawn[5] = 0
@@ -312,10 +314,9 @@ def test_many_queries_are_answered_as_one_by_one(
     assert {tuple(sorted(row)) for row in searcher.search(asked, K, allowed=few)[1]} == {tuple(train_ids[[3, 9]])}
 
 
-@pytest.mark.parametrize("fall", [0.0, 1.0])
-@pytest.mark.parametrize("spread", [1.0, 1e-3])
+@pytest.mark.parametrize(("fall", "spread"), [(0.0, 1.0), (1.0, 1.0), (0.0, 1e-3)])
 def test_what_rounded_vectors_name_is_what_a_scan_in_float64_finds(fall: float, spread: float) -> None:
-    """Lengths from 1 to 1,000, numbers that fall off, and so many alike that the bound names nearly all of them."""
+    """Lengths from 1 to 1,000, numbers that fall off, and so many alike that queries are given back."""
     rng = np.random.default_rng(8)
     scale = np.arange(1, WIDTH + 1) ** -fall
     drawn = scale * (rng.standard_normal(WIDTH) + spread * rng.standard_normal((20_000, WIDTH)))
@@ -323,7 +324,24 @@ def test_what_rounded_vectors_name_is_what_a_scan_in_float64_finds(fall: float, 
     asked = (scale * rng.standard_normal((70, WIDTH))).astype(np.float32)
     index = new_index("Flat", WIDTH)
     add(index, drawn, np.arange(len(drawn)))
-    similarity, places = Rounded(index).search(asked, K, None)
-    exact = asked.astype(np.float64) @ drawn.astype(np.float64).T
-    np.testing.assert_allclose(np.take_along_axis(exact, places, 1), -np.sort(-exact, axis=1)[:, :K], rtol=1e-5)
-    np.testing.assert_allclose(similarity, np.take_along_axis(exact, places, 1), rtol=1e-4, atol=1e-4)
+    similarity, places, vain = Rounded(index).search(asked, K, None)
+    assert vain.mean() == (0 if spread == 1 else 1)
+    exact = (asked.astype(np.float64) @ drawn.astype(np.float64).T)[~vain]
+    found = np.take_along_axis(exact, places[~vain], 1)
+    np.testing.assert_allclose(found, -np.sort(-exact, axis=1)[:, :K], rtol=1e-5)
+    np.testing.assert_allclose(similarity[~vain], found, rtol=1e-4, atol=1e-4)
+
+
+def test_rounded_vectors_are_given_up_where_they_help_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounded, "LEAST", 0)
+    rng = np.random.default_rng(9)
+    drawn = rng.standard_normal((COUNT, WIDTH)).astype(np.float32)
+    alike = (np.ones(WIDTH) + 1e-4 * rng.standard_normal((COUNT, WIDTH))).astype(np.float32)
+    for vectors, kept in ((drawn, True), (alike, False)):
+        searcher = built("Flat", vectors, np.arange(COUNT))
+        searcher.prepare()
+        for number in range(TRIED):
+            searcher.search(drawn[number : number + 1], K)
+        assert (searcher._rounded is not None) == kept
+        searcher.prepare()
+        assert (searcher._rounded is not None) == kept
