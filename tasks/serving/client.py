@@ -40,6 +40,7 @@ class Asked:
 
     image: content of a PNG, JPEG or WebP file, or its path.
     around: samples of each list beside the hits; None: as many as the service gives; 0, which is quicker: none.
+    beside: whether other tiers and untuned features answer, too.
     """
 
     image: bytes | Path | None = None
@@ -53,6 +54,7 @@ class Asked:
     first: int | None = None
     relative: bool = False
     around: int | None = None
+    beside: bool = False
 
     def fields(self) -> dict[str, Any]:
         """Return the question as the service reads it."""

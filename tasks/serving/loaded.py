@@ -16,15 +16,17 @@ from storage_schemas.snapshots.snapshots import read_snapshot
 from storage_schemas.workspace import Workspace
 from tasks.inputs.queries import Query, load_queries, queries_artifact
 from tasks.serving.agreement import agreements
-from tasks.serving.answers import Agreement, Tier
+from tasks.serving.answers import Agreement, Way
 from tasks.serving.catalogue import Catalogue
 from tasks.serving.exact import ExactTier
 from tasks.serving.fast import FastTier
+from tasks.serving.question import check_sketched
 from tasks.serving.sketched import SketchTier
-from tasks.serving.untuned import Untuned
+from tasks.serving.untuned import Kind, Untuned, numbers_of
 from tasks.serving.versions import served_versions
 
 Part = TypeVar("Part")
+_SAME = ["train_id", "key", "image_sha256"]  # columns of a sample that stay as they are when others are added
 
 
 class Loaded:
@@ -57,18 +59,39 @@ class Loaded:
         """Whether a head and an index are published."""
         return self.published.head is not None and self.published.index is not None
 
-    @property
-    def untuned(self) -> Untuned | str:
-        """The untuned features of the samples; or why there are none."""
+    @functools.cached_property
+    def has_sketches(self) -> bool:
+        """Whether the published run keeps sketches."""
+        try:
+            check_sketched(self.workspace, self.published.run)
+        except (UsageError, StoreError):
+            return False
+        return True
+
+    def untuned(self, kind: Kind | None = None) -> Untuned | str:
+        """Return the untuned features of the samples, of both kinds or of one; or why there are none."""
 
         def load() -> Untuned | str:
             fast = self.fast
             try:
-                return Untuned(self.workspace, self.published.run, fast.space, fast.samples_path)
+                numbers = slice(None) if kind is None else numbers_of(kind, fast.widths)
+                found = Untuned(self.workspace, self.published.run, fast.space, numbers)
             except (UsageError, StoreError) as error:
                 return str(error)
+            if not self.extends(fast.samples_path, found.samples_path):
+                return "the published run is of other training samples than the index"
+            return found
 
-        return self._once("untuned", load)
+        return self._once(f"untuned {kind}", load)
+
+    def extends(self, path: AnyPath, base: AnyPath) -> bool:
+        """Return whether a table of samples is another one, or that one with samples added behind its own."""
+
+        def compare() -> bool:
+            known, before = (self.catalogue(each).table.select(_SAME) for each in (path, base))
+            return known.slice(0, len(before)).equals(before)
+
+        return path == base or self._once(f"{path} extends {base}", compare)
 
     def catalogue(self, path: AnyPath | None = None) -> Catalogue:
         """Return a table of samples, unless told otherwise those that are published."""
@@ -80,11 +103,11 @@ class Loaded:
         return self._once(f"samples {path}", lambda: Catalogue(self.workspace, path))
 
     @functools.cached_property
-    def agreements(self) -> dict[Tier, Agreement]:
-        """How far each tier agrees with the teacher."""
+    def agreements(self) -> dict[Way, Agreement]:
+        """How far each tier, and each kind of untuned features, agrees with the teacher."""
         head = self.published.head
-        kind = read_head_record(self.workspace.file(head)).kind if head else ""
-        return agreements(self.workspace, self.published, kind)
+        record = read_head_record(self.workspace.file(head)) if head else None
+        return agreements(self.workspace, self.published, record)
 
     @functools.cached_property
     def tied(self) -> bool:

@@ -55,7 +55,14 @@ class Answers:
         if question.query_id is None or question.tier != "fast":
             return None
         take_down = attributor.catalogue(attributor.fast.samples_path).present().take_down
-        asked = (question.query_id, question.k, question.where, tuple(question.exclude), question.around)
+        asked = (
+            question.query_id,
+            question.k,
+            question.where,
+            tuple(question.exclude),
+            question.around,
+            question.beside,
+        )
         return attributor.versions.published, take_down, asked
 
     def get(self, key: Hashable, started: float) -> Answer | None:

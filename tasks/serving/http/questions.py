@@ -16,9 +16,9 @@ from tasks.serving.http.problems import Problem
 from tasks.serving.http.settings import Limits
 
 FORM, JSON, LINES = "multipart/form-data", "application/json", "application/x-ndjson"
-FIELDS = 16  # parts that a form may have; a question has ten fields
+FIELDS = 16  # parts that a form may have; a question has eleven fields
 TEXT_BYTES = 1 << 18  # of a field that is no image: 10,000 train_ids are less
-EXAMPLE: dict[str, Any] = {"query_id": "q0000", "k": 8}
+EXAMPLE: dict[str, Any] = {"query_id": "q0000", "k": 8, "beside": True}
 
 
 class Question(BaseModel):
@@ -46,6 +46,11 @@ class Question(BaseModel):
         default=None, ge=1, description="of tier sketch: score the fast tier's first so many alone"
     )
     around: int = Field(default=8, description="samples of each list beside the hits: what lowers, what looks alike")
+    beside: bool = Field(
+        default=False,
+        description="answer in the other ways, too, that take a moment: tiers that are ready, and untuned features of "
+        "images and of captions; not of a vector",
+    )
     relative: bool = Field(
         default=False, description="of tier sketch: divide scores by the length of the sample's gradient"
     )
@@ -63,6 +68,8 @@ class Question(BaseModel):
             raise Problem(400, "where holds a character that no condition has", "where")
         if self.tier == "fast" and (self.first is not None or self.relative):
             raise Problem(400, "first and relative are of tier sketch: ask tier sketch", "tier")
+        if self.beside and self.vector is not None:
+            raise Problem(400, "beside needs an image with its caption or a query_id: a vector has neither", "beside")
         asked = [name for name in ("query_id", "vector") if getattr(self, name) is not None]
         if self.image is not None or self.caption is not None:
             asked.append("image")

@@ -102,10 +102,11 @@ class Service:
             catalogue = attributor.catalogue(attributor.fast.samples_path)
             await self.slowly(lambda: catalogue.allowed(catalogue.present(), question.where))
         picture = await self._picture(question)
-        if question.tier != "fast":
+        if question.tier != "fast" or question.beside:
             ticket.step_aside()
-            return await self.slowly(lambda: answer_alone(attributor, question, picture))
-        answer = await asyncio.wrap_future(ticket.put(question, picture))
+            answer = await self.slowly(lambda: answer_alone(attributor, question, picture))
+        else:
+            answer = await asyncio.wrap_future(ticket.put(question, picture))
         if key is not None and answer.versions.published == attributor.versions.published:
             self.answers.put(key, answer)
         return answer

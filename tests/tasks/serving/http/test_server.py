@@ -48,6 +48,8 @@ def test_the_client_has_the_answers_of_python(served: Running, similar: WholeRun
     bare = client.attribute(Asked(query_id=query.query_id, k=3, around=0))
     assert bare.lineage == attributor.attribute_query(query.query_id, 3, around=0).lineage != stored.lineage
     assert client.attribute(Asked(query_id=query.query_id, k=3)).lineage != bare.lineage
+    beside = client.attribute(Asked(query_id=query.query_id, k=3, beside=True)).beside
+    assert beside == attributor.attribute_query(query.query_id, 3, beside=True).beside != []
     several = list(client.attribute_many([Asked(query_id=query.query_id, k=2), Asked(query_id="nobody")]))
     assert isinstance(several[0], Answer) and isinstance(several[1], ServiceError)
     with pytest.raises(ServiceError, match="k is 0") as refused:
