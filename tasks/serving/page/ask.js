@@ -2,6 +2,7 @@
 
 import * as api from "./api.js";
 import { label, sections, sideBySide } from "./answer.js";
+import { columns } from "./columns.js";
 import { action, announce, confirmIn, el, line, put, skeletons } from "./dom.js";
 import { saveCsv, saveJson, table } from "./download.js";
 import { showError } from "./errors.js";
@@ -49,9 +50,7 @@ export async function showAsk(main, params, signal, open) {
 function content([first, second], beside, open) {
   const side = (answer) => ({ title: TIERS[answer.tier].name, hits: answer.hits, answer });
   if (second) return sideBySide(side(first), side(second), open);
-  if (beside === "similar") {
-    return sideBySide(side(first), { title: "Alike, little influence", hits: first.similar }, open);
-  }
+  if (beside === "all") return [label(first), columns(first, open)];
   return [label(first), sections(first, open)];
 }
 
@@ -99,7 +98,8 @@ async function askAll(tiers, question, params, body, signal) {
   const k = countOf(params);
   const settings = {
     k,
-    around: params.get("beside") === "similar" ? k : AROUND,
+    around: AROUND,
+    beside: params.get("beside") === "all" || null,
     where: joined(params.getAll("where")),
   };
   const fields = { ...question.fields, ...settings };
@@ -140,10 +140,10 @@ function panel(question, params, tier) {
       params.get("beside") ?? "",
       [
         ["", "nothing"],
+        ["all", "all other ways"],
         ...Object.entries(TIERS)
           .filter(([name]) => name !== tier)
           .map(([name, { name: text }]) => [name, text]),
-        ["similar", "Alike, little influence"],
       ],
       change,
     ),
