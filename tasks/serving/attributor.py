@@ -24,6 +24,7 @@ from tasks.serving.exact import FIRST, Progress
 from tasks.serving.fast import Caption, FastTier, Picture
 from tasks.serving.loaded import Loaded
 from tasks.serving.nearest import low_and_alike, nearest_of, with_lowering
+from tasks.serving.picture_shares import PictureShares
 from tasks.serving.question import check_caption
 from tasks.serving.ranked import Lists, Scored, depth_for, lists_of_scores
 from tasks.serving.settings import AROUND, Settings, name_of
@@ -242,6 +243,11 @@ class Attributor:
             if len(self._vectors) < VECTORS_KEPT:
                 self._vectors[query.query_id] = found
         return found
+
+    @property
+    def pictures(self) -> PictureShares:
+        """What tells the shares of pictures that no teacher scored."""
+        return self._loaded.once("shares of pictures", lambda: PictureShares(self._loaded))
 
     def sample(self, train_id: int) -> Hit:
         """Return the facts of a training sample, with rank 0; UnknownSample, RemovedSample: there is none."""

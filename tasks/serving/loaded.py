@@ -44,15 +44,15 @@ class Loaded:
 
     @property
     def fast(self) -> FastTier:
-        return self._once("fast", lambda: FastTier(self.workspace, self.published))
+        return self.once("fast", lambda: FastTier(self.workspace, self.published))
 
     @property
     def sketch(self) -> SketchTier:
-        return self._once("sketch", lambda: SketchTier(self.workspace, self.published.run))
+        return self.once("sketch", lambda: SketchTier(self.workspace, self.published.run))
 
     @property
     def exact(self) -> ExactTier:
-        return self._once("exact", lambda: ExactTier(self.workspace, self.published.run))
+        return self.once("exact", lambda: ExactTier(self.workspace, self.published.run))
 
     @property
     def has_fast(self) -> bool:
@@ -82,7 +82,7 @@ class Loaded:
                 return "the published run is of other training samples than the index"
             return found
 
-        return self._once(f"untuned {kind}", load)
+        return self.once(f"untuned {kind}", load)
 
     def extends(self, path: AnyPath, base: AnyPath) -> bool:
         """Return whether a table of samples is another one, or that one with samples added behind its own."""
@@ -91,7 +91,7 @@ class Loaded:
             known, before = (self.catalogue(each).table.select(_SAME) for each in (path, base))
             return known.slice(0, len(before)).equals(before)
 
-        return path == base or self._once(f"{path} extends {base}", compare)
+        return path == base or self.once(f"{path} extends {base}", compare)
 
     def catalogue(self, path: AnyPath | None = None) -> Catalogue:
         """Return a table of samples, unless told otherwise those that are published."""
@@ -100,7 +100,7 @@ class Loaded:
             if relative is None:
                 raise UsageError(f"{self.workspace.root} has no samples: what is published was imported without them")
             path = self.workspace.file(relative)
-        return self._once(f"samples {path}", lambda: Catalogue(self.workspace, path))
+        return self.once(f"samples {path}", lambda: Catalogue(self.workspace, path))
 
     @functools.cached_property
     def agreements(self) -> dict[Way, Agreement]:
@@ -120,7 +120,8 @@ class Loaded:
         sets = [queries_artifact(self.workspace.file(path)) for path in self.published.queries]
         return {query.query_id: query for each in sets for query in load_queries(each)}
 
-    def _once(self, name: str, load: Callable[[], Part]) -> Part:
+    def once(self, name: str, load: Callable[[], Part]) -> Part:
+        """Return a part by its name, which is loaded the first time."""
         with self._lock:
             if name not in self._parts:
                 self._parts[name] = load()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,6 +20,26 @@ FORM, JSON, LINES = "multipart/form-data", "application/json", "application/x-nd
 FIELDS = 16  # parts that a form may have; a question has eleven fields
 TEXT_BYTES = 1 << 18  # of a field that is no image: 10,000 train_ids are less
 EXAMPLE: dict[str, Any] = {"query_id": "q0000", "k": 8, "beside": True}
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def body_of(kind: type[BaseModel], example: dict[str, Any], *, json_only: Sequence[str] = ()) -> dict[str, Any]:
+    """Return, for OpenAPI, the two forms in which a body with an image comes: `json_only` names fields of one alone."""
+    plain = kind.model_json_schema()
+    form = {**plain, "properties": {**plain["properties"], "image": {"type": "string", "format": "binary"}}}
+    for name in json_only:
+        form["properties"].pop(name)
+    content = {JSON: {"schema": json_schema(kind), "example": example}, FORM: {"schema": form}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def json_schema(kind: type[BaseModel]) -> dict[str, Any]:
+    """Return the schema of a body in JSON, whose image is base64."""
+    schema = kind.model_json_schema()
+    schema["properties"]["image"] = {"anyOf": [{"type": "string", "contentEncoding": "base64"}, {"type": "null"}]}
+    return schema
 
 
 class Question(BaseModel):
@@ -88,15 +109,23 @@ async def read_question(request: Request, limits: Limits) -> Question:
     Raises:
         Problem: it is no question, or one that passes a limit.
     """
-    kind = _kind(request)
-    if kind == FORM:
-        question = await _of_form(request)
-    elif kind == JSON:
-        question = parsed(_loaded(await request.body()))
-    else:
-        raise Problem(415, f"content-type is {kind or 'missing'!r}: send {FORM} or {JSON}", "content-type")
+    question = checked(Question, await read_fields(request))
     question.check(limits)
     return question
+
+
+async def read_fields(request: Request) -> Any:
+    """Return the fields of a body, of a form or of JSON, in which `image` is the bytes of a file.
+
+    Raises:
+        Problem: the body is of another type, or is none.
+    """
+    kind = _kind(request)
+    if kind == FORM:
+        return await _of_form(request)
+    if kind == JSON:
+        return _with_image(_loaded(await request.body()))
+    raise Problem(415, f"content-type is {kind or 'missing'!r}: send {FORM} or {JSON}", "content-type")
 
 
 async def read_questions(request: Request, limits: Limits) -> list[Question | Problem]:
@@ -118,7 +147,7 @@ async def read_questions(request: Request, limits: Limits) -> list[Question | Pr
 
 def _parsed_or_why(fields: Any, limits: Limits) -> Question | Problem:
     try:
-        question = parsed(fields)
+        question = checked(Question, _with_image(fields))
         question.check(limits)
         if question.tier == "exact":
             raise Problem(400, "tier exact takes minutes: ask it alone, as a job", "tier")
@@ -138,10 +167,10 @@ def _loaded(content: bytes) -> Any:
         raise Problem(400, "the body is no JSON") from None
 
 
-def parsed(fields: Any) -> Question:
-    """Return a question from what JSON held, its image from base64."""
+def _with_image(fields: Any) -> dict[str, Any]:
+    """Return what JSON held, its image from base64."""
     if not isinstance(fields, dict):
-        raise Problem(400, 'a question has to be a JSON object, as {"query_id": "q0000"}')
+        raise Problem(400, "a question has to be a JSON object of its fields")
     if isinstance(image := fields.get("image"), str):
         try:
             fields["image"] = base64.b64decode(image, validate=True)
@@ -149,11 +178,11 @@ def parsed(fields: Any) -> Question:
             raise Problem(400, "image is no base64 of a file's bytes; a URL is never fetched", "image") from None
     elif image is not None:
         raise Problem(400, "image has to be a text: base64 of a file's bytes", "image")
-    return _checked(fields)
+    return fields
 
 
-async def _of_form(request: Request) -> Question:
-    """Return a question from the parts of a form; a file's name is never looked at."""
+async def _of_form(request: Request) -> dict[str, Any]:
+    """Return the fields of a question from the parts of a form; a file's name is never looked at."""
     fields: dict[str, Any] = {}
     async with request.form(max_files=1, max_fields=FIELDS, max_part_size=TEXT_BYTES) as form:
         for name, value in form.multi_items():
@@ -169,7 +198,7 @@ async def _of_form(request: Request) -> Question:
                 fields[name] = _numbers(name, value)
             elif value != "":  # a field of a page's form that was left empty
                 fields[name] = value
-    return _checked(fields)
+    return fields
 
 
 def _numbers(name: str, text: str) -> list[Any]:
@@ -183,9 +212,10 @@ def _numbers(name: str, text: str) -> list[Any]:
     return found
 
 
-def _checked(fields: dict[str, Any]) -> Question:
+def checked(kind: type[Body], fields: Any) -> Body:
+    """Return what was asked from its fields; Problem: one of them is not as it has to be."""
     try:
-        return Question.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"]))[:64]

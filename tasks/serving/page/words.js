@@ -18,6 +18,8 @@ export const WAYS = {
   captions: { name: "Captions", made: "untuned" },
 };
 
+export const ANOTHER = "This is another picture than the one that the link was made for.";
+
 /** Of the stored queries. */
 export const SPLITS = ["test", "validation", "train", "twin", "pseudo"];
 

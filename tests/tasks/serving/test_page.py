@@ -549,6 +549,30 @@ def test_shares_say_what_is_proven(page: Page, url: str) -> None:
     expect(page.locator("#share-summary")).to_contain_text("over 1 query")
 
 
+def test_a_picture_of_ones_own_has_its_shares(page: Page, chromium: Browser, url: str) -> None:
+    page.goto("/")
+    page.locator("#file").set_input_files({"name": "x.jpg", "mimeType": "image/jpeg", "buffer": picture(5)})
+    page.locator("#caption").fill("a red circle")
+    page.locator("#ask").click()
+    page.locator("#tier-sketch").check()
+    page.locator(".plate .tier-name", has_text="Sketch").wait_for()
+    page.locator("#shares-of").click()
+    page.locator("#by").select_option("creator")
+    body = {"image": base64.b64encode(picture(5)).decode(), "caption": "a red circle", "tier": "sketch"}
+    expected = httpx.post(f"{url}/v1/shares", json={**body, "by": "creator"}).raise_for_status().json()["rows"]
+    expect(page.locator("table.shares tbody th > span:first-child")).to_have_text([row["payee"] for row in expected])
+    expect(page.locator(".alone")).to_contain_text("a red circle")
+    page.reload()
+    expect(page.locator("table.shares tbody tr")).to_have_count(len(expected))
+    elsewhere = chromium.new_page()
+    elsewhere.goto(page.url)
+    expect(elsewhere.locator("main")).to_contain_text("a picture that it does not hold")
+    elsewhere.close()
+    page.locator(".alone button").click()
+    page.locator("#of").wait_for()
+    assert "upload" not in page.url and "caption" not in page.url
+
+
 def test_queries_are_browsed_by_split_and_by_page(page: Page, url: str) -> None:
     total = httpx.get(f"{url}/v1/queries").json()["total"]
     page.goto("/#/queries")
