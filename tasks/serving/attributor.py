@@ -317,6 +317,8 @@ class Attributor:
         lists = lists_of_scores(
             catalogue, found, present.mask, allowed, settings.k, settings.around, tied=self._loaded.tied
         )
+        left_out = self._loaded.left_out(catalogue.path, f"tier {settings.tier} does not know them, tier fast does")
+        lists = replace(lists, notes=[*left_out, *lists.notes])
         if around is not None and settings.around:
             lists = self._with_similar(lists, catalogue, around[0], around[1][0], allowed, settings)
         if around is not None and settings.beside:
@@ -364,7 +366,10 @@ class Attributor:
         if features is not None:
             if not isinstance(untuned := self._loaded.untuned(), str):
                 similar = low_and_alike(self.fast, untuned, catalogue, vector, features, lists.hits, allowed, settings)
-                return replace(lists, similar=similar)
+                notes = list(lists.notes)
+                if settings.tier == "fast":
+                    notes += self._loaded.left_out(untuned.samples_path, "of the images that look alike alone")
+                return replace(lists, similar=similar, notes=notes)
             why = f"similar images are not named: {untuned}"
         return replace(lists, notes=[*lists.notes, why])
 

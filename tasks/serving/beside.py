@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -101,7 +101,7 @@ class _Beside:
         self._check(fast.samples_path)
         allowed = fast.reaching(self._allowed, len(self._catalogue))
         hits = nearest_of(fast, self._catalogue, self._vector, self._settings.k, allowed)
-        return self._column("fast", hits, notes=fast.predictions.notes)
+        return self._column("fast", hits, fast.samples_path, notes=fast.predictions.notes)
 
     def _sketch(self) -> Column | None:
         if not self._loaded.has_sketches or self._whole.picture is None or self._whole.caption is None:
@@ -110,7 +110,7 @@ class _Beside:
         self._check(tier.samples_path)
         found = tier.scores(self._whole.picture, self._whole.caption, None)
         scored = Scored(found.train_ids, found.scores.numpy(), found.standard_errors.numpy())
-        return self._column("sketch", self._by_scores(scored))
+        return self._column("sketch", self._by_scores(scored), tier.samples_path)
 
     def _published(self) -> Column | None:
         """Make the column of a stored query whose scores are published: what tier exact would compute anew."""
@@ -123,7 +123,8 @@ class _Beside:
         self._check(loaded.workspace.file(published.samples))
         errors = rows["standard_error"].to_numpy(zero_copy_only=False).astype(np.float64)
         scored = Scored(rows["train_id"].to_numpy(), rows["score"].to_numpy().astype(np.float64), errors)
-        return self._column("exact", self._by_scores(scored), notes=[PUBLISHED.format(len(rows))])
+        path = loaded.workspace.file(published.samples)
+        return self._column("exact", self._by_scores(scored), path, notes=[PUBLISHED.format(len(rows))])
 
     def _untuned(self, kind: Kind) -> Column | None:
         space = space_of(kind, self._loaded.fast.space.space)
@@ -139,10 +140,11 @@ class _Beside:
             kept = train_ids >= 0
             return train_ids[kept], {"similarity": cosine[kept]}
 
-        return self._column(kind, hits_of(self._catalogue, first, self._settings.k), space)
+        return self._column(kind, hits_of(self._catalogue, first, self._settings.k), untuned.samples_path, space)
 
-    def _column(self, way: Way, hits: list[Hit], space: str = "", notes: list[str] | None = None) -> Column:
-        return Column(way, space, hits, self._loaded.agreements[way], notes or [])
+    def _column(self, way: Way, hits: list[Hit], path: AnyPath, space: str = "", notes: Sequence[str] = ()) -> Column:
+        left_out = self._loaded.left_out(path, "what the run made does not know them")
+        return Column(way, space, hits, self._loaded.agreements[way], [*notes, *left_out])
 
     def _by_scores(self, found: Scored) -> list[Hit]:
         return lists_of_scores(

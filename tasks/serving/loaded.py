@@ -15,6 +15,7 @@ from storage_schemas.snapshots.published import read_published
 from storage_schemas.snapshots.snapshots import read_snapshot
 from storage_schemas.workspace import Workspace
 from tasks.inputs.queries import Query, load_queries, queries_artifact
+from tasks.serving.added import extends, left_out
 from tasks.serving.agreement import agreements
 from tasks.serving.answers import Agreement, Way
 from tasks.serving.catalogue import Catalogue
@@ -26,7 +27,6 @@ from tasks.serving.untuned import Kind, Untuned, numbers_of
 from tasks.serving.versions import served_versions
 
 Part = TypeVar("Part")
-_SAME = ["train_id", "key", "image_sha256"]  # columns of a sample that stay as they are when others are added
 
 
 class Loaded:
@@ -88,8 +88,7 @@ class Loaded:
         """Return whether a table of samples is another one, or that one with samples added behind its own."""
 
         def compare() -> bool:
-            known, before = (self.catalogue(each).table.select(_SAME) for each in (path, base))
-            return known.slice(0, len(before)).equals(before)
+            return extends(self.catalogue(path).table, self.catalogue(base).table)
 
         return path == base or self.once(f"{path} extends {base}", compare)
 
@@ -119,6 +118,21 @@ class Loaded:
         """The published queries, by query_id; of several sets' queries of one name, the last set's."""
         sets = [queries_artifact(self.workspace.file(path)) for path in self.published.queries]
         return {query.query_id: query for each in sets for query in load_queries(each)}
+
+    def left_out(self, path: AnyPath, by: str) -> list[str]:
+        """Return a line that says how many samples of the served index a table of the run's lacks, if there are any.
+
+        Args:
+            path: the table.
+            by: why these are left out.
+        """
+        relative = self.published.index_samples
+        if relative is None or not self.extends(whole := self.workspace.file(relative), path):
+            return []
+        catalogue, known = self.catalogue(whole), len(self.catalogue(path))
+        present = catalogue.present().mask
+        added = len(catalogue) - known if present is None else int(present[known:].sum())
+        return left_out(added, by)
 
     def once(self, name: str, load: Callable[[], Part]) -> Part:
         """Return a part by its name, which is loaded the first time."""

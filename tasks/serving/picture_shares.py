@@ -16,6 +16,7 @@ from fastgda_core.evaluation.predicted_shares import predicted_shares
 from fastgda_core.evaluation.shares import Period, Sums, shares_of_groups
 from fastgda_core.images import as_rgb
 from storage_schemas.errors import StoreError
+from storage_schemas.files import AnyPath
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.snapshots.snapshots import read_influence
 from storage_schemas.sql.shares import Payees, number_payees, payees_of_samples
@@ -83,18 +84,28 @@ class PictureShares:
         truth = np.zeros((len(paid), len(payees.names)))
         for row, (train_ids, share) in zip(truth, paid, strict=True):
             np.add.at(row, of_sample[train_ids], share)
-        shares = predicted_shares(scored, of_sample[ordered], truth, of_sample[order], payees.samples)
+        run = self.loaded.catalogue(self._samples_path)
+        known = np.arange(len(run)) if (mask := run.present().mask) is None else np.flatnonzero(mask)
+        samples = np.bincount(of_sample[known], minlength=len(payees.names))  # of the view, those that were added, too
+        shares = predicted_shares(scored, of_sample[ordered], truth, of_sample[order], samples)
         there = np.arange(len(payees.names))
         unknown = np.full(len(there), np.nan)
         period = Period(len(there))
         # A prediction has no unit: what a payee holds is told as a part of 1.
-        period.add(Sums(there, payees.samples, shares.share, unknown, unknown), shares)
+        period.add(Sums(there, samples, shares.share, unknown, unknown), shares)
         return shares_answer(self.workspace, self.published, by, payees, period.shares(), "calibration", "fast")
+
+    @property
+    def _samples_path(self) -> AnyPath:
+        """The samples of the published run: those that have scores."""
+        if self.published.samples is None:
+            raise UsageError(f"{self.workspace.root} has no samples: what is published was imported without them")
+        return self.workspace.file(self.published.samples)
 
     @cached_property
     def _fast(self) -> FastTier:
         fast = self.loaded.fast
-        if self.workspace.relative(fast.samples_path) != self.published.samples:
+        if not self.loaded.extends(fast.samples_path, self._samples_path):
             raise UsageError(
                 "the served index is of other training samples than the published scores: index again with the "
                 "published run's configuration"
@@ -107,14 +118,14 @@ class PictureShares:
     def _order(self, picture: Image.Image, caption: str) -> NDArray[np.int64]:
         """Return the train_ids of the head's first ranks, without those that are taken down."""
         vectors = self._fast.vectors(self._fast.features([picture], [caption]), [caption])
-        present = self.loaded.catalogue(self._fast.samples_path).present().mask
-        _, train_ids = self._fast.search(vectors, DEPTH, present)
+        run = self.loaded.catalogue(self._samples_path)
+        _, train_ids = self._fast.search(vectors, DEPTH, self._fast.reaching(run.present().mask, len(run)))
         return train_ids[0][train_ids[0] >= 0]
 
     def _calibration(self) -> Calibration:
         """Return what predictions are calibrated by, computed anew after a take-down."""
         with self._lock:
-            number = self.loaded.catalogue(self._fast.samples_path).present().take_down
+            number = self.loaded.catalogue(self._samples_path).present().take_down
             if self._calibrated is None or self._calibrated[0] != number:
                 self._calibrated = number, self._calibrate()
             return self._calibrated[1]
@@ -125,7 +136,7 @@ class PictureShares:
         And whom the teacher pays on each.
         """
         asked = [query for query in self.loaded.queries.values() if query.split == CALIBRATES][:SCORED]
-        removed, samples = self._removed(), len(self.loaded.catalogue(self._fast.samples_path))
+        removed, samples = self._removed(), len(self.loaded.catalogue(self._samples_path))
         shares, orders, paid = [], [], []
         for query in asked:
             rows = read_influence(self.workspace, self.published.snapshot, [query.query_id])

@@ -21,6 +21,7 @@ from storage_schemas.sql.shares import (
 from storage_schemas.sql.views import connect
 from storage_schemas.tombstones import read_tombstones
 from storage_schemas.workspace import Workspace
+from tasks.serving.added import left_out, samples_added
 from tasks.serving.answers import Tier
 from tasks.serving.shares_answer import Beyond, Share, SharesAnswer, Source
 from tasks.watching.trust import JUDGED, OTHER_TEACHER, trust_in
@@ -83,7 +84,7 @@ def shares_answer(
         tombstone=read_tombstones(workspace).number,
         tier=tier,
         judged=dict(trust.facts).get(JUDGED, ""),
-        warnings=trust.warnings,
+        warnings=[*trust.warnings, *left_out(samples_added(workspace, published), "the run gave them no scores")],
     )
 
 

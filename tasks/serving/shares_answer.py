@@ -55,7 +55,8 @@ class SharesAnswer:
     snapshot: the published scores. tombstone: number of the newest take-down; what is taken down has no share.
     tier: exact for published scores, else that of the scores.
     judged: how well the teacher predicts the losses of models that were trained again; empty where it was never held
-        against any. warnings: what its checks found wrong with it.
+        against any. warnings: what its checks found wrong with it, and
+        whether samples that were added to the index are left out.
     """
 
     by: str
