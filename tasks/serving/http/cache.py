@@ -50,9 +50,14 @@ class Answers:
         self._kept: OrderedDict[Hashable, Answer] = OrderedDict()
 
     @staticmethod
+    def keeps(question: Question) -> bool:
+        """Return whether answers to such questions are kept."""
+        return question.query_id is not None and question.tier == "fast"
+
+    @staticmethod
     def key(attributor: Attributor, question: Question) -> Hashable | None:
         """Return what an answer depends on; None where it is not kept."""
-        if question.query_id is None or question.tier != "fast":
+        if not Answers.keeps(question):
             return None
         take_down = attributor.catalogue(attributor.fast.samples_path).present().take_down
         asked = (

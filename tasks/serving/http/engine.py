@@ -106,6 +106,7 @@ class Engine:
         started, first = time.monotonic(), self._current is None
         try:
             fresh = Attributor(self.workspace)
+            _ = fresh.queries  # else the first request that names one reads them, on the event loop
         except (UsageError, StoreError, OSError) as error:
             if number != self._loaded:
                 log.error("published version %d cannot be served: %s", number, one_line(error))
