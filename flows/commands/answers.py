@@ -103,7 +103,7 @@ def attribute(
         raise UsageError("give an image and its caption, or --query QUERY_ID for a stored query")
     picture, place = None if image is None else read_picture(image), Workspace.at(workspace)
     if caption is not None:
-        check_caption(caption)
+        check_caption(caption, "--caption")
     published = read_published(place)
     if tier is Tier.sketch:
         check_sketched(place, published.run)

@@ -89,7 +89,7 @@ def _of_picture(place: Workspace, image: Path | None, caption: str | None, by: s
     from tasks.serving.question import check_caption, check_sketched, read_picture
 
     picture = read_picture(image)
-    check_caption(caption)
+    check_caption(caption, "--caption")
     if tier is PictureTier.sketch:
         check_sketched(place, read_published(place).run)
     from tasks.serving.loaded import Loaded

@@ -122,7 +122,7 @@ class Attributor:
         settings = Settings(k, tier, where, tuple(exclude), first, relative, around, beside)
         settings.check()
         if caption is not None:
-            check_caption(caption)
+            check_caption(caption, "caption")
         picture = None if image is None else as_rgb(image)
         if tier == "fast":
             return self._answer_fast([picture], [caption], settings)[0]
@@ -218,7 +218,7 @@ class Attributor:
         """Return what `encode_many` does, and phi of the questions, (questions, d)."""
         for caption in captions:
             if caption is not None:
-                check_caption(caption)
+                check_caption(caption, "caption")
         features = self.fast.features(pictures, captions)
         return self.fast.vectors(features, captions), features
 

@@ -99,7 +99,7 @@ class Question(BaseModel):
             raise Problem(400, f"asked is {found}: give an image with its caption, or a query_id, or a vector", "image")
         if self.image is not None and not self.image:
             raise Problem(400, "image is empty: give a PNG, JPEG or WebP file", "image")
-        if self.image is not None and self.caption is not None and not self.caption.strip():
+        if self.caption is not None and not self.caption.strip():
             raise Problem(400, "caption is blank: give the caption that the image was generated from", "caption")
 
 

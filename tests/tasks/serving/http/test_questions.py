@@ -102,6 +102,7 @@ DOT = base64.b64encode(png(Image.new("RGB", (4, 4), "teal"))).decode()
         ({"query_id": "s0000", "unknown": 1}, "unknown"),
         ({"image": "http://127.0.0.1/x.png", **CAPTION}, "image"),
         ({"image": DOT, "caption": " "}, "caption"),
+        ({"caption": " "}, "caption"),
         ({"image": DOT, "caption": "x" * 2001}, "caption"),
         ({"vector": [1.0, 2.0]}, "vector"),
         ({"vector": []}, "vector"),
