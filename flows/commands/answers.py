@@ -82,6 +82,9 @@ def attribute(
     relative: Annotated[
         bool, typer.Option("--relative", help="Of tier sketch: divide scores by the length of the sample's gradient.")
     ] = False,
+    beside: Annotated[
+        bool, typer.Option("--beside", help="Answer in the other ways, too: tiers that are ready, untuned features.")
+    ] = False,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -100,7 +103,7 @@ def attribute(
         raise UsageError("give an image and its caption, or --query QUERY_ID for a stored query")
     picture, place = None if image is None else read_picture(image), Workspace.at(workspace)
     if caption is not None:
-        check_caption(caption)
+        check_caption(caption, "--caption")
     published = read_published(place)
     if tier is Tier.sketch:
         check_sketched(place, published.run)
@@ -109,7 +112,7 @@ def attribute(
 
     attributor = Attributor(place, load=[tier.value])
     settings: dict[str, Any] = {"k": k, "tier": tier.value, "where": where, "exclude": exclude or []}
-    settings |= {"first": first, "relative": relative, "around": AROUND}
+    settings |= {"first": first, "relative": relative, "around": AROUND, "beside": beside}
     with stage("the teacher's scores, in percent", 100 if tier is Tier.exact else 0) as advance:
         settings["progress"] = _percent(advance)
         if query is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from flows.commands.text_table import print_rows
 
 if TYPE_CHECKING:
-    from tasks.serving.answers import Answer, Hit
+    from tasks.serving.answers import Answer, Column, Hit
 
 
 def print_answer(answer: Answer) -> None:
@@ -22,9 +22,24 @@ def print_answer(answer: Answer) -> None:
         if hits:
             print(f"\n{title}:")
             _print_hits(hits)
+    for column in answer.beside:
+        print(f"\n{_way(column)}:")
+        _print_hits(column.hits)
+        for note in column.notes:
+            print(note)
     print()
     for line in _facts(answer):
         print(line)
+
+
+def _way(column: Column) -> str:
+    """Return how a column was made, and how far that agrees with the teacher."""
+    made = f"nearest by {column.space}, untuned features of {column.way}" if column.space else f"by tier {column.way}"
+    agreement = column.agreement
+    if agreement.value is None:
+        return f"{made}; its agreement with the teacher was not measured"
+    error = "" if agreement.error is None else f" ± {agreement.error:.3f}"
+    return f"{made}, which agrees with the teacher at {agreement.measure} {agreement.value:.3f}{error}"
 
 
 def _print_hits(hits: list[Hit]) -> None:

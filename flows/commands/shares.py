@@ -19,7 +19,7 @@ from flows.commands.text_table import print_rows
 from storage_schemas.workspace import Workspace
 
 if TYPE_CHECKING:
-    from tasks.serving.shares import Share, SharesAnswer
+    from tasks.serving.shares_answer import Share, SharesAnswer
 
 BAR = 24  # letters of the longest bar
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -89,12 +89,13 @@ def _of_picture(place: Workspace, image: Path | None, caption: str | None, by: s
     from tasks.serving.question import check_caption, check_sketched, read_picture
 
     picture = read_picture(image)
-    check_caption(caption)
+    check_caption(caption, "--caption")
     if tier is PictureTier.sketch:
         check_sketched(place, read_published(place).run)
+    from tasks.serving.loaded import Loaded
     from tasks.serving.picture_shares import PictureShares
 
-    return PictureShares(place).shares(picture, caption, by, tier.value)
+    return PictureShares(Loaded(place)).shares(picture, caption, by, tier.value)
 
 
 def _print_csv(answer: SharesAnswer) -> None:

@@ -217,7 +217,11 @@ def index_samples(workspace: Workspace, head: AnyPath, index: AnyPath) -> str:
     Raises:
         StoreError: such an index has a head that learned from no snapshot.
     """
-    samples = read_index_record(index).samples
+    return _samples_of(workspace, head, index, read_index_record(index))
+
+
+def _samples_of(workspace: Workspace, head: AnyPath, index: AnyPath, record: IndexRecord) -> str:
+    samples = record.samples
     if samples is None and (learned := read_head_record(head)).snapshot and learned.run:
         samples = read_run(workspace, learned.run).samples
     if samples is None:
@@ -247,11 +251,13 @@ def holds_any(index: AnyPath, train_ids: NDArray[np.int64]) -> bool:
 
 def indexed_tables(workspace: Workspace) -> dict[str, str]:
     """Return the table of samples of each index, by the index's version; empty where nobody knows."""
-    found = {}
-    for path in matching(workspace.root / "indexes", "*/index.faiss"):
-        head = workspace.head(read_index_record(path.parent).head or "none")
-        try:
-            found[path.parent.name] = index_samples(workspace, head, path.parent)
-        except StoreError:  # of an earlier release, with a head that is gone or was imported
-            found[path.parent.name] = ""
-    return found
+    folders = [path.parent for path in matching(workspace.root / "indexes", "*/index.faiss")]
+    return {folder.name: indexed_table(workspace, folder, read_index_record(folder)) for folder in folders}
+
+
+def indexed_table(workspace: Workspace, index: AnyPath, record: IndexRecord) -> str:
+    """Return what `indexed_tables` does for one index, whose record was read."""
+    try:
+        return _samples_of(workspace, workspace.head(record.head or "none"), index, record)
+    except StoreError:  # of an earlier release, with a head that is gone or was imported
+        return ""

@@ -9,7 +9,7 @@ from datetime import datetime
 from storage_schemas.commit import read_manifest
 from storage_schemas.files import AnyPath
 from storage_schemas.heads.evaluations import Precision, read_evaluations, read_precision, worse
-from storage_schemas.heads.records import indexed_tables, read_index_record
+from storage_schemas.heads.records import indexed_table, read_index_record
 from storage_schemas.listings import list_tree
 from storage_schemas.snapshots.published import Published
 from storage_schemas.sql.masks import Masks
@@ -25,6 +25,7 @@ class IndexVersion:
     """One index that was built.
 
     kind: FAISS's name of it; empty where an earlier release built it, whose indexes are exact.
+    reason: why it is of this kind; empty of these, too.
     size: bytes of all its files.
     recall_at_10, recall_at_100: against exact search; None where they were not measured.
     precision: mAP of its head on the test queries of a snapshot, by the snapshot.
@@ -35,6 +36,7 @@ class IndexVersion:
 
     version: str
     kind: str
+    reason: str
     head: str
     samples: str
     vectors: int
@@ -54,7 +56,7 @@ class IndexVersion:
 
 def index_versions(workspace: Workspace, published: Published | None) -> list[IndexVersion]:
     """Return every index that is whole, the one built last first; `published` is what is published."""
-    samples, masks = indexed_tables(workspace), Masks(workspace)
+    masks = Masks(workspace)
     precisions = _precisions(workspace, published)
     before = [each.index for each in reversed(published.served_before)] if published else []
     found = []
@@ -64,14 +66,16 @@ def index_versions(workspace: Workspace, published: Published | None) -> list[In
         if manifest is None:  # it is being built, or deleted
             continue
         record, relative = read_index_record(folder), workspace.relative(folder)
+        samples = indexed_table(workspace, folder, record)
         served = published is not None and published.index == relative
         head = record.head or (published.head_version if served and published else "")
         of_head = {snapshot: precision for (of, snapshot), precision in precisions.items() if of == head}
         version = IndexVersion(
             version=name,
             kind=record.kind,
+            reason=record.reason,
             head=head,
-            samples=samples.get(name, ""),
+            samples=samples,
             vectors=manifest.rows,
             size=size,
             built_at=manifest.committed_at,
@@ -79,7 +83,7 @@ def index_versions(workspace: Workspace, published: Published | None) -> list[In
             recall_at_100=record.recall_at_100,
             precision=of_head,
             served=served,
-            stale=masks.stale_index(folder, samples.get(name)),
+            stale=masks.stale_index(folder, samples),
             rollbacks=before.index(relative) + 1 if relative in before else None,
         )
         found.append(version)

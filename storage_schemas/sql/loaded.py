@@ -11,7 +11,7 @@ import pyarrow as pa
 from storage_schemas import tables
 from storage_schemas.commit import read_manifest
 from storage_schemas.files import matching
-from storage_schemas.heads.records import HEAD_FILE, indexed_tables, read_head_record, read_index_record
+from storage_schemas.heads.records import HEAD_FILE, indexed_table, read_head_record, read_index_record
 from storage_schemas.runs.sketches import sketch_rows
 from storage_schemas.sql.state import State
 from storage_schemas.table import Table
@@ -99,13 +99,13 @@ def _head_rows(workspace: Workspace, state: State) -> pa.Table:
 
 def _index_rows(workspace: Workspace, state: State) -> pa.Table:
     rows = []
-    samples = indexed_tables(workspace) if state.masks.tombstones.active else {}
     for path in matching(workspace.root / "indexes", "*/index.faiss"):
         manifest = read_manifest(path)
         if manifest is None:  # it is being built
             continue
         served = bool(state.published and state.published.index == workspace.relative(path.parent))
         about = read_index_record(path.parent)
+        samples = indexed_table(workspace, path.parent, about) if state.masks.tombstones.active else None
         # Indexes of earlier releases do not name their head: of the served one it is known.
         head = about.head or (state.published.head_version if served and state.published else "")
         rows.append(
@@ -115,7 +115,7 @@ def _index_rows(workspace: Workspace, state: State) -> pa.Table:
                 "vectors": manifest.rows,
                 "size": manifest.size,
                 "served": served,
-                "stale": state.masks.stale_index(path.parent, samples.get(path.parent.name)),
+                "stale": state.masks.stale_index(path.parent, samples),
                 "kind": about.kind,
                 "recall_at_10": about.recall_at_10,
                 "recall_at_100": about.recall_at_100,

@@ -1,7 +1,8 @@
 """The columns of training samples by which people filter and sum: those of `samples`, and the fields of its metadata.
 
-A field of the tars' .json is a column of its own where its name is a plain one and no column of `samples`. Whatever a
-name is, `metadata->>'name'` gives the field.
+A name is that of a column of `samples` in upper or lower case, as SQL has it, or else of a field of the tars' .json.
+Such a field is a column of its own where its name is a plain one; whatever a name is, `metadata->>'name'` gives the
+field.
 """
 
 from __future__ import annotations
@@ -60,9 +61,15 @@ def metadata_columns(connection: duckdb.DuckDBPyConnection, source: str) -> list
         taken.add(name.lower())  # names in SQL differ by more than case
         types = {_TYPES.get(kind, "VARCHAR") for kind in kinds}
         kind = types.pop() if len(types) == 1 else "DOUBLE" if types == {"BIGINT", "DOUBLE"} else "VARCHAR"
-        text = f"json_extract_string(metadata, {literal('$.' + name)})"
+        text = metadata_text(name)
         columns.append(SampleColumn(name, kind, text if kind == "VARCHAR" else f"CAST({text} AS {kind})", count))
     return columns
+
+
+def metadata_text(name: str) -> str:
+    """Return SQL for the text of a field of metadata, whatever its name is."""
+    pointer = "/" + name.replace("~", "~0").replace("/", "~1")
+    return f"json_extract_string(metadata, {literal(pointer)})"
 
 
 def with_columns(connection: duckdb.DuckDBPyConnection, source: str) -> str:

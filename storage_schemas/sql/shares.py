@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage_schemas import tables
-from storage_schemas.database import literal
 from storage_schemas.errors import StoreError
 from storage_schemas.runs.ledger import read_run
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.snapshots.snapshots import read_snapshot
+from storage_schemas.sql.sample_columns import metadata_columns, metadata_text
 from storage_schemas.workspace import Workspace
 
 UNKNOWN = "unknown"  # the payee of samples without a value
@@ -90,31 +90,38 @@ def shares_view() -> str:
 def payee_columns(connection: duckdb.DuckDBPyConnection) -> dict[str, str]:
     """Return what samples can be summed by, with its type: columns that hold one value, then keys of their metadata."""
     columns = _columns(connection)
-    keys: list[str] = []
-    if METADATA in columns:
-        rows = connection.execute(f"SELECT DISTINCT unnest(json_keys({METADATA})) AS key FROM samples ORDER BY key")
-        keys = [key for (key,) in rows.fetchall() if key not in columns]
-    single = {name: kind for name, kind in columns.items() if name not in _NO_PAYEES and not kind.endswith("]")}
-    return single | dict.fromkeys(keys, "VARCHAR")
+    found = {name: kind for name, kind in columns.items() if _names_one(name, kind)}
+    if METADATA not in columns:
+        return found
+    found |= {column.name: column.type for column in metadata_columns(connection, "samples")}
+    rows = connection.execute(f"SELECT DISTINCT unnest(json_keys({METADATA})) AS key FROM samples ORDER BY key")
+    taken = {name.lower() for name in columns}
+    return found | {key: "VARCHAR" for (key,) in rows.fetchall() if key not in found and key.lower() not in taken}
 
 
 def payee_expression(connection: duckdb.DuckDBPyConnection, by: str) -> str:
     """Return SQL for a sample's payee: a column's value, or that of a key of the samples' metadata.
 
+    A name is read as filters read it: see `sample_columns`.
+
     Raises:
         UnknownColumn: there is neither, or the column holds several values.
     """
-    columns = _columns(connection)
-    if by in columns and by not in _NO_PAYEES and not columns[by].endswith("]"):
-        quoted = by.replace('"', '""')
-        return f'CAST("{quoted}" AS VARCHAR)'
-    if METADATA in columns and by not in columns:
-        pointer = "/" + by.replace("~", "~0").replace("/", "~1")
-        value = f"json_extract_string({METADATA}, {literal(pointer)})"
+    columns = {name.lower(): (name, kind) for name, kind in _columns(connection).items()}
+    name, kind = columns.get(by.lower(), ("", ""))
+    if name and _names_one(name, kind):
+        return f'CAST("{name}" AS VARCHAR)'
+    if METADATA in columns and not name:
+        value = metadata_text(by)
         if connection.execute(f"SELECT 1 FROM samples WHERE {value} IS NOT NULL LIMIT 1").fetchall():
             return value
     there = ", ".join(payee_columns(connection))
     raise UnknownColumn(f"samples cannot be summed by {by!r}: take one of {there}")
+
+
+def _names_one(column: str, kind: str) -> bool:
+    """Return whether a column of samples has one value, which can name a payee."""
+    return column not in _NO_PAYEES and not kind.endswith("]")
 
 
 def _columns(connection: duckdb.DuckDBPyConnection) -> dict[str, str]:

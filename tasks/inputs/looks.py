@@ -32,7 +32,10 @@ def same_looks(looks: NDArray[np.uint8]) -> NDArray[np.int64]:
     bits = np.unpackbits(looks[:, :HASH_BYTES], axis=1).astype(np.float32)
     ones = bits.sum(1)
     apart = ones[:, None] + ones[None] - 2 * (bits @ bits.T)
-    pairs = np.argwhere(np.triu(apart <= MOST_BITS, k=1))
+    near_hashes = apart <= MOST_BITS
+    if np.count_nonzero(near_hashes) == len(looks):  # each to itself alone, as in most answers
+        return np.empty((0, 2), np.int64)
+    pairs = np.argwhere(np.triu(near_hashes, k=1))
     colours = looks[:, HASH_BYTES:].astype(np.int16)
     near = np.abs(colours[pairs[:, 0]] - colours[pairs[:, 1]]).max(1, initial=0) <= MOST_COLOUR
     found: NDArray[np.int64] = pairs[near]

@@ -18,7 +18,7 @@ from fastgda_core.evaluation.ranking_metrics import descending_ranks, top_mask
 from fastgda_core.extras import installed
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit, input_key
-from storage_schemas.heads.records import read_head_record
+from storage_schemas.heads.records import read_head_record, read_index_record
 from storage_schemas.tombstones import removed_ids
 from tasks.artifact import Artifact, Made, once
 from tasks.context import Context
@@ -140,6 +140,8 @@ def _render(
         stages=stages,
         samples=artifacts["samples"].rows,
         queries=sum(query.split not in KINDS for query in load_queries(artifacts["queries"])),
+        index=read_index_record(artifacts["index"].path) if "index" in artifacts else None,
+        index_version=artifacts["index"].key if "index" in artifacts else "",
         judged=judged_part(table, context.config) if table else None,
     )
 

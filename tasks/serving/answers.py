@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Tier = Literal["fast", "sketch", "exact"]
+Way = Literal["fast", "sketch", "exact", "images", "captions"]
+"""A tier, or the untuned features of one kind."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,30 @@ class Versions:
 
 
 @dataclass(frozen=True)
+class Column:
+    """The same question answered in another way, to be seen beside an answer.
+
+    way: another tier; or images, captions: the nearest by the untuned features of this kind, which no teacher taught.
+    space: the encoders of these features; empty of a tier.
+    hits: as many as the answer has. agreement: of this way with the teacher.
+    notes: what to know of this column, a line each.
+    """
+
+    way: Way
+    space: str
+    hits: list[Hit]
+    agreement: Agreement
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Answer:
     """The training samples that influenced an image most, best first.
 
     lowering: those that lower its likelihood most. similar: those that look alike and are not among the hits.
     notes: what to know of this answer, a line each: why a list is empty, or a figure is missing.
     influence: of tiers that score all samples, what the hits hold of all influence: see `Influence`.
+    beside: the same question in other ways, where that was asked for: see `Column`.
     lineage: names versions, question and settings: the same question to the same versions has the same one.
     """
 
@@ -101,6 +121,7 @@ class Answer:
     seconds: float
     influence: Influence | None = None
     notes: list[str] = field(default_factory=list)
+    beside: list[Column] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """Return the answer as plain values, in order."""

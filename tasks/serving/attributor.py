@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from fastgda_core.errors import UsageError
@@ -19,11 +18,13 @@ from storage_schemas.files import AnyPath
 from storage_schemas.workspace import Workspace
 from tasks.inputs.queries import Query
 from tasks.serving.answers import Answer, Hit, Tier, Versions
+from tasks.serving.beside import Among, Whole, columns
 from tasks.serving.catalogue import Catalogue
 from tasks.serving.exact import FIRST, Progress
 from tasks.serving.fast import Caption, FastTier, Picture
 from tasks.serving.loaded import Loaded
 from tasks.serving.nearest import low_and_alike, nearest_of, with_lowering
+from tasks.serving.picture_shares import PictureShares
 from tasks.serving.question import check_caption
 from tasks.serving.ranked import Lists, Scored, depth_for, lists_of_scores
 from tasks.serving.settings import AROUND, Settings, name_of
@@ -97,6 +98,7 @@ class Attributor:
         relative: bool = False,
         around: int = AROUND,
         progress: Progress | None = None,
+        beside: bool = False,
     ) -> Answer:
         """Return the k training samples that influenced an image most.
 
@@ -111,21 +113,22 @@ class Attributor:
             relative: of tier sketch: divide a score by the length of the sample's gradient.
             around: how many samples of each list beside the hits; 0: no such lists.
             progress: of tier exact, see `Progress`; what it raises ends the work.
+            beside: answer in the other ways, too, that take a moment: see `Column`.
 
         Raises:
             UsageError: the question makes no sense, or the tier is not there.
             RefusedFilter: `where` is no filter.
         """
-        settings = Settings(k, tier, where, tuple(exclude), first, relative, around)
+        settings = Settings(k, tier, where, tuple(exclude), first, relative, around, beside)
         settings.check()
         if caption is not None:
-            check_caption(caption)
+            check_caption(caption, "caption")
         picture = None if image is None else as_rgb(image)
         if tier == "fast":
             return self._answer_fast([picture], [caption], settings)[0]
         if picture is None or caption is None:
             raise UsageError(f"tier {tier} takes a gradient of the model: give the image and its caption")
-        return self._answer_slow(picture, caption, name_of(picture, caption), settings, None, progress)
+        return self._answer_slow(Whole(picture, caption), name_of(picture, caption), settings, None, progress)
 
     def attribute_many(
         self,
@@ -152,15 +155,17 @@ class Attributor:
         relative: bool = False,
         around: int = 0,
         progress: Progress | None = None,
+        beside: bool = False,
     ) -> Answer:
         """Answer for a stored query, whose vector is kept; of tier exact with the noise that its own scores have."""
         query, asked = self.query(query_id), f"query {query_id}"
-        settings = Settings(k, tier, where, tuple(exclude), first, relative, around)
+        settings = Settings(k, tier, where, tuple(exclude), first, relative, around, beside)
         settings.check()
+        whole = Whole(query.image, query.caption, query_id)
         if tier != "fast":
-            return self._answer_slow(query.image, query.caption, asked, settings, query.owner, progress)
-        features = self.fast.features([query.image], [query.caption]) if around else None
-        return self._by_vectors(self.query_vector(query, features)[None], [asked], settings, features)[0]
+            return self._answer_slow(whole, asked, settings, query.owner, progress)
+        features = self.fast.features([query.image], [query.caption]) if around or beside else None
+        return self._by_vectors(self.query_vector(query, features)[None], [asked], settings, features, [whole])[0]
 
     def attribute_vector(
         self,
@@ -213,7 +218,7 @@ class Attributor:
         """Return what `encode_many` does, and phi of the questions, (questions, d)."""
         for caption in captions:
             if caption is not None:
-                check_caption(caption)
+                check_caption(caption, "caption")
         features = self.fast.features(pictures, captions)
         return self.fast.vectors(features, captions), features
 
@@ -239,6 +244,11 @@ class Attributor:
                 self._vectors[query.query_id] = found
         return found
 
+    @property
+    def pictures(self) -> PictureShares:
+        """What tells the shares of pictures that no teacher scored."""
+        return self._loaded.once("shares of pictures", lambda: PictureShares(self._loaded))
+
     def sample(self, train_id: int) -> Hit:
         """Return the facts of a training sample, with rank 0; UnknownSample, RemovedSample: there is none."""
         return self.catalogue().sample(train_id)
@@ -252,11 +262,17 @@ class Attributor:
     ) -> list[Answer]:
         vectors, features = self.encode_both(pictures, captions)
         both = list(zip(pictures, captions, strict=True))
-        answers = self._by_vectors(vectors, [name_of(*each) for each in both], settings, features)
+        wholes = [Whole(*each) for each in both]
+        answers = self._by_vectors(vectors, [name_of(*each) for each in both], settings, features, wholes)
         return [_of_part(answer, *each) for answer, each in zip(answers, both, strict=True)]
 
     def _by_vectors(
-        self, vectors: NDArray[np.float32], asked: Sequence[str], settings: Settings, features: Tensor | None
+        self,
+        vectors: NDArray[np.float32],
+        asked: Sequence[str],
+        settings: Settings,
+        features: Tensor | None,
+        wholes: Sequence[Whole] = (),
     ) -> list[Answer]:
         """Answer several questions of tier fast, by one search."""
         started, fast = time.perf_counter(), self.fast
@@ -273,20 +289,18 @@ class Attributor:
                 lists = with_lowering(fast, catalogue, vectors[mine], lists, allowed, settings, tied=self._loaded.tied)
                 phi = None if features is None else features[number]
                 lists = self._with_similar(lists, catalogue, vectors[mine], phi, allowed, settings)
+            if settings.beside and features is not None:
+                among = Among(catalogue, allowed)
+                lists = self._with_beside(lists, wholes[number], vectors[mine], features[number], among, settings)
             answers.append(self._answer(settings, question, present.take_down, lists, started))
         return answers
 
     def _answer_slow(
-        self,
-        picture: Image.Image,
-        caption: str,
-        asked: str,
-        settings: Settings,
-        owner: int | None,
-        progress: Progress | None,
+        self, whole: Whole, asked: str, settings: Settings, owner: int | None, progress: Progress | None
     ) -> Answer:
         """Answer one question of tier sketch or exact."""
-        started = time.perf_counter()
+        started, (picture, caption, _) = time.perf_counter(), whole
+        assert picture is not None and caption is not None
         tier = self._loaded.exact if settings.tier == "exact" else self._loaded.sketch
         catalogue = self.catalogue(tier.samples_path)
         present = catalogue.present()
@@ -303,14 +317,21 @@ class Attributor:
         lists = lists_of_scores(
             catalogue, found, present.mask, allowed, settings.k, settings.around, tied=self._loaded.tied
         )
+        left_out = self._loaded.left_out(catalogue.path, f"tier {settings.tier} does not know them, tier fast does")
+        lists = replace(lists, notes=[*left_out, *lists.notes])
         if around is not None and settings.around:
             lists = self._with_similar(lists, catalogue, around[0], around[1][0], allowed, settings)
+        if around is not None and settings.beside:
+            among = Among(catalogue, allowed)
+            lists = self._with_beside(lists, whole, around[0], around[1][0], among, settings)
         return self._answer(settings, asked, present.take_down, lists, started)
 
     def _asks_fast(self, settings: Settings) -> bool:
-        """Return whether a slower tier's answer has a part that the fast tier makes: the choice, or similar images."""
-        chooses = settings.first is not None or settings.tier == "exact"
-        return (chooses or settings.around > 0) and (settings.first is not None or self._loaded.has_fast)
+        """Return whether a slower tier's answer has a part that the fast tier makes: the choice, or what is beside."""
+        if settings.first is not None:
+            return True
+        wanted = settings.tier == "exact" or settings.around > 0 or settings.beside
+        return wanted and self._loaded.has_fast
 
     def _first(
         self,
@@ -323,12 +344,12 @@ class Attributor:
         count = settings.first or (FIRST if settings.tier == "exact" else None)
         if count is None or around is None:
             return None
-        if self.fast.samples_path != catalogue.path:
+        if not self._loaded.extends(self.fast.samples_path, catalogue.path):
             raise UsageError(
                 "the served index is of other training samples than the published run: `fastgda index build CONFIG` "
                 "and `fastgda evaluate CONFIG` with the run's configuration serve one of these"
             )
-        train_ids = self.fast.search(around[0], count, allowed)[1][0]
+        train_ids = self.fast.search(around[0], count, self.fast.reaching(allowed, len(catalogue)))[1][0]
         return train_ids[train_ids >= 0]
 
     def _with_similar(
@@ -343,11 +364,27 @@ class Attributor:
         """Return the lists with the images that look alike and influence little, or with why there are none."""
         why = "similar images are found by an image's features, and a vector has none"
         if features is not None:
-            if not isinstance(untuned := self._loaded.untuned, str):
+            if not isinstance(untuned := self._loaded.untuned(), str):
                 similar = low_and_alike(self.fast, untuned, catalogue, vector, features, lists.hits, allowed, settings)
-                return replace(lists, similar=similar)
+                notes = list(lists.notes)
+                if settings.tier == "fast":
+                    notes += self._loaded.left_out(untuned.samples_path, "of the images that look alike alone")
+                return replace(lists, similar=similar, notes=notes)
             why = f"similar images are not named: {untuned}"
         return replace(lists, notes=[*lists.notes, why])
+
+    def _with_beside(
+        self,
+        lists: Lists,
+        whole: Whole,
+        vector: NDArray[np.float32],
+        features: Tensor,
+        among: Among,
+        settings: Settings,
+    ) -> Lists:
+        """Return the lists with what other ways answer to the same question."""
+        found, notes = columns(self._loaded, whole, vector, features, among, settings)
+        return replace(lists, beside=found, notes=[*lists.notes, *notes])
 
     def _answer(self, settings: Settings, asked: str, take_down: int, lists: Lists, started: float) -> Answer:
         return Answer(
@@ -361,6 +398,7 @@ class Attributor:
             seconds=time.perf_counter() - started,
             influence=lists.influence,
             notes=lists.notes,
+            beside=lists.beside,
         )
 
 

@@ -1,6 +1,7 @@
 """A client of the HTTP service, with the same answers as Python gives: `Client("http://127.0.0.1:8000")`.
 
-It is made of Python's own library, pydantic, and this file's neighbour `answers.py`: no torch is imported.
+It is made of Python's own library, pydantic, and its neighbours `answers.py` and `shares_answer.py`: no torch is
+imported.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any, cast
@@ -21,9 +23,10 @@ from urllib.parse import quote, urlencode
 from pydantic import TypeAdapter
 
 from tasks.serving.answers import Answer, Tier
+from tasks.serving.shares_answer import SharesAnswer
 
 POLL_SECONDS = 0.5
-_ANSWER = TypeAdapter(Answer)
+_ANSWER, _SHARES = TypeAdapter(Answer), TypeAdapter(SharesAnswer)
 
 
 class ServiceError(RuntimeError):
@@ -40,6 +43,7 @@ class Asked:
 
     image: content of a PNG, JPEG or WebP file, or its path.
     around: samples of each list beside the hits; None: as many as the service gives; 0, which is quicker: none.
+    beside: whether other tiers and untuned features answer, too.
     """
 
     image: bytes | Path | None = None
@@ -53,17 +57,45 @@ class Asked:
     first: int | None = None
     relative: bool = False
     around: int | None = None
+    beside: bool = False
 
     def fields(self) -> dict[str, Any]:
         """Return the question as the service reads it."""
         known = {name: value for name, value in vars(self).items() if value not in (None, ())}
         if self.image is not None:
-            content = self.image.read_bytes() if isinstance(self.image, Path) else self.image
-            known["image"] = base64.b64encode(content).decode()
+            known["image"] = _base64(self.image)
         for name in ("exclude", "vector"):
             if name in known:
                 known[name] = list(known[name])
         return known
+
+
+@dataclass(frozen=True)
+class AskedShares:
+    """Whose shares, of which queries, or of which picture.
+
+    by: column of samples, or key of their metadata.
+    query_ids, split, since, until: of these queries alone; what is given together has to hold together.
+    image, caption, tier: in their place a picture that no teacher scored; tier fast unless given, or sketch.
+    """
+
+    by: str = "shard"
+    query_ids: Sequence[str] | None = None
+    split: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+    image: bytes | Path | None = None
+    caption: str | None = None
+    tier: Tier | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """Return the question as the service reads it."""
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        if self.image is not None:
+            known["image"] = _base64(self.image)
+        if self.query_ids is not None:
+            known["query_ids"] = list(self.query_ids)
+        return known | {name: known[name].isoformat() for name in ("since", "until") if name in known}
 
 
 class Client:
@@ -105,6 +137,10 @@ class Client:
                     yield answer_of(told["answer"])
                 else:
                     yield ServiceError(200, told["error"], told.get("where") or "")
+
+    def shares(self, asked: AskedShares) -> SharesAnswer:
+        """Return whose images the influence came from; ServiceError: the service refuses the question."""
+        return _SHARES.validate_python(self._json("POST", "/v1/shares", asked.fields()))
 
     def sample(self, train_id: int) -> dict[str, Any]:
         """Return what is known of a training sample."""
@@ -164,6 +200,10 @@ class Client:
                 with response:
                     yield response
                 return
+
+
+def _base64(image: bytes | Path) -> str:
+    return base64.b64encode(image.read_bytes() if isinstance(image, Path) else image).decode()
 
 
 def _refusal(error: urllib.error.HTTPError) -> ServiceError:

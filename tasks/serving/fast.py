@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastgda_core.errors import UsageError
-from fastgda_core.features import Encoder, concatenate
+from fastgda_core.features import Encoder, concatenate, encoder_names
 from fastgda_core.images import as_rgb
 from storage_schemas.heads.records import index_samples, read_head_record
 from storage_schemas.snapshots.published import Published
@@ -55,8 +55,9 @@ class FastTier:
         self.mean = read_index_mean(index) if self.space.centre else None
         self.index = open_search_index(index, head.name)
         self.samples_path = workspace.file(published.index_samples or index_samples(workspace, head, index))
+        self.samples = samples_table(self.samples_path).num_rows
         calibration = read_calibration(workspace, published.metrics) if published.metrics else None
-        self.predictions = Predictions(calibration, self.index, samples_table(self.samples_path).num_rows)
+        self.predictions = Predictions(calibration, self.index, self.samples)
         # A gradient head loads the model at its first question, which nobody should wait for.
         self.vectors(self.features([_BLANK], ["a picture"]), ["a picture"])
 
@@ -94,6 +95,14 @@ class FastTier:
         """Return similarities and train_ids of the k best that are allowed, (questions, k) each; -1: no more found."""
         return self.index.search(vectors, k, allowed=allowed)
 
+    def reaching(self, allowed: NDArray[np.bool_] | None, samples: int) -> NDArray[np.bool_] | None:
+        """Return a filter over the first so many samples as `search` takes it; what was added behind is not named."""
+        if samples >= self.samples:
+            return allowed
+        wide = np.zeros(self.samples, np.bool_)
+        wide[:samples] = True if allowed is None else allowed
+        return wide
+
     @property
     def can_lower(self) -> bool:
         """Whether a very negative similarity means that a sample lowers the image's likelihood.
@@ -106,6 +115,12 @@ class FastTier:
     def sees(self) -> set[str]:
         """What the head's encoders look at: image, text or both."""
         return {str(encoder.modality) for encoder in self.encoders}
+
+    @functools.cached_property
+    def widths(self) -> dict[str, int]:
+        """How many numbers of phi each encoder gives, in their order."""
+        names = encoder_names(self.space.space)
+        return {name: _encoded(encoder, [None]).shape[1] for name, encoder in zip(names, self.encoders, strict=True)}
 
     def _check_parts(self, picture: Picture, caption: Caption) -> None:
         """Raise UsageError where the head cannot answer for want of a picture or of a caption."""

@@ -56,7 +56,9 @@ class Looks:
     def _alike(self, train_ids: NDArray[np.int64]) -> dict[int, list[int]]:
         """Return the earlier places whose samples look the same, by place."""
         digests = self._bytes[train_ids]
-        pairs = [np.argwhere(np.triu(digests[:, None] == digests[None], k=1))]
+        pairs = [np.empty((0, 2), np.int64)]
+        if len(set(digests.tolist())) < len(digests):
+            pairs = [np.argwhere(np.triu(digests[:, None] == digests[None], k=1))]
         hashed = np.flatnonzero(self._hashed[train_ids])
         if len(hashed):
             pairs.append(hashed[same_looks(self._looks[train_ids[hashed]])])

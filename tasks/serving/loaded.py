@@ -15,13 +15,15 @@ from storage_schemas.snapshots.published import read_published
 from storage_schemas.snapshots.snapshots import read_snapshot
 from storage_schemas.workspace import Workspace
 from tasks.inputs.queries import Query, load_queries, queries_artifact
+from tasks.serving.added import extends, left_out
 from tasks.serving.agreement import agreements
-from tasks.serving.answers import Agreement, Tier
+from tasks.serving.answers import Agreement, Way
 from tasks.serving.catalogue import Catalogue
 from tasks.serving.exact import ExactTier
 from tasks.serving.fast import FastTier
+from tasks.serving.question import check_sketched
 from tasks.serving.sketched import SketchTier
-from tasks.serving.untuned import Untuned
+from tasks.serving.untuned import Kind, Untuned, numbers_of
 from tasks.serving.versions import served_versions
 
 Part = TypeVar("Part")
@@ -42,33 +44,53 @@ class Loaded:
 
     @property
     def fast(self) -> FastTier:
-        return self._once("fast", lambda: FastTier(self.workspace, self.published))
+        return self.once("fast", lambda: FastTier(self.workspace, self.published))
 
     @property
     def sketch(self) -> SketchTier:
-        return self._once("sketch", lambda: SketchTier(self.workspace, self.published.run))
+        return self.once("sketch", lambda: SketchTier(self.workspace, self.published.run))
 
     @property
     def exact(self) -> ExactTier:
-        return self._once("exact", lambda: ExactTier(self.workspace, self.published.run))
+        return self.once("exact", lambda: ExactTier(self.workspace, self.published.run))
 
     @property
     def has_fast(self) -> bool:
         """Whether a head and an index are published."""
         return self.published.head is not None and self.published.index is not None
 
-    @property
-    def untuned(self) -> Untuned | str:
-        """The untuned features of the samples; or why there are none."""
+    @functools.cached_property
+    def has_sketches(self) -> bool:
+        """Whether the published run keeps sketches."""
+        try:
+            check_sketched(self.workspace, self.published.run)
+        except (UsageError, StoreError):
+            return False
+        return True
+
+    def untuned(self, kind: Kind | None = None) -> Untuned | str:
+        """Return the untuned features of the samples, of both kinds or of one; or why there are none."""
 
         def load() -> Untuned | str:
             fast = self.fast
             try:
-                return Untuned(self.workspace, self.published.run, fast.space, fast.samples_path)
+                numbers = slice(None) if kind is None else numbers_of(kind, fast.widths)
+                found = Untuned(self.workspace, self.published.run, fast.space, numbers)
             except (UsageError, StoreError) as error:
                 return str(error)
+            if not self.extends(fast.samples_path, found.samples_path):
+                return "the published run is of other training samples than the index"
+            return found
 
-        return self._once("untuned", load)
+        return self.once(f"untuned {kind}", load)
+
+    def extends(self, path: AnyPath, base: AnyPath) -> bool:
+        """Return whether a table of samples is another one, or that one with samples added behind its own."""
+
+        def compare() -> bool:
+            return extends(self.catalogue(path).table, self.catalogue(base).table)
+
+        return path == base or self.once(f"{path} extends {base}", compare)
 
     def catalogue(self, path: AnyPath | None = None) -> Catalogue:
         """Return a table of samples, unless told otherwise those that are published."""
@@ -77,14 +99,14 @@ class Loaded:
             if relative is None:
                 raise UsageError(f"{self.workspace.root} has no samples: what is published was imported without them")
             path = self.workspace.file(relative)
-        return self._once(f"samples {path}", lambda: Catalogue(self.workspace, path))
+        return self.once(f"samples {path}", lambda: Catalogue(self.workspace, path))
 
     @functools.cached_property
-    def agreements(self) -> dict[Tier, Agreement]:
-        """How far each tier agrees with the teacher."""
+    def agreements(self) -> dict[Way, Agreement]:
+        """How far each tier, and each kind of untuned features, agrees with the teacher."""
         head = self.published.head
-        kind = read_head_record(self.workspace.file(head)).kind if head else ""
-        return agreements(self.workspace, self.published, kind)
+        record = read_head_record(self.workspace.file(head)) if head else None
+        return agreements(self.workspace, self.published, record)
 
     @functools.cached_property
     def tied(self) -> bool:
@@ -97,7 +119,23 @@ class Loaded:
         sets = [queries_artifact(self.workspace.file(path)) for path in self.published.queries]
         return {query.query_id: query for each in sets for query in load_queries(each)}
 
-    def _once(self, name: str, load: Callable[[], Part]) -> Part:
+    def left_out(self, path: AnyPath, by: str) -> list[str]:
+        """Return a line that says how many samples of the served index a table of the run's lacks, if there are any.
+
+        Args:
+            path: the table.
+            by: why these are left out.
+        """
+        relative = self.published.index_samples
+        if relative is None or not self.extends(whole := self.workspace.file(relative), path):
+            return []
+        catalogue, known = self.catalogue(whole), len(self.catalogue(path))
+        present = catalogue.present().mask
+        added = len(catalogue) - known if present is None else int(present[known:].sum())
+        return left_out(added, by)
+
+    def once(self, name: str, load: Callable[[], Part]) -> Part:
+        """Return a part by its name, which is loaded the first time."""
         with self._lock:
             if name not in self._parts:
                 self._parts[name] = load()

@@ -93,7 +93,7 @@ def low_and_alike(
     named = [train_id for hit in hits for train_id in (hit.train_id, *hit.duplicates)]
     kept = (train_ids >= 0) & (cosine > 0) & ~np.isin(train_ids, named)
     cosine, train_ids = cosine[kept], train_ids[kept]
-    above = share_above(fast, len(catalogue), vector, train_ids)
+    above = share_above(fast, vector, train_ids)
     low = above > LOW
     cosine, train_ids, above = cosine[low], train_ids[low], above[low]
 
@@ -103,15 +103,13 @@ def low_and_alike(
     return hits_of(catalogue, first, settings.around)
 
 
-def share_above(
-    fast: FastTier, samples: int, vector: NDArray[np.float32], train_ids: NDArray[np.int64]
-) -> NDArray[np.float64]:
+def share_above(fast: FastTier, vector: NDArray[np.float32], train_ids: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return for some samples the share of the drawn ones that are nearer to a vector, (1, width)."""
-    drawn = drawn_samples(samples)
-    both = np.zeros(samples, np.bool_)
+    drawn = drawn_samples(fast.samples)
+    both = np.zeros(fast.samples, np.bool_)
     both[drawn] = both[train_ids] = True
     similarity, found = fast.search(vector, int(both.sum()), both)
-    by_sample = np.full(samples, -np.inf)
+    by_sample = np.full(fast.samples, -np.inf)
     by_sample[found[0][found[0] >= 0]] = similarity[0][found[0] >= 0]
     above = np.searchsorted(np.sort(-by_sample[drawn]), -by_sample[train_ids], side="left")
     return above / len(drawn)

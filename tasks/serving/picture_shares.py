@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import cached_property
 from typing import Literal
 
@@ -14,28 +15,37 @@ from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.predicted_shares import predicted_shares
 from fastgda_core.evaluation.shares import Period, Sums, shares_of_groups
 from fastgda_core.images import as_rgb
+from storage_schemas.errors import StoreError
+from storage_schemas.files import AnyPath
+from storage_schemas.snapshots.published import read_published
 from storage_schemas.snapshots.snapshots import read_influence
 from storage_schemas.sql.shares import Payees, number_payees, payees_of_samples
 from storage_schemas.sql.views import connect
 from storage_schemas.tombstones import removed_ids, without
-from storage_schemas.workspace import Workspace
 from tasks.serving.fast import FastTier
 from tasks.serving.loaded import Loaded
-from tasks.serving.shares import SharesAnswer, shares_answer
+from tasks.serving.shares import shares_answer
+from tasks.serving.shares_answer import SharesAnswer
 
 DEPTH = 200_000  # ranks of a head that are told apart; later samples are paid all the same
 SCORED = 64  # queries by which predictions are calibrated, at most
 Paid = tuple[NDArray[np.int64], NDArray[np.float64]]  # train_ids, shares
+Calibration = tuple[NDArray[np.float64], NDArray[np.int64], list[Paid]]
 FEWEST = 3  # fewer say nothing of how far predictions are off
 CALIBRATES = "test"  # the split that neither trained nor chose the head
 
 
-class PictureShares:
-    """What answers for pictures, loaded when it is first needed; of what is published then."""
+class OtherPublished(StoreError):
+    """Another run was published since this was loaded."""
 
-    def __init__(self, workspace: Workspace) -> None:
-        self.workspace, self.loaded = workspace, Loaded(workspace)
-        self.published = self.loaded.published
+
+class PictureShares:
+    """What answers for pictures, loaded when it is first needed; concurrent calls may share it."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.workspace, self.loaded, self.published = loaded.workspace, loaded, loaded.published
+        self._lock = threading.Lock()
+        self._calibrated: tuple[int, Calibration] | None = None  # of the newest take-down that it honours
 
     def shares(self, image: Image.Image, caption: str, by: str, tier: Literal["fast", "sketch"]) -> SharesAnswer:
         """Return the shares of a picture.
@@ -43,7 +53,10 @@ class PictureShares:
         Raises:
             UsageError: the tier cannot answer here: without sketches, or with too few queries that the teacher scored.
             UnknownColumn: samples cannot be summed by this column.
+            OtherPublished: its samples are no longer those that are published.
         """
+        if read_published(self.workspace).samples != self.published.samples:
+            raise OtherPublished("a run of other training samples was published meanwhile: ask again")
         with connect(self.workspace.root) as connection:
             payees = number_payees(connection, by)
             of_sample = payees_of_samples(connection, payees)
@@ -64,25 +77,35 @@ class PictureShares:
     def _of_order(
         self, picture: Image.Image, caption: str, by: str, payees: Payees, of_sample: NDArray[np.int64]
     ) -> SharesAnswer:
-        scored, ordered, paid = self._calibration
+        scored, ordered, paid = self._calibration()
         order = self._order(picture, caption)
         depth = min(len(order), scored.shape[1])
         scored, ordered, order = scored[:, :depth], ordered[:, :depth], order[:depth]
         truth = np.zeros((len(paid), len(payees.names)))
         for row, (train_ids, share) in zip(truth, paid, strict=True):
             np.add.at(row, of_sample[train_ids], share)
-        shares = predicted_shares(scored, of_sample[ordered], truth, of_sample[order], payees.samples)
+        run = self.loaded.catalogue(self._samples_path)
+        known = np.arange(len(run)) if (mask := run.present().mask) is None else np.flatnonzero(mask)
+        samples = np.bincount(of_sample[known], minlength=len(payees.names))  # of the view, those that were added, too
+        shares = predicted_shares(scored, of_sample[ordered], truth, of_sample[order], samples)
         there = np.arange(len(payees.names))
         unknown = np.full(len(there), np.nan)
         period = Period(len(there))
         # A prediction has no unit: what a payee holds is told as a part of 1.
-        period.add(Sums(there, payees.samples, shares.share, unknown, unknown), shares)
+        period.add(Sums(there, samples, shares.share, unknown, unknown), shares)
         return shares_answer(self.workspace, self.published, by, payees, period.shares(), "calibration", "fast")
+
+    @property
+    def _samples_path(self) -> AnyPath:
+        """The samples of the published run: those that have scores."""
+        if self.published.samples is None:
+            raise UsageError(f"{self.workspace.root} has no samples: what is published was imported without them")
+        return self.workspace.file(self.published.samples)
 
     @cached_property
     def _fast(self) -> FastTier:
         fast = self.loaded.fast
-        if self.workspace.relative(fast.samples_path) != self.published.samples:
+        if not self.loaded.extends(fast.samples_path, self._samples_path):
             raise UsageError(
                 "the served index is of other training samples than the published scores: index again with the "
                 "published run's configuration"
@@ -95,18 +118,25 @@ class PictureShares:
     def _order(self, picture: Image.Image, caption: str) -> NDArray[np.int64]:
         """Return the train_ids of the head's first ranks, without those that are taken down."""
         vectors = self._fast.vectors(self._fast.features([picture], [caption]), [caption])
-        present = self.loaded.catalogue(self._fast.samples_path).present().mask
-        _, train_ids = self._fast.search(vectors, DEPTH, present)
+        run = self.loaded.catalogue(self._samples_path)
+        _, train_ids = self._fast.search(vectors, DEPTH, self._fast.reaching(run.present().mask, len(run)))
         return train_ids[0][train_ids[0] >= 0]
 
-    @cached_property
-    def _calibration(self) -> tuple[NDArray[np.float64], NDArray[np.int64], list[Paid]]:
+    def _calibration(self) -> Calibration:
+        """Return what predictions are calibrated by, computed anew after a take-down."""
+        with self._lock:
+            number = self.loaded.catalogue(self._samples_path).present().take_down
+            if self._calibrated is None or self._calibrated[0] != number:
+                self._calibrated = number, self._calibrate()
+            return self._calibrated[1]
+
+    def _calibrate(self) -> Calibration:
         """Return what share of each scored query the sample at each rank has, and its train_id, (queries, depth).
 
         And whom the teacher pays on each.
         """
         asked = [query for query in self.loaded.queries.values() if query.split == CALIBRATES][:SCORED]
-        removed, samples = self._removed(), len(self.loaded.catalogue(self._fast.samples_path))
+        removed, samples = self._removed(), len(self.loaded.catalogue(self._samples_path))
         shares, orders, paid = [], [], []
         for query in asked:
             rows = read_influence(self.workspace, self.published.snapshot, [query.query_id])
@@ -122,7 +152,7 @@ class PictureShares:
         if len(shares) < FEWEST:
             raise UsageError(
                 f"the teacher scored {len(shares)} queries of split {CALIBRATES}, by which an index is calibrated, and "
-                f"{FEWEST} are needed: ask with --tier sketch, or score more queries"
+                f"{FEWEST} are needed: ask tier sketch, or score more queries"
             )
         depth = min(map(len, orders))  # an approximate index may find fewer for some
         return np.stack([each[:depth] for each in shares]), np.stack([each[:depth] for each in orders]), paid

@@ -35,7 +35,11 @@ def check_sketched(workspace: Workspace, run: str) -> None:
         )
 
 
-def check_caption(caption: str) -> None:
-    """Raise UsageError where the caption is blank, as a training sample without a caption is refused."""
+def check_caption(caption: str, called: str) -> None:
+    """Raise UsageError where the caption is blank, as a training sample without a caption is refused.
+
+    Args:
+        called: what it is where it was given: an argument or an option.
+    """
     if not caption.strip():
-        raise UsageError("--caption is empty: give the caption that the image was generated from")
+        raise UsageError(f"{called} is empty: give the caption that the image was generated from")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.serving.answers import Hit, Influence
+from tasks.serving.answers import Column, Hit, Influence
 from tasks.serving.catalogue import Catalogue
 
 Figures = dict[str, NDArray[np.floating]]
@@ -29,6 +29,7 @@ class Lists:
     similar: list[Hit] = field(default_factory=list)
     influence: Influence | None = None
     notes: list[str] = field(default_factory=list)
+    beside: list[Column] = field(default_factory=list)
 
 
 def depth_for(k: int) -> int:

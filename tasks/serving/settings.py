@@ -26,6 +26,7 @@ class Settings:
     first: int | None = None
     relative: bool = False
     around: int = AROUND
+    beside: bool = False
 
     def check(self) -> None:
         """Raise UsageError where these make no sense together."""

@@ -13,7 +13,7 @@ from fastgda_core.errors import UsageError
 from fastgda_core.search import rounded
 from fastgda_core.search.build import add, can_merge, has_own_ids, merge, new_index, read_index, train, write_index
 from fastgda_core.search.kinds import bytes_each, choose_kind, is_kind
-from fastgda_core.search.recall import exact_neighbours, measure, perturbed, recall, settings_for
+from fastgda_core.search.recall import Neighbours, exact_neighbours, measure, perturbed, recall, settings_for
 from fastgda_core.search.rounded import Rounded
 from fastgda_core.search.searcher import MANY, TRIED, Searcher, SearchSettings, open_index
 
@@ -215,6 +215,15 @@ def test_recall_counts_what_is_as_near_as_the_last(vectors: Vectors, queries: Ve
     assert recall(np.array([[1]]), twice, 1) == 0.0
 
 
+def surely(searcher: Searcher, queries: Vectors, truth: Neighbours, settings: SearchSettings) -> float:
+    """Recall at 100, less a standard error over queries."""
+    each = [
+        measure(searcher, queries[row : row + 1], Neighbours(*(part[row : row + 1] for part in truth)), settings).at_100
+        for row in range(len(queries))
+    ]
+    return float(np.mean(each) - np.std(each) / len(each) ** 0.5)
+
+
 @pytest.mark.heavy
 def test_settings_are_the_cheapest_that_reach_the_target(vectors: Vectors, train_ids: NDArray[np.int64]) -> None:
     asked = perturbed(vectors, 64, seed=5)
@@ -224,9 +233,9 @@ def test_settings_are_the_cheapest_that_reach_the_target(vectors: Vectors, train
         searcher = built(kind, vectors, train_ids)
         chosen = settings_for(searcher, asked, truth, 0.9)
         value = getattr(chosen, name)
-        assert measure(searcher, asked, truth, chosen).at_100 >= 0.9
+        assert surely(searcher, asked, truth, chosen) >= 0.9
         if value > {"nprobe": 1, "ef_search": 16}[name]:
-            assert measure(searcher, asked, truth, SearchSettings(**{name: value // 2})).at_100 < 0.9
+            assert surely(searcher, asked, truth, SearchSettings(**{name: value // 2})) < 0.9
     refined = settings_for(built("IVF16,RaBitQ,Refine(SQfp16)", vectors, train_ids), asked, truth, 0.9)
     assert refined.nprobe and refined.k_factor and refined.k_factor > 1
     assert settings_for(built("Flat", vectors, train_ids), asked, truth, 0.9) == SearchSettings()

@@ -61,10 +61,9 @@ def configuration(folder: Path, model: Path, **changes: object) -> PipelineConfi
             "twins": TWINS,
             "steps": 2,
         },
-        features={"space": "pixel"},
         head={"epochs": 2},
         evaluation={"cutoffs": CUTOFFS, "validation_cutoff": CUTOFFS[-1], "neighbors": 3, "gain_floor": None},
-        **changes,
+        **({"features": {"space": "pixel"}} | changes),
     )
     return PipelineConfig.model_validate(whole)
 

@@ -75,6 +75,7 @@ def answer_alone(
         "first": question.first,
         "relative": question.relative,
         "around": question.around,
+        "beside": question.beside,
         "progress": progress,
     }
     if question.query_id is not None:

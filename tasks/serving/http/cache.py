@@ -50,12 +50,24 @@ class Answers:
         self._kept: OrderedDict[Hashable, Answer] = OrderedDict()
 
     @staticmethod
+    def keeps(question: Question) -> bool:
+        """Return whether answers to such questions are kept."""
+        return question.query_id is not None and question.tier == "fast"
+
+    @staticmethod
     def key(attributor: Attributor, question: Question) -> Hashable | None:
         """Return what an answer depends on; None where it is not kept."""
-        if question.query_id is None or question.tier != "fast":
+        if not Answers.keeps(question):
             return None
         take_down = attributor.catalogue(attributor.fast.samples_path).present().take_down
-        asked = (question.query_id, question.k, question.where, tuple(question.exclude), question.around)
+        asked = (
+            question.query_id,
+            question.k,
+            question.where,
+            tuple(question.exclude),
+            question.around,
+            question.beside,
+        )
         return attributor.versions.published, take_down, asked
 
     def get(self, key: Hashable, started: float) -> Answer | None:

@@ -107,6 +107,7 @@ class Engine:
         try:
             fresh = Attributor(self.workspace)
             fresh.fast.index.prepare()  # no question shall wait for it
+            _ = fresh.queries  # else the first request that names one reads them, on the event loop
         except (UsageError, StoreError, OSError) as error:
             if number != self._loaded:
                 log.error("published version %d cannot be served: %s", number, one_line(error))

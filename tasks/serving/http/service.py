@@ -95,17 +95,19 @@ class Service:
     async def answer(self, question: Question, ticket: Ticket) -> Answer:
         """Answer a question of tier fast or sketch; those of tier fast together with others of the same time."""
         attributor, started = self.engine.current, time.perf_counter()
-        key = Answers.key(attributor, question)
+        # The newest take-down is looked for, in a store that may be far away.
+        key = await self.reading(lambda: Answers.key(attributor, question)) if Answers.keeps(question) else None
         if key is not None and (kept := self.answers.get(key, started)) is not None:
             return kept
         if question.where is not None and question.tier == "fast":  # it is kept: no other question waits for it
             catalogue = attributor.catalogue(attributor.fast.samples_path)
             await self.slowly(lambda: catalogue.allowed(catalogue.present(), question.where))
         picture = await self._picture(question)
-        if question.tier != "fast":
+        if question.tier != "fast" or question.beside:
             ticket.step_aside()
-            return await self.slowly(lambda: answer_alone(attributor, question, picture))
-        answer = await asyncio.wrap_future(ticket.put(question, picture))
+            answer = await self.slowly(lambda: answer_alone(attributor, question, picture))
+        else:
+            answer = await asyncio.wrap_future(ticket.put(question, picture))
         if key is not None and answer.versions.published == attributor.versions.published:
             self.answers.put(key, answer)
         return answer

@@ -5,8 +5,6 @@ import { gallery } from "./pictures.js";
 import { TIERS, figure, percent, plural, sentence, whole, withError } from "./words.js";
 
 const CAVEAT = "This is what the model's maths says. It is not proof.";
-const ALIKE =
-  "Similar by untuned features, and far down by the head: what a search for similar pictures would name instead.";
 
 /** The label beside an answer, as a museum has one beside a picture: what matters first, the rest on demand. */
 export function label(answer) {
@@ -127,11 +125,11 @@ function section(id, title, says, hits, open, empty = null) {
   );
 }
 
-/** Two lists beside each other, each {title, hits} with the answer that it is of; what both hold is marked. */
+/** Two tiers' answers beside each other, each {title, hits, answer}; what both hold is marked. */
 export function sideBySide(left, right, open) {
   const places = [left, right].map(({ hits }) => new Map(hits.map((hit) => [hit.train_id, hit.rank])));
   const both = left.hits.filter((hit) => places[1].has(hit.train_id)).length;
-  const answers = [left, right].map(({ answer }) => answer).filter(Boolean);
+  const answers = [left.answer, right.answer];
   const warnings = new Set(answers.map(({ agreement }) => agreement.note).filter(Boolean));
   const notes = new Set(answers.flatMap((answer) => answer.notes));
   const column = (side, other, rank) =>
@@ -139,9 +137,9 @@ export function sideBySide(left, right, open) {
       "section",
       { class: "column", "aria-label": side.title },
       el("h2", { text: side.title }),
-      side.answer ? plate(side.answer, null) : line("quiet", ALIKE),
+      plate(side.answer, null),
       side.hits.length
-        ? gallery(side.hits, open, (id) => (rank.has(id) ? `${other.title}: ${rank.get(id)}` : null))
+        ? gallery(side.hits, open, (id) => (rank.has(id) ? `${other.title}: ${rank.get(id)}` : null), side.answer.tier)
         : line("empty", "Nothing is known here."),
     );
   return [
@@ -151,13 +149,9 @@ export function sideBySide(left, right, open) {
       line("caveat", CAVEAT),
       [...warnings].map((text) => line("warning", sentence(text))),
       [...notes].map((text) => line("note", sentence(text))),
-      right.answer
-        ? line(
-            "lead",
-            `${whole(both)} of the ${plural(left.hits.length, "image")} on the left are on the right as well.`,
-            { id: "overlap" },
-          )
-        : null,
+      line("lead", `${whole(both)} of the ${plural(left.hits.length, "image")} on the left are on the right as well.`, {
+        id: "overlap",
+      }),
     ),
     el("div", { class: "beside" }, column(left, right, places[1]), column(right, left, places[0])),
   ];

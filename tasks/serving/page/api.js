@@ -47,6 +47,14 @@ const postJson = (path, body, signal) =>
     signal,
   });
 
+function postForm(path, fields, signal) {
+  const form = new FormData();
+  for (const [name, value] of Object.entries(fields)) {
+    if (value !== null && value !== undefined && value !== "") form.append(name, value);
+  }
+  return getJson(path, { method: "POST", body: form, signal });
+}
+
 const search = (params) => new URLSearchParams(Object.entries(params).filter(([, value]) => value || value === 0));
 
 export const queries = (params, signal) => getJson(`v1/queries?${search(params)}`, { signal });
@@ -56,20 +64,16 @@ export const sample = (id, signal) => getJson(`v1/samples/${encodeURIComponent(i
 export const columns = async (signal) =>
   (await getJson("v1/columns", { signal })).columns.filter(({ type }) => type !== "BLOB");
 export const indexes = (signal) => getJson("v1/indexes", { signal });
-export const shares = (body, signal) => postJson("v1/shares", body, signal);
+/** Ask for shares: of scored queries, or of a picture, whose bytes go as a form. */
+export const shares = (body, signal) =>
+  body.image ? postForm("v1/shares", body, signal) : postJson("v1/shares", body, signal);
 
 export const queryImage = (id, size) => `v1/queries/${encodeURIComponent(id)}/image?size=${size}`;
 export const sampleImage = (id, size) => `v1/samples/${encodeURIComponent(id)}/image${size ? `?size=${size}` : ""}`;
 export const bytes = async (path, signal) => (await request(path, { signal })).blob();
 
 /** Ask which samples made an image: an answer, or of tier exact a job, {job, state, progress}. */
-export async function attribute(question, signal) {
-  const form = new FormData();
-  for (const [name, value] of Object.entries(question)) {
-    if (value !== null && value !== undefined && value !== "") form.append(name, value);
-  }
-  return (await request("v1/attribute", { method: "POST", body: form, signal })).json();
-}
+export const attribute = (question, signal) => postForm("v1/attribute", question, signal);
 
 const jobPath = (id) => `v1/jobs/${encodeURIComponent(id)}`;
 

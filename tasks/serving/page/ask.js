@@ -2,6 +2,7 @@
 
 import * as api from "./api.js";
 import { label, sections, sideBySide } from "./answer.js";
+import { columns } from "./columns.js";
 import { action, announce, confirmIn, el, line, put, skeletons } from "./dom.js";
 import { saveCsv, saveJson, table } from "./download.js";
 import { showError } from "./errors.js";
@@ -11,11 +12,12 @@ import { mat, ownPicture, picture } from "./pictures.js";
 import { changed, go, href } from "./route.js";
 import { upload } from "./upload.js";
 import { agreed, teacher } from "./teacher.js";
-import { TIERS, plural } from "./words.js";
+import { ANOTHER, TIERS, plural } from "./words.js";
 
 const COUNTS = [12, 24, 48, 96];
 const AROUND = 12; // images of each list below the first
 const REMEMBERED = 40;
+const YOURS = "Your picture";
 const answers = new Map();
 
 export const isQuestion = (params) => ["query", "sample", "upload", "caption"].some((name) => params.has(name));
@@ -49,9 +51,7 @@ export async function showAsk(main, params, signal, open) {
 function content([first, second], beside, open) {
   const side = (answer) => ({ title: TIERS[answer.tier].name, hits: answer.hits, answer });
   if (second) return sideBySide(side(first), side(second), open);
-  if (beside === "similar") {
-    return sideBySide(side(first), { title: "Alike, little influence", hits: first.similar }, open);
-  }
+  if (beside === "all") return [label(first), columns(first, open)];
   return [label(first), sections(first, open)];
 }
 
@@ -86,7 +86,7 @@ async function readQuestion(params, signal) {
     return {
       name: `picture-${brought.fingerprint}`,
       title: caption || "without a caption",
-      kind: "Your picture",
+      kind: YOURS,
       image: ownPicture(brought, caption || undefined),
       fields: { image: brought.blob, caption },
       other: brought.fingerprint !== params.get("upload"),
@@ -99,7 +99,8 @@ async function askAll(tiers, question, params, body, signal) {
   const k = countOf(params);
   const settings = {
     k,
-    around: params.get("beside") === "similar" ? k : AROUND,
+    around: AROUND,
+    beside: params.get("beside") === "all" || null,
     where: joined(params.getAll("where")),
   };
   const fields = { ...question.fields, ...settings };
@@ -132,7 +133,7 @@ function panel(question, params, tier) {
     question.image ? mat(question.image) : null,
     line("title", question.title),
     line("quiet", question.kind),
-    question.other ? line("warning", "This is another picture than the one that the link was made for.") : null,
+    question.other ? line("warning", ANOTHER) : null,
     tierChoice(tier, change),
     selectOf(
       "beside",
@@ -140,10 +141,10 @@ function panel(question, params, tier) {
       params.get("beside") ?? "",
       [
         ["", "nothing"],
+        ["all", "all other ways"],
         ...Object.entries(TIERS)
           .filter(([name]) => name !== tier)
           .map(([name, { name: text }]) => [name, text]),
-        ["similar", "Alike, little influence"],
       ],
       change,
     ),
@@ -210,18 +211,20 @@ function downloads(answer, question) {
     copy,
     action("download-json", "JSON", () => saveJson(name, answer), { "aria-label": "Download as JSON" }),
     action("download-csv", "CSV", () => saveCsv(name, table(answer)), { "aria-label": "Download as CSV" }),
-    question.fields.query_id
-      ? el("a", {
-          class: "button plain",
-          id: "shares-of",
-          href: href("shares", { query: question.fields.query_id }),
-          text: "Shares",
-        })
-      : null,
-    question.fields.image && question.kind === "Your picture"
+    sharesOf(question, answer),
+    question.fields.image && question.kind === YOURS
       ? line("quiet", "The link names your picture and does not hold it: whoever opens it has to bring the same one.")
       : null,
   ].filter(Boolean);
+}
+
+/** A link to the shares of the picture that was asked about; a training image is asked without itself, so has none. */
+function sharesOf({ fields, kind }, { tier }) {
+  const text = "Shares of this answer";
+  const link = (params) => el("a", { class: "button plain", id: "shares-of", href: href("shares", params), text });
+  if (fields.query_id) return link({ query: fields.query_id });
+  if (kind !== YOURS || !fields.caption) return null;
+  return link({ upload: upload().fingerprint, caption: fields.caption, tier: tier === "fast" ? null : "sketch" });
 }
 
 /** The place of an answer to a picture that this tab does not have. */

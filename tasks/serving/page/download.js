@@ -39,7 +39,11 @@ const csv = (lines) => lines.map((line) => `${line.map(cell).join(",")}\r\n`).jo
 
 /** An answer as a table: one line a sample, its metadata in columns of their own. */
 export function table(answer) {
-  const rows = SECTIONS.flatMap((section) => (answer[section] ?? []).map((hit) => ({ section, ...hit })));
+  const of = (section, hits) => (hits ?? []).map((hit) => ({ section, ...hit }));
+  const rows = [
+    ...SECTIONS.flatMap((section) => of(section, answer[section])),
+    ...(answer.beside ?? []).flatMap(({ way, hits }) => of(`beside ${way}`, hits)),
+  ];
   const metadata = [...new Set(rows.flatMap((row) => Object.keys(row.metadata ?? {})))];
   const lines = rows.map((row) => [
     row.section,

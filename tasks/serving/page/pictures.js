@@ -41,7 +41,7 @@ export function caption(captions) {
 }
 
 /** One training sample of an answer: `open` is called with its train_id, `strongest` is the size of the best score. */
-export function card(hit, { open, strongest, also = null, size = 256 }) {
+export function card(hit, { open, strongest, also = null, size = 256, name = "hit" }) {
   const text = caption(hit.captions);
   const part = barPart(hit, strongest);
   const bar = el("span", { class: "bar", "aria-hidden": "true" }, el("span"));
@@ -49,10 +49,10 @@ export function card(hit, { open, strongest, also = null, size = 256 }) {
   const alike = hit.duplicates?.length ?? 0;
   return el(
     "li",
-    { class: also ? "card both" : "card" },
+    { class: also ? "card both" : "card", "data-sample": hit.train_id },
     el(
       "button",
-      { type: "button", id: `hit-${hit.rank}-${hit.train_id}`, click: () => open(hit.train_id) },
+      { type: "button", id: `${name}-${hit.rank}-${hit.train_id}`, click: () => open(hit.train_id) },
       mat(
         picture(api.sampleImage(hit.train_id, size), text),
         alike > 0 &&
@@ -80,16 +80,16 @@ export function card(hit, { open, strongest, also = null, size = 256 }) {
   );
 }
 
-const sizeOf = (hit) => Math.abs(hit.score ?? hit.similarity ?? 0);
+export const sizeOf = (hit) => Math.abs(hit.score ?? hit.similarity ?? 0);
 const barPart = (hit, strongest) => (strongest > 0 ? Math.min(1, sizeOf(hit) / strongest) : 0);
 
 /** A row of cards; `also` says of a train_id what stands beside it. */
-export function gallery(hits, open, also = () => null) {
+export function gallery(hits, open, also = () => null, name = "hit") {
   const strongest = Math.max(0, ...hits.map(sizeOf));
   return el(
     "ol",
     { class: "gallery" },
-    hits.map((hit) => card(hit, { open, strongest, also: also(hit.train_id) })),
+    hits.map((hit) => card(hit, { open, strongest, also: also(hit.train_id), name })),
   );
 }
 

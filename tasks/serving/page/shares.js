@@ -5,13 +5,16 @@ import { shareBar } from "./charts.js";
 import { action, announce, el, line, put } from "./dom.js";
 import { rowsTable, saveCsv, saveJson } from "./download.js";
 import { showError } from "./errors.js";
+import { mat, ownPicture } from "./pictures.js";
 import { changed, go } from "./route.js";
-import { SPLITS, figure, fileName, percent, plural, sentence, whole } from "./words.js";
+import { upload } from "./upload.js";
+import { ANOTHER, SPLITS, TIERS, figure, fileName, percent, plural, sentence, whole } from "./words.js";
 
 const SHOWN = 100;
 
 export function showShares(main, params, signal) {
   const by = params.get("by") ?? "shard";
+  const ofPicture = params.has("upload");
   const queryIds = params.getAll("query");
   const change = (name) => (event) => go("shares", changed(params, { [name]: event.target.value || null }));
   const column = el("select", { id: "by", change: change("by") }, el("option", { value: by, text: by }));
@@ -38,6 +41,17 @@ export function showShares(main, params, signal) {
       `${text} `,
       el("input", { type: "date", id: name, value: params.get(name) ?? "", change: change(name) }),
     );
+  const tier = el(
+    "select",
+    { id: "tier", change: change("tier") },
+    ["fast", "sketch"].map((name) =>
+      el("option", {
+        value: name === "fast" ? "" : name,
+        text: TIERS[name].name,
+        selected: name === (params.get("tier") ?? "fast"),
+      }),
+    ),
+  );
   const body = el("div", { class: "waiting" }, line("quiet", "Influence is being summed"));
   put(
     main,
@@ -50,23 +64,11 @@ export function showShares(main, params, signal) {
         "div",
         { class: "controls" },
         el("label", {}, "By ", column),
-        el("label", {}, "Of ", split),
-        day("since", "Since"),
-        day("until", "Until"),
+        ofPicture
+          ? el("label", {}, "Tier ", tier)
+          : [el("label", {}, "Of ", split), day("since", "Since"), day("until", "Until")],
       ),
-      queryIds.length
-        ? el(
-            "p",
-            { class: "quiet" },
-            `Of ${queryIds.join(", ")} alone. `,
-            el("button", {
-              type: "button",
-              class: "link",
-              text: "Of all queries",
-              click: () => go("shares", changed(params, { query: null })),
-            }),
-          )
-        : null,
+      ofPicture || queryIds.length ? alone(params, queryIds) : null,
     ),
     body,
     el(
@@ -81,18 +83,53 @@ export function showShares(main, params, signal) {
       }),
     ),
   );
-  const question = {
-    by,
-    split: params.get("split") || null,
-    query_ids: queryIds.length ? queryIds : null,
-    since: params.get("since"),
-    until: params.get("until"),
-  };
+  if (ofPicture && !upload()) {
+    return put(
+      body,
+      line("empty", "This link was made for a picture that it does not hold: bring the same one under Ask."),
+    );
+  }
+  const question = ofPicture
+    ? { by, image: upload().blob, caption: params.get("caption"), tier: params.get("tier") }
+    : {
+        by,
+        split: params.get("split") || null,
+        query_ids: queryIds.length ? queryIds : null,
+        since: params.get("since"),
+        until: params.get("until"),
+      };
   return api.shares(Object.fromEntries(Object.entries(question).filter(([, value]) => value !== null)), signal).then(
     (answer) => put(body, result(answer, by)),
     showError(body),
   );
 }
+
+/** What the shares are of, and a button that leads to those of all queries. */
+function alone(params, queryIds) {
+  const brought = params.has("upload") && upload();
+  return el(
+    "div",
+    { class: "alone" },
+    brought ? mat(ownPicture(brought)) : null,
+    el(
+      "p",
+      { class: "quiet" },
+      params.has("upload") ? `Of your picture, "${params.get("caption")}". ` : `Of ${queryIds.join(", ")} alone. `,
+      el("button", {
+        type: "button",
+        class: "link",
+        text: "Of all queries",
+        click: () => go("shares", changed(params, { query: null, upload: null, caption: null, tier: null })),
+      }),
+    ),
+    brought && brought.fingerprint !== params.get("upload") ? line("warning", ANOTHER) : null,
+  );
+}
+
+const NOISE = {
+  groups: "Errors are those of the noise of the picture's own gradient.",
+  calibration: "Predicted from the index, with errors by how far such predictions are off on scored queries.",
+};
 
 function result(answer, by) {
   const rows = answer.rows;
@@ -117,6 +154,7 @@ function result(answer, by) {
       `${plural(rows.length, "payee")}, ${verdict}, over ${plural(answer.queries, "query", "queries")}${silent}.`,
       { id: "share-summary" },
     ),
+    NOISE[answer.noise] ? line("quiet", NOISE[answer.noise]) : null,
     answer.warnings.map((text) => line("warning", sentence(text))),
     answer.judged ? line("quiet", `The teacher against models that were trained again: ${answer.judged}`) : null,
     el(

@@ -9,6 +9,17 @@ export const TIERS = {
   exact: { name: "Exact", says: "The teacher itself, asked on the spot. It takes a while." },
 };
 
+/** Tiers and untuned features, as they stand beside each other. */
+export const WAYS = {
+  fast: { name: "Fast", made: "head and index" },
+  sketch: { name: "Sketch", made: "gradients" },
+  exact: { name: "Exact", made: "the teacher's scores" },
+  images: { name: "Images", made: "untuned" },
+  captions: { name: "Captions", made: "untuned" },
+};
+
+export const ANOTHER = "This is another picture than the one that the link was made for.";
+
 /** Of the stored queries. */
 export const SPLITS = ["test", "validation", "train", "twin", "pseudo"];
 

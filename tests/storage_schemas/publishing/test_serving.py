@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from storage_schemas.commit import manifest_path
+from storage_schemas.files import AnyPath, read_if_there
+from storage_schemas.heads import records
 from storage_schemas.publishing.index_versions import IndexVersion, index_versions
 from storage_schemas.publishing.publish import publish_runs, retract_run
 from storage_schemas.publishing.serving import (
@@ -203,6 +205,23 @@ def test_a_deletion_that_was_interrupted_is_completed_and_meanwhile_nothing_is_p
         rollback_index(workspace)
     finish_pruning(workspace)
     assert versions(workspace).keys() == {"b"} and read_published(workspace).pruned == []
+
+
+def test_the_list_reads_each_record_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        made(workspace, name)
+    promote_index(workspace, "a")
+    read: list[str] = []
+
+    def look(path: AnyPath) -> bytes | None:
+        read.append(workspace.relative(path))
+        return read_if_there(path)
+
+    monkeypatch.setattr(records, "read_if_there", look)
+    index_versions(workspace, read_published(workspace))
+    assert sorted(name for name in read if name.endswith("index.json")) == [
+        f"indexes/{name}/index.json" for name in ("a", "b")
+    ]
 
 
 def test_the_list_says_what_each_version_is(workspace: Workspace) -> None:

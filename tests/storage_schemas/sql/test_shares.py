@@ -16,6 +16,7 @@ from storage_schemas.publishing.takedown import lift, take_down
 from storage_schemas.runs.records import Labelling
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.sql import shares
+from storage_schemas.sql.filters import SampleFilters
 from storage_schemas.sql.shares import (
     UNKNOWN,
     QuerySums,
@@ -203,14 +204,28 @@ def test_fields_of_the_metadata_name_payees_and_samples_without_one_are_unknown(
     samples = read_published(workspace).samples
     assert samples is not None
     rows = tables.read(workspace.file(samples), tables.SAMPLES).to_pylist()
-    told = ['{"creator": "Ada", "a/b": 1}', '{"creator": "Ada"}', '{"creator": "Bob \\u00e9"}', "{}"]
+    told = [
+        '{"creator": "Ada", "a/b": 1, "year": 2000, "Width": "wide"}',
+        '{"creator": "Ada"}',
+        '{"creator": "Bob \\u00e9"}',
+        "{}",
+    ]
     rows = [{**row, "metadata": text} for row, text in zip(rows, told, strict=True)]
     show(workspace, samples=workspace.relative(write_table(workspace.samples("told"), tables.SAMPLES, rows)))
     with connect(tmp_path) as connection:
         payees = number_payees(connection, "creator")
         assert payees.names == ["Ada", "Bob \u00e9", UNKNOWN] and payees.samples.tolist() == [2, 1, 1]
         assert number_payees(connection, "a/b").names == ["1", UNKNOWN]
-        assert "creator" in payee_columns(connection) and "image_look" not in payee_columns(connection)
+        assert number_payees(connection, "SHARD").names == number_payees(connection, "shard").names
+        columns = payee_columns(connection)
+        assert (columns["creator"], columns["year"], columns["a/b"]) == ("VARCHAR", "BIGINT", "VARCHAR")
+        assert not {"image_look", "metadata", "Width"} & set(columns), "width is a column, in upper case as well"
+        filters = SampleFilters(tables.read(workspace.file(read_published(workspace).samples or ""), tables.SAMPLES))
+        known = {column.name: column.type for column in filters.columns if column.name in columns}
+        assert known == {name: columns[name] for name in known} and {"creator", "year", "width"} <= set(known)
+        for name in ("Width", "width"):
+            assert number_payees(connection, name).names == ["8", UNKNOWN]
+            assert filters.bitmap(f'"{name}" = 8').all()
     (found,) = sums(tmp_path, "creator")
     assert found.payee.tolist() == [0, 1, 2] and found.influence.tolist() == [1, 2, 0]
     by_sql = query(tmp_path, "SELECT payee, share FROM shares_by(metadata->>'creator') ORDER BY payee").to_pylist()

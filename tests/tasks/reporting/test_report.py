@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
+import json
 import re
 from typing import Any
 
@@ -50,6 +52,17 @@ def test_a_report_shows_the_figures_and_the_pictures_of_the_test_queries(unlearn
     panels = [query.query_id for query in queries if f">{query.query_id}<br>AP(" in page]
     assert panels == [query.query_id for query in queries if query.split == "test"]
     assert write_report.fn(unlearned.context, unlearned.run.name, stages(unlearned)).reused
+
+
+def test_a_report_says_how_much_the_index_finds(unlearned: WholeRun) -> None:
+    page = write_report.fn(unlearned.context, unlearned.run.name, stages(unlearned)).artifact.path.read_text()
+    told = json.loads((unlearned.index.artifact.path / "index.json").read_text())
+    part = page.split("<h2>How much of exact search the index finds</h2>")[1].split("<h2>")[0]
+    cells = re.findall(r"<td>(.*?)</td>", part)
+    recalls = [f"{told[f'recall_at_{depth}']:.4f}" for depth in (10, 100)]
+    assert cells == [unlearned.index.artifact.key, told["kind"], str(told["rows"]), *recalls]
+    assert told["reason"] in html.unescape(part) and "fastgda index list" in part
+    assert f"measured on {told['recall_queries']:,} vectors: {told['recall_of']}" in html.unescape(part)
 
 
 def test_a_report_says_what_the_teacher_compares(similar: WholeRun, unlearned: WholeRun) -> None:

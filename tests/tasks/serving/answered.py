@@ -32,7 +32,7 @@ def members() -> list[tuple[str, bytes]]:
     return found
 
 
-def answered_run(folder: Path, model: Path) -> WholeRun:
+def answered_run(folder: Path, model: Path, **changes: object) -> WholeRun:
     teacher = {"name": "abu_plus_first_order", "alpha": 1e-4, "timesteps": 2, "gradient_pairs": 4, "shard_samples": 16}
     config = configuration(
         folder,
@@ -42,6 +42,7 @@ def answered_run(folder: Path, model: Path) -> WholeRun:
         sketches={},
         self_consistency=None,
         candidates={"policy": "all"},
+        **changes,
     )
     tiny.write_tar(folder / "shapes.tar", members())
     head = config.head.model_copy(

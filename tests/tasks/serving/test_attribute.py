@@ -65,6 +65,6 @@ def test_what_is_no_picture_and_no_caption_is_refused(tmp_path: Path) -> None:
     for path, why in ((tmp_path, "is no file"), (tmp_path / "gone.png", "No such file"), (torn, "torn.png")):
         with pytest.raises(UsageError, match=why):
             read_picture(path)
-    check_caption("a cat")
+    check_caption("a cat", "--caption")
     with pytest.raises(UsageError, match="--caption is empty"):
-        check_caption(" \n")
+        check_caption(" \n", "--caption")

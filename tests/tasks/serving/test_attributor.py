@@ -337,7 +337,7 @@ def test_questions_that_lack_a_part(attributor: Attributor, similar: WholeRun) -
         ((None, None), "needs an image, a caption, or best both"),
         ((None, "a cat"), "cannot answer without the image: it looks at nothing else"),
         ((image, None), "give the caption, too"),
-        ((image, " "), "caption is empty"),
+        ((image, " "), "^caption is empty"),
     ):
         with pytest.raises(UsageError, match=why):
             attributor.attribute(*asked, 3)

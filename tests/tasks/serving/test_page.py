@@ -31,7 +31,7 @@ PHONE = {"width": 375, "height": 812}
 PLACES = [
     "",
     "#/?query=s0003",
-    "#/?query=s0003&beside=similar",
+    "#/?query=s0003&beside=all",
     "#/?query=s0003&open=0",
     "#/queries",
     "#/shares",
@@ -433,8 +433,38 @@ def test_tiers_are_switched_and_stand_side_by_side(page: Page, url: str) -> None
     expect(page.locator("#overlap")).to_have_text(
         f"{len(both)} of the {len(sketch)} images on the left are on the right as well."
     )
-    page.locator("#beside").select_option("similar")
-    expect(page.locator(".column h2").nth(1)).to_have_text("Alike, little influence")
+
+
+def test_all_ways_stand_in_columns_and_mark_what_the_chosen_tier_names(page: Page, url: str) -> None:
+    answer = asked(url, query_id="s0003", k=12, beside=True)
+    visit(page, "#/?query=s0003&k=12&beside=all")
+    expect(page.locator(".way h3")).to_have_text(["Fast", "Sketch", "Exact", "Images"])
+    fast = {hit["train_id"]: hit["rank"] for hit in answer["hits"]}
+    for column in answer["beside"]:
+        place = f"#way-{column['way']}"
+        assert shown(page, place) == captions(column["hits"])
+        both = [fast[hit["train_id"]] for hit in column["hits"] if hit["train_id"] in fast]
+        expect(page.locator(f"{place} .shares")).to_have_text(f"{len(both)} of 12 as Fast")
+        expect(page.locator(f"{place} .both .also")).to_have_text([f"Fast: {rank}" for rank in both])
+        agreement = column["agreement"]
+        said = "not measured" if agreement["value"] is None else f"{agreement['measure']} {agreement['value']:.1g}"[:-1]
+        expect(page.locator(f"{place} header")).to_contain_text(said)
+    named = [
+        sum(hit["train_id"] in {n["train_id"] for n in c["hits"]} for c in answer["beside"]) for hit in answer["hits"]
+    ]
+    expect(page.locator("#way-fast .both .also")).to_have_text([f"in {count} of 3" for count in named if count])
+    page.locator("#way-sketch button").first.hover()
+    shared = answer["beside"][0]["hits"][0]["train_id"]
+    expect(page.locator(".same")).to_have_count(page.locator(f"[data-sample='{shared}']").count())
+    page.locator("#way-sketch button").first.click()
+    page.locator("dialog dl").wait_for()
+    assert f"open={shared}" in page.url and "beside=all" in page.url
+    with page.expect_download() as told:
+        page.keyboard.press("Escape")
+        page.locator("#download-csv").click()
+    rows = list(csv.DictReader(io.StringIO(told.value.path().read_text())))
+    beside = [int(row["train_id"]) for row in rows if row["section"] == "beside sketch"]
+    assert beside == [hit["train_id"] for hit in answer["beside"][0]["hits"]]
 
 
 def test_the_teacher_is_asked_by_a_button_and_its_answer_comes_while_one_looks_elsewhere(page: Page, url: str) -> None:
@@ -517,6 +547,30 @@ def test_shares_say_what_is_proven(page: Page, url: str) -> None:
     page.goto("/#/?query=s0003")
     page.locator("#shares-of").click()
     expect(page.locator("#share-summary")).to_contain_text("over 1 query")
+
+
+def test_a_picture_of_ones_own_has_its_shares(page: Page, chromium: Browser, url: str) -> None:
+    page.goto("/")
+    page.locator("#file").set_input_files({"name": "x.jpg", "mimeType": "image/jpeg", "buffer": picture(5)})
+    page.locator("#caption").fill("a red circle")
+    page.locator("#ask").click()
+    page.locator("#tier-sketch").check()
+    page.locator(".plate .tier-name", has_text="Sketch").wait_for()
+    page.locator("#shares-of").click()
+    page.locator("#by").select_option("creator")
+    body = {"image": base64.b64encode(picture(5)).decode(), "caption": "a red circle", "tier": "sketch"}
+    expected = httpx.post(f"{url}/v1/shares", json={**body, "by": "creator"}).raise_for_status().json()["rows"]
+    expect(page.locator("table.shares tbody th > span:first-child")).to_have_text([row["payee"] for row in expected])
+    expect(page.locator(".alone")).to_contain_text("a red circle")
+    page.reload()
+    expect(page.locator("table.shares tbody tr")).to_have_count(len(expected))
+    elsewhere = chromium.new_page()
+    elsewhere.goto(page.url)
+    expect(elsewhere.locator("main")).to_contain_text("a picture that it does not hold")
+    elsewhere.close()
+    page.locator(".alone button").click()
+    page.locator("#of").wait_for()
+    assert "upload" not in page.url and "caption" not in page.url
 
 
 def test_queries_are_browsed_by_split_and_by_page(page: Page, url: str) -> None:

@@ -19,6 +19,7 @@ from storage_schemas.workspace import Workspace
 from tasks.inputs.queries import load_queries
 from tasks.serving import picture_shares
 from tasks.serving.attributor import Attributor
+from tasks.serving.loaded import Loaded
 from tasks.serving.picture_shares import PictureShares
 from tasks.serving.shares import published_shares
 from tests.tasks.whole_runs import SAMPLES, WholeRun
@@ -28,7 +29,7 @@ CAPTION = "a red circle"
 
 @pytest.fixture
 def service(unlearned: WholeRun) -> PictureShares:
-    return PictureShares(unlearned.workspace)
+    return PictureShares(Loaded(unlearned.workspace))
 
 
 @pytest.fixture
@@ -90,11 +91,14 @@ def test_what_is_taken_down_has_no_share(
     monkeypatch.setattr(picture_shares, "CALIBRATES", "train")
     workspace = Workspace(tmp_path / "workspace")
     shutil.copytree(unlearned.workspace.root, workspace.root)
-    before = PictureShares(workspace).shares(image, CAPTION, "key", tier)
+    service = PictureShares(Loaded(workspace))
+    before = service.shares(image, CAPTION, "key", tier)
     first = before.rows[0].payee
-    keys = PictureShares(workspace).loaded.catalogue().table["key"].to_pylist()
+    keys = PictureShares(Loaded(workspace)).loaded.catalogue().table["key"].to_pylist()
     take_down(workspace, [keys.index(first)], reason="asked for", by="a test")
-    after = PictureShares(workspace).shares(image, CAPTION, "key", tier)
+    after = service.shares(image, CAPTION, "key", tier)
+    anew = PictureShares(Loaded(workspace)).shares(image, CAPTION, "key", tier)
+    assert after == anew, "what was loaded before a take-down honours it"
     assert {row.payee for row in after.rows} == {row.payee for row in before.rows} - {first}
     assert math.isclose(sum(row.share for row in after.rows), 1) and after.tombstone == 1
 

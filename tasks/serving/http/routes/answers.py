@@ -6,7 +6,6 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
@@ -16,7 +15,16 @@ from tasks.serving.answers import Answer
 from tasks.serving.http.batching import Full
 from tasks.serving.http.jobs import Job
 from tasks.serving.http.problems import Problem, problem_of, responses
-from tasks.serving.http.questions import EXAMPLE, FORM, JSON, LINES, Question, read_question, read_questions
+from tasks.serving.http.questions import (
+    EXAMPLE,
+    JSON,
+    LINES,
+    Question,
+    body_of,
+    json_schema,
+    read_question,
+    read_questions,
+)
 from tasks.serving.http.replies import encoded, reply
 from tasks.serving.http.service import Service, caller_of, service_of
 
@@ -34,21 +42,6 @@ class BatchLine(BaseModel):
     where: str | None = None
 
 
-def _json_schema() -> dict[str, Any]:
-    schema = Question.model_json_schema()
-    schema["properties"]["image"] = {"anyOf": [{"type": "string", "contentEncoding": "base64"}, {"type": "null"}]}
-    return schema
-
-
-def _body() -> dict[str, Any]:
-    """Return, for OpenAPI, the two forms in which a question comes."""
-    plain = Question.model_json_schema()
-    form = {**plain, "properties": {**plain["properties"], "image": {"type": "string", "format": "binary"}}}
-    form["properties"].pop("vector")
-    content = {JSON: {"schema": _json_schema(), "example": EXAMPLE}, FORM: {"schema": form}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
 @router.post(
     "/v1/attribute",
     responses={
@@ -56,7 +49,7 @@ def _body() -> dict[str, Any]:
         202: {"model": Job, "description": "tier exact: a job, whose answer comes at /v1/jobs/{job}"},
         **responses(400, 401, 404, 413, 415, 429, 503),
     },
-    openapi_extra=_body(),
+    openapi_extra=body_of(Question, EXAMPLE, json_only=["vector"]),
 )
 async def attribute(request: Request) -> Response:
     """Which training images made this image: of an image with its caption, of a stored query, or of a vector."""
@@ -84,7 +77,7 @@ async def attribute(request: Request) -> Response:
                     "schema": {
                         "type": "object",
                         "required": ["questions"],
-                        "properties": {"questions": {"type": "array", "items": _json_schema()}},
+                        "properties": {"questions": {"type": "array", "items": json_schema(Question)}},
                     },
                     "example": {"questions": [EXAMPLE]},
                 }

@@ -11,7 +11,6 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
 from storage_schemas.heads.evaluations import Precision
-from storage_schemas.heads.records import read_index_record
 from storage_schemas.publishing.index_versions import IndexVersion, cutoff_of, index_versions
 from storage_schemas.snapshots.published import published_or_none
 from storage_schemas.workspace import Workspace
@@ -61,17 +60,17 @@ async def indexes(request: Request) -> Response:
 def _listed(workspace: Workspace) -> dict[str, Any]:
     published = published_or_none(workspace)
     snapshot = published.snapshot if published else ""
-    rows = [_row(workspace, each, snapshot) for each in index_versions(workspace, published)]
+    rows = [_row(each, snapshot) for each in index_versions(workspace, published)]
     return {"cutoff": cutoff_of(published), "indexes": rows}
 
 
-def _row(workspace: Workspace, each: IndexVersion, snapshot: str) -> dict[str, Any]:
+def _row(each: IndexVersion, snapshot: str) -> dict[str, Any]:
     precision = each.precision_on(snapshot)
     return {
         "version": each.version,
         "served": each.served,
         "kind": each.kind,
-        "reason": getattr(read_index_record(workspace.index(each.version)), "reason", None) or "",
+        "reason": each.reason,
         "head": each.head,
         "vectors": each.vectors,
         "size": each.size,

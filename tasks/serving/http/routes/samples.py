@@ -55,8 +55,8 @@ class Sample(BaseModel):
 async def sample(request: Request, train_id: TrainId) -> Response:
     """What is known of a training sample, and which queries it influenced."""
     service = service_of(request)
-    attributor, hit = service.engine.sample(train_id)
-    width, height = attributor.catalogue().size_of(train_id)
+    attributor, hit = await service.reading(lambda: service.engine.sample(train_id))
+    width, height = await service.reading(lambda: attributor.catalogue().size_of(train_id))
     influenced = await service.slowly(
         lambda: first_ranks(service.workspace, attributor.versions.snapshot).of(train_id, attributor.queries)
     )
@@ -71,7 +71,7 @@ async def image(request: Request, train_id: TrainId, size: Size = None) -> Respo
     """The image of a training sample, read from its tar."""
     service = service_of(request)
     check_size(service.limits, size)
-    attributor, facts = service.engine.sample(train_id)
+    attributor, facts = await service.reading(lambda: service.engine.sample(train_id))
     tag = tag_of("sample", str(attributor.catalogue().path), train_id, facts.offset, size)
     if (answer := known(request, tag)) is not None:
         return answer

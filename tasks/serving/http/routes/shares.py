@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Any, Literal
 
-from fastapi import APIRouter, Body, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,17 +14,24 @@ from storage_schemas.snapshots.published import NotPublished
 from storage_schemas.sql.shares import payee_columns
 from storage_schemas.sql.views import connect
 from tasks.serving.http.problems import Problem, one_line, responses
+from tasks.serving.http.questions import body_of, checked, read_fields
 from tasks.serving.http.replies import reply
-from tasks.serving.http.service import service_of
-from tasks.serving.shares import SharesAnswer, published_shares
+from tasks.serving.http.service import Service, service_of
+from tasks.serving.http.settings import Limits
+from tasks.serving.http.uploads import decoded
+from tasks.serving.picture_shares import OtherPublished
+from tasks.serving.shares import published_shares
+from tasks.serving.shares_answer import SharesAnswer
+
+EXAMPLE: dict[str, Any] = {"by": "shard", "split": "test"}
 
 router = APIRouter(tags=["shares"])
 
 
 class Asked(BaseModel):
-    """Whose shares, of which queries; what is given together has to hold together."""
+    """Whose shares, of which queries, or of which picture; what is given together has to hold together."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"by": "shard", "split": "test"}]})
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [EXAMPLE]})
 
     by: str = Field(
         default="shard", min_length=1, max_length=200, description="column of samples, or key of their metadata"
@@ -33,6 +40,28 @@ class Asked(BaseModel):
     split: str | None = Field(default=None, max_length=20, description="of this split alone")
     since: datetime | None = Field(default=None, description="queries that a run planned from then on scored")
     until: datetime | None = Field(default=None, description="queries that a run planned before then scored")
+    image: bytes | None = Field(
+        default=None, description="of a picture that no teacher scored: PNG, JPEG or WebP, base64 in JSON; never a URL"
+    )
+    caption: str | None = Field(default=None, description="the caption that the image was generated from")
+    tier: Literal["fast", "sketch"] | None = Field(
+        default=None, description="of an image; fast, which it is unless given: from the index; sketch: its gradient"
+    )
+
+    def check(self, limits: Limits) -> None:
+        """Raise Problem where a limit is passed, or where a picture is asked about together with queries."""
+        if self.image is None and self.caption is None and self.tier is None:
+            return
+        if not self.image or self.caption is None:
+            lacks = "image" if not self.image else "caption"
+            raise Problem(400, "image, caption and tier go together: give the picture and its caption", lacks)
+        if not self.caption.strip():
+            raise Problem(400, "caption is blank: give the caption that the image was generated from", "caption")
+        if len(self.caption) > limits.caption:
+            raise Problem(400, f"caption has {len(self.caption)} characters: {limits.caption} at most", "caption")
+        for name in ("query_ids", "split", "since", "until"):
+            if getattr(self, name) is not None:
+                raise Problem(400, f"an image asks for one picture: leave out {name}", name)
 
 
 class Column(BaseModel):
@@ -48,28 +77,42 @@ class Columns(BaseModel):
     columns: list[Column]
 
 
-@router.post("/v1/shares", responses={200: {"model": SharesAnswer}, **responses(400, 401, 415, 422, 429, 503)})
-async def shares(request: Request, asked: Annotated[Asked, Body()]) -> Response:
-    """The share of each creator, tar or other group in the influence on queries, with how sure that is."""
+@router.post(
+    "/v1/shares",
+    responses={200: {"model": SharesAnswer}, **responses(400, 401, 413, 415, 429, 503)},
+    openapi_extra=body_of(Asked, EXAMPLE, json_only=["query_ids"]),
+)
+async def shares(request: Request) -> Response:
+    """The share of each creator, tar or other group in the influence on queries or on a picture, and how sure it is."""
     service = service_of(request)
     service.engine.check()
-    try:
-        return reply(
-            await service.slowly(
-                lambda: published_shares(
-                    service.workspace,
-                    asked.by,
-                    query_ids=asked.query_ids,
-                    split=asked.split,
-                    since=_utc(asked.since),
-                    until=_utc(asked.until),
-                )
+    with service.batcher.admit() as ticket:
+        ticket.step_aside()
+        asked = checked(Asked, await read_fields(request))
+        asked.check(service.limits)
+        try:
+            return reply(await _answer(service, asked))
+        except (NotPublished, OtherPublished):
+            raise
+        except StoreError as error:  # there is no such column, query or split
+            raise Problem(400, one_line(error), "by") from None
+
+
+async def _answer(service: Service, asked: Asked) -> SharesAnswer:
+    if asked.image is None or asked.caption is None:
+        return await service.slowly(
+            lambda: published_shares(
+                service.workspace,
+                asked.by,
+                query_ids=asked.query_ids,
+                split=asked.split,
+                since=_utc(asked.since),
+                until=_utc(asked.until),
             )
         )
-    except NotPublished:
-        raise
-    except StoreError as error:  # there is no such column, query or split
-        raise Problem(400, one_line(error), "by") from None
+    attributor, content, caption = service.engine.current, asked.image, asked.caption
+    picture = await service.reading(lambda: decoded(content, service.limits))
+    return await service.slowly(lambda: attributor.pictures.shares(picture, caption, asked.by, asked.tier or "fast"))
 
 
 @router.get("/v1/columns", responses={200: {"model": Columns}, **responses(401, 503)})

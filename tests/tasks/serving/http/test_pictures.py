@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from storage_schemas.tombstones import Tombstones, read_tombstones
 from tasks.inputs.queries import load_queries
 from tasks.inputs.samples import sample_images
+from tasks.serving import catalogue
 from tasks.serving.http.cache import Pictures
 from tasks.serving.http.thumbnails import resized
 from tests import tiny
@@ -91,6 +97,26 @@ def test_what_is_no_sample_is_told_so(client: TestClient) -> None:
         response = client.get(path)
         assert response.status_code == status and response.json()["error"]
         assert client.get(f"{path}/image").status_code == status
+
+
+def test_take_downs_are_looked_for_in_threads_that_no_other_request_waits_for(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[Any] = []
+    on_the_loop: list[Any] = []
+
+    def look(*arguments: Any) -> Tombstones:
+        with suppress(RuntimeError):
+            on_the_loop.append(asyncio.get_running_loop())
+        looks.append(arguments)
+        return read_tombstones(*arguments)
+
+    monkeypatch.setattr(catalogue, "read_tombstones", look)
+    for place in ("/v1/samples/3", "/v1/samples/3/image", "/v1/samples/3/image?size=32"):
+        assert client.get(place).status_code == 200
+    for question in ({"query_id": "s0001"}, {"query_id": "s0001", "where": "width > 1"}):
+        assert client.post("/v1/attribute", json=question).status_code == 200
+    assert len(looks) > 5 and on_the_loop == []
 
 
 def test_the_cache_forgets_what_was_asked_for_longest_ago() -> None:

@@ -75,6 +75,16 @@ def test_a_batch_has_a_line_for_each_question_in_order(client: TestClient, truth
             assert named(line["answer"]) == truth[names[number]][:3]
 
 
+def test_columns_come_with_an_answer_that_asks_for_them(client: TestClient, similar: WholeRun) -> None:
+    expected = Attributor(similar.workspace).attribute_query("s0001", 3, around=0, beside=True).as_json()
+    fields = {"query_id": "s0001", "k": 3, "around": 0}
+    plain = client.post("/v1/attribute", json=fields).json()
+    first, again = (client.post("/v1/attribute", json={**fields, "beside": True}).json() for _ in range(2))
+    assert plain["beside"] == [] and plain["hits"] == first["hits"]
+    assert [column["way"] for column in first["beside"]] == ["exact", "images"]
+    assert first["beside"] == expected["beside"] == again["beside"] and first["lineage"] == expected["lineage"]
+
+
 CAPTION = {"caption": "a red circle"}
 DOT = base64.b64encode(png(Image.new("RGB", (4, 4), "teal"))).decode()
 
@@ -92,9 +102,11 @@ DOT = base64.b64encode(png(Image.new("RGB", (4, 4), "teal"))).decode()
         ({"query_id": "s0000", "unknown": 1}, "unknown"),
         ({"image": "http://127.0.0.1/x.png", **CAPTION}, "image"),
         ({"image": DOT, "caption": " "}, "caption"),
+        ({"caption": " "}, "caption"),
         ({"image": DOT, "caption": "x" * 2001}, "caption"),
         ({"vector": [1.0, 2.0]}, "vector"),
         ({"vector": []}, "vector"),
+        ({"vector": [1.0], "beside": True}, "beside"),
     ],
 )
 def test_what_is_no_question_is_refused_and_the_field_named(

@@ -19,7 +19,8 @@ from flows.commands.main import app
 from tasks.inputs.queries import load_queries
 from tasks.serving.answers import Answer
 from tasks.serving.attributor import Attributor
-from tasks.serving.client import Asked, Client, ServiceError
+from tasks.serving.client import Asked, AskedShares, Client, ServiceError
+from tasks.serving.shares import published_shares
 from tests.tasks.serving.http.running import Running, running
 from tests.tasks.whole_runs import WholeRun
 
@@ -48,8 +49,12 @@ def test_the_client_has_the_answers_of_python(served: Running, similar: WholeRun
     bare = client.attribute(Asked(query_id=query.query_id, k=3, around=0))
     assert bare.lineage == attributor.attribute_query(query.query_id, 3, around=0).lineage != stored.lineage
     assert client.attribute(Asked(query_id=query.query_id, k=3)).lineage != bare.lineage
+    beside = client.attribute(Asked(query_id=query.query_id, k=3, beside=True)).beside
+    assert beside == attributor.attribute_query(query.query_id, 3, beside=True).beside != []
     several = list(client.attribute_many([Asked(query_id=query.query_id, k=2), Asked(query_id="nobody")]))
     assert isinstance(several[0], Answer) and isinstance(several[1], ServiceError)
+    shares = client.shares(AskedShares("key", split="test"))
+    assert shares == published_shares(similar.workspace, "key", split="test")
     with pytest.raises(ServiceError, match="k is 0") as refused:
         client.attribute(Asked(query_id=query.query_id, k=0))
     assert (refused.value.status, refused.value.where) == (400, "k")
