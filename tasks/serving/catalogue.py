@@ -24,6 +24,7 @@ from tasks.serving.answers import Hit
 from tasks.serving.folding import Looks
 
 _FACTS = ["train_id", "key", "captions", "shard", "offset", "metadata"]  # columns that a hit tells
+_FACTS_KEPT = 20_000  # samples whose facts are kept as they were named: 20 MB
 _SIGNATURES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
 
 
@@ -50,6 +51,7 @@ class Catalogue:
         self.table = samples_table(path)
         self.looks = Looks(self.table)
         self._facts = self.table.select(_FACTS)
+        self._named: dict[int, dict[str, Any]] = {}
         self._filters = SampleFilters(self.table)
         self._lock = threading.Lock()
         self._tombstones: Tombstones | None = None
@@ -110,16 +112,23 @@ class Catalogue:
             duplicates: what is folded under each.
             figures: further fields of the hits, one value for each.
         """
-        rows = self._facts.take(pa.array(train_ids, pa.int64())).to_pylist()
-        return [
-            _hit(
-                row,
-                place + 1,
-                duplicates=duplicates[place] if duplicates else [],
-                **{name: values[place] for name, values in figures.items()},
-            )
-            for place, row in enumerate(rows)
-        ]
+        facts, found = self._facts_of(train_ids), []
+        for place, train_id in enumerate(train_ids):
+            more: dict[str, Any] = {name: values[place] for name, values in figures.items()}
+            if duplicates:
+                more["duplicates"] = duplicates[place]
+            found.append(Hit(place + 1, **facts[train_id], **more))
+        return found
+
+    def _facts_of(self, train_ids: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """Return the facts of samples, by train_id, and of others; those that were named lately are at hand."""
+        named = self._named
+        if len(named) > _FACTS_KEPT:
+            named = self._named = {}
+        if new := [train_id for train_id in train_ids if train_id not in named]:
+            rows = self._facts.take(pa.array(new, pa.int64())).to_pylist()
+            named.update(zip(new, map(_facts, rows), strict=True))
+        return named
 
     def sample(self, train_id: int) -> Hit:
         """Return the facts of one sample, with rank 0.
@@ -128,7 +137,7 @@ class Catalogue:
             UnknownSample: there is none.
             RemovedSample: it is taken down.
         """
-        return _hit(self._row(train_id), 0)
+        return Hit(0, **_facts(self._row(train_id)))
 
     def size_of(self, train_id: int) -> tuple[int, int]:
         """Return width and height of a sample's image in pixels; errors as of `sample`."""
@@ -171,8 +180,7 @@ def kind_of(content: bytes) -> str:
     return next((kind for start, kind in _SIGNATURES.items() if content.startswith(start)), "application/octet-stream")
 
 
-def _hit(row: dict[str, Any], rank: int, **more: Any) -> Hit:
-    metadata = json.loads(row["metadata"]) if row.get("metadata") else {}
-    return Hit(
-        rank, row["train_id"], row["key"], row["captions"], row["shard"], row["offset"], metadata=metadata, **more
-    )
+def _facts(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of samples as fields of a hit."""
+    told = {name: row[name] for name in ("train_id", "key", "captions", "shard", "offset")}
+    return {**told, "metadata": json.loads(row["metadata"]) if row.get("metadata") else {}}

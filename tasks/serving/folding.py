@@ -44,6 +44,8 @@ class Looks:
             k: how many places.
         """
         above = self._alike(train_ids)
+        if not above:
+            return [Folded(place) for place in range(min(k, len(train_ids)))]
         found: dict[int, Folded] = {}
         for place, train_id in enumerate(train_ids.tolist()):
             head = next((other for other in above.get(place, []) if other in found), None)
