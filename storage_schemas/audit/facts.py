@@ -17,7 +17,7 @@ from storage_schemas import tables
 from storage_schemas.commit import MANIFEST, read_manifest
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, matching, read_whole
-from storage_schemas.heads.records import HEAD_FILE, INDEX_FILE
+from storage_schemas.heads.records import HEAD_FILE, INDEX_FILE, INDEX_LISTS
 from storage_schemas.runs.attempts import ShardState
 from storage_schemas.runs.ledger import ledger_as_written, read_labelling, read_run
 from storage_schemas.runs.liveness import Assignment, read_assignment
@@ -145,6 +145,9 @@ def index_node(workspace: Workspace, version: str) -> Node:
     facts = committed_facts(folder / "index.faiss", "vectors")
     about = tried("index.json", lambda: _json(folder / INDEX_FILE), facts) or {}
     facts |= known({"code_version": about.get("code_version"), "flow_run": about.get("origin")})
+    if about.get("on_disk"):
+        lists = committed_facts(folder / INDEX_LISTS)
+        facts["inverted_lists"] = lists.get("file") or lists.get("manifest") or f"{lists['size']} bytes, on disk"
     head = checked_name(about.get("head"))
     published = published_or_none(workspace)
     if published is not None and published.index == workspace.relative(folder):
