@@ -19,12 +19,13 @@ from fastgda_core.search.build import (
     merge,
     new_index,
     read_index,
+    reserve,
     train,
     training_rows,
     write_index,
 )
 from fastgda_core.search.on_disk import map_index, with_lists, write_lists
-from storage_schemas.commit import commit, committed, manifest_path
+from storage_schemas.commit import commit, committed, manifest_path, read_manifest
 from storage_schemas.files import AnyPath, local_copy, matching, remove, remove_folder
 from storage_schemas.workspace import part
 from tasks.distilling.vectors import Block, blocks_of
@@ -154,6 +155,8 @@ class IndexParts:
         return index
 
     def _filled(self, number: int, index: Any, advance: Callable[[int], None]) -> Any:
+        manifests = [read_manifest(self.paths[each]) for each in self.vectors_of(number)]
+        reserve(index, sum(each.rows for each in manifests if each is not None))
         for block in self._blocks(self.vectors_of(number)):
             add(index, block.vectors, block.train_ids)
             advance(len(block.train_ids))
