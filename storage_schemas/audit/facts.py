@@ -119,11 +119,17 @@ def sample_node(workspace: Workspace, samples: str, train_id: int) -> Node:
     """Describe a training sample of a table of samples; of one that is taken down, the take-down alone."""
     facts: Facts = {}
     tombstones = read_tombstones(workspace)
-    if train_id in removed_ids(workspace, samples, tombstones):
-        images = {
-            image
-            for number, _, image in samples_of_images(workspace.file(samples), tombstones.images)
-            if number == train_id
+    down = tried(samples, lambda: removed_ids(workspace, samples, tombstones), facts)
+    if down is None:  # then nobody knows whether it may be shown
+        return Node("training sample", str(train_id), facts)
+    if train_id in down:
+        path = workspace.file(samples)
+        known_images = tried(samples, lambda: samples_of_images(path, tombstones.images), facts) or ()
+        images = {image for number, _, image in known_images if number == train_id} | {
+            each.image_sha256
+            for record in tombstones.active
+            for each in record.removed
+            if (each.samples, each.train_id) == (samples, train_id)
         }
         for record in tombstones.active:
             if not images.isdisjoint(each.image_sha256 for each in record.removed):
