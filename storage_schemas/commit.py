@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import os
 import subprocess
@@ -35,14 +34,13 @@ from storage_schemas.files import (
     create,
     file_sha256,
     read_if_there,
-    read_whole,
     remove,
     replace,
     replace_through,
     sync_folders,
     write_atomically,
 )
-from storage_schemas.table import Table
+from storage_schemas.table import Table, read_native
 
 __all__ = [
     "Manifest",
@@ -271,8 +269,8 @@ def _adopted(item: TableCommit) -> Manifest | None:
     if manifest is not None:
         return manifest
     try:
-        content = read_whole(item.path)
-        found = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+        content = read_native(item.path)
+        found = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
     except (FileNotFoundError, pa.ArrowException, OSError):
         return None
     metadata = found.schema.metadata or {}

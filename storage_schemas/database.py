@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from storage_schemas.commit import read_manifest
 from storage_schemas.files import FULL_DISK, AnyPath, file_sha256, matching, temporary_name
-from storage_schemas.table import Table, damaged
+from storage_schemas.table import DamagedTable, Table, damaged
 from storage_schemas.workspace import Workspace
 
 _NO_EXTENSIONS = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
@@ -71,6 +71,8 @@ def open_database(
 # The file that an error names. One that cannot be opened is missing or forbidden, not damaged.
 _NAMED = re.compile(r"""(?<!open )file ["']([^"']+\.parquet)["']""", re.IGNORECASE)
 
+_GONE = re.compile(r"""No files found that match the pattern ["']([^"'*]+\.parquet)["']""")
+
 
 @contextmanager
 def damage_explained(workspace: Workspace) -> Iterator[None]:
@@ -78,6 +80,12 @@ def damage_explained(workspace: Workspace) -> Iterator[None]:
     try:
         yield
     except duckdb.Error as error:
+        gone = _GONE.search(str(error))
+        if gone and gone[1].startswith(location(workspace.root)):
+            raise DamagedTable(
+                f"{gone[1]} is gone, which the workspace names: bring it back, or `fastgda verify` and then "
+                "`fastgda run CONFIG` make it again"
+            ) from error
         path = _unreadable(workspace, error)
         if path is None:
             raise

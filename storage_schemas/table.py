@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage_schemas.errors import StoreError
-from storage_schemas.files import AnyPath
+from storage_schemas.files import AnyPath, read_whole
 
 
 class DamagedTable(StoreError, ValueError):
@@ -22,6 +23,34 @@ def damaged(path: AnyPath | str, error: Exception) -> DamagedTable:
     """Return an error of one line, without signs that a damaged file puts into messages and a terminal might obey."""
     why = "".join(sign for sign in str(error).split("\n")[0] if sign.isprintable())
     return DamagedTable(f"{path} is damaged ({why}): `fastgda verify` quarantines what must be made again")
+
+
+def read_native(path: AnyPath) -> pa.Buffer:
+    """Return the content of a file, in memory that Arrow owns.
+
+    What Python owns, files or bytes, Arrow's threads give back under Python's lock. Where the process ends at that
+    instant, it dies: "terminate called without an active exception".
+    """
+    if isinstance(path, Path):
+        with pa.OSFile(str(path)) as file:
+            return file.read_buffer()
+    sink = pa.BufferOutputStream()
+    sink.write(read_whole(path))
+    return sink.getvalue()
+
+
+def open_native(path: AnyPath) -> pa.NativeFile:
+    """Open a file for Arrow; see `read_native`. An object comes as a whole, in one request."""
+    return pa.OSFile(str(path)) if isinstance(path, Path) else pa.BufferReader(read_native(path))
+
+
+def read_stored(source: pa.NativeFile | BinaryIO, names: Sequence[str], chosen: pc.Expression | None) -> pa.Table:
+    """Read columns of a Parquet file; one of Python, which is read in this thread alone, cannot choose rows."""
+    if isinstance(source, pa.NativeFile):
+        return pq.read_table(source, columns=names, filters=chosen, page_checksum_verification=True)
+    assert chosen is None
+    file = pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
+    return file.read(columns=names, use_threads=False)
 
 
 @dataclass(frozen=True)

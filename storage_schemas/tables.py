@@ -9,15 +9,16 @@ with scores, twins with queries, rejected samples with samples.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage_schemas.files import AnyPath, matching, read_whole
-from storage_schemas.table import Added, DamagedTable, Table, damaged, schema
+from storage_schemas.files import AnyPath, matching
+from storage_schemas.table import Added, DamagedTable, Table, damaged, open_native, read_native, read_stored, schema
 
 INSTANT = pa.timestamp("us", tz="UTC")
 TEXTS = pa.list_(pa.field("element", pa.string(), nullable=False))
@@ -530,26 +531,27 @@ def read(
     Raises:
         DamagedTable: the file is damaged, lacks a column, or is of a version that this release does not read.
     """
-    # A stream: no name of a folder is taken for a partition, and one way serves disk and object store. All bytes at
-    # once, except where columns that are not asked for would be most of them.
-    with io.BytesIO(read_whole(path)) if columns is None else path.open("rb") as source:
+    # A stream: no name of a folder is taken for a partition. All bytes at once, except where columns that are not asked
+    # for would be most of them.
+    with _opened(path, every=columns is None, choosing=chosen is not None) as source:
         try:
             stored = pq.read_schema(source)
             absent = _absent(path, table, stored)
             # Before columns are filled no expression that names them can be evaluated.
             wanted = table.schema.names if columns is None or (absent and chosen is not None) else columns
-            rows = pq.read_table(
-                source,
-                columns=[name for name in wanted if name not in absent],
-                filters=None if absent else chosen,
-                page_checksum_verification=True,
-            )
+            rows = read_stored(source, [name for name in wanted if name not in absent], None if absent else chosen)
         except (OSError, pa.ArrowException) as error:
             raise damaged(path, error) from None
     rows = table.filled(rows, wanted)
     if absent and chosen is not None:
         rows = rows.filter(chosen)
     return rows if columns is None else rows.select(columns)
+
+
+def _opened(path: AnyPath, *, every: bool, choosing: bool) -> pa.NativeFile | BinaryIO:
+    if every:
+        return pa.BufferReader(read_native(path))
+    return open_native(path) if choosing or isinstance(path, Path) else path.open("rb")
 
 
 def _absent(path: AnyPath, table: Table, stored: pa.Schema) -> set[str]:

@@ -160,7 +160,12 @@ def samples_of_images(path: AnyPath, images: frozenset[str]) -> tuple[tuple[int,
     It may be cached, as a table of samples is never changed.
     """
     columns = ["train_id", "key", "image_sha256"]
-    rows = tables.read(path, tables.SAMPLES, pc.field("image_sha256").isin(sorted(images)), columns=columns)
+    try:
+        rows = tables.read(path, tables.SAMPLES, pc.field("image_sha256").isin(sorted(images)), columns=columns)
+    except FileNotFoundError:
+        raise StoreError(
+            f"{path} is gone, so nobody knows which of its images are taken down: `fastgda run CONFIG` makes it again"
+        ) from None
     return tuple(sorted((row["train_id"], row["key"], row["image_sha256"]) for row in rows.to_pylist()))
 
 

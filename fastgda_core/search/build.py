@@ -8,6 +8,7 @@ and places in it from 0 for every other kind. Nothing is wrapped in an `IndexIDM
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,18 +118,42 @@ def merge(index: Any, later: Any) -> None:
         raise RuntimeError(f"merged {first} and {second} vectors into {sorted(totals)}")
 
 
+def reserve(index: Any, rows: int) -> None:
+    """Take the memory of so many vectors at once, where an empty index is a row of codes: growing, it takes twice."""
+    if isinstance(index, faiss.IndexFlatCodes) and not index.ntotal:
+        index.codes.resize(int(index.code_size) * rows)
+        index.codes.resize(0)
+
+
+def join(index: Any, parts: Sequence[Any]) -> bool:
+    """Copy the vectors of others into an empty index that is but a row of codes; return whether it is one.
+
+    The whole is as large as it will be from the beginning, where merging one by one moves it each time.
+    """
+    if not isinstance(index, faiss.IndexFlatCodes):
+        return False
+    each = int(index.code_size)
+    index.codes.resize(each * sum(part.ntotal for part in parts))
+    whole = faiss.rev_swig_ptr(index.codes.data(), index.codes.size())
+    for part in parts:
+        size = each * part.ntotal
+        whole[each * index.ntotal :][:size] = faiss.rev_swig_ptr(part.codes.data(), size)
+        index.ntotal += part.ntotal
+    return True
+
+
 def write_index(index: Any, path: Path) -> None:
     faiss.write_index(index, str(path))
 
 
-def read_index(path: Path) -> Any:
-    """Read an index into memory, to be added to or merged.
+def read_index(path: Path, flags: int = 0) -> Any:
+    """Read an index into memory, to be added to or merged; `flags` are FAISS's.
 
     Raises:
         UsageError: it is cut short, or is none.
     """
     try:
-        return faiss.read_index(str(path))
+        return faiss.read_index(str(path), flags)
     except RuntimeError as error:
         raise UsageError(f"{path} is no whole index: {first_line(error)}") from None
 

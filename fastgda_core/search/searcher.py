@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fastgda_core.errors import UsageError
 from fastgda_core.search.build import Vectors, faiss, first_line, has_own_ids
+from fastgda_core.search.on_disk import with_lists
 from fastgda_core.search.products import is_exact, largest_products, vectors_of
 from fastgda_core.search.rounded import Rounded
 
@@ -206,21 +207,24 @@ def search_parameters(index: Any, settings: SearchSettings, allowed: Selection |
 
 
 def open_index(
-    path: Path, train_ids: NDArray[np.int64] | None = None, settings: SearchSettings | None = None
+    path: Path,
+    train_ids: NDArray[np.int64] | None = None,
+    settings: SearchSettings | None = None,
+    lists: Path | None = None,
 ) -> Searcher:
     """Open an index where it lies on this machine's disk: what a query does not look at is never read.
 
     The file must be whole and one's own: see `tasks.distilling.opened_index.open_search_index`, which compares it with
-    what was committed. FAISS reads headers of hostile files without much care.
+    what was committed. FAISS reads headers of hostile files without much care. `lists` is the file of its inverted
+    lists, where they lie beside it.
 
     Raises:
         UsageError: it is cut short, or is no index.
     """
-    flags = faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_ONDISK_SAME_DIR
     try:
-        index = faiss.read_index(str(path), flags)
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
         raise UsageError(
             f"{path} is no whole index ({first_line(error)}): `fastgda index build CONFIG` builds it again"
         ) from None
-    return Searcher(index, train_ids, settings)
+    return Searcher(index if lists is None else with_lists(index, lists), train_ids, settings)

@@ -138,12 +138,19 @@ def prune(
 ) -> None:
     """Delete versions that are not served and that no rollback leads to; what was built after the served one stays.
 
+    Vectors that no version is built from go, too, after a day.
+
     Example: `fastgda index prune --keep 2 --dry-run`
     """
     from storage_schemas.publishing.serving import prune_indexes
+    from storage_schemas.publishing.unused_vectors import prune_vectors
 
     gone = prune_indexes(Workspace.at(workspace), keep, dry_run=dry_run)
+    vectors = prune_vectors(Workspace.at(workspace), {each.version for each in gone}, dry_run=dry_run)
     for each in gone:
         say(f"index {each.version}: {each.size:,} bytes")
     verb = "would be" if dry_run else "are"
     say(f"{len(gone)} versions {verb} deleted, {sum(each.size for each in gone):,} bytes")
+    if vectors:
+        freed = sum(each.size for each in vectors)
+        say(f"vectors of {len(vectors)} heads that no index names {verb} deleted, {freed:,} bytes")

@@ -100,6 +100,7 @@ def vacuum(
     Example: `fastgda vacuum --dry-run`
     """
     from storage_schemas.publishing.serving import finish_pruning
+    from storage_schemas.publishing.unused_vectors import prune_vectors
     from storage_schemas.snapshots.vacuum import vacuum as vacuum_files
     from storage_schemas.workspace import Workspace
 
@@ -107,7 +108,12 @@ def vacuum(
     gone = vacuum_files(place, older_than=timedelta(hours=hours), dry_run=dry_run)
     if not dry_run:
         finish_pruning(place)  # that a process which died had begun
+    vectors = prune_vectors(place, older_than=timedelta(hours=hours), dry_run=dry_run)
     say(f"{len(gone):,} files {'would be ' if dry_run else ''}deleted")
+    if vectors:
+        freed = sum(each.size for each in vectors)
+        verb = "would be" if dry_run else "are"
+        say(f"vectors of {len(vectors)} heads that no index names {verb} deleted, {freed:,} bytes")
 
 
 def verify(workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> None:

@@ -17,7 +17,7 @@ from storage_schemas import tables
 from storage_schemas.commit import MANIFEST, read_manifest
 from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath, matching, read_whole
-from storage_schemas.heads.records import HEAD_FILE, INDEX_FILE
+from storage_schemas.heads.records import HEAD_FILE, INDEX_FILE, INDEX_LISTS
 from storage_schemas.runs.attempts import ShardState
 from storage_schemas.runs.ledger import ledger_as_written, read_labelling, read_run
 from storage_schemas.runs.liveness import Assignment, read_assignment
@@ -119,11 +119,17 @@ def sample_node(workspace: Workspace, samples: str, train_id: int) -> Node:
     """Describe a training sample of a table of samples; of one that is taken down, the take-down alone."""
     facts: Facts = {}
     tombstones = read_tombstones(workspace)
-    if train_id in removed_ids(workspace, samples, tombstones):
-        images = {
-            image
-            for number, _, image in samples_of_images(workspace.file(samples), tombstones.images)
-            if number == train_id
+    down = tried(samples, lambda: removed_ids(workspace, samples, tombstones), facts)
+    if down is None:  # then nobody knows whether it may be shown
+        return Node("training sample", str(train_id), facts)
+    if train_id in down:
+        path = workspace.file(samples)
+        known_images = tried(samples, lambda: samples_of_images(path, tombstones.images), facts) or ()
+        images = {image for number, _, image in known_images if number == train_id} | {
+            each.image_sha256
+            for record in tombstones.active
+            for each in record.removed
+            if (each.samples, each.train_id) == (samples, train_id)
         }
         for record in tombstones.active:
             if not images.isdisjoint(each.image_sha256 for each in record.removed):
@@ -145,6 +151,9 @@ def index_node(workspace: Workspace, version: str) -> Node:
     facts = committed_facts(folder / "index.faiss", "vectors")
     about = tried("index.json", lambda: _json(folder / INDEX_FILE), facts) or {}
     facts |= known({"code_version": about.get("code_version"), "flow_run": about.get("origin")})
+    if about.get("on_disk"):
+        lists = committed_facts(folder / INDEX_LISTS)
+        facts["inverted_lists"] = lists.get("file") or lists.get("manifest") or f"{lists['size']} bytes, on disk"
     head = checked_name(about.get("head"))
     published = published_or_none(workspace)
     if published is not None and published.index == workspace.relative(folder):

@@ -18,6 +18,7 @@ from storage_schemas.workspace import Workspace
 
 HEAD_FILE, INDEX_FILE = "head.json", "index.json"
 INDEX_IDS = "ids.parquet"  # beside it
+INDEX_LISTS = "lists.bin"  # beside it, where its inverted lists are a file of their own
 EXACT_CHECK = "exact check"  # the only check that writes pairs, and no rows of `metrics`
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -91,6 +92,7 @@ class IndexRecord(BaseModel):
     recall_queries: int = Field(default=0, description="queries that recall was measured on")
     recall_of: str = Field(default="", description="which these are")
     vectors: list[str] = Field(default_factory=list, description="keys of its vectors, in the order of addition")
+    on_disk: bool = Field(default=False, description="whether its inverted lists are a file of their own, lists.bin")
     parent: str = Field(default="", description="the index that samples were added to")
     origin: str = Field(default="", description="the Prefect flow run that it was made in")
     code_version: str = ""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -105,6 +106,18 @@ def _is_dead(owner: str) -> bool:
         return True
     except PermissionError:
         return False
+    return False
+
+
+def under_way(workspace: Workspace, within: timedelta) -> bool:
+    """Return whether some process may be making something: it holds a lease, is not known to be dead, and told so."""
+    for folder in {path.parent for path in matching(workspace.root / "leases", "*/*.json")}:
+        number, lease = _last(folder)
+        if lease is None or lease.ended or _is_dead(lease.owner):
+            continue
+        with suppress(FileNotFoundError):
+            if time.time() - (folder / f"{number:06d}.json").stat().st_mtime < within.total_seconds():
+                return True
     return False
 
 

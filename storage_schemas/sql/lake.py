@@ -14,6 +14,7 @@ not yet for 2.0.0, so the extra holds DuckDB at 1.5.5, while everything else her
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ from storage_schemas.sql.views import RefusedStatement, single_query
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 
+log = logging.getLogger("fastgda.lake")
 SHARDS_AT_ONCE = 500  # of one transaction
 _OWN_NAMES = {"sqlite": "sqlite_scanner", "postgres": "postgres_scanner"}  # by which DuckDB knows extensions
 # Words by which a statement would reach the catalog itself or other databases. They are refused in quoted texts, too:
@@ -321,10 +323,15 @@ def _create_views(workspace: Workspace, connection: duckdb.DuckDBPyConnection) -
     runs, masks = _runs(connection), Masks(workspace)
     if not runs:
         raise LakeUnavailable("the lake holds no run at this snapshot: `fastgda lake add RUN` first")
-    known = set(run_names(workspace)) if masks.tombstones.active else set()
+    known = set(run_names(workspace)) if masks.tombstones.active else runs.keys()
+    if unknown := sorted(runs.keys() - known):
+        log.warning(
+            "rows of %s are left out: their run.json is gone, so nobody knows which are about images taken down",
+            ", ".join(unknown),
+        )
     selects = [
         f"SELECT {literal(run)} AS run, {_scores(there)} FROM lake.runs.{_quoted(run)}"
-        + (masks.of(read_run(workspace, run).samples).rows(tables.SCORES) if run in known else "")
+        + _masked(workspace, masks, run, known=run in known)
         for run, there in runs.items()
     ]
     connection.execute(f"CREATE OR REPLACE VIEW run_scores AS {' UNION ALL '.join(selects)}")
@@ -334,6 +341,13 @@ def _create_views(workspace: Workspace, connection: duckdb.DuckDBPyConnection) -
         SELECT snapshot_id AS snapshot, snapshot_time AS created_at, author, commit_message AS change
         FROM ducklake_snapshots('lake')
     """)
+
+
+def _masked(workspace: Workspace, masks: Masks, run: str, *, known: bool) -> str:
+    """Return an SQL condition that leaves out a run's rows about removed samples; all where nobody knows which."""
+    if not masks.tombstones.active:
+        return ""
+    return masks.of(read_run(workspace, run).samples).rows(tables.SCORES) if known else " WHERE false"
 
 
 def _scores(there: set[str]) -> str:

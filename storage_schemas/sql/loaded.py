@@ -11,7 +11,7 @@ import pyarrow as pa
 from storage_schemas import tables
 from storage_schemas.commit import read_manifest
 from storage_schemas.files import matching
-from storage_schemas.heads.records import HEAD_FILE, indexed_table, read_head_record, read_index_record
+from storage_schemas.heads.records import HEAD_FILE, INDEX_LISTS, indexed_table, read_head_record, read_index_record
 from storage_schemas.runs.sketches import sketch_rows
 from storage_schemas.sql.state import State
 from storage_schemas.table import Table
@@ -106,6 +106,7 @@ def _index_rows(workspace: Workspace, state: State) -> pa.Table:
         served = bool(state.published and state.published.index == workspace.relative(path.parent))
         about = read_index_record(path.parent)
         samples = indexed_table(workspace, path.parent, about) if state.masks.tombstones.active else None
+        lists = read_manifest(path.with_name(INDEX_LISTS)) if about.on_disk else None
         # Indexes of earlier releases do not name their head: of the served one it is known.
         head = about.head or (state.published.head_version if served and state.published else "")
         rows.append(
@@ -113,7 +114,7 @@ def _index_rows(workspace: Workspace, state: State) -> pa.Table:
                 "index_version": path.parent.name,
                 "head": head,
                 "vectors": manifest.rows,
-                "size": manifest.size,
+                "size": manifest.size + (lists.size if lists is not None else 0),
                 "served": served,
                 "stale": state.masks.stale_index(path.parent, samples),
                 "kind": about.kind,

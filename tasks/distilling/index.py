@@ -6,6 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgda_core.errors import UsageError
-from fastgda_core.search.build import faiss_version, write_index
-from fastgda_core.search.kinds import Choice, choose_kind
+from fastgda_core.search.build import faiss_version, new_index, write_index
+from fastgda_core.search.kinds import Choice, bytes_each, choose_kind
+from fastgda_core.search.on_disk import can_lie_on_disk, take_lists
 from storage_schemas import tables
-from storage_schemas.commit import Manifest, code_version, commit, commit_table, committed, input_key
+from storage_schemas.commit import Manifest, code_version, commit, commit_table, committed, input_key, read_manifest
+from storage_schemas.errors import StoreError
 from storage_schemas.files import AnyPath
-from storage_schemas.heads.records import INDEX_FILE, INDEX_IDS, IndexRecord, as_json, read_head_record
+from storage_schemas.heads.records import (
+    INDEX_FILE,
+    INDEX_IDS,
+    INDEX_LISTS,
+    IndexRecord,
+    as_json,
+    read_head_record,
+    read_index_record,
+)
 from tasks.artifact import Artifact, Made, once
 from tasks.config.distilling import IndexConfig
 from tasks.context import Context, load_tensors
@@ -140,9 +151,13 @@ class _Build:
         width = read_vectors(paths[0]).vectors.shape[1]
         # Of sketches a byte a number would do; cosines that differ in the fourth digit keep theirs.
         half = read_head_record(self.head.path).kind == "gradient"
-        choice = chosen(self.context.config.index, self.samples.rows - len(self.removed), width, half=half)
+        config, rows = self.context.config.index, self.samples.rows - len(self.removed)
+        choice = chosen(config, rows, width, half=half)
+        lists = self.folder / INDEX_LISTS if beyond_memory(config, choice.kind, rows, width) else None
+        if lists is not None and "on disk" not in choice.reason:
+            choice = Choice(choice.kind, f"{choice.reason}; larger than index.memory_gb, so its lists stay on disk")
         parts = IndexParts(
-            self.context.workspace.index_parts(self.key), self.key, choice.kind, width, paths, self.removed
+            self.context.workspace.index_parts(self.key), self.key, choice.kind, width, paths, self.removed, lists
         )
         self.vectors.made(parts.learns_from)
         self.choice = choice
@@ -172,7 +187,17 @@ class _Build:
 
 def files_beside(folder: AnyPath, mean: Tensor | None) -> list[AnyPath]:
     """Return the files without which the index in a folder has to be made again."""
-    return [folder / name for name in (INDEX_FILE, INDEX_IDS, *([] if mean is None else [INDEX_MEAN]))]
+    names = [INDEX_FILE, INDEX_IDS, *([] if mean is None else [INDEX_MEAN])]
+    with suppress(StoreError):  # a damaged record has to be made again anyway
+        names += [INDEX_LISTS] if read_index_record(folder).on_disk else []
+    return [folder / name for name in names]
+
+
+def beyond_memory(config: IndexConfig, kind: str, rows: int, width: int) -> bool:
+    """Return whether an index is larger than its budget of memory, and of a kind whose lists may stay on disk."""
+    if config.memory_gb is None or rows * bytes_each(kind, width, rows) <= config.memory_gb * 1e9:
+        return False
+    return can_lie_on_disk(new_index(kind, width))
 
 
 def chosen(config: IndexConfig, rows: int, width: int, *, half: bool) -> Choice:
@@ -195,13 +220,17 @@ def commit_version(
     *,
     started: float,
 ) -> Manifest:
-    """Measure an index and commit its version: ids, record, mean, and the index last."""
+    """Measure an index and commit its version: ids, record, mean, and the index last.
+
+    Its lists are committed before, where they are a file of their own.
+    """
     record = measured(index, train_ids, about, held_out, parts).model_copy(
         update={
             "kind": parts.kind,
             "faiss": faiss_version(),
             "rows": len(train_ids),
             "width": parts.width,
+            "on_disk": parts.lists is not None,
             "origin": flow_run.get_id() or "",
             "code_version": code_version(),
         }
@@ -213,7 +242,11 @@ def commit_version(
     if mean is not None:
         save_mean = functools.partial(save_file, {"mean": mean})
         commit(folder / INDEX_MEAN, save_mean, key=key, rows=len(train_ids), started=started)
-    write = functools.partial(write_index, index)
+    if parts.lists is not None:
+        noted = read_manifest(parts.lists)
+        assert noted is not None
+        believe(parts.lists, noted)
+    write = functools.partial(write_index, index if parts.lists is None else take_lists(index))
     manifest = commit(folder / "index.faiss", write, key=key, rows=len(train_ids), started=started)
     believe(folder / "index.faiss", manifest)
     return manifest

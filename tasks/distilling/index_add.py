@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from prefect.cache_policies import NO_CACHE
 
 from fastgda_core.errors import UsageError
 from fastgda_core.search.build import add, faiss_version, read_index
+from fastgda_core.search.on_disk import take_lists, with_lists, write_lists
 from storage_schemas import tables
-from storage_schemas.commit import Manifest, input_key
+from storage_schemas.commit import Manifest, commit, input_key
 from storage_schemas.files import AnyPath, is_there, local_copy, matching
-from storage_schemas.heads.records import INDEX_IDS, HeadRecord, IndexRecord, index_samples
+from storage_schemas.heads.records import INDEX_IDS, INDEX_LISTS, HeadRecord, IndexRecord, index_samples
 from storage_schemas.snapshots.published import read_published
 from storage_schemas.tombstones import removed_ids
 from storage_schemas.workspace import Workspace
@@ -108,7 +110,8 @@ def add_to_search_index(parent: Parent, tars: Sequence[Path]) -> Made:
 
     def make(started: float) -> Manifest:
         old = parent.vector_paths
-        open_search_index(parent.index.path, parent.head.key)  # refuses what is not as it was committed
+        # Refuses what is not as it was committed.
+        opened = open_search_index(parent.index.path, parent.head.key).index
         index = read_index(local_copy(parent.index.path / "index.faiss"))
         vectors.made()
         train_ids = [tables.read(parent.index.path / INDEX_IDS, tables.INDEX_IDS)["train_id"].to_numpy()]
@@ -118,7 +121,12 @@ def add_to_search_index(parent: Parent, tars: Sequence[Path]) -> Made:
         ids = np.concatenate(train_ids)
         removed = np.setdiff1d(np.arange(samples.rows), ids)
         kind, paths = parent.record.kind, [*old, *vectors.paths]
-        parts = IndexParts(workspace.index_parts(key), key, kind, int(index.d), paths, removed)
+        lists = folder / INDEX_LISTS if parent.record.on_disk else None
+        if lists is not None:  # the index has what is added alone, and the file of its parent stays as it is
+            write = functools.partial(write_lists, [opened, index])
+            commit(lists, write, key=key, rows=len(ids), started=started)
+            index = with_lists(take_lists(index), local_copy(lists))
+        parts = IndexParts(workspace.index_parts(key), key, kind, int(index.d), paths, removed, lists)
         record = parent.record.model_copy(
             update={
                 "samples": workspace.relative(samples.path),

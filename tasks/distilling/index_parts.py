@@ -6,13 +6,26 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgda_core.search.build import add, can_merge, merge, new_index, read_index, train, training_rows, write_index
-from storage_schemas.commit import commit, committed, manifest_path
+from fastgda_core.search.build import (
+    add,
+    can_merge,
+    join,
+    merge,
+    new_index,
+    read_index,
+    reserve,
+    train,
+    training_rows,
+    write_index,
+)
+from fastgda_core.search.on_disk import map_index, with_lists, write_lists
+from storage_schemas.commit import commit, committed, manifest_path, read_manifest
 from storage_schemas.files import AnyPath, local_copy, matching, remove, remove_folder
 from storage_schemas.workspace import part
 from tasks.distilling.vectors import Block, blocks_of
@@ -29,6 +42,7 @@ class IndexParts:
     folder: of what goes when the index is there.
     paths: the parts of its vectors.
     removed: train_ids that it leaves out.
+    lists: where its inverted lists are to be a file of their own; None: they are in memory, and then in the index.
     """
 
     folder: AnyPath
@@ -37,6 +51,7 @@ class IndexParts:
     width: int
     paths: Sequence[AnyPath]
     removed: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    lists: AnyPath | None = None
 
     @property
     def count(self) -> int:
@@ -77,14 +92,23 @@ class IndexParts:
         return can_merge(new_index(self.kind, self.width))
 
     def whole(self, advance: Callable[[int], None]) -> Any:
-        """Make what is missing and return the index; in memory are at most the index and one part."""
+        """Make what is missing and return the index.
+
+        In memory are at most the index and one part; one part alone where its lists are a file of their own, and the
+        index alone where it is a row of codes.
+        """
+        if self.lists is not None:
+            return self._on_disk(self.lists, advance)
         if not self.mergeable:
             return self._grown(advance)
         if self.count == 1 and committed(part(self.folder, 0, "faiss"), self.key) is None:
             return self._filled(0, self.empty(), advance)
         for number in range(self.count):
             self.make(number, advance)
-        index: Any = None
+        index = self.empty()
+        if join(index, [map_index(path) for path in self._local()]):
+            return index
+        index = None
         for number in range(self.count):
             later = read_index(local_copy(part(self.folder, number, "faiss")))
             if index is None:
@@ -93,6 +117,20 @@ class IndexParts:
                 merge(index, later)
         assert index is not None
         return index
+
+    def _on_disk(self, lists: AnyPath, advance: Callable[[int], None]) -> Any:
+        """Make what is missing and commit the lists of all parts as one file; return the index over it."""
+        if committed(lists, self.key) is None:
+            started = time.monotonic()
+            for number in range(self.count):
+                self.make(number, advance)
+            parts = [map_index(path) for path in self._local()]
+            rows = sum(each.ntotal for each in parts)
+            commit(lists, functools.partial(write_lists, parts), key=self.key, rows=rows, started=started)
+        return with_lists(self.empty(), local_copy(lists))
+
+    def _local(self) -> list[Path]:
+        return [local_copy(part(self.folder, number, "faiss")) for number in range(self.count)]
 
     def clear(self) -> None:
         """Delete what is not needed once the index is there."""
@@ -117,6 +155,8 @@ class IndexParts:
         return index
 
     def _filled(self, number: int, index: Any, advance: Callable[[int], None]) -> Any:
+        manifests = [read_manifest(self.paths[each]) for each in self.vectors_of(number)]
+        reserve(index, sum(each.rows for each in manifests if each is not None))
         for block in self._blocks(self.vectors_of(number)):
             add(index, block.vectors, block.train_ids)
             advance(len(block.train_ids))

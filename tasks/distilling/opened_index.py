@@ -11,8 +11,8 @@ from fastgda_core.search.build import faiss_version
 from fastgda_core.search.searcher import Searcher, SearchSettings, open_index
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, read_manifest
-from storage_schemas.files import UNUSED_SECONDS, AnyPath, file_sha256, local_copy, private_folder, stamps
-from storage_schemas.heads.records import INDEX_IDS, IndexRecord, read_index_record
+from storage_schemas.files import UNUSED_SECONDS, AnyPath, file_sha256, local_files, private_folder, stamps
+from storage_schemas.heads.records import INDEX_IDS, INDEX_LISTS, IndexRecord, read_index_record
 
 _AGAIN = "`fastgda index build CONFIG` builds it again"
 
@@ -47,12 +47,15 @@ def open_search_index(folder: AnyPath, head: str | None = None) -> Searcher:
             "vectors"
         )
     try:
-        local = local_copy(path)
-        _check(local, path, manifest)
-    except FileNotFoundError:
-        raise UsageError(f"{path} is gone: {_AGAIN}") from None
+        local = local_files(folder, [path.name, INDEX_LISTS] if record.on_disk else [path.name])
+        lists = local / INDEX_LISTS if record.on_disk else None
+        if lists is not None:
+            _check_lists(lists, folder / INDEX_LISTS)
+        _check(local / path.name, path, manifest)
+    except FileNotFoundError as error:
+        raise UsageError(f"{error.filename or path} is gone: {_AGAIN}") from None
     train_ids = tables.read(folder / INDEX_IDS, tables.INDEX_IDS)["train_id"].to_numpy()
-    searcher = open_index(local, train_ids, settings_of(record))
+    searcher = open_index(local / path.name, train_ids, settings_of(record), lists)
     if searcher.vectors != manifest.rows:
         raise UsageError(f"{path} has {searcher.vectors:,} vectors and its manifest {manifest.rows:,}: {_AGAIN}")
     return searcher
@@ -62,6 +65,13 @@ def believe(path: AnyPath, manifest: Manifest) -> None:
     """Note that a file on this machine's disk is what its manifest says: it was just written, or read through."""
     if isinstance(path, Path):
         _mark(path, manifest).touch()
+
+
+def _check_lists(local: Path, path: AnyPath) -> None:
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise UsageError(f"{path} has no manifest: {_AGAIN}")
+    _check(local, path, manifest)
 
 
 def _check(local: Path, path: AnyPath, manifest: Manifest) -> None:

@@ -55,6 +55,8 @@ def ingest_samples(context: Context) -> Made:
         rejected = commit_table(rejected_path, table, tables.REJECTED_SAMPLES, key=key, started=started)
         manifest = commit_table(samples_path, sample_rows(samples), tables.SAMPLES, key=key, started=started)
     assert manifest is not None and rejected is not None
+    if int(manifest.schema_version or 0) < tables.SAMPLES.version:
+        tell_of_columns_that_came_later(samples_path)
     write_indexed(workspace, samples_path, rejected_path)
     if rejected.rows:
         rejections = tables.read(rejected_path, tables.REJECTED_SAMPLES)
@@ -120,6 +122,16 @@ def tell_of_several_pictures(samples: list[ShardSample]) -> None:
     for shard, count in Counter(sample.shard for sample in samples if sample.pictures > 1).items():
         said = f"{shard}: the first picture is used of {count} images that are animations or hold several"
         console.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+def tell_of_columns_that_came_later(path: AnyPath) -> None:
+    """Say what a table of an earlier release lacks, and how to have it: rows and train_ids stay what they are."""
+    said = (
+        f"{path.parent} was indexed by an earlier release: its samples have no perceptual hash, so that answers fold "
+        "copies of the same bytes alone, and no fields of the tars' .json; delete that folder and start this command "
+        "again, and the tars are read anew, with the same train_ids"
+    )
+    console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def warn_of_rejections(workspace: Workspace, table: pa.Table) -> None:

@@ -1,16 +1,24 @@
 from __future__ import annotations
 
+import io
+import subprocess
+import sys
+import threading
 import time
+import uuid
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage_schemas import tables
 from storage_schemas.commit import commit_table, committed
+from storage_schemas.files import any_path
 from storage_schemas.table import Table
 from storage_schemas.workspace import part
 
@@ -209,3 +217,53 @@ def test_whatever_is_known_of_a_score_is_known_of_a_ranked_pair() -> None:
     shared = [tables.RANKS.schema.field(name) for name in tables.SCORES.schema.names]
     assert shared == list(tables.SCORES.schema)
     assert tables.SCORES.added.keys() <= tables.RANKS.added.keys()
+
+
+ENDING = """
+import os, sys
+from pathlib import Path
+import pyarrow.dataset  # before threads start, none of which a fork takes along
+from storage_schemas import tables
+
+def ended(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+codes, running = [], []
+for _ in range(24):
+    child = os.fork()
+    if not child:
+        tables.read(Path(sys.argv[1]), tables.SAMPLES, columns=["key"])
+        sys.exit()
+    running.append(child)
+    if len(running) == 4:
+        codes.append(ended(running.pop(0)))
+print(sorted({*codes, *map(ended, running)}))
+"""
+
+
+def test_a_script_that_ends_right_after_it_read_a_table_ends_well(tmp_path: Path) -> None:
+    """One in ten once died, as a thread of Arrow waited for Python's lock to give a file back."""
+    path = tmp_path / "samples.parquet"
+    rows = pa.Table.from_pylist([sample(0, ["a"])], schema=tables.SAMPLES.schema)
+    commit_table(path, rows, tables.SAMPLES, key=KEY, started=time.monotonic())
+
+    done = subprocess.run([sys.executable, "-c", ENDING, path], capture_output=True, text=True, check=True)
+
+    assert (done.stdout, done.stderr) == ("[0]\n", "")
+
+
+def test_columns_of_an_object_are_read_in_the_thread_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = any_path(f"memory://{uuid.uuid4().hex}") / "samples.parquet"
+    rows = pa.Table.from_pylist([sample(0, ["a"]), sample(1, ["b", "c"])], schema=tables.SAMPLES.schema)
+    commit_table(path, rows, tables.SAMPLES, key=KEY, started=time.monotonic())
+    readers: set[threading.Thread] = set()
+
+    def read(file: MemoryFile, size: int = -1) -> bytes:
+        readers.add(threading.current_thread())
+        return io.BytesIO.read(file, size)
+
+    monkeypatch.setattr(MemoryFile, "read", read, raising=False)
+
+    assert tables.read(path, tables.SAMPLES, columns=["captions"])["captions"].to_pylist() == [["a"], ["b", "c"]]
+    assert readers == {threading.current_thread()}
+    assert tables.read(path, tables.SAMPLES, pc.field("train_id") == 1, columns=["key"])["key"].to_pylist() == ["s1"]

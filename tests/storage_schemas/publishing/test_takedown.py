@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage_schemas import tables
+from storage_schemas.audit.facts import sample_node
 from storage_schemas.audit.verify import take_downs_fault, verify
 from storage_schemas.errors import StoreError
 from storage_schemas.indexed_samples import write_indexed
@@ -22,6 +23,7 @@ from storage_schemas.publishing.takedown import CannotLift, NoSuchSample, lift, 
 from storage_schemas.runs.ledger import read_run
 from storage_schemas.snapshots.published import NotPublished, read_published
 from storage_schemas.sql.views import query
+from storage_schemas.table import DamagedTable
 from storage_schemas.tombstones import UnreadableTombstones, read_tombstones, removed_ids
 from storage_schemas.workspace import Workspace, twins_beside
 from tests.storage_schemas.workspaces import (
@@ -224,3 +226,20 @@ def test_exports_leave_removed_samples_out(workspace: Workspace, tmp_path: Path)
     for row, query_id in enumerate(named):
         scored = {each["train_id"]: each["score"] for each in left if each["query_id"] == query_id}
         assert release["rank"][row].tolist() == sorted(scored, key=lambda each: (-scored[each], each))
+
+
+def test_a_table_that_is_gone_is_named_in_one_line(workspace: Workspace) -> None:
+    take_down(workspace, [1], **SAID)
+    samples = read_published(workspace).samples or ""
+    (part, *_) = Path(str(workspace.root)).glob("ranks/*/part-*.parquet")
+    for path in (part, workspace.file(samples)):
+        content = path.read_bytes()
+        path.unlink()
+        with pytest.raises(DamagedTable, match=f"{path.name} is gone.*`fastgda verify`") as refused:
+            query(workspace.root, "SELECT * FROM ranks")
+        assert "\n" not in str(refused.value)
+        path.write_bytes(content)
+    workspace.file(samples).unlink()
+    held, down = (sample_node(workspace, samples, train_id) for train_id in (0, 1))
+    assert held.facts == {samples: "missing"}
+    assert SAID["reason"] in down.facts["taken_down_1"] and "key" not in down.facts

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 
 from storage_schemas import tables
+from storage_schemas.publishing.takedown import take_down
 from storage_schemas.runs.records import UnknownRun
 from storage_schemas.snapshots.compaction import compact
 from storage_schemas.snapshots.vacuum import vacuum
@@ -29,6 +30,7 @@ from tests.storage_schemas.workspaces import (
     finish_run,
     first_version,
     plan_run,
+    publish_run,
     shard_key,
     with_column,
     write_table,
@@ -324,3 +326,22 @@ def test_a_duckdb_without_the_extensions_is_said(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(duckdb, "__version__", "2.0.0")
     with pytest.raises(LakeUnavailable, match=r"for DuckDB 2\.0\.0 is not installed: pip install 'fastgda\[lake\]'"):
         Lake(Workspace(tmp_path), f"sqlite:{tmp_path / 'c.sqlite'}").add(RUN)
+
+
+def test_rows_that_nobody_knows_the_images_of_are_left_out_after_a_take_down(
+    tmp_path: Path, catalog: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish_run(tmp_path, RUN)
+    workspace = Workspace(tmp_path)
+    lake = Lake(workspace, catalog)
+    lake.add(RUN)
+    every = rows(lake)
+    record = workspace.run(RUN)
+    content = record.read_bytes()
+    record.unlink()
+    assert rows(lake) == every
+    record.write_bytes(content)
+    take_down(workspace, [2], reason="asked", by="them")
+    assert rows(lake) == [row for row in every if row[2] != 2] != every
+    record.unlink()
+    assert rows(lake) == [] and f"rows of {RUN} are left out" in caplog.text

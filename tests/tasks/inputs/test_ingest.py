@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import time
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from PIL import Image
 
 from fastgda_core.images import AHEAD, in_threads
 from storage_schemas import tables
+from storage_schemas.commit import commit_table
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
 from tasks.inputs.samples import ingest_samples, readable_images, readable_images_ahead
 from tests import tiny
+from tests.storage_schemas.workspaces import first_version
 from tests.tasks.configs import document
 
 
@@ -38,6 +41,28 @@ def test_rejections_are_the_same_in_identical_runs_and_can_be_grouped(tmp_path: 
         reasons = tables.read(path, tables.REJECTED_SAMPLES)["reason"].to_pylist()
         assert len(reasons) == 4 and len(set(reasons[:3])) == 1 and "0x" not in "".join(reasons)
     assert files[0] == files[1]
+
+
+def test_a_table_of_an_earlier_release_says_what_it_lacks_and_is_whole_when_the_tars_are_read_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.write_tar(tmp_path / "data.tar", tiny.sample_members(range(3)))
+    where = context(tmp_path, "one")
+    made = ingest_samples.fn(where).artifact
+    whole, before = tables.read(made.path, tables.SAMPLES), first_version(tables.SAMPLES)
+    key, folder = made.path.parent.name, where.workspace.root / "samples" / made.path.parent.name
+    assert isinstance(made.path, Path) and isinstance(folder, Path)
+    made.path.unlink()
+    commit_table(made.path, whole.select(before.schema.names), before, key=key, started=time.monotonic())
+    capsys.readouterr()
+
+    assert ingest_samples.fn(where).reused
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{folder} was indexed by an earlier release" in said and "delete that folder" in said
+    shutil.rmtree(folder)
+    again = ingest_samples.fn(where)
+    assert not again.reused and again.artifact == made and tables.read(made.path, tables.SAMPLES) == whole
+    assert "earlier release" not in capsys.readouterr().err
 
 
 def test_images_that_are_decoded_ahead_are_the_same_in_order_with_the_same_faults(tmp_path: Path) -> None:
