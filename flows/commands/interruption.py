@@ -3,10 +3,15 @@
 Before anything is begun the process ends there and then. Later the main thread is left by a `KeyboardInterrupt`, which
 ends flow runs, and other threads and worker processes stop at their next checkpoint. Whatever does not end in time,
 or at a second Ctrl-C, is left as it stands: files are whole or absent at any instant.
+
+During a flow run Prefect answers SIGTERM in our place, by an error in the main thread, and hands it on when that has
+come through. Where something swallows the error, or makes another one of it, nothing is handed on. So a thread sees
+each SIGTERM, too, whoever answers it, and interrupts the main thread itself where that goes on.
 """
 
 from __future__ import annotations
 
+import _thread
 import logging
 import multiprocessing
 import os
@@ -22,6 +27,7 @@ from types import FrameType
 from fastgda_core.interruption import stop_here
 
 GRACE_SECONDS = 30.0
+ANSWER_SECONDS = 5.0  # in which Prefect has to hand a SIGTERM on
 SAME_PRESS_SECONDS = 0.5  # `timeout` and some shells send a signal to the process and to its group
 
 
@@ -30,6 +36,7 @@ class _Command:
     """The state of this process's command.
 
     signal: number of the signal that came; at: when it came.
+    terminated: a SIGTERM came, whoever answers it; watched: a thread looks for one.
     begun: there is something to leave in good order.
     goes_on: the same command goes on where this one stopped.
     said: the line that says how to go on was printed.
@@ -38,6 +45,8 @@ class _Command:
 
     signal: int | None = None
     at: float = 0.0
+    terminated: bool = False
+    watched: bool = False
     begun: bool = False
     goes_on: bool = False
     said: bool = False
@@ -70,16 +79,46 @@ def starting(at_end: Callable[[], None]) -> None:
 def under_way() -> None:
     """Note that from here on there is something to leave in good order."""
     _command.begun = True
+    if _command.watched:
+        return
+    _command.watched = True
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=_see_terminations, args=(read,), daemon=True).start()
+
+
+def _see_terminations(pipe: int) -> None:
+    """End in time after the first SIGTERM, at once after another one; `pipe` brings the numbers of all signals."""
+    first = 0.0
+    while True:
+        if signal.SIGTERM not in os.read(pipe, 1):
+            continue
+        now = time.monotonic()
+        if _command.terminated and now - first > SAME_PRESS_SECONDS and _command.signal is None:
+            _end()
+        if not _command.terminated:
+            _command.terminated, first = True, now
+            logging.disable()  # errors of work that is interrupted are not reported
+            threading.Thread(target=_terminate_in_time, daemon=True).start()
+
+
+def _terminate_in_time() -> None:
+    time.sleep(ANSWER_SECONDS)
+    if _command.signal is None:
+        _thread.interrupt_main()
+    _end_in_time()
 
 
 def exit_code() -> int | None:
     """Return the exit code of an interrupted command; None where no signal came."""
-    return None if _command.signal is None else 128 + _command.signal
+    number = signal.SIGTERM if _command.signal is None and _command.terminated else _command.signal
+    return None if number is None else 128 + number
 
 
 def say_how_to_go_on() -> None:
     """Print one line on how to go on, to standard error, once."""
-    if _command.said:
+    if _command.said or multiprocessing.parent_process() is not None:  # the command itself says it
         return
     _command.said = True
     word = "interrupted" if _command.signal == signal.SIGINT else "terminated"
@@ -95,7 +134,7 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
         if now - _command.at > SAME_PRESS_SECONDS:
             _end()
         return
-    _command.signal, _command.at = number, now
+    _command.signal, _command.at = signal.SIGTERM if _command.terminated else number, now
     if not _command.begun:
         _end()
     # Errors of work that is interrupted are not reported.

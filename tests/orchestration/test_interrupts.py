@@ -14,7 +14,7 @@ import pytest
 
 from tests.flows.pipeline_case import environment, fastgda
 from tests.orchestration.test_runs import SHARDS, shard_files, small, wait_for, with_faults
-from tests.prefect_processes import ask, free_port, kill_marked, marked
+from tests.prefect_processes import ROOT, ask, free_port, kill_marked, marked
 
 SOON = 20.0  # seconds on a loaded machine; a micro-batch of these runs takes 0.5 s, and without an answer it is minutes
 BIN = Path(sys.executable).parent
@@ -127,3 +127,58 @@ def test_ctrl_c_is_how_a_server_ends_well(tmp_path: Path, home: Path) -> None:
     assert server.stderr is not None and "Ctrl-C ends it" in server.stderr.readline()
     server.send_signal(signal.SIGINT)
     assert server.wait(SOON) == 0 and server.stderr.read() == ""
+
+
+@pytest.mark.slow
+def test_sigterm_after_a_worker_was_killed_ends_the_command(tmp_path: Path, model_folder: Path, home: Path) -> None:
+    slow = with_faults(tmp_path / "faults", slow=1.0, slow_seconds=0.5)
+    config = small(tmp_path, model_folder, workers=2)
+    process = start(config, home, slow, own_server=True)
+    wait_for(lambda: len(shard_files(tmp_path)) >= 2, process)
+    listing = ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)]
+    children = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.splitlines()
+    worker = next(line for line in children if "multiprocessing.spawn" in line)
+    os.kill(int(worker.split()[0]), signal.SIGKILL)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, written = process.communicate(timeout=SOON + 35)  # at the latest when the grace of 35 seconds is over
+    errors = written.splitlines()
+    assert process.returncode == 143
+    assert go_on(config).replace("interrupted", "terminated") in errors and not any(
+        "Traceback" in line for line in errors
+    )
+
+
+SWALLOWED = """
+import time
+from prefect import flow
+from flows.commands import interruption
+interruption.GRACE_SECONDS, interruption.ANSWER_SECONDS = 1.0, 0.2
+
+@flow
+def deaf():
+    print("begun", flush=True)
+    while True:
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass
+
+interruption.watch(begun=True)
+interruption.starting(lambda: None)
+interruption.under_way()
+deaf()
+"""
+
+
+def test_a_sigterm_that_somebody_swallows_ends_the_command_all_the_same(home: Path) -> None:
+    """As where Prefect's answer came up inside a library that makes another error of it."""
+    command = [sys.executable, "-c", SWALLOWED]
+    process = subprocess.Popen(
+        command, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=SOON)
+    assert process.returncode == 143
+    assert "terminated; `fastgda` goes on where it stopped" in errors.splitlines()
