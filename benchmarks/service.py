@@ -1,11 +1,11 @@
 """The HTTP service under load, beside its encoders alone in one process: latency, saturation, thumbnails.
 
-    python -m benchmarks.service WORKSPACE [--rows 118287] [--kind SQfp16] [--workers 1] [--clients 8] [--seconds 10]
+    python -m benchmarks.service WORKSPACE [--rows 118287] [--kind SQfp16] [--workers 1] [--clients 8] [--share 0.8]
 
 WORKSPACE has a published index and stored queries; it is only read. With --rows a copy of hard links is asked instead,
 whose samples are the workspace's again and again, and whose index holds their vectors with a little noise. Clients are
 processes of their own. "80 %" is an open loop: requests begin at random times at 80 % of the rate that was measured
-before, and a latency counts from the time at which a request should have begun.
+before (--share), and a latency counts from the time at which a request should have begun.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 NOISE = 0.05  # of a grown index's vectors, against their length
-SHARE = 0.8  # of saturation
 JSON = {"Content-Type": "application/json"}
 
 
@@ -240,8 +239,15 @@ def grown(workspace: Path, folder: Path, rows: int, kind: str) -> int:
     return pictures
 
 
-def measure(workspace: Path, pictures: int | None, workers: int, clients: int, seconds: float) -> list[Figures]:
-    """Return all figures of one workspace; pictures: how many samples have one, None: all of them."""
+def measure(
+    workspace: Path, pictures: int | None, workers: int, clients: int, seconds: float, shares: Sequence[float]
+) -> list[Figures]:
+    """Return all figures of one workspace.
+
+    Args:
+        pictures: how many samples have one; None: all of them.
+        shares: of saturation, at which images come at random times.
+    """
     by_itself, vectors = alone(workspace, seconds)
     with_images, by_query, samples = questions(workspace)
     by_vector = [_plain({"vector": vector, "k": 20, "around": 0}) for vector in vectors]
@@ -258,7 +264,8 @@ def measure(workspace: Path, pictures: int | None, workers: int, clients: int, s
         load("warm", address, with_images, 2, min(seconds, 2.0))
         run("images, one client", with_images, 1)
         saturated = run(f"images, {clients} clients", with_images)
-        run(f"images, {SHARE:.0%} of that", with_images, max(clients, 16), SHARE * saturated.per_second)
+        for share in shares:
+            run(f"images, {share:.0%} of that", with_images, max(clients, 16), share * saturated.per_second)
         load("warm", address, by_query, 2, min(seconds, 2.0))
         run(f"stored queries, {clients} clients", by_query)
         run(f"vectors, {clients} clients", by_vector)
@@ -284,6 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
     parser.add_argument("--kind", default="SQfp16", help="FAISS's name of the grown index")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--share", type=float, nargs="+", default=[0.8], help="of saturation, for the open loop")
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     given = parser.parse_args(arguments)
@@ -293,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Figures]:
             beside = stack.enter_context(tempfile.TemporaryDirectory(dir=workspace.parent))  # links stay in one disk
             workspace = Path(beside) / "workspace"
             pictures = grown(given.workspace, workspace, given.rows, given.kind)
-        found = measure(workspace, pictures, given.workers, given.clients, given.seconds)
+        found = measure(workspace, pictures, given.workers, given.clients, given.seconds, given.share)
     print_figures(found)
     if given.json:
         given.json.write_text(json.dumps([asdict(each) for each in found], indent=2))
