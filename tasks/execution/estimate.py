@@ -10,6 +10,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from fastgda_core.diffusion.precision import Precision
+from fastgda_core.errors import UsageError
 from fastgda_core.teachers.needs import Needs, Work
 from fastgda_core.teachers.registry import TEACHERS
 from storage_schemas.runs.noise_plan import NOISE_PLAN
@@ -24,6 +25,7 @@ from tasks.execution.rivals import check_rivals
 from tasks.execution.seen import Seen, known_shape, look, shape_of
 from tasks.execution.traffic import Bytes, Traffic, contracted
 from tasks.execution.ways import Way, ways
+from tasks.inputs.candidates import check_neighbours
 from tasks.teaching.cost import KindCost, Size, scores_of
 from tasks.teaching.noise import planned
 from tasks.teaching.noise_pilot import CHEAPEST, DEAREST
@@ -42,6 +44,7 @@ class Estimate:
     traffic: bytes of each kind of part, of latents too; None where they are not known.
     ways: exact, first-order and sketch work on the same data.
     unseen: what was not there to look at.
+    refused: why a run of this size would be refused on this machine; empty: nothing is known of that.
     """
 
     size: Size
@@ -54,6 +57,7 @@ class Estimate:
     traffic: dict[str, Bytes | None] = field(default_factory=dict)
     ways: list[Way] = field(default_factory=list)
     unseen: tuple[str, ...] = ()
+    refused: str = ""
 
     @property
     def device_hours(self) -> float:
@@ -74,30 +78,13 @@ class Estimate:
         size = self.size
         for line in self.unseen:
             yield f"not looked at: {line}"
+        if self.refused:
+            yield f"a run is refused here: {self.refused}"
         yield (
             f"{size.samples:,} training samples ({size.captions:.1f} captions each), {size.queries:,} queries, "
             f"{size.candidates:,} candidates each"
         )
-        table = Table("stage", "parts", "rows", "forward passes", "read", "written", "device time", "one part")
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for kind in self.kinds:
-            seconds = kind.seconds(self.rate.forwards_per_second)
-            one = duration(seconds / kind.parts) if seconds / kind.parts >= 1 else f"{seconds / kind.parts:.2f} s"
-            rows, whole = f"{kind.rows:,}", duration(seconds)
-            if kind.unknown:
-                whole = one = "?"
-            moved = _told(self.traffic.get(kind.kind))
-            table.add_row(kind.kind, f"{kind.parts:,}", rows, f"{kind.forwards:,.0f}", *moved, whole, one)
-        yield table
-        if (latents := self.traffic.get("latents")) is not None:
-            yield "latents and caption embeddings: {} read, {} written, before these".format(*_told(latents))
-        for kind in self.kinds:
-            if kind.contraction > kind.forwards:
-                yield (
-                    f"{kind.kind}: products with all queries' updates take {kind.contraction:,.0f} more passes' FLOPs, "
-                    "which is in the device time: a smaller teacher.shard_queries, or sketches, would spend less"
-                )
+        yield from self._stages()
         if other := [kind.kind for kind in self.kinds if kind.unknown and not kind.forwards]:
             yield f"the time of {' and of '.join(other)} is not among the device-hours: they run no model"
         if unknown := [kind for kind in self.kinds if kind.unknown and kind.forwards]:
@@ -123,6 +110,29 @@ class Estimate:
             )
         yield from self._ways()
         yield from self.advice()
+
+    def _stages(self) -> Iterator[RenderableType]:
+        """Yield the table of the kinds of parts, and what does not fit into it."""
+        table = Table("stage", "parts", "rows", "forward passes", "read", "written", "device time", "one part")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for kind in self.kinds:
+            seconds = kind.seconds(self.rate.forwards_per_second)
+            one = duration(seconds / kind.parts) if seconds / kind.parts >= 1 else f"{seconds / kind.parts:.2f} s"
+            rows, whole = f"{kind.rows:,}", duration(seconds)
+            if kind.unknown:
+                whole = one = "?"
+            moved = _told(self.traffic.get(kind.kind))
+            table.add_row(kind.kind, f"{kind.parts:,}", rows, f"{kind.forwards:,.0f}", *moved, whole, one)
+        yield table
+        if (latents := self.traffic.get("latents")) is not None:
+            yield "latents and caption embeddings: {} read, {} written, before these".format(*_told(latents))
+        for kind in self.kinds:
+            if kind.contraction > kind.forwards:
+                yield (
+                    f"{kind.kind}: products with all queries' updates take {kind.contraction:,.0f} more passes' FLOPs, "
+                    "which is in the device time: a smaller teacher.shard_queries, or sketches, would spend less"
+                )
 
     def _ways(self) -> Iterator[RenderableType]:
         """Yield what the same data take by other ways of work."""
@@ -208,6 +218,7 @@ def estimate(config: PipelineConfig, device: str | None = None) -> Estimate:
         moved,
         ways(config, size, shape, seen.image_bytes, in_precision),
         seen.unseen,
+        _refused(config, seen),
     )
 
 
@@ -247,6 +258,14 @@ def _needs(config: PipelineConfig, size: Size, shape: ModelShape) -> Needs:
         ascent_steps=teacher.most_steps,
     )
     return method.needs(work)
+
+
+def _refused(config: PipelineConfig, seen: Seen) -> str:
+    try:
+        check_neighbours(config.candidates, seen.count)
+    except UsageError as error:
+        return str(error)
+    return ""
 
 
 def _told(moved: Bytes | None) -> tuple[str, str]:

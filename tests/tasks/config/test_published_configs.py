@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 
 from fastgda_core.curvature.layers import select_layers
 from fastgda_core.errors import UsageError
@@ -16,6 +19,7 @@ from tasks.config.inputs import SplitConfig
 from tasks.config.pipeline import PipelineConfig
 from tasks.execution.estimate import Estimate, estimate
 from tasks.execution.known import MODELS
+from tasks.inputs.tars import find_shards, scan
 
 DEPLOYMENTS = Path(__file__).parents[3] / "deployments"
 NAMES = ("mscoco", "mscoco_amortised", "sd14_laion", "sd14_laion_amortised")
@@ -73,6 +77,37 @@ def test_hours_are_flops_by_the_measured_speed_and_cost_is_hours_by_the_price(al
     assert priced.as_json()["cost"] == pytest.approx(2 * total / 15.5e12 / 3600)
     with pytest.raises(UsageError, match="measured are h100, paper, cpu2"):
         estimate(config, "h99")
+
+
+def test_folders_of_diffusiondb_become_queries_by_the_documented_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "diffusiondb" / "part-000001"
+    folder.mkdir(parents=True)
+    (tmp_path / "queries").mkdir()
+    names = [f"{number}f1b.png" for number in range(3)]
+    for name in names:
+        Image.new("RGB", (16, 16), "red").save(folder / name)
+    prompts = {name: {"p": f"a castle, {name}", "se": 1, "c": 7.0, "st": 50, "sa": "k_lms"} for name in names}
+    (folder / "part-000001.json").write_text(json.dumps(prompts))
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"^```python\n(.*?)^```", (DEPLOYMENTS.parent / "docs" / "scale.md").read_text(), re.M | re.S)
+    exec(block, {})
+    found, rejected = scan(find_shards(str(tmp_path / "queries" / "*.tar"), "queries.shards"), lambda: None)
+    assert not rejected
+    assert [sample.captions for sample in found] == [[prompts[name]["p"]] for name in names]
+
+
+def test_neighbours_among_more_samples_than_memory_holds_are_refused_and_a_plan_says_so(alone: Path) -> None:
+    config = load_config(alone / "sd14_laion.yaml")
+    assert config.expected is not None
+    many = config.model_copy(update={"expected": config.expected.model_copy(update={"samples": 10**12})})
+    found = estimate(many)
+    assert (
+        "neighbours in a matrix in memory: the features of 1,000,000,000,000 samples take 2,048,000 GB" in found.refused
+    )
+    assert any(str(line).startswith("a run is refused here: candidates.policy top_k") for line in found.shown())
+    assert not planned(alone, "mscoco")[1].refused
 
 
 def test_a_plan_without_expectations_still_asks_for_the_model(alone: Path) -> None:
