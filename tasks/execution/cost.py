@@ -34,10 +34,14 @@ TRIAL_SHARES = 4  # of that time for each number of forwards at a time
 
 @dataclass(frozen=True)
 class Rate:
-    """Forward passes a second of one device, and the source of the figure."""
+    """Forward passes a second of one device, and the source of the figure.
+
+    of_whole_parts: it is of whole score shards, so that whatever they do beside the passes is in it.
+    """
 
     forwards_per_second: float
     source: str
+    of_whole_parts: bool = False
 
 
 def run_costs(context: Context, size: Size) -> list[KindCost]:
@@ -91,7 +95,7 @@ def _measured(workspace: Workspace, model_hash: str) -> Rate | None:
         if run_forwards:  # else it never ran the model
             forwards += run_forwards
             seconds += sum(done)
-    return Rate(forwards / seconds, "earlier runs of this model here") if seconds else None
+    return Rate(forwards / seconds, "earlier runs of this model here", of_whole_parts=True) if seconds else None
 
 
 def mean_captions(samples: AnyPath) -> float:

@@ -190,7 +190,12 @@ def estimate(config: PipelineConfig, device: str | None = None) -> Estimate:
     teacher = planned(config, *DEAREST) if config.teacher.agreement is not None else config
     rivals = list(_rival_costs(seen.context, seen.samples, size)) if seen.context and seen.samples else []
 
+    speed = _speed(config, seen, shape, device)
+    found = speed(config.teacher.precision)
+
     def with_products(costs: list[KindCost], config: PipelineConfig) -> list[KindCost]:
+        if found.of_whole_parts:
+            return costs
         more = contracted(config, size, shape)
         return [replace(cost, contraction=more) if cost.kind == "scores" else cost for cost in costs]
 
@@ -200,7 +205,6 @@ def estimate(config: PipelineConfig, device: str | None = None) -> Estimate:
         pilot = [cost for cost in costs if cost.kind == NOISE_PLAN]
         cheapest = planned(config, *CHEAPEST)
         least = [*with_products(costs_of(cheapest, size), cheapest), *pilot, *rivals]
-    speed = _speed(config, seen, shape, device)
     traffic = Traffic(teacher, size, shape, seen.image_bytes)
     moved = {cost.kind: traffic.of(cost) for cost in costs} | {"latents": traffic.latents()}
 
@@ -210,13 +214,13 @@ def estimate(config: PipelineConfig, device: str | None = None) -> Estimate:
     return Estimate(
         size,
         [*costs, *rivals],
-        speed(config.teacher.precision),
+        found,
         config.execution.price_per_device_hour,
         config.execution.currency,
         _needs(config, size, shape),
         least,
         moved,
-        ways(config, size, shape, seen.image_bytes, in_precision),
+        ways(config, size, shape, seen.image_bytes, in_precision, products=not found.of_whole_parts),
         seen.unseen,
         _refused(config, seen),
     )

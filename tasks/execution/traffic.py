@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from fastgda_core.teachers.registry import UNLEARNING_TEACHERS
 from fastgda_core.teachers.scores import GROUPS
@@ -16,14 +16,14 @@ FLOAT = 4  # bytes; latents, embeddings, factors and updates are float32
 SCORE_ROW = 7  # bytes of a row of scores or of base losses in Parquet (6.3 to 6.9 in the demo's and the judge's)
 
 
-class Bytes(NamedTuple):
+@dataclass(frozen=True)
+class Bytes:
     """Bytes that one kind of part reads and writes, all its parts together."""
 
     read: float
     written: float
 
-    def __add__(self, other: object) -> Bytes:
-        assert isinstance(other, Bytes)
+    def __add__(self, other: Bytes) -> Bytes:
         return Bytes(self.read + other.read, self.written + other.written)
 
 

@@ -35,10 +35,15 @@ class Way:
     seconds: float
 
 
-def ways(config: PipelineConfig, size: Size, shape: ModelShape, image_bytes: float, speed: Speed) -> list[Way]:
+def ways(
+    config: PipelineConfig, size: Size, shape: ModelShape, image_bytes: float, speed: Speed, *, products: bool
+) -> list[Way]:
     """Return exact, first-order and sketch work of an unlearning teacher's configuration; of others nothing.
 
     Exact work keeps to float32. Of a noise plan that a pilot chooses the dearest counts.
+
+    Args:
+        products: those with the queries' updates take time beside what `speed` tells.
     """
     if config.teacher.name not in UNLEARNING_TEACHERS:
         return []
@@ -50,7 +55,7 @@ def ways(config: PipelineConfig, size: Size, shape: ModelShape, image_bytes: flo
         ("first order", _with(config, "abu_plus_first_order", config.teacher.precision, None)),
         ("sketch", _with(config, "abu_plus_first_order", config.teacher.precision, config.sketches)),
     ]
-    return [_way(name, variant, size, shape, image_bytes, speed) for name, variant in variants]
+    return [_way(name, variant, size, shape, image_bytes, speed, products) for name, variant in variants]
 
 
 def _with(
@@ -60,14 +65,22 @@ def _with(
     return config.model_copy(update={"teacher": changed, "sketches": sketches, "exact_check": None})
 
 
-def _way(name: str, config: PipelineConfig, size: Size, shape: ModelShape, image_bytes: float, speed: Speed) -> Way:
+def _way(
+    name: str,
+    config: PipelineConfig,
+    size: Size,
+    shape: ModelShape,
+    image_bytes: float,
+    speed: Speed,
+    products: bool,
+) -> Way:
     if name == "sketch":
         config = config.model_copy(update={"sketches": config.sketches or SketchesConfig()})
     kinds = family_of(config).costs(config, size)
     contraction = 0.0
     if name == "sketch":
         kinds = list(_sketching(config, kinds, size))
-    elif name == "first order":
+    elif name == "first order" and products:
         contraction = contracted(config, size, shape)
     traffic = Traffic(config, size, shape, image_bytes)
     moved = total([traffic.latents(), *(traffic.of(kind) for kind in kinds)])

@@ -102,6 +102,7 @@ def test_the_speed_is_that_of_earlier_runs_of_the_model_here(unlearned: WholeRun
     hours = run_status(unlearned.workspace, unlearned.run.name).device_hours
     assert found.forwards_per_second == pytest.approx(SAMPLES * 2 * 2.1 / (3600 * hours))
     assert rate(unlearned.context) == found
+    assert not any(kind.contraction for kind in estimate(of(unlearned.config)).kinds), "their seconds have the products"
     assert known_rate(replace(unlearned.context, model_hash="another")) is None
     assert known_rate(similar.context) is None, "that run never ran the model"
 
