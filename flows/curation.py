@@ -26,7 +26,7 @@ from tasks.execution.partitions import (
 from tasks.execution.plan import planned_run, run_artifacts, run_name
 from tasks.execution.retry import release
 from tasks.execution.rivals import check_rivals
-from tasks.inputs.candidates import candidate_features, choose_candidates
+from tasks.inputs.candidates import candidate_features, check_neighbours, choose_candidates
 from tasks.inputs.features import extract_features
 from tasks.inputs.queries import make_queries
 from tasks.inputs.samples import ingest_samples
@@ -60,6 +60,7 @@ def plan_run(config: PipelineConfig) -> Run:
     samples = made_samples.artifact
     check_sizes(config, samples.rows)
     check_rivals(config, samples.rows)
+    check_neighbours(config.candidates, samples.rows)
     made_queries = make_queries(context, samples)
     queries = made_queries.artifact
     features = [extract_features(context, items) for items in (samples, queries)]

@@ -61,23 +61,33 @@ def run(config: ConfigArgument, runner: RunnerOption = None) -> None:
     run_pipeline(_checked(config, runner))
 
 
-def plan(config: ConfigArgument, as_json: JsonOption = False) -> None:
-    """Estimate what a run will take, without running it: parts, rows, forward passes, device-hours, cost.
+def plan(
+    config: ConfigArgument,
+    device: Annotated[
+        str | None, typer.Option(help="A device whose speed was measured, as h100; default: this machine's own speed.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of an hour of the device.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Estimate what a run will take, without running it: parts, rows, forward passes, bytes, device-hours, cost.
 
-    The tars are read for that, and their index is written into the workspace, where the run finds it.
+    The tars are read for that where no run has indexed them yet. Nothing is written. Where the config has a section
+    `expected`, model and tars need not be there.
 
-    Example: `fastgda plan my_config.yaml`
+    Example: `fastgda plan my_config.yaml --price 2.5`
     """
     checked = read_config(config)
     from tasks.execution.estimate import estimate
 
-    estimated = estimate(checked)
+    if price is not None:
+        execution = checked.execution.model_copy(update={"price_per_device_hour": price})
+        checked = checked.model_copy(update={"execution": execution})
+    estimated = estimate(checked, device)
     if as_json:
         print(json.dumps(estimated.as_json(), indent=2))
         return
     for renderable in estimated.shown():
         out.print(renderable, highlight=False, soft_wrap=True)
-    say(f"written: the index of the tars, in {checked.workspace}")
 
 
 def curate(config: ConfigArgument, runner: RunnerOption = None) -> None:

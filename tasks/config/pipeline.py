@@ -14,6 +14,7 @@ from fastgda_core.errors import UsageError
 from fastgda_core.feature_spaces import OF_MODEL, OF_USER, encoder_names
 from tasks.config.distilling import EvaluationConfig, HeadConfig, IndexConfig, StudyConfig
 from tasks.config.execution import ExecutionConfig
+from tasks.config.expected import ExpectedConfig
 from tasks.config.faults import faults
 from tasks.config.inputs import CandidatesConfig, DataConfig, FeaturesConfig, QueriesConfig, SplitConfig
 from tasks.config.judging import JudgeConfig, TailPatchConfig
@@ -67,6 +68,9 @@ class PipelineConfig(Section):
         "to read",
     )
     execution: ExecutionConfig = ExecutionConfig()
+    expected: ExpectedConfig | None = Field(
+        default=None, description="what `fastgda plan` counts with until the model and the tars are there"
+    )
 
     @model_validator(mode="after")
     def _encoders_of_the_model(self) -> Self:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pyarrow.compute as pc
 import torch
 
+from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.errors import UsageError
 from storage_schemas import tables
 from storage_schemas.commit import Manifest
@@ -28,21 +29,29 @@ from tasks.teaching.noise import planned
 from tasks.teaching.retraining_costs import retraining_costs
 
 TRIAL_SECONDS = 1.0
-TRIAL_ROWS = 8
+TRIAL_SHARES = 4  # of that time for each number of forwards at a time
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Forward passes a second of one device, and the source of the figure."""
+    """Forward passes a second of one device, and the source of the figure.
+
+    of_whole_parts: it is of whole score shards, so that whatever they do beside the passes is in it.
+    """
 
     forwards_per_second: float
     source: str
+    of_whole_parts: bool = False
 
 
 def run_costs(context: Context, size: Size) -> list[KindCost]:
     """Return what each kind of part takes, the judge's pool included."""
-    config = context.config
-    return [*family_of(config).costs(config, size), *retraining_costs(config, size, context.workspace)]
+    return costs_of(context.config, size)
+
+
+def costs_of(config: PipelineConfig, size: Size) -> list[KindCost]:
+    """Return the same of a configuration whose model and tars need not be there."""
+    return [*family_of(config).costs(config, size), *retraining_costs(config, size, Workspace.at(config.workspace))]
 
 
 def known_rate(context: Context) -> Rate | None:
@@ -86,7 +95,7 @@ def _measured(workspace: Workspace, model_hash: str) -> Rate | None:
         if run_forwards:  # else it never ran the model
             forwards += run_forwards
             seconds += sum(done)
-    return Rate(forwards / seconds, "earlier runs of this model here") if seconds else None
+    return Rate(forwards / seconds, "earlier runs of this model here", of_whole_parts=True) if seconds else None
 
 
 def mean_captions(samples: AnyPath) -> float:
@@ -97,19 +106,34 @@ def mean_captions(samples: AnyPath) -> float:
 @torch.no_grad()
 def _trial(context: Context) -> Rate:
     model = context.at_checkpoints()[0].teacher_model()
-    condition = model.encode_captions(["a trial"] * TRIAL_ROWS)
-    noise = torch.zeros(TRIAL_ROWS, *model.latent_shape, device=model.device)
-    timesteps = torch.zeros(TRIAL_ROWS, dtype=torch.long, device=model.device)
+    rows, fastest = 1, 0.0
+    while True:
+        try:
+            fastest = max(fastest, _forwards_per_second(model, rows))
+        except torch.OutOfMemoryError:
+            if not fastest:
+                raise
+            return Rate(fastest, f"a trial of {TRIAL_SECONDS:.0f} s on {context.device}, {rows // 2} at a time")
+        if rows >= context.config.model.micro_batch or 2 * rows > fastest * TRIAL_SECONDS:
+            return Rate(fastest, f"a trial of {TRIAL_SECONDS:.0f} s on {context.device}, {rows} at a time")
+        rows = min(2 * rows, context.config.model.micro_batch)
+
+
+def _forwards_per_second(model: DiffusionModel, rows: int) -> float:
+    """Return the forwards a second of so many at a time, over a part of the trial's time; at least one pass counts."""
+    condition = model.encode_captions(["a trial"] * rows)
+    noise = torch.zeros(rows, *model.latent_shape, device=model.device)
+    timesteps = torch.zeros(rows, dtype=torch.long, device=model.device)
 
     def forward() -> None:
         model.losses(noise, condition, timesteps, noise).sum().item()
 
     forward()
     started, count = time.monotonic(), 0
-    while time.monotonic() - started < TRIAL_SECONDS:
+    while not count or time.monotonic() - started < TRIAL_SECONDS / TRIAL_SHARES:
         forward()
-        count += TRIAL_ROWS
-    return Rate(count / (time.monotonic() - started), f"a trial of {TRIAL_SECONDS:.0f} s on {context.device}")
+        count += rows
+    return count / (time.monotonic() - started)
 
 
 def median_seconds(manifests: Iterable[Manifest]) -> float | None:

@@ -1,34 +1,37 @@
-"""Estimate what a run will take, before it is started."""
+"""Estimate what a run will take, before it is started; nothing is written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from math import prod
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 
 from rich.console import RenderableType
 from rich.filesize import decimal
 from rich.table import Table
 
-from fastgda_core.curvature.layers import matrix_shape
+from fastgda_core.diffusion.precision import Precision
+from fastgda_core.errors import UsageError
 from fastgda_core.teachers.needs import Needs, Work
 from fastgda_core.teachers.registry import TEACHERS
 from storage_schemas.runs.noise_plan import NOISE_PLAN
 from tasks.artifact import Artifact
 from tasks.config.inputs import CandidatesConfig
 from tasks.config.pipeline import PipelineConfig, check_sizes
-from tasks.context import Context, open_context
-from tasks.execution.cost import Rate, mean_captions, rate, run_costs
+from tasks.context import Context
+from tasks.execution.cost import Rate, costs_of, rate, run_costs
+from tasks.execution.known import ModelShape, known_speed
 from tasks.execution.plan import run_artifacts, run_name
 from tasks.execution.rivals import check_rivals
-from tasks.inputs.queries import count_queries
-from tasks.inputs.samples import ingest_samples
+from tasks.execution.seen import Seen, known_shape, look, shape_of
+from tasks.execution.traffic import Bytes, Traffic, contracted
+from tasks.execution.ways import Way, ways
+from tasks.inputs.candidates import check_neighbours
 from tasks.teaching.cost import KindCost, Size, scores_of
-from tasks.teaching.families import family_of
 from tasks.teaching.noise import planned
 from tasks.teaching.noise_pilot import CHEAPEST, DEAREST
 from tasks.watching.status_text import duration
 
+USUAL_DEVICE = "h100"  # of a plan without the model, where none is named
 CHEAP_SECONDS, LONG_SECONDS = 2.0, 3600.0  # of one shard: below, overhead shows; above, a failure costs much
 
 
@@ -38,6 +41,10 @@ class Estimate:
 
     needs: of the teacher, of the whole training set.
     least: the same under the cheapest noise plan, where a pilot of the run will choose among cheaper and dearer ones.
+    traffic: bytes of each kind of part, of latents too; None where they are not known.
+    ways: exact, first-order and sketch work on the same data.
+    unseen: what was not there to look at.
+    refused: why a run of this size would be refused on this machine; empty: nothing is known of that.
     """
 
     size: Size
@@ -47,6 +54,10 @@ class Estimate:
     currency: str
     needs: Needs
     least: list[KindCost] | None = None
+    traffic: dict[str, Bytes | None] = field(default_factory=dict)
+    ways: list[Way] = field(default_factory=list)
+    unseen: tuple[str, ...] = ()
+    refused: str = ""
 
     @property
     def device_hours(self) -> float:
@@ -65,21 +76,15 @@ class Estimate:
     def shown(self) -> Iterator[RenderableType]:
         """Yield the estimate for a terminal: lines and a table."""
         size = self.size
+        for line in self.unseen:
+            yield f"not looked at: {line}"
+        if self.refused:
+            yield f"a run is refused here: {self.refused}"
         yield (
             f"{size.samples:,} training samples ({size.captions:.1f} captions each), {size.queries:,} queries, "
             f"{size.candidates:,} candidates each"
         )
-        table = Table("stage", "parts", "rows", "forward passes", "device time", "one part")
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for kind in self.kinds:
-            seconds = kind.seconds(self.rate.forwards_per_second)
-            one = duration(seconds / kind.parts) if seconds / kind.parts >= 1 else f"{seconds / kind.parts:.2f} s"
-            rows, whole = f"{kind.rows:,}", duration(seconds)
-            if kind.unknown:
-                whole = one = "?"
-            table.add_row(kind.kind, f"{kind.parts:,}", rows, f"{kind.forwards:,.0f}", whole, one)
-        yield table
+        yield from self._stages()
         if other := [kind.kind for kind in self.kinds if kind.unknown and not kind.forwards]:
             yield f"the time of {' and of '.join(other)} is not among the device-hours: they run no model"
         if unknown := [kind for kind in self.kinds if kind.unknown and kind.forwards]:
@@ -103,7 +108,47 @@ class Estimate:
                 f"a pilot chooses the noise plan by teacher.agreement: these are with the dearest plan, and "
                 f"{hours:.2f} device-hours{self._money(hours)} with the cheapest; `fastgda status` tells which it is"
             )
+        yield from self._ways()
         yield from self.advice()
+
+    def _stages(self) -> Iterator[RenderableType]:
+        """Yield the table of the kinds of parts, and what does not fit into it."""
+        table = Table("stage", "parts", "rows", "forward passes", "read", "written", "device time", "one part")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for kind in self.kinds:
+            seconds = kind.seconds(self.rate.forwards_per_second)
+            one = duration(seconds / kind.parts) if seconds / kind.parts >= 1 else f"{seconds / kind.parts:.2f} s"
+            rows, whole = f"{kind.rows:,}", duration(seconds)
+            if kind.unknown:
+                whole = one = "?"
+            moved = _told(self.traffic.get(kind.kind))
+            table.add_row(kind.kind, f"{kind.parts:,}", rows, f"{kind.forwards:,.0f}", *moved, whole, one)
+        yield table
+        if (latents := self.traffic.get("latents")) is not None:
+            yield "latents and caption embeddings: {} read, {} written, before these".format(*_told(latents))
+        for kind in self.kinds:
+            if kind.contraction > kind.forwards:
+                yield (
+                    f"{kind.kind}: products with all queries' updates take {kind.contraction:,.0f} more passes' FLOPs, "
+                    "which is in the device time: a smaller teacher.shard_queries, or sketches, would spend less"
+                )
+
+    def _ways(self) -> Iterator[RenderableType]:
+        """Yield what the same data take by other ways of work."""
+        if not self.ways:
+            return
+        table = Table("the same by", "forward passes", "products, in passes", "read", "written", "device-hours", "cost")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for way in self.ways:
+            hours = way.seconds / 3600
+            moved = decimal(round(way.read_bytes)), decimal(round(way.written_bytes))
+            cost = self._money(hours).removeprefix(", ") or "-"
+            table.add_row(way.name, f"{way.forwards:,.0f}", f"{way.contraction:,.0f}", *moved, f"{hours:,.2f}", cost)
+        yield table
+        if self.price is None:
+            yield "no price: give --price, or execution.price_per_device_hour, for the cost"
 
     def _needs(self) -> str:
         """Return in one line what answers by this teacher need, for a query that comes later, too."""
@@ -128,42 +173,85 @@ class Estimate:
             yield "score shards take over an hour: a smaller teacher.shard_samples would lose less when one fails"
 
 
-def estimate(config: PipelineConfig) -> Estimate:
-    """Estimate a run from its configuration and tars; a model of unknown speed is run for a second.
+def estimate(config: PipelineConfig, device: str | None = None) -> Estimate:
+    """Estimate a run from its configuration, model and tars, or from what it expects where these are not there.
+
+    Args:
+        device: a name of `known.DEVICES`, whose measured speed counts; None: that of this machine, known or tried.
 
     Raises:
-        UsageError: the configuration asks for more than there is.
+        UsageError: the configuration asks for more than there is, or no such device was measured.
     """
-    context = open_context(config)
-    family_of(config).check(context)
-    samples = ingest_samples.fn(context).artifact
-    queries = count_queries(config.queries)
-    candidates = _candidates(config.candidates, samples.rows, queries)
-    check_sizes(config, samples.rows, candidates)
-    size = Size(samples.rows, mean_captions(samples.path), queries, candidates)
-    execution = config.execution
-    costs = run_costs(context, size)
-    rivals = list(_rival_costs(context, samples, size))
+    seen = look(config)
+    candidates = _candidates(config.candidates, seen.count, seen.queries)
+    check_sizes(config, seen.count, candidates)
+    size = Size(seen.count, seen.captions, seen.queries, candidates)
+    shape = known_shape(config) if seen.context is None else shape_of(seen.context)
+    teacher = planned(config, *DEAREST) if config.teacher.agreement is not None else config
+    rivals = list(_rival_costs(seen.context, seen.samples, size)) if seen.context and seen.samples else []
+
+    speed = _speed(config, seen, shape, device)
+    found = speed(config.teacher.precision)
+
+    def with_products(costs: list[KindCost], config: PipelineConfig) -> list[KindCost]:
+        if found.of_whole_parts:
+            return costs
+        more = contracted(config, size, shape)
+        return [replace(cost, contraction=more) if cost.kind == "scores" else cost for cost in costs]
+
+    costs = with_products(costs_of(config, size), teacher)
     least = None
     if config.teacher.agreement is not None:
         pilot = [cost for cost in costs if cost.kind == NOISE_PLAN]
-        cheapest = replace(context, config=planned(config, *CHEAPEST))
-        least = [*run_costs(cheapest, size), *pilot, *rivals]
-    price, currency = execution.price_per_device_hour, execution.currency
-    return Estimate(size, [*costs, *rivals], rate(context), price, currency, _needs(context, size), least)
+        cheapest = planned(config, *CHEAPEST)
+        least = [*with_products(costs_of(cheapest, size), cheapest), *pilot, *rivals]
+    traffic = Traffic(teacher, size, shape, seen.image_bytes)
+    moved = {cost.kind: traffic.of(cost) for cost in costs} | {"latents": traffic.latents()}
+
+    def in_precision(precision: Precision) -> float:
+        return speed(precision).forwards_per_second
+
+    return Estimate(
+        size,
+        [*costs, *rivals],
+        found,
+        config.execution.price_per_device_hour,
+        config.execution.currency,
+        _needs(config, size, shape),
+        least,
+        moved,
+        ways(config, size, shape, seen.image_bytes, in_precision, products=not found.of_whole_parts),
+        seen.unseen,
+        _refused(config, seen),
+    )
 
 
-def _needs(context: Context, size: Size) -> Needs:
+def _speed(config: PipelineConfig, seen: Seen, shape: ModelShape, device: str | None) -> Callable[[Precision], Rate]:
+    """Return how fast the model runs in a precision: as configured, by a table, or as it runs here.
+
+    A speed that was configured or found here is that of the configuration's own precision, and stands for others.
+    """
+    if device is None and seen.context is not None:
+        found = rate(seen.context)
+        return lambda _: found
+    if device is None and (configured := config.execution.forwards_per_second) is not None:
+        found = Rate(configured, "execution.forwards_per_second")
+        return lambda _: found
+    name = device or USUAL_DEVICE
+
+    def by_table(precision: Precision) -> Rate:
+        flops, source = known_speed(name, precision)
+        return Rate(flops / shape.flops, source)
+
+    return by_table
+
+
+def _needs(config: PipelineConfig, size: Size, shape: ModelShape) -> Needs:
     """Return what the configured teacher needs; of a noise plan that a pilot will choose, the dearest counts."""
-    config = context.config
     teacher = (planned(config, *DEAREST) if config.teacher.agreement is not None else config).teacher
-    method, weights = TEACHERS[teacher.name], 0
-    if "layers" in method.settings:
-        at = context.at_checkpoints()[0]
-        weights = sum(prod(matrix_shape(layer)) for layer in at.layers(at.teacher_model()).values())
-    images = config.model.images
+    method, images = TEACHERS[teacher.name], config.model.images
     work = Work(
-        weights=weights,
+        weights=shape.layer_weights if "layers" in method.settings else 0,
         samples=size.samples,
         noises=teacher.timestep_count * teacher.draws * images * size.captions,
         pairs=teacher.gradient_pairs,
@@ -174,6 +262,18 @@ def _needs(context: Context, size: Size) -> Needs:
         ascent_steps=teacher.most_steps,
     )
     return method.needs(work)
+
+
+def _refused(config: PipelineConfig, seen: Seen) -> str:
+    try:
+        check_neighbours(config.candidates, seen.count)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def _told(moved: Bytes | None) -> tuple[str, str]:
+    return ("?", "?") if moved is None else (decimal(round(moved.read)), decimal(round(moved.written)))
 
 
 def _rival_costs(context: Context, samples: Artifact, size: Size) -> Iterator[KindCost]:

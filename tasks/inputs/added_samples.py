@@ -53,7 +53,7 @@ def append_samples(workspace: Workspace, before: Artifact, tars: Sequence[Path])
             raise UsageError(f"{', '.join(map(str, tars))} holds no usable new sample{first}")
         rejected = rejection_rows(rejections)
         if rejections:
-            warn_of_rejections(workspace, rejected)
+            warn_of_rejections(rejected, workspace)
         commit_table(rejected_path, rejected, tables.REJECTED_SAMPLES, key=key, started=started)
         added = sample_rows(new, before.rows)
         old = samples_table(before.path).cast(added.schema)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from fastgda_core.errors import UsageError
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table
 from tasks.artifact import Artifact, Made, once
@@ -22,6 +24,22 @@ from tasks.inputs.queries import load_queries
 from tasks.inputs.twins import load_twins
 
 QUERIES_AT_ONCE = 64
+LEAST_BYTES = 2 * 4 * 256  # of a sample's features while neighbours are found: float32, read and made unit length
+
+
+def check_neighbours(config: CandidatesConfig, samples: int) -> None:
+    """Check, before any feature is made, that the matrix in which neighbours are found fits into memory.
+
+    Raises:
+        UsageError: it does not.
+    """
+    wanted, there = samples * LEAST_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if config.policy != "all" and wanted > there:
+        raise UsageError(
+            f"candidates.policy {config.policy} finds neighbours in a matrix in memory: the features of {samples:,} "
+            f"samples take {wanted / 1e9:,.0f} GB or more and this machine has {there / 1e9:,.0f} GB. Put fewer images "
+            "into data.shards, as those that an index of your own names (docs/scale.md), or run the plan elsewhere"
+        )
 
 
 def candidate_space(context: Context) -> Context:

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -42,15 +43,13 @@ def ingest_samples(context: Context) -> Made:
     """
     workspace = context.workspace
     shards = find_shards(context.config.data.shards, "data.shards")
-    key = input_key("samples", RULES, stamps(shards), table=tables.SAMPLES)
+    key = _index_key(shards)
     samples_path, rejected_path = workspace.samples(key), workspace.rejected_samples(key)
     manifest, rejected = committed(samples_path, key), committed(rejected_path, key)
     reused = manifest is not None and rejected is not None
     if not reused:
         started = time.monotonic()
-        with stage("samples", len(shards)) as advance:
-            samples, rejections = scan(shards, lambda: advance(1))
-        tell_of_several_pictures(samples)
+        samples, rejections = _scanned(shards)
         table = rejection_rows(rejections)
         rejected = commit_table(rejected_path, table, tables.REJECTED_SAMPLES, key=key, started=started)
         manifest = commit_table(samples_path, sample_rows(samples), tables.SAMPLES, key=key, started=started)
@@ -60,11 +59,48 @@ def ingest_samples(context: Context) -> Made:
     write_indexed(workspace, samples_path, rejected_path)
     if rejected.rows:
         rejections = tables.read(rejected_path, tables.REJECTED_SAMPLES)
-        warn_of_rejections(workspace, rejections)
-        if not manifest.rows:
-            (first,) = rejections.slice(0, 1).to_pylist()
-            raise UsageError(f"data.shards holds no usable sample; the first fault: {describe(Rejection(**first))}")
+        warn_of_rejections(rejections, workspace)
+        _check_any(manifest.rows, rejections)
     return Made(samples_artifact(samples_path), manifest.seconds, reused)
+
+
+def look_at_samples(context: Context) -> tuple[Artifact, pa.Table]:
+    """Return what `ingest_samples` would make, as an artifact and its table, and write nothing.
+
+    The index is read where it is there, else the tars are.
+
+    Raises:
+        UsageError: there is no tar, or no usable sample in them.
+    """
+    shards = find_shards(context.config.data.shards, "data.shards")
+    key = _index_key(shards)
+    path = context.workspace.samples(key)
+    if committed(path, key) is not None:
+        return samples_artifact(path), samples_table(path)
+    samples, rejections = _scanned(shards)
+    if rejections:
+        told = rejection_rows(rejections)
+        warn_of_rejections(told)
+        _check_any(len(samples), told)
+    table = sample_rows(samples)
+    return Artifact("samples", _content_key(table), path, table.num_rows), table
+
+
+def _index_key(shards: list[Path]) -> str:
+    return input_key("samples", RULES, stamps(shards), table=tables.SAMPLES)
+
+
+def _scanned(shards: list[Path]) -> tuple[list[ShardSample], list[Rejection]]:
+    with stage("samples", len(shards)) as advance:
+        samples, rejections = scan(shards, lambda: advance(1))
+    tell_of_several_pictures(samples)
+    return samples, rejections
+
+
+def _check_any(samples: int, rejections: pa.Table) -> None:
+    if not samples:
+        (first,) = rejections.slice(0, 1).to_pylist()
+        raise UsageError(f"data.shards holds no usable sample; the first fault: {describe(Rejection(**first))}")
 
 
 def sample_rows(samples: Sequence[ShardSample], first: int = 0) -> pa.Table:
@@ -134,10 +170,11 @@ def tell_of_columns_that_came_later(path: AnyPath) -> None:
     console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
-def warn_of_rejections(workspace: Workspace, table: pa.Table) -> None:
-    """Print how many samples were rejected, and the first few with their reasons."""
-    listing = command(workspace, 'sql "SELECT * FROM rejected_samples"')
-    console.print(f"[yellow]{table.num_rows} skipped[/] (all: {escape(listing)}):", highlight=False, soft_wrap=True)
+def warn_of_rejections(table: pa.Table, workspace: Workspace | None = None) -> None:
+    """Print how many samples were rejected, the first few with their reasons, and what lists those of a workspace."""
+    query = 'sql "SELECT * FROM rejected_samples"'
+    listing = f" (all: {command(workspace, query)})" if workspace else ""
+    console.print(f"[yellow]{table.num_rows} skipped[/]{escape(listing)}:", highlight=False, soft_wrap=True)
     for row in table.slice(0, 5).to_pylist():
         console.print("  " + describe(Rejection(**row)), markup=False, highlight=False, soft_wrap=True)
 

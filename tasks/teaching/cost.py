@@ -24,6 +24,7 @@ class KindCost:
 
     measured: seconds that one part took, where they were measured and no count of forward passes says them.
     unknown: the forward passes are the least part of the work, and nothing tells how long the rest takes.
+    contraction: products of gradients with all queries' updates, as long as so many forward passes of equal FLOPs.
     """
 
     kind: str
@@ -33,12 +34,13 @@ class KindCost:
     kept_bytes: int = 0
     measured: float | None = None
     unknown: bool = False
+    contraction: float = 0.0
 
     def seconds(self, rate: float) -> float:
         """Return the seconds of one device that makes `rate` forward passes a second."""
         if self.measured is not None:
             return self.parts * self.measured
-        return self.forwards / rate
+        return (self.forwards + self.contraction) / rate
 
 
 def scores_of(costs: Sequence[KindCost]) -> KindCost:

@@ -26,6 +26,8 @@ from tests.storage_schemas.workspaces import plan_run
 from tests.tasks.configs import document
 from tests.tiny import sample_members, write_tar
 
+DEPLOYMENTS = Path(__file__).parents[2] / "deployments"
+
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -153,7 +155,14 @@ def test_a_file_in_place_of_a_folder_is_told_in_one_line(tmp_path: Path, monkeyp
     assert "Is a directory: a folder stands where a file is needed" in told
 
 
-def test_a_plan_finds_bad_weights_before_it_reads_the_tars_and_says_what_it_wrote(
+def test_a_plan_of_a_ready_config_names_a_device_and_a_price(here: Path) -> None:
+    config = shutil.copy(DEPLOYMENTS / "mscoco.yaml", here)
+    told, _ = said("plan", str(config), "--device", "h100", "--price", "2.5")
+    assert "not looked at: the model" in told and "719.03 device-hours, 1,797.57 USD" in told
+    assert "--device h99: measured are h100, paper, cpu2" in refused("plan", str(config), "--device", "h99")
+
+
+def test_a_plan_finds_bad_weights_before_it_reads_the_tars_and_writes_nothing(
     here: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tar(here / "shards" / "a.tar", sample_members(range(12)))
@@ -166,5 +175,5 @@ def test_a_plan_finds_bad_weights_before_it_reads_the_tars_and_says_what_it_wrot
     assert f"{weights} is damaged" in refused("plan", str(path))
     assert not (here / "mine").exists()
     weights.write_bytes(whole)
-    assert f"written: the index of the tars, in {here}/mine" in said("plan", str(path))[0]
-    assert [path.name for path in (here / "mine").iterdir()] == ["samples"]
+    assert "12 training samples" in said("plan", str(path), "--price", "2")[0]
+    assert not (here / "mine").exists()

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from storage_schemas.sql.views import query
+from tasks.config.files import load_config
+from tasks.context import open_context
+from tasks.inputs.samples import ingest_samples
 from tests import tiny
 from tests.flows.pipeline_case import QUERIES, SAMPLES, TWINS, fastgda, lay_out, sql
 
@@ -120,8 +123,8 @@ def test_bad_samples_are_named_skipped_and_counted(tmp_path: Path, model_folder:
     bad = [("torn.jpg", image[:100]), ("torn.txt", b"a torn one"), ("mute.jpg", image)]
     tiny.write_tar(tmp_path / "data" / "shapes-2.tar", [*bad, *tiny.sample_members(range(3, 4))])
     (tmp_path / "data" / "shapes-3.tar").write_bytes(b"")
-    done = fastgda("plan", config, home=home)  # which reads the tars, as every command does
-    assert "4 skipped" in done.stderr
+    assert "4 skipped" in fastgda("plan", config, home=home).stderr
+    ingest_samples.fn(open_context(load_config(config)))
     rejected = {row["key"]: row["reason"] for row in sql(tmp_path, "SELECT key, reason FROM rejected_samples", home)}
     assert rejected.keys() == {"torn", "mute", "s0003", ""}
     assert "does not decode" in rejected["torn"] and "no caption" in rejected["mute"]

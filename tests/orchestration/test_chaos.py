@@ -15,6 +15,9 @@ import pytest
 from storage_schemas.runs.ledger import run_names
 from storage_schemas.sql.views import query
 from storage_schemas.workspace import Workspace
+from tasks.config.files import load_config
+from tasks.context import open_context
+from tasks.inputs.samples import ingest_samples
 from tests import tiny, warm
 from tests.orchestration.chaos_case import FAULTS, QUERIES, SAMPLES, lay_out, mend, rot
 from tests.prefect_processes import BIN, ROOT, Prefect, marked, prefect_server
@@ -98,7 +101,7 @@ def test_every_planned_row_but_those_of_quarantined_samples_whatever_dies(
     config = lay_out(user, model_folder, shards=shards, job_minutes=0.1, forwards_per_second=rate, **patience)
     with prefect_server(tmp_path / "server") as server:
         server.deploy(config, "process")  # all that a coordinator starts
-        run_to_its_end("plan", str(config), environment=server.environment)  # which reads the tars
+        ingest_samples.fn(open_context(load_config(config)))
         whole = rot(user / "data" / "shapes-0.tar", tiny.draw(ROTTEN)[0])
         likely = {"out_of_memory": 0.1, "connection": 0.03, "device": 0.004, "slow": 0.1, "slow_seconds": 0.5}
         (faults / "faults.json").write_text(json.dumps({**likely, "nan": NOT_A_NUMBER}))

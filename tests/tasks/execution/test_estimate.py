@@ -14,6 +14,7 @@ from tasks.config.pipeline import PipelineConfig
 from tasks.execution import cost
 from tasks.execution.cost import known_rate, mean_captions, rate
 from tasks.execution.estimate import Estimate, _candidates, estimate
+from tasks.execution.seen import shape_of
 from tasks.teaching.cost import KindCost, Size
 from tasks.watching.run_status import run_status
 from tests.tasks.whole_runs import SAMPLES, TWINS, WholeRun
@@ -42,7 +43,11 @@ def test_an_estimate_counts_what_the_run_then_made(unlearned: WholeRun) -> None:
     steps, batch, draws = 3, 4, 4
     assert retrainings.forwards == 8 * (steps * batch * 3 + QUERIES * draws), "forward, backward, and losses of queries"
     forwards = sum(kind.forwards for kind in found.kinds)
-    assert found.device_hours == pytest.approx(forwards / 100 / 3600)
+    weights, flops = unlearned.context.at_checkpoints()[0], shape_of(unlearned.context).flops
+    sizes = [layer.weight.numel() for layer in weights.layers(weights.teacher_model()).values()]
+    products = SAMPLES * QUERIES * 2 * sum(sizes) / flops
+    assert scores.contraction == pytest.approx(products), "two FLOPs for each weight, sample and query"
+    assert found.device_hours == pytest.approx((forwards + products) / 100 / 3600)
     told = found.as_json()
     assert told["cost"] == pytest.approx(3 * found.device_hours) and told["currency"] == "EUR"
     console = Console(width=200)
@@ -69,7 +74,7 @@ def test_where_a_pilot_will_choose_the_plan_both_ends_of_its_ladder_are_told(unl
     assert found.least is not None
     least = {kind.kind: kind.forwards for kind in found.least}
     assert least["scores"] == pytest.approx(before["scores"] / 2) and least["noise plan"] == forwards["noise plan"]
-    hours = sum(least.values()) / 100 / 3600
+    hours = sum(kind.forwards + kind.contraction for kind in found.least) / 100 / 3600
     (told,) = (line for line in found.shown() if "teacher.agreement" in str(line))
     assert f"{hours:.2f} device-hours, {3 * hours:.2f} EUR with the cheapest" in str(told)
     assert fixed.least is None and not any("teacher.agreement" in str(line) for line in fixed.shown())
@@ -97,6 +102,7 @@ def test_the_speed_is_that_of_earlier_runs_of_the_model_here(unlearned: WholeRun
     hours = run_status(unlearned.workspace, unlearned.run.name).device_hours
     assert found.forwards_per_second == pytest.approx(SAMPLES * 2 * 2.1 / (3600 * hours))
     assert rate(unlearned.context) == found
+    assert not any(kind.contraction for kind in estimate(of(unlearned.config)).kinds), "their seconds have the products"
     assert known_rate(replace(unlearned.context, model_hash="another")) is None
     assert known_rate(similar.context) is None, "that run never ran the model"
 

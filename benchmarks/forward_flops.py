@@ -1,0 +1,205 @@
+"""FLOPs, weights and input sizes of one forward of well-known denoisers, counted without their weights; Markdown.
+
+The configurations are those of the published folders, written out here: nothing is fetched, nothing is computed (the
+tensors are on the meta device), and attention's products are counted like all others.
+
+Run: PYTHONPATH=. python benchmarks/forward_flops.py [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastgda_core.curvature.layers import matrix_shape, select_layers
+
+LAYERS = "cross-attn-kv"  # the published selection
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A denoiser: diffusers' class and configuration, and the shapes of one sample's inputs.
+
+    latent: channels, height, width; a transformer of packed latents: patches, numbers of a patch.
+    condition: of one caption, by argument.
+    others: further arguments of a forward.
+    """
+
+    title: str
+    kind: str
+    config: Mapping[str, Any]
+    latent: tuple[int, ...]
+    condition: Mapping[str, Any]
+    others: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+SDXL_ADDED = {"text_embeds": (1, 1280), "time_ids": (1, 6)}
+
+ARCHITECTURES = {
+    # PeterWang512/FastGDA, coco: as the shapes of model.bin have it.
+    "fastgda_coco": Architecture(
+        "FastGDA's MSCOCO model",
+        "UNet2DConditionModel",
+        {
+            "sample_size": 16,
+            "block_out_channels": (128, 256, 256, 256),
+            "layers_per_block": 2,
+            "cross_attention_dim": 1024,
+            "attention_head_dim": 8,
+        },
+        (4, 16, 16),
+        {"encoder_hidden_states": (1, 77, 1024)},
+    ),
+    # CompVis/stable-diffusion-v1-4, unet/config.json.
+    "sd14": Architecture(
+        "Stable Diffusion 1.4",
+        "UNet2DConditionModel",
+        {
+            "sample_size": 64,
+            "block_out_channels": (320, 640, 1280, 1280),
+            "layers_per_block": 2,
+            "cross_attention_dim": 768,
+            "attention_head_dim": 8,
+        },
+        (4, 64, 64),
+        {"encoder_hidden_states": (1, 77, 768)},
+    ),
+    # stabilityai/stable-diffusion-xl-base-1.0, unet/config.json.
+    "sdxl": Architecture(
+        "SDXL base 1.0",
+        "UNet2DConditionModel",
+        {
+            "sample_size": 128,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "block_out_channels": (320, 640, 1280),
+            "layers_per_block": 2,
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        (4, 128, 128),
+        {"encoder_hidden_states": (1, 77, 2048), "added_cond_kwargs": SDXL_ADDED},
+    ),
+    # stabilityai/stable-diffusion-3-medium, transformer/config.json; 77 tokens of the CLIPs and 256 of T5.
+    "sd3": Architecture(
+        "Stable Diffusion 3 medium",
+        "SD3Transformer2DModel",
+        {
+            "sample_size": 128,
+            "patch_size": 2,
+            "in_channels": 16,
+            "out_channels": 16,
+            "num_layers": 24,
+            "attention_head_dim": 64,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "caption_projection_dim": 1536,
+            "pooled_projection_dim": 2048,
+            "pos_embed_max_size": 192,
+        },
+        (16, 128, 128),
+        {"encoder_hidden_states": (1, 333, 4096), "pooled_projections": (1, 2048)},
+    ),
+    # black-forest-labs/FLUX.1-dev, transformer/config.json; 1,024 x 1,024 pixels are 4,096 patches, T5 has 512 tokens.
+    "flux": Architecture(
+        "FLUX.1 dev",
+        "FluxTransformer2DModel",
+        {
+            "patch_size": 1,
+            "in_channels": 64,
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 768,
+            "guidance_embeds": True,
+            "axes_dims_rope": (16, 56, 56),
+        },
+        (4096, 64),
+        {"encoder_hidden_states": (1, 512, 4096), "pooled_projections": (1, 768)},
+        {"txt_ids": (512, 3), "img_ids": (4096, 3), "guidance": (1,)},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one forward of an architecture takes.
+
+    flops: two for a multiplication and its addition, as torch counts.
+    latent, condition: numbers of a sample's latent and of one caption's embeddings.
+    layer_weights: of `LAYERS`; fisher_numbers: of their EK-FAC factors, both eigenbases and the eigenvalues.
+    """
+
+    flops: int
+    weights: int
+    latent: int
+    condition: int
+    layer_weights: int
+    fisher_numbers: int
+
+
+def _on_meta(shapes: Any) -> Any:
+    if isinstance(shapes, Mapping):
+        return {name: _on_meta(shape) for name, shape in shapes.items()}
+    return torch.empty(shapes)
+
+
+def _numbers(shapes: Any) -> int:
+    return sum(map(_numbers, shapes.values())) if isinstance(shapes, Mapping) else math.prod(shapes)
+
+
+def counted(architecture: Architecture) -> Count:
+    """Count one forward of one sample; nothing is computed, and no kernel hides the products of attention."""
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        denoiser: nn.Module = getattr(diffusers, architecture.kind)(**architecture.config)
+        given = _on_meta({**architecture.condition, **architecture.others})
+        denoiser(hidden_or_sample(architecture), timestep=torch.empty(1), **given)
+    matrices = [matrix_shape(layer) for layer in select_layers(denoiser, LAYERS).values()]
+    return Count(
+        counter.get_total_flops(),
+        sum(weight.numel() for weight in denoiser.parameters()),
+        math.prod(architecture.latent),
+        _numbers(architecture.condition),
+        sum(rows * columns for rows, columns in matrices),
+        sum(rows**2 + columns**2 + rows * columns for rows, columns in matrices),
+    )
+
+
+def hidden_or_sample(architecture: Architecture) -> torch.Tensor:
+    """Return the denoiser's noised input, (1, ...)."""
+    return torch.empty(1, *architecture.latent)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="as tasks/execution/known_models.json keeps them")
+    counts = {name: counted(each) for name, each in ARCHITECTURES.items()}
+    if parser.parse_args().json:
+        print(json.dumps({name: vars(count) for name, count in counts.items()}, indent=2))
+        return
+    print(f"| | weights, M | of {LAYERS}, M | GFLOP a forward | numbers of a latent | of a caption |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, count in counts.items():
+        cells = f"{count.weights / 1e6:,.0f} | {count.layer_weights / 1e6:,.1f} | {count.flops / 1e9:,.1f}"
+        print(f"| {ARCHITECTURES[name].title} | {cells} | {count.latent:,} | {count.condition:,} |")
+
+
+if __name__ == "__main__":
+    main()
