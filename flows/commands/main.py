@@ -96,6 +96,7 @@ for command in (
     *watch_commands,
     lineage,
     *store_commands,
+    import_release,
     *takedown_commands,
     metrics,
     shares,

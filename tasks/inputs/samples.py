@@ -28,6 +28,7 @@ from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made
 from tasks.context import Context
+from tasks.inputs.coco import files_behind
 from tasks.inputs.tars import RULES, Rejection, ShardSample, find_shards, read_image, scan
 from tasks.printable import printable
 from tasks.progress import console, stage
@@ -42,7 +43,7 @@ def ingest_samples(context: Context) -> Made:
     """
     workspace = context.workspace
     shards = find_shards(context.config.data.shards, "data.shards")
-    key = input_key("samples", RULES, stamps(shards), table=tables.SAMPLES)
+    key = input_key("samples", RULES, stamps(files_behind(shards)), table=tables.SAMPLES)
     samples_path, rejected_path = workspace.samples(key), workspace.rejected_samples(key)
     manifest, rejected = committed(samples_path, key), committed(rejected_path, key)
     reused = manifest is not None and rejected is not None
