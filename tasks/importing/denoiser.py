@@ -92,25 +92,33 @@ def check_unet(unet: Any, weights: dict[str, Tensor], path: Path) -> None:
         )
 
 
-def write_model(path: Path, destination: Path, pipeline: Path | None) -> Any:
-    """Write `model.bin` as a model folder, unless it is there; return its network, without memory for weights.
-
-    Args:
-        path: of `model.bin`.
-        destination: the folder.
-        pipeline: folder of Stable Diffusion 2.1-base, whose VAE, text encoder and tokenizer the model has; without it
-            the folder lacks them, and serves for nothing but its network's shape.
+def open_denoiser(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """Read `model.bin`, and return its weights and its network, which has no memory for weights.
 
     Raises:
-        UsageError: the weights cannot be used, or the pipeline lacks a part.
+        UsageError: the weights cannot be used.
     """
     weights = read_denoiser(path)
-    config = unet_config(weights, path)
-    unet = empty_unet(config)
+    unet = empty_unet(unet_config(weights, path))
     check_unet(unet, weights, path)
+    return weights, unet
+
+
+def write_model(weights: dict[str, Tensor], unet: Any, destination: Path, pipeline: Path | None) -> None:
+    """Write the weights of a network as a model folder, unless it is there.
+
+    Args:
+        weights, unet: of `open_denoiser`.
+        destination: the folder.
+        pipeline: folder of Stable Diffusion 2.1-base, whose VAE, text encoder and tokenizer the model has; without it
+            the folder lacks them, and no new queries can be scored with it.
+
+    Raises:
+        UsageError: the pipeline lacks a part.
+    """
     classes = _classes(pipeline) if pipeline else {}
     if all((destination / name).exists() for name in ("model_index.json", *classes)):
-        return unet
+        return
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".fastgda-tmp-") as scratch:
         folder = Path(scratch) / "model"
@@ -128,7 +136,6 @@ def write_model(path: Path, destination: Path, pipeline: Path | None) -> Any:
         if destination.exists():
             destination.rename(Path(scratch) / "without_parts")
         folder.rename(destination)
-    return unet
 
 
 def _classes(pipeline: Path) -> dict[str, Any]:

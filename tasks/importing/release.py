@@ -15,6 +15,8 @@ from storage_schemas.publishing.publish import publish_runs
 from storage_schemas.publishing.release import Neighbors, import_release
 from storage_schemas.publishing.release_pickle import read_neighbors
 from storage_schemas.runs.ledger import read_run
+from storage_schemas.snapshots.published import NotPublished, read_published
+from storage_schemas.snapshots.snapshots import read_snapshot
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made, once
 from tasks.config.pipeline import PipelineConfig
@@ -22,7 +24,7 @@ from tasks.context import Context, open_context
 from tasks.distilling.heads import keep_imported_head
 from tasks.importing.arrays import EncoderArrays, cosines, import_features, open_features
 from tasks.importing.configuration import HEADER, config_text, release_config
-from tasks.importing.denoiser import write_model
+from tasks.importing.denoiser import open_denoiser, write_model
 from tasks.importing.fisher import ReleaseFisher, read_fisher
 from tasks.importing.images import (
     has_pictures,
@@ -115,7 +117,7 @@ def import_folder(asked: Asked) -> Imported:
         for items in (samples, queries):
             import_features(in_space(context, space=encoder), items, arrays)
     runs = _import_scores(context.workspace, folder, asked.name, samples, queries, arrays, rows)
-    publish_runs(context.workspace, runs, add=True)
+    _publish(context.workspace, runs)
     record = read_run(context.workspace, runs[0])
     document = release_config(folder, **settings, candidates=record.pairs // record.shards)
     config = PipelineConfig.model_validate(document)
@@ -177,12 +179,14 @@ def _model_and_fisher(
         lacking.append("no new queries can be scored, and no pictures are shown: trainset/train2017 is not there")
     if folder.denoiser is None:
         return None, [*lacking, "no new queries can be scored: model.bin is not there"]
-    unet = write_model(folder.denoiser, model, pipeline)
+    weights, unet = open_denoiser(folder.denoiser)
+    fisher = read_fisher(folder.fisher, unet) if folder.fisher else None
+    write_model(weights, unet, model, pipeline)
     if pipeline is None:
         lacking.append("no new queries can be scored: --pipeline has to name a folder of Stable Diffusion 2.1-base")
-    if folder.fisher is None:
-        return None, [*lacking, "the Fisher would be made anew: ekfac_fisher is not there"]
-    return read_fisher(folder.fisher, unet), lacking
+    if fisher is None:
+        lacking.append("the Fisher will be made anew: ekfac_fisher is not there")
+    return fisher, lacking
 
 
 def _import_scores(
@@ -218,6 +222,17 @@ def _import_scores(
             )
         )
     return runs
+
+
+def _publish(workspace: Workspace, runs: list[str]) -> None:
+    """Publish runs beside what is published, in place of earlier imports of the same files, as without pictures."""
+    try:
+        there = read_snapshot(workspace, read_published(workspace).snapshot).runs
+    except NotPublished:
+        there = []
+    files = [read_run(workspace, run).config["sha256"] for run in runs]
+    kept = [run for run in there if run not in runs and read_run(workspace, run).config.get("sha256") not in files]
+    publish_runs(workspace, [*kept, *runs])
 
 
 def _keep_fisher(config: PipelineConfig, samples: Artifact, found: ReleaseFisher) -> None:

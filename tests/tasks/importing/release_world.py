@@ -25,15 +25,13 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class World:
-    """The folder `data/coco`, the folders that it has to be given, and what is in its files.
+    """The folder `data/coco`, with `encoders` and `stable-diffusion-2-1-base` beside `data`, and what its files hold.
 
     phi: raw dino+clip_text features of samples, training and test queries; test: scores of test queries, (Q, N).
     train: candidates (nearest first) and scores of the training queries, (Q, K) each.
     """
 
     root: Path
-    pipeline: Path
-    encoders: Path
     phi: dict[str, Floats]
     head: dict[str, torch.Tensor]
     test: Floats
@@ -179,7 +177,7 @@ def write_fisher(root: Path, layers: dict[str, tuple[int, int]], count: int) -> 
     return sums
 
 
-def write_encoders(folder: Path) -> Path:
+def write_encoders(folder: Path) -> None:
     """Weights of DINO and of CLIP's text tower in the widths of the features."""
     vit = ViTConfig(
         hidden_size=DINO, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8
@@ -191,11 +189,10 @@ def write_encoders(folder: Path) -> Path:
         max_position_embeddings=12, projection_dim=TEXT, bos_token_id=words - 2, eos_token_id=words - 1,
     )  # fmt: skip
     CLIPTextModelWithProjection(text).save_pretrained(folder / "clip_text")
-    return folder
 
 
 def make_world(folder: Path, pipeline: Path, *, counts: int = 640) -> World:
-    """Write the release, and what it is used with."""
+    """Write the release, and what it is used with; `pipeline` stands for Stable Diffusion."""
     root, draw = folder / "data" / "coco", np.random.default_rng(2)
     write_images(root)
     write_queries(root, "train", TRAIN)
@@ -206,8 +203,9 @@ def make_world(folder: Path, pipeline: Path, *, counts: int = 640) -> World:
     torch.save(head, root / "weights" / "dino+clip_text.pth")
     layers = write_model(root, pipeline)
     lambdas = write_fisher(root, layers, counts)
-    encoders = write_encoders(folder / "encoders")
-    return World(root, pipeline, encoders, phi, head, test, candidates, train, lambdas, counts)
+    write_encoders(folder / "encoders")
+    (folder / "stable-diffusion-2-1-base").symlink_to(pipeline)
+    return World(root, phi, head, test, candidates, train, lambdas, counts)
 
 
 def average_precision(relevant: NDArray[np.bool_], similarity: NDArray[np.float64]) -> float:
