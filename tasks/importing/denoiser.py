@@ -28,7 +28,7 @@ def read_denoiser(path: Path) -> dict[str, Tensor]:
         UsageError: the file holds anything but tensors by name.
     """
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds for damaged and for unsafe files
         raise UsageError(
             f"{path} is no file of plain tensors ({str(error).splitlines()[0]}): fetch it again"

@@ -230,6 +230,8 @@ def _publish(workspace: Workspace, runs: list[str]) -> None:
         there = read_snapshot(workspace, read_published(workspace).snapshot).runs
     except NotPublished:
         there = []
+    if set(runs) <= set(there):
+        return
     files = [read_run(workspace, run).config["sha256"] for run in runs]
     kept = [run for run in there if run not in runs and read_run(workspace, run).config.get("sha256") not in files]
     publish_runs(workspace, [*kept, *runs])
