@@ -135,7 +135,7 @@ def import_features(context: Context, items: Artifact, arrays: dict[str, Encoder
 
 def _block(arrays: EncoderArrays, items: Artifact, rows: range) -> NDArray[np.float32]:
     if items.name == "samples":
-        return np.ascontiguousarray(arrays.samples[rows.start : rows.stop], dtype=np.float32)
+        return np.array(arrays.samples[rows.start : rows.stop], np.float32, order="C")  # a copy: torch wants to write
     return np.stack([arrays.query(row) for row in rows]).astype(np.float32)
 
 
