@@ -94,7 +94,7 @@ def judge_run(run: Run) -> list[Made]:
 @flow(name="evaluate", flow_run_name=named("evaluate", "index"))
 def evaluate(config: PipelineConfig, index: str | None = None) -> Evaluation:
     """Measure an index, by default the newest, on the test queries; past the floors it is promoted, and served."""
-    context = open_context(config)
+    context = open_context(config, model=False)
     built, index_record = read_index(context.workspace, index or latest_index(context.workspace))
     trained, record = read_head(context.workspace, index_record.head)
     context = space_of_head(context, record)

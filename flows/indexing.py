@@ -47,7 +47,7 @@ def rebuild_index(config: PipelineConfig, head: str | None = None) -> Made:
 
 def _behind(config: PipelineConfig, head: str | None) -> tuple[Context, Labels, Artifact]:
     """Return a context in the head's feature space, what the head learned from, and the head."""
-    context = open_context(config)
+    context = open_context(config, model=False)
     trained, record = read_head(context.workspace, head or latest_head(context.workspace))
     return space_of_head(context, record), read_labels(context.workspace, record.snapshot), trained
 

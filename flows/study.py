@@ -30,7 +30,7 @@ def study(config: PipelineConfig, snapshot: str | None = None) -> Study:
     require_extra("report", "matplotlib")  # before the heads are trained: the picture comes last
     for space in config.study.spaces:
         require_encoders(space, "study.spaces")
-    context = open_context(config)
+    context = open_context(config, model=False)
     labels = read_labels(context.workspace, snapshot)
     metrics = compare_heads(context, labels)
     return Study(metrics, draw_study(context, labels, metrics.artifact))

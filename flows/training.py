@@ -18,7 +18,7 @@ from tasks.reporting.announcements import announce_head
 @flow(name="train rank head", flow_run_name=named("train", "snapshot"))
 def train_rank_head(config: PipelineConfig, snapshot: str | None = None) -> Made:
     """Train a head on the rank labels of a snapshot, by default the published one."""
-    context = open_context(config)
+    context = open_context(config, model=False)
     labels = read_labels(context.workspace, snapshot)
     features = extract_features(context, labels.samples).artifact
     extract_query_features(context, labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -119,22 +119,37 @@ class Table:
 
     def encode(self, rows: pa.Table, metadata: Mapping[str, str]) -> pa.Buffer:
         """Return the bytes of a Parquet file, with `metadata` beside the schema version."""
-        schema = self.schema.with_metadata({**self.metadata, **metadata})
         if self.sorted_by:
             rows = rows.take(pc.sort_indices(rows, [(name, "ascending") for name in self.sorted_by]))
         sink = pa.BufferOutputStream()
-        pq.write_table(
-            rows.cast(schema),
-            sink,
+        with self._writer(sink, metadata) as writer:
+            writer.write_table(rows.cast(writer.schema), row_group_size=self.row_group_rows)
+        return sink.getvalue()
+
+    def write(self, path: Path, pieces: Iterable[pa.Table], metadata: Mapping[str, str]) -> None:
+        """Write pieces of a table, which come in its order, to one Parquet file; no more than a row group is held."""
+        with self._writer(str(path), metadata) as writer:
+            held: list[pa.Table] = []
+            for piece in pieces:
+                held.append(piece)
+                if sum(each.num_rows for each in held) >= self.row_group_rows:
+                    writer.write_table(pa.concat_tables(held).cast(writer.schema), row_group_size=self.row_group_rows)
+                    held = []
+            if held:
+                writer.write_table(pa.concat_tables(held).cast(writer.schema), row_group_size=self.row_group_rows)
+
+    def _writer(self, where: Any, metadata: Mapping[str, str]) -> pq.ParquetWriter:
+        schema = self.schema.with_metadata({**self.metadata, **metadata})
+        return pq.ParquetWriter(
+            where,
+            schema,
             compression="zstd",
             use_dictionary=list(self.dictionary),
             column_encoding=self._encodings or None,
-            row_group_size=self.row_group_rows,
             sorting_columns=[pq.SortingColumn(schema.names.index(name)) for name in self.sorted_by] or None,
             write_statistics=True,
             write_page_checksum=True,
         )
-        return sink.getvalue()
 
 
 def schema(*fields: tuple[str, pa.DataType, str], nullable: Collection[str] = ()) -> pa.Schema:

@@ -158,18 +158,20 @@ def _micro_batch(size: int, *_where: object) -> MicroBatch:
     return MicroBatch(size)
 
 
-def open_context(config: PipelineConfig) -> Context:
-    """Open the context of a configuration.
+def open_context(config: PipelineConfig, *, model: bool = True) -> Context:
+    """Open the context of a configuration; `model` says whether the diffusion model is needed.
 
     Raises:
         UsageError: the model, its weights or a checkpoint cannot be used; this is found before any work.
     """
-    model = config.model.folder
-    check_weights(model)
+    if not model:
+        return Context(config, "")
+    folder = config.model.folder
+    check_weights(folder)
     for checkpoint in config.teacher.checkpoints:
-        check_checkpoint(checkpoint, model)
-    hashes = tuple(_checkpoint_hash(each, model, folder_stamps(each)) for each in config.teacher.checkpoints)
-    return Context(config, _model_hash(model, folder_stamps(model)), checkpoint_hashes=hashes)
+        check_checkpoint(checkpoint, folder)
+    hashes = tuple(_checkpoint_hash(each, folder, folder_stamps(each)) for each in config.teacher.checkpoints)
+    return Context(config, _model_hash(folder, folder_stamps(folder)), checkpoint_hashes=hashes)
 
 
 @functools.lru_cache(maxsize=16)

@@ -179,29 +179,4 @@ def export(
     say(f"run {run}: {output}")
 
 
-def import_release(
-    pickle: Annotated[Path, typer.Argument(help="`influence_train.pkl` of the FastGDA release.")],
-    name: Annotated[str, typer.Option(help="Name of the run.")] = "release",
-    teacher: Annotated[str, typer.Option(help="The method that made its scores.")] = "abu_plus",
-    query_ids: Annotated[
-        Path | None, typer.Option(help="Text file, the query_id of a row on each line; default: q00000, q00001, ...")
-    ] = None,
-    samples: Annotated[
-        str | None, typer.Option(help="Table that its train_ids number, in the workspace: samples/KEY/samples.parquet.")
-    ] = None,
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
-) -> None:
-    """Scores of the FastGDA release as a run of this workspace; the pickle can hold arrays and nothing else.
-
-    Example: `fastgda import-release influence_train.pkl --name coco`
-    """
-    from storage_schemas.publishing.release import import_release as import_pickle
-    from storage_schemas.workspace import Workspace
-
-    names = query_ids.read_text(encoding="utf-8").splitlines() if query_ids else None
-    place = Workspace.at(workspace)
-    run = import_pickle(place, pickle, name=name, teacher=teacher, query_ids=names, samples=samples)
-    say(f"run {run}; {command(place, f'publish {run}')} shows it to readers")
-
-
-store_commands = (publish, retract, compact, vacuum, verify, export, import_release)
+store_commands = (publish, retract, compact, vacuum, verify, export)

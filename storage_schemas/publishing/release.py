@@ -17,7 +17,7 @@ import pickle
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,11 +29,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from storage_schemas import tables
-from storage_schemas.commit import TableCommit, commit_tables, file_sha256, input_key
+from storage_schemas.commit import TableCommit, commit, commit_tables, committed, input_key
 from storage_schemas.database import file_list, open_database
 from storage_schemas.files import replace_through, write_atomically
 from storage_schemas.publishing.export import check_absent
-from storage_schemas.publishing.plain_pickle import BadRelease, PlainArray, unpickle
+from storage_schemas.publishing.plain_pickle import BadRelease
+from storage_schemas.publishing.release_pickle import ORDER, SCORES, TRAIN_IDS, ScoredPairs, read_scores
 from storage_schemas.runs.ledger import done_shards, read_run, write_ledger, write_plan
 from storage_schemas.runs.records import Part, RunRecord
 from storage_schemas.snapshots.compaction import MEMORY_GIGABYTES, compact
@@ -41,7 +42,6 @@ from storage_schemas.tombstones import removed_ids
 from storage_schemas.workspace import Workspace
 
 SPLIT = "random"  # merge_train.py writes no other
-SCORES, ORDER, TRAIN_IDS = "influence_subset", "rank_influence_subset", "rank"
 SHARDS_AT_ONCE = 64  # whose folder is synced once
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")  # as `name` of a configuration
 
@@ -125,8 +125,11 @@ def import_release(
     teacher: str,
     query_ids: list[str] | None = None,
     samples: str | None = None,
+    rejected_samples: str | None = None,
+    queries: str | None = None,
+    neighbors: Neighbors | None = None,
 ) -> str:
-    """Write `influence_train.pkl` of the FastGDA release as a run, a score shard for each of its queries.
+    """Write `influence_train.pkl` or `influence_test.pkl` as a run, a score shard for each of its queries.
 
     Nothing that the file holds is executed. A second import of the same file finds the same run and adds what is
     missing in it, so one that was killed goes on.
@@ -136,6 +139,8 @@ def import_release(
         teacher: the method that made the scores.
         query_ids: of the rows, in order; q00000, q00001, ... unless given.
         samples: the samples table that the train_ids number, relative to the workspace, if it has one.
+        rejected_samples, queries: the same of what was rejected beside them, and of the query set.
+        neighbors: of the file's queries, among which its candidates are; they become the run's candidates.
 
     Returns:
         The name of the run.
@@ -144,23 +149,29 @@ def import_release(
         BadRelease: the file is no such pickle, names anything but numeric numpy arrays, is damaged or contradicts
             itself, or an argument does not fit it.
     """
-    release, sha256 = _read(pickle_path)
-    queries, candidates = release.scores.shape
-    names = [f"q{row:05d}" for row in range(queries)] if query_ids is None else query_ids
+    release, sha256 = read_scores(pickle_path)
+    count, candidates = release.scores.shape
+    names = [f"q{row:05d}" for row in range(count)] if query_ids is None else query_ids
     _check_arguments(workspace, release, name, names, samples)
-    run = f"{name}-{input_key('release', sha256, teacher, names, samples, table=tables.SCORES)[:10]}"
+    joined = [] if queries is None else [queries, neighbors is not None]
+    run = f"{name}-{input_key('release', sha256, teacher, names, samples, *joined, table=tables.SCORES)[:10]}"
+    if neighbors is not None:
+        _write_candidates(workspace, run, pickle_path, release, names, neighbors)
     keys = [input_key("release", sha256, row, query_id, table=tables.SCORES) for row, query_id in enumerate(names)]
     record = RunRecord(
         run=run,
         name=name,
         teacher=teacher,
         created_at=datetime.now(UTC),
-        shards=queries,
-        pairs=queries * candidates,
+        shards=count,
+        pairs=count * candidates,
         samples=samples,
+        rejected_samples=rejected_samples,
+        queries=queries,
+        candidates=workspace.relative(workspace.candidates(run)) if neighbors is not None else None,
         config={"imported_from": pickle_path.name, "sha256": sha256, "split": release.split},
     )
-    numbers, pairs = range(queries), [candidates] * queries
+    numbers, pairs = range(count), [candidates] * count
     write_plan(
         workspace,
         record,
@@ -177,13 +188,60 @@ def import_release(
 
 
 @dataclass(frozen=True)
-class _Release:
-    """The content of a file; all arrays are (queries, candidates)."""
+class Neighbors:
+    """The training samples near each query.
 
-    split: str
-    scores: NDArray[np.floating[Any]]
-    order: NDArray[np.integer[Any]]
+    train_ids: (queries, at least as many as candidates), nearest first; path: of their file, for messages.
+    similarity: returns the cosine of a query, by its row, and some training samples, (n,).
+    """
+
+    path: Path
     train_ids: NDArray[np.integer[Any]]
+    similarity: Callable[[int, NDArray[np.int64]], NDArray[np.float32]]
+
+
+def _write_candidates(
+    workspace: Workspace,
+    run: str,
+    pickle_path: Path,
+    release: ScoredPairs,
+    names: Sequence[str],
+    neighbors: Neighbors,
+) -> None:
+    """Commit the nearest neighbours, of which a file has the scores, as the run's candidates, unless they are there."""
+    queries, candidates = release.train_ids.shape
+    path, started = workspace.candidates(run), time.monotonic()
+    if committed(path, run) is not None:
+        return
+    if neighbors.train_ids.shape[0] != queries or neighbors.train_ids.shape[1] < candidates:
+        raise BadRelease(
+            f"{neighbors.path} has neighbours of shape {neighbors.train_ids.shape}, {pickle_path} has scores of "
+            f"{release.train_ids.shape}: fetch both again"
+        )
+
+    def of_queries() -> Iterator[pa.Table]:
+        for row in range(queries):
+            near = neighbors.train_ids[row, :candidates].astype(np.int64)
+            if not np.array_equal(np.sort(near), np.sort(release.train_ids[row])):
+                raise BadRelease(
+                    f"{pickle_path}: row {row} scores other samples than the {candidates} nearest of {neighbors.path}: "
+                    "fetch both again"
+                )
+            yield tables.CANDIDATES.rows(
+                query_id=[names[row]] * candidates,
+                train_id=near,
+                neighbor_rank=np.arange(1, candidates + 1),
+                similarity=neighbors.similarity(row, near),
+            )
+
+    commit(
+        path,
+        lambda temporary: tables.CANDIDATES.write(temporary, of_queries(), {"input_key": run}),
+        key=run,
+        rows=queries * candidates,
+        started=started,
+        table=tables.CANDIDATES,
+    )
 
 
 def _pairs_left(workspace: Workspace, parts: Sequence[Part], planned: pa.Table, removed: Sequence[int]) -> pa.Table:
@@ -276,7 +334,7 @@ def _ordered_rows(
 
 
 def _check_arguments(
-    workspace: Workspace, release: _Release, name: str, query_ids: Sequence[str], samples: str | None
+    workspace: Workspace, release: ScoredPairs, name: str, query_ids: Sequence[str], samples: str | None
 ) -> None:
     if not _NAME.fullmatch(name):
         raise BadRelease(f"name {name!r} must be at most 40 of a-z, 0-9, - and _, and start with a letter or digit")
@@ -302,7 +360,7 @@ def _check_arguments(
         )
 
 
-def _shard(workspace: Workspace, run: str, release: _Release, row: int, query_id: str, key: str) -> TableCommit:
+def _shard(workspace: Workspace, run: str, release: ScoredPairs, row: int, query_id: str, key: str) -> TableCommit:
     started = time.monotonic()
     train_ids = release.train_ids[row]
     rows = tables.SCORES.rows(
@@ -311,72 +369,3 @@ def _shard(workspace: Workspace, run: str, release: _Release, row: int, query_id
         score=release.scores[row][release.order[row]].astype(np.float64),
     )
     return TableCommit(workspace.score_shard(run, row), rows, tables.SCORES, key, started)
-
-
-def _read(path: Path) -> tuple[_Release, str]:
-    """Read a file, check it, and return its content and its sha256."""
-    try:
-        sha256 = file_sha256(path)
-        with path.open("rb") as file:
-            content = unpickle(path, file)
-    except OSError as error:
-        raise BadRelease(f"{path} cannot be read: {error.strerror or error}") from None
-    release = _arranged(path, content)
-    for row in range(len(release.scores)):
-        fault = _fault(release.scores[row], release.order[row], release.train_ids[row])
-        if fault:
-            raise BadRelease(f"{path}: row {row} {fault}: write the file again with merge_train.py of the release")
-    return release, sha256
-
-
-def _arranged(path: Path, content: object) -> _Release:
-    """Return the three arrays of the file, of one shape and of the right kinds."""
-    split, arrays = next(iter(content.items())) if isinstance(content, dict) and len(content) == 1 else ("", None)
-    if not isinstance(split, str) or not split.isprintable() or not isinstance(arrays, dict):
-        raise BadRelease(
-            f"{path} holds {_outline(content)}, not a split and its arrays: merge the files of single queries with "
-            "merge_train.py of the release"
-        )
-    if arrays.keys() != {SCORES, ORDER, TRAIN_IDS}:
-        raise BadRelease(
-            f"{path}: {split!r} holds {_outline(arrays)}, not {SCORES}, {ORDER} and {TRAIN_IDS}: it is not what "
-            "merge_train.py of the release writes"
-        )
-    found = {name: _values(path, name, arrays[name], "f" if name == SCORES else "iu") for name in arrays}
-    shapes = {name: values.shape for name, values in found.items()}
-    if len(set(shapes.values())) != 1 or len(shapes[SCORES]) != 2 or not found[SCORES].size:
-        raise BadRelease(f"{path}: shapes {shapes} are not one (queries, candidates): write the file again")
-    return _Release(split, found[SCORES], found[ORDER], found[TRAIN_IDS])
-
-
-def _values(path: Path, name: str, stand_in: object, kinds: str) -> NDArray[Any]:
-    values = getattr(stand_in, "values", None) if isinstance(stand_in, PlainArray) else None
-    if values is None or values.dtype.kind not in kinds:
-        found = "no array" if values is None else f"of {values.dtype}"
-        wanted = "floats" if kinds == "f" else "integers"
-        raise BadRelease(f"{path}: {name} is {found}, it must be a numpy array of {wanted}: write the file again")
-    return values
-
-
-def _outline(content: object) -> str:
-    """Describe an object in a few words for a message."""
-    if not isinstance(content, dict):
-        return type(content).__name__.lstrip("_").lower()
-    keys = ", ".join(repr(key)[:40] for key in list(content)[:5])
-    return f"a dict of {len(content)} ({keys})"
-
-
-def _fault(scores: NDArray[Any], order: NDArray[Any], train_ids: NDArray[Any]) -> str | None:
-    """Return what is wrong with the three rows of a query, (candidates,) each; None where nothing is."""
-    if not np.isfinite(scores).all():
-        return f"of {SCORES} has values that are not finite"
-    if not np.array_equal(np.sort(order), np.arange(len(order))):
-        return f"of {ORDER} is no permutation of its {len(order)} places"
-    ranked = scores[order]
-    if (ranked[:-1] < ranked[1:]).any():
-        return f"of {ORDER} does not sort the scores from high to low"
-    if train_ids.min() < 0 or train_ids.max() > np.iinfo(np.int64).max:
-        return f"of {TRAIN_IDS} has negative or too large numbers"
-    if len(np.unique(train_ids)) != len(train_ids):
-        return f"of {TRAIN_IDS} names a training sample twice"
-    return None

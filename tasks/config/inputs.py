@@ -20,7 +20,11 @@ from tasks.config.section import Section
 
 
 class DataConfig(Section):
-    shards: str = Field(min_length=1, description="glob of WebDataset tars, relative to the config file")
+    shards: str = Field(
+        min_length=1,
+        description="glob of WebDataset tars, relative to the config file; or MSCOCO's "
+        "annotations/captions_NAME.json with its pictures in NAME/ beside annotations/",
+    )
 
 
 class SplitConfig(Section):

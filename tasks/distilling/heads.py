@@ -15,13 +15,14 @@ from prefect.runtime import flow_run
 
 from fastgda_core.errors import UsageError
 from fastgda_core.evaluation.ranking_metrics import top_mask
-from fastgda_core.ranking.head import load_release_checkpoint, save_head
+from fastgda_core.ranking.head import RankHead, load_release_checkpoint, save_head
 from fastgda_core.ranking.losses import LOSSES
 from storage_schemas.commit import Manifest, code_version, commit, input_key
 from storage_schemas.files import AnyPath, file_sha256
 from storage_schemas.heads.records import HEAD_FILE, Epoch, as_json
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made, once
+from tasks.config.inputs import FeaturesConfig
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
 from tasks.devices import pick_device
@@ -140,9 +141,13 @@ def import_head(config: PipelineConfig, checkpoint: Path) -> Made:
             f"{checkpoint} takes {head.features} features, {space.space} has {' + '.join(map(str, widths))}: "
             "name the space that it was trained on in features.space"
         )
+    return keep_imported_head(Workspace.at(config.workspace), space, head, checkpoint)
+
+
+def keep_imported_head(workspace: Workspace, space: FeaturesConfig, head: RankHead, checkpoint: Path) -> Made:
+    """Commit a head of the release, read from a checkpoint, as a head version over a feature space."""
     sha256 = file_sha256(checkpoint)
     key = input_key("imported head", sha256, space.space, weights_keys(space), space.unit_length)
-    workspace = Workspace.at(config.workspace)
     folder = workspace.head(key)
 
     def make(started: float) -> Manifest:

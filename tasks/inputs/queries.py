@@ -96,7 +96,7 @@ def make_queries(context: Context, samples: Artifact) -> Made:
         rows = [(query_id, split, caption, png) for (query_id, caption, png), split in zip(asked, splits, strict=True)]
         twins, of_twins = _twin_queries(context, samples, key)
         table = pa.Table.from_pylist(
-            [_write_image(path, number, *row) for number, row in enumerate((*rows, *of_twins))],
+            [query_row(path, number, *row) for number, row in enumerate((*rows, *of_twins))],
             schema=tables.QUERIES.schema,
         )
         commit_table(twins_beside(path), twins, tables.TWINS, key=key, started=started)
@@ -110,7 +110,7 @@ def _generates(config: QueriesConfig) -> bool:
     return bool(config.captions or config.twins)
 
 
-def _write_image(path: AnyPath, number: int, query_id: str, split: str, caption: str, png: bytes) -> dict[str, object]:
+def query_row(path: AnyPath, number: int, query_id: str, split: str, caption: str, png: bytes) -> dict[str, object]:
     """Write a query's PNG beside the table, and return the query's row.
 
     The file is named after the query where the name is fit for a file, else numbered.

@@ -29,6 +29,7 @@ from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made
 from tasks.context import Context
+from tasks.inputs.coco import files_behind
 from tasks.inputs.tars import RULES, Rejection, ShardSample, find_shards, read_image, scan
 from tasks.printable import printable
 from tasks.progress import console, stage
@@ -87,7 +88,7 @@ def look_at_samples(context: Context) -> tuple[Artifact, pa.Table]:
 
 
 def _index_key(shards: list[Path]) -> str:
-    return input_key("samples", RULES, stamps(shards), table=tables.SAMPLES)
+    return input_key("samples", RULES, stamps(files_behind(shards)), table=tables.SAMPLES)
 
 
 def _scanned(shards: list[Path]) -> tuple[list[ShardSample], list[Rejection]]:

@@ -24,6 +24,7 @@ from PIL import Image
 
 from fastgda_core.errors import BadSample, UsageError
 from fastgda_core.images import decode_first, decode_image
+from tasks.inputs.coco import CocoImage, is_captions_file, picture_folder, read_captions_file
 from tasks.inputs.looks import look_of
 from tasks.inputs.metadata import metadata_of
 
@@ -96,7 +97,7 @@ def scan(shards: list[Path], on_shard: Callable[[], None]) -> tuple[list[ShardSa
     seen: dict[str, str] = {}
     for shard in shards:
         before = len(samples) + len(rejections)
-        for item in _scan_shard(shard):
+        for item in _scan_captions_file(shard) if is_captions_file(shard) else _scan_shard(shard):
             if isinstance(item, ShardSample) and item.key in seen:
                 rejections.append(
                     Rejection(item.shard, item.key, f"duplicate key, first seen in {seen[item.key]}: rename one")
@@ -124,6 +125,47 @@ def read_image(shard: str, offset: int, size: int, sha256: str | None = None) ->
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise BadSample("the image changed since its tar was indexed: restore the tar")
     return decode_image(content)
+
+
+def _scan_captions_file(annotations: Path) -> Iterator[ShardSample | Rejection]:
+    """Check every image of a caption file of MSCOCO, in its order; each picture is a file of its own."""
+    folder = picture_folder(annotations)
+    try:
+        images = read_captions_file(annotations)
+        if not folder.is_dir():
+            raise BadSample(f"has no pictures beside it: there is no folder {folder}")
+    except BadSample as error:
+        yield Rejection(str(annotations), "", str(error))
+        return
+    for image in images:
+        picture = folder / image.file_name
+        try:
+            yield _check_picture(picture, image)
+        except (BadSample, OSError) as error:
+            reason = str(error) if isinstance(error, BadSample) else f"{error.strerror}: fetch it again"
+            yield Rejection(str(picture), picture.stem, reason)
+
+
+def _check_picture(picture: Path, image: CocoImage) -> ShardSample:
+    if picture.stat().st_size > MAX_MEMBER_BYTES:
+        raise BadSample(f"is larger than {MAX_MEMBER_BYTES >> 20} MiB: shrink it")
+    if not image.captions:
+        raise BadSample("has no caption: add one to the caption file")
+    content = picture.read_bytes()
+    decoded, pictures = decode_first(content)
+    return ShardSample(
+        str(picture),
+        picture.stem,
+        0,
+        len(content),
+        list(dict.fromkeys(image.captions)),
+        decoded.width,
+        decoded.height,
+        hashlib.sha256(content).hexdigest(),
+        look_of(decoded),
+        "{}",
+        pictures,
+    )
 
 
 def _scan_shard(shard: Path) -> Iterator[ShardSample | Rejection]:

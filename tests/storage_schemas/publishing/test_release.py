@@ -332,9 +332,9 @@ CONTRADICTIONS: dict[str, tuple[object, str]] = {
     "one query's file": (some_arrays(), "merge_train.py"),
     "two splits": ({"random": some_arrays(), "other": some_arrays()}, "'random', 'other'"),
     "a split that is no text": ({"a\nb": some_arrays()}, "merge_train.py"),
-    "scores of all samples": (
+    "scores of all samples, one of them ranked twice": (
         {"random": {"influence": np.zeros((2, 3)), "rank": np.zeros((2, 3), int)}},
-        "'influence', 'rank'",
+        "row 0 of rank is no permutation",
     ),
     "lists for arrays": (changed("rank", lambda values: values.tolist()), "rank is no array"),
     "ids as floats": (changed("rank", lambda values: values.astype(float)), "rank is of float64"),
