@@ -14,7 +14,7 @@ from fastgda_core.errors import BadSample
 from storage_schemas import tables
 from storage_schemas.commit import commit_table
 from tasks.artifact import Artifact
-from tasks.inputs.queries import _write_image, joined_queries, load_queries, queries_artifact
+from tasks.inputs.queries import joined_queries, load_queries, queries_artifact, query_row
 from tests.tiny import draw
 
 
@@ -72,7 +72,7 @@ def test_a_query_of_any_name_has_a_picture_file_of_its_own(query_id: str, name: 
     png = draw(1)[0]
     names = [query_id, query_id.replace("/", "_"), query_id + "0"]
     for number, each in enumerate(dict.fromkeys(names)):
-        row = _write_image(tmp_path / "set" / "queries.parquet", number, each, "test", "x", png)
+        row = query_row(tmp_path / "set" / "queries.parquet", number, each, "test", "x", png)
         assert row["query_id"] == each and row["image"] == png
     files = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
     assert len(files) == len(dict.fromkeys(names)) and {path.parent.name for path in tmp_path.rglob("*.png")} == {
