@@ -273,7 +273,7 @@ def _refused(config: PipelineConfig, seen: Seen) -> str:
 
 
 def _told(moved: Bytes | None) -> tuple[str, str]:
-    return ("?", "?") if moved is None else (decimal(round(moved.read)), decimal(round(moved.written)))
+    return ("-", "-") if moved is None else (decimal(round(moved.read)), decimal(round(moved.written)))
 
 
 def _rival_costs(context: Context, samples: Artifact, size: Size) -> Iterator[KindCost]:
