@@ -3,13 +3,11 @@
 The configurations are those of the published folders, written out here: nothing is fetched, nothing is computed (the
 tensors are on the meta device), and attention's products are counted like all others.
 
-Run: PYTHONPATH=. python benchmarks/forward_flops.py [--json]
+Run: PYTHONPATH=. python benchmarks/forward_flops.py
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +19,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgda_core.curvature.layers import matrix_shape, select_layers
+from fastgda_core.curvature.layers import select_layers
+from tasks.execution.known import ModelShape
 
 LAYERS = "cross-attn-kv"  # the published selection
 
@@ -138,23 +137,6 @@ ARCHITECTURES = {
 }
 
 
-@dataclass(frozen=True)
-class Count:
-    """What one forward of an architecture takes.
-
-    flops: two for a multiplication and its addition, as torch counts.
-    latent, condition: numbers of a sample's latent and of one caption's embeddings.
-    layer_weights: of `LAYERS`; fisher_numbers: of their EK-FAC factors, both eigenbases and the eigenvalues.
-    """
-
-    flops: int
-    weights: int
-    latent: int
-    condition: int
-    layer_weights: int
-    fisher_numbers: int
-
-
 def _on_meta(shapes: Any) -> Any:
     if isinstance(shapes, Mapping):
         return {name: _on_meta(shape) for name, shape in shapes.items()}
@@ -165,40 +147,27 @@ def _numbers(shapes: Any) -> int:
     return sum(map(_numbers, shapes.values())) if isinstance(shapes, Mapping) else math.prod(shapes)
 
 
-def counted(architecture: Architecture) -> Count:
-    """Count one forward of one sample; nothing is computed, and no kernel hides the products of attention."""
+def counted(architecture: Architecture) -> tuple[ModelShape, int]:
+    """Count one forward of one sample, and all weights; no kernel hides the products of attention."""
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), FlopCounterMode(display=False) as counter:
         denoiser: nn.Module = getattr(diffusers, architecture.kind)(**architecture.config)
         given = _on_meta({**architecture.condition, **architecture.others})
-        denoiser(hidden_or_sample(architecture), timestep=torch.empty(1), **given)
-    matrices = [matrix_shape(layer) for layer in select_layers(denoiser, LAYERS).values()]
-    return Count(
-        counter.get_total_flops(),
-        sum(weight.numel() for weight in denoiser.parameters()),
-        math.prod(architecture.latent),
-        _numbers(architecture.condition),
-        sum(rows * columns for rows, columns in matrices),
-        sum(rows**2 + columns**2 + rows * columns for rows, columns in matrices),
-    )
-
-
-def hidden_or_sample(architecture: Architecture) -> torch.Tensor:
-    """Return the denoiser's noised input, (1, ...)."""
-    return torch.empty(1, *architecture.latent)
+        denoiser(torch.empty(1, *architecture.latent), timestep=torch.empty(1), **given)
+    layers, latent = select_layers(denoiser, LAYERS).values(), math.prod(architecture.latent)
+    shape = ModelShape.of(counter.get_total_flops(), latent, _numbers(architecture.condition), layers)
+    return shape, sum(weight.numel() for weight in denoiser.parameters())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="as tasks/execution/known_models.json keeps them")
-    counts = {name: counted(each) for name, each in ARCHITECTURES.items()}
-    if parser.parse_args().json:
-        print(json.dumps({name: vars(count) for name, count in counts.items()}, indent=2))
-        return
     print(f"| | weights, M | of {LAYERS}, M | GFLOP a forward | numbers of a latent | of a caption |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for name, count in counts.items():
-        cells = f"{count.weights / 1e6:,.0f} | {count.layer_weights / 1e6:,.1f} | {count.flops / 1e9:,.1f}"
-        print(f"| {ARCHITECTURES[name].title} | {cells} | {count.latent:,} | {count.condition:,} |")
+    counts = {name: counted(each) for name, each in ARCHITECTURES.items()}
+    for name, (shape, weights) in counts.items():
+        cells = f"{weights / 1e6:,.0f} | {shape.layer_weights / 1e6:,.1f} | {shape.flops / 1e9:,.1f}"
+        print(f"| {ARCHITECTURES[name].title} | {cells} | {shape.latent:,} | {shape.condition:,} |")
+    print("\nAs tasks/execution/known.py keeps them:\n")
+    for name, (shape, _) in counts.items():
+        print(f'    "{name}": {shape}')
 
 
 if __name__ == "__main__":

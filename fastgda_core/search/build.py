@@ -118,20 +118,23 @@ def merge(index: Any, later: Any) -> None:
         raise RuntimeError(f"merged {first} and {second} vectors into {sorted(totals)}")
 
 
+def is_row_of_codes(index: Any) -> bool:
+    """Return whether an index is nothing but the codes of its vectors, one behind the other."""
+    return isinstance(index, faiss.IndexFlatCodes)
+
+
 def reserve(index: Any, rows: int) -> None:
     """Take the memory of so many vectors at once, where an empty index is a row of codes: growing, it takes twice."""
-    if isinstance(index, faiss.IndexFlatCodes) and not index.ntotal:
+    if is_row_of_codes(index) and not index.ntotal:
         index.codes.resize(int(index.code_size) * rows)
         index.codes.resize(0)
 
 
-def join(index: Any, parts: Sequence[Any]) -> bool:
-    """Copy the vectors of others into an empty index that is but a row of codes; return whether it is one.
+def join(index: Any, parts: Sequence[Any]) -> None:
+    """Copy the vectors of others into an empty index that is but a row of codes.
 
     The whole is as large as it will be from the beginning, where merging one by one moves it each time.
     """
-    if not isinstance(index, faiss.IndexFlatCodes):
-        return False
     each = int(index.code_size)
     index.codes.resize(each * sum(part.ntotal for part in parts))
     whole = faiss.rev_swig_ptr(index.codes.data(), index.codes.size())
@@ -139,7 +142,6 @@ def join(index: Any, parts: Sequence[Any]) -> bool:
         size = each * part.ntotal
         whole[each * index.ntotal :][:size] = faiss.rev_swig_ptr(part.codes.data(), size)
         index.ntotal += part.ntotal
-    return True
 
 
 def write_index(index: Any, path: Path) -> None:

@@ -42,20 +42,22 @@ def prune_vectors(
     if under_way(workspace, older_than):
         return []
     before, named = datetime.now(UTC) - older_than, _named(workspace, gone)
-    found: dict[str, list[tuple[str, int, float]]] = {}
+    found: dict[str, dict[str, int]] = {}
     for path, entry in list_tree(workspace.root / "vectors").items():
         key, _, name = path.partition("/")
-        found.setdefault(key, []).append((name, entry.size, workspace.vectors(key).joinpath(name).stat().st_mtime))
+        found.setdefault(key, {})[name] = entry.size
     unused = []
-    for key, files in sorted(found.items()):
+    for key, sizes in sorted(found.items()):
         folder = workspace.vectors(key)
-        ours = _KEY.fullmatch(key) and all(_PART.fullmatch(name) for name, _, _ in files)
-        if not ours or key in named or _linked(folder) or max(at for _, _, at in files) >= before.timestamp():
+        ours = _KEY.fullmatch(key) and all(map(_PART.fullmatch, sizes))
+        if not ours or key in named or _linked(folder):
             continue
-        unused.append(Unused(key, sum(size for _, size, _ in files)))
+        if max((folder / name).stat().st_mtime for name in sizes) >= before.timestamp():
+            continue
+        unused.append(Unused(key, sum(sizes.values())))
         if not dry_run:
             # Manifests first: what is half deleted is made again, not taken for whole.
-            for name, _, _ in sorted(files, key=lambda file: not file[0].endswith(MANIFEST)):
+            for name in sorted(sizes, key=lambda name: not name.endswith(MANIFEST)):
                 remove(folder / name)
             remove_folder(folder)
     return unused

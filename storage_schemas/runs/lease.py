@@ -7,7 +7,6 @@ it, as a sign of life. The files are deleted when the thing is there.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from storage_schemas.commit import worker_name
 from storage_schemas.files import AnyPath, create, matching, read_whole, remove, replace
-from storage_schemas.runs.liveness import BEAT_SECONDS
+from storage_schemas.runs.liveness import BEAT_SECONDS, process_lives
 from storage_schemas.workspace import Workspace
 
 LOST_SECONDS = 60.0  # without a sign of life, after which a maker on another host counts as dead
@@ -73,7 +72,7 @@ def _taken(folder: AnyPath, ready: Callable[[], bool], waiting: Callable[[str], 
         last = number, lease = _last(folder)
         if last != seen:
             seen, since = last, time.monotonic()
-        if lease is None or lease.ended or _is_dead(lease.owner) or time.monotonic() - since > LOST_SECONDS:
+        if lease is None or lease.ended or not process_lives(lease.owner) or time.monotonic() - since > LOST_SECONDS:
             path = folder / f"{number + 1:06d}.json"
             # A number below one that others hold is free again once they cleared up behind themselves.
             if create(path, _content(Lease(owner=worker_name()))) and _last(folder)[0] == number + 1:
@@ -95,25 +94,11 @@ def _last(folder: AnyPath) -> tuple[int, Lease | None]:
         return 0, None
 
 
-def _is_dead(owner: str) -> bool:
-    """Return whether a process of this host is gone; False for a process of another host, of which nothing is known."""
-    host, _, process = owner.rpartition(":")
-    if host != worker_name().rpartition(":")[0]:
-        return False
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
-
-
 def under_way(workspace: Workspace, within: timedelta) -> bool:
     """Return whether some process may be making something: it holds a lease, is not known to be dead, and told so."""
     for folder in {path.parent for path in matching(workspace.root / "leases", "*/*.json")}:
         number, lease = _last(folder)
-        if lease is None or lease.ended or _is_dead(lease.owner):
+        if lease is None or lease.ended or not process_lives(lease.owner):
             continue
         with suppress(FileNotFoundError):
             if time.time() - (folder / f"{number:06d}.json").stat().st_mtime < within.total_seconds():

@@ -19,7 +19,6 @@ pending again, and nothing else is lost.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,7 +43,7 @@ from storage_schemas.files import (
 )
 from storage_schemas.listings import Listing, folder_manifests, list_folder, listed_manifest, listed_manifests
 from storage_schemas.runs.attempts import Attempt, ShardState, read_attempts
-from storage_schemas.runs.liveness import read_assignment
+from storage_schemas.runs.liveness import process_lives, read_assignment
 from storage_schemas.runs.records import Compaction, Labelling, RunRecord, UnknownRun
 from storage_schemas.workspace import Workspace
 
@@ -297,17 +296,3 @@ def _held_by_parts(workspace: Workspace, run: str) -> set[int]:
         if not any(part.first_query <= query_id <= part.last_query for part in whole):
             open_blocks.add(block)
     return held - open_blocks
-
-
-def process_lives(worker: str) -> bool:
-    """Return whether the process behind host:pid may still run; a process on another host is taken to run."""
-    host, _, pid = worker.rpartition(":")
-    if host != os.uname().nodename or not pid.isdigit():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

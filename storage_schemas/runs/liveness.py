@@ -6,6 +6,7 @@ can look at them, whether or not a Prefect server runs.
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime
 from enum import StrEnum
 
@@ -140,3 +141,17 @@ def read_beats(workspace: Workspace, run: str) -> list[Beat]:
         except (FileNotFoundError, ValidationError):
             continue
     return found
+
+
+def process_lives(worker: str) -> bool:
+    """Return whether the process behind host:pid may still run; a process on another host is taken to run."""
+    host, _, pid = worker.rpartition(":")
+    if host != os.uname().nodename or not pid.isdigit():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fastgda_core.search.build import (
     add,
     can_merge,
+    is_row_of_codes,
     join,
     merge,
     new_index,
@@ -106,7 +107,8 @@ class IndexParts:
         for number in range(self.count):
             self.make(number, advance)
         index = self.empty()
-        if join(index, [map_index(path) for path in self._local()]):
+        if is_row_of_codes(index):
+            join(index, [map_index(path) for path in self._local()])
             return index
         index = None
         for number in range(self.count):

@@ -187,6 +187,7 @@ def estimate(config: PipelineConfig, device: str | None = None) -> Estimate:
     check_sizes(config, seen.count, candidates)
     size = Size(seen.count, seen.captions, seen.queries, candidates)
     shape = known_shape(config) if seen.context is None else shape_of(seen.context)
+    # Of a noise plan that a pilot will choose the dearest counts.
     teacher = planned(config, *DEAREST) if config.teacher.agreement is not None else config
     rivals = list(_rival_costs(seen.context, seen.samples, size)) if seen.context and seen.samples else []
 
@@ -217,10 +218,10 @@ def estimate(config: PipelineConfig, device: str | None = None) -> Estimate:
         found,
         config.execution.price_per_device_hour,
         config.execution.currency,
-        _needs(config, size, shape),
+        _needs(teacher, size, shape),
         least,
         moved,
-        ways(config, size, shape, seen.image_bytes, in_precision, products=not found.of_whole_parts),
+        ways(teacher, size, shape, seen.image_bytes, in_precision, products=not found.of_whole_parts),
         seen.unseen,
         _refused(config, seen),
     )
@@ -247,9 +248,9 @@ def _speed(config: PipelineConfig, seen: Seen, shape: ModelShape, device: str | 
 
 
 def _needs(config: PipelineConfig, size: Size, shape: ModelShape) -> Needs:
-    """Return what the configured teacher needs; of a noise plan that a pilot will choose, the dearest counts."""
-    teacher = (planned(config, *DEAREST) if config.teacher.agreement is not None else config).teacher
-    method, images = TEACHERS[teacher.name], config.model.images
+    """Return what the configured teacher needs."""
+    teacher, images = config.teacher, config.model.images
+    method = TEACHERS[teacher.name]
     work = Work(
         weights=shape.layer_weights if "layers" in method.settings else 0,
         samples=size.samples,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from fastgda_core.curvature.layers import Layer, matrix_shape
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.errors import UsageError
 
@@ -24,6 +25,13 @@ class ModelShape:
     condition: int
     layer_weights: int
     fisher_numbers: int
+
+    @classmethod
+    def of(cls, flops: float, latent: int, condition: int, layers: Iterable[Layer]) -> ModelShape:
+        """Return the shape of a denoiser whose step moves these layers."""
+        sizes = [matrix_shape(layer) for layer in layers]
+        weights = sum(rows * columns for rows, columns in sizes)
+        return cls(flops, latent, condition, weights, weights + sum(rows**2 + columns**2 for rows, columns in sizes))
 
 
 # By benchmarks/forward_flops.py (benchmarks/RESULTS.md, "One forward"), of the layers `cross-attn-kv`.

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgda_core.curvature.layers import matrix_shape
 from fastgda_core.errors import UsageError
 from tasks.artifact import Artifact
 from tasks.config.expected import ExpectedConfig
@@ -92,14 +91,8 @@ def shape_of(context: Context) -> ModelShape:
     noise = torch.zeros(1, *model.latent_shape, device=model.device)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.losses(noise, condition, torch.zeros(1, dtype=torch.long, device=model.device), noise)
-    sizes = [matrix_shape(layer) for layer in at.layers(model).values()]
-    return ModelShape(
-        counter.get_total_flops(),
-        prod(model.latent_shape),
-        _numbers(condition),
-        sum(rows * columns for rows, columns in sizes),
-        sum(rows**2 + columns**2 + rows * columns for rows, columns in sizes),
-    )
+    layers = at.layers(model).values()
+    return ModelShape.of(counter.get_total_flops(), prod(model.latent_shape), _numbers(condition), layers)
 
 
 def known_shape(config: PipelineConfig) -> ModelShape:

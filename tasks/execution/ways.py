@@ -14,8 +14,6 @@ from tasks.execution.known import ModelShape
 from tasks.execution.traffic import Traffic, contracted, total
 from tasks.teaching.cost import KindCost, Size
 from tasks.teaching.families import family_of
-from tasks.teaching.noise import planned
-from tasks.teaching.noise_pilot import DEAREST
 
 Speed = Callable[[Precision], float]  # forward passes a second in a precision
 
@@ -40,15 +38,14 @@ def ways(
 ) -> list[Way]:
     """Return exact, first-order and sketch work of an unlearning teacher's configuration; of others nothing.
 
-    Exact work keeps to float32. Of a noise plan that a pilot chooses the dearest counts.
+    Exact work keeps to float32.
 
     Args:
+        config: with the noise plan that counts.
         products: those with the queries' updates take time beside what `speed` tells.
     """
     if config.teacher.name not in UNLEARNING_TEACHERS:
         return []
-    if config.teacher.agreement is not None:
-        config = planned(config, *DEAREST)
     exact = config.teacher.precision if config.teacher.precision.exact else Precision.float32
     variants = [
         ("exact", _with(config, "abu_plus", exact, None)),

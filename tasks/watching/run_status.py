@@ -12,8 +12,16 @@ from fastgda_core.errors import UsageError
 from storage_schemas.commit import worker_name
 from storage_schemas.errors import StoreError
 from storage_schemas.runs.attempts import ShardState, read_attempts
-from storage_schemas.runs.ledger import derive, process_lives, read_run, run_names
-from storage_schemas.runs.liveness import BEAT_SECONDS, Beat, RunRequest, asked, read_assignment, read_beats
+from storage_schemas.runs.ledger import derive, read_run, run_names
+from storage_schemas.runs.liveness import (
+    BEAT_SECONDS,
+    Beat,
+    RunRequest,
+    asked,
+    process_lives,
+    read_assignment,
+    read_beats,
+)
 from storage_schemas.runs.rivals import read_rivals
 from storage_schemas.workspace import Workspace
 from tasks.config.execution import ExecutionConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from storage_schemas.runs.ledger import process_lives
+from storage_schemas.runs.liveness import process_lives
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 SHARED = "PROMETHEUS_MULTIPROC_DIR"  # where prometheus_client's processes leave their figures
