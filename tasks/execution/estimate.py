@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 
+from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.filesize import decimal
 from rich.table import Table
@@ -29,9 +30,10 @@ from tasks.inputs.candidates import check_neighbours
 from tasks.teaching.cost import KindCost, Size, scores_of
 from tasks.teaching.noise import planned
 from tasks.teaching.noise_pilot import CHEAPEST, DEAREST
-from tasks.watching.status_text import duration
+from tasks.watching.status_text import amount, duration
 
 USUAL_DEVICE = "h100"  # of a plan without the model, where none is named
+LONGEST_WORD = 11  # of a stage's name
 CHEAP_SECONDS, LONG_SECONDS = 2.0, 3600.0  # of one shard: below, overhead shows; above, a failure costs much
 
 
@@ -113,17 +115,15 @@ class Estimate:
 
     def _stages(self) -> Iterator[RenderableType]:
         """Yield the table of the kinds of parts, and what does not fit into it."""
-        table = Table("stage", "parts", "rows", "forward passes", "read", "written", "device time", "one part")
-        for column in table.columns[1:]:
-            column.justify = "right"
+        table = _figures("stage", "parts", "rows", "forward passes", "read", "written", "device time", "one part")
         for kind in self.kinds:
             seconds = kind.seconds(self.rate.forwards_per_second)
             one = duration(seconds / kind.parts) if seconds / kind.parts >= 1 else f"{seconds / kind.parts:.2f} s"
-            rows, whole = f"{kind.rows:,}", duration(seconds)
+            whole = duration(seconds)
             if kind.unknown:
                 whole = one = "?"
             moved = _told(self.traffic.get(kind.kind))
-            table.add_row(kind.kind, f"{kind.parts:,}", rows, f"{kind.forwards:,.0f}", *moved, whole, one)
+            table.add_row(kind.kind, *map(amount, (kind.parts, kind.rows, kind.forwards)), *moved, whole, one)
         yield table
         if (latents := self.traffic.get("latents")) is not None:
             yield "latents and caption embeddings: {} read, {} written, before these".format(*_told(latents))
@@ -138,14 +138,12 @@ class Estimate:
         """Yield what the same data take by other ways of work."""
         if not self.ways:
             return
-        table = Table("the same by", "forward passes", "products, in passes", "read", "written", "device-hours", "cost")
-        for column in table.columns[1:]:
-            column.justify = "right"
+        names = ["the same by", "forward passes", "products, passes", "read", "written", "device hours"]
+        table = _figures(*names, *([f"cost, {self.currency}"] if self.price is not None else []))
         for way in self.ways:
-            hours = way.seconds / 3600
+            figures = [way.seconds / 3600] + ([way.seconds / 3600 * self.price] if self.price is not None else [])
             moved = decimal(round(way.read_bytes)), decimal(round(way.written_bytes))
-            cost = self._money(hours).removeprefix(", ") or "-"
-            table.add_row(way.name, f"{way.forwards:,.0f}", f"{way.contraction:,.0f}", *moved, f"{hours:,.2f}", cost)
+            table.add_row(way.name, amount(way.forwards), amount(way.contraction), *moved, *map(_fine, figures))
         yield table
         if self.price is None:
             yield "no price: give --price, or execution.price_per_device_hour, for the cost"
@@ -271,6 +269,19 @@ def _refused(config: PipelineConfig, seen: Seen) -> str:
     except UsageError as error:
         return str(error)
     return ""
+
+
+def _figures(name: str, *figures: str) -> Table:
+    """Return an empty table of names and figures that fits into 80 columns: lines between columns would not."""
+    table = Table(name, *figures, box=SIMPLE_HEAD, padding=0, show_edge=False)
+    table.columns[0].min_width = LONGEST_WORD
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _fine(value: float) -> str:
+    return f"{value:,.2f}" if value < 1000 else amount(value)
 
 
 def _told(moved: Bytes | None) -> tuple[str, str]:

@@ -29,6 +29,15 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
 
 
+def amount(count: float) -> str:
+    """Write a number whole below 100,000, else as `506 k`, `91.4 M` or `1.0 G`: columns of terminals are narrow."""
+    if count < 1e5:
+        return f"{count:,.0f}"
+    if count < 1e6:
+        return f"{count / 1e3:,.0f} k"
+    return f"{count / 1e6:,.1f} M" if count < 1e9 else f"{count / 1e9:,.1f} G"
+
+
 def facts(status: RunStatus) -> list[tuple[str, str]]:
     """Return what is said of a run, as (name, value)."""
     share = status.rows / status.pairs if status.pairs else 1.0
