@@ -26,7 +26,7 @@ from fastgda_core.search.products import is_exact, largest, vectors_of
 LEAST = 2**23  # numbers of an index below which a scan is as fast
 MORE = 0.5  # times k further vectors are looked at again at once
 MOST = 1 / 32  # of all vectors may be looked at again
-QUERIES, ROWS = 64, 2**17  # compared at a time
+QUERIES, ROWS = 64, 2**14  # compared at a time: their products stay in the cache
 LEVELS = 127
 # Of the product of lengths: what single precision loses in the rotation and in exact products.
 SLACK = 2e-5
