@@ -37,6 +37,7 @@ class Estimate:
     """Parts, rows and forward passes of a run, and what they take at a rate.
 
     needs: of the teacher, of the whole training set.
+    layers: which of the model's a query's step moves, and how many; empty where the teacher moves none.
     least: the same under the cheapest noise plan, where a pilot of the run will choose among cheaper and dearer ones.
     """
 
@@ -47,6 +48,7 @@ class Estimate:
     currency: str
     needs: Needs
     least: list[KindCost] | None = None
+    layers: str = ""
 
     @property
     def device_hours(self) -> float:
@@ -91,6 +93,8 @@ class Estimate:
         for kind in self.kinds:
             if kind.kept_bytes:
                 yield f"{kind.kind} take {decimal(kind.kept_bytes)}, {kind.kept_bytes // kind.rows:,} bytes a sample"
+        if self.layers:
+            yield f"the teacher's layers are {self.layers}"
         yield self._needs()
         hours, per_second = self.device_hours, self.rate.forwards_per_second
         yield (
@@ -150,7 +154,19 @@ def estimate(config: PipelineConfig) -> Estimate:
         cheapest = replace(context, config=planned(config, *CHEAPEST))
         least = [*run_costs(cheapest, size), *pilot, *rivals]
     price, currency = execution.price_per_device_hour, execution.currency
-    return Estimate(size, [*costs, *rivals], rate(context), price, currency, _needs(context, size), least)
+    needs, layers = _needs(context, size), _layers(context)
+    return Estimate(size, [*costs, *rivals], rate(context), price, currency, needs, least, layers)
+
+
+def _layers(context: Context) -> str:
+    """Return the selection of layers that the teacher moves, as chosen or by default, in words."""
+    if "layers" not in TEACHERS[context.config.teacher.name].settings:
+        return ""
+    at = context.at_checkpoints()[0]
+    model = at.teacher_model()
+    shapes = [matrix_shape(layer) for layer in at.layers(model).values()]
+    weights = sum(prod(shape) for shape in shapes)
+    return f"{at.config.teacher.layers}: {len(shapes):,} of {type(model.denoiser).__name__}, {weights:,} weights"
 
 
 def _needs(context: Context, size: Size) -> Needs:

@@ -407,14 +407,15 @@ def test_first_order_scores_equal_a_float64_finite_difference(
     stacked = {name: change[None] for name, change in update.items()}
     (scores,) = first_order_scores(model, layers, PLAN, block, [stacked], MicroBatch(4))
 
-    step = 1e-5
+    # diffusers takes some of their norms in float32, whose rounding a short step would see.
+    step, bound = (1e-2, 1e-3) if name in ("flux", "sana") else (1e-5, 1e-6)
     losses = []
     for sign in (1, -1):
         with moved(layers, {name: sign * step * change for name, change in update.items()}):
             losses.append(training_losses(model, PLAN, block, MicroBatch(4))[:, 0])
     slope = (losses[0] - losses[1]) / (2 * step)
     assert slope.abs().min() > 0
-    assert (scores - slope).norm() / slope.norm() < 1e-6
+    assert (scores - slope).norm() / slope.norm() < bound
 
 
 def any_fisher(layers: dict[str, Layer]) -> EkfacFisher:
