@@ -75,7 +75,8 @@ def read_index(folder: Path) -> ModelIndex:
         raise UsageError(f"{path} is no model index: save the model again ({error})") from error
     denoiser = next((index.classes[part] for part in DENOISERS if part in index.classes), "missing")
     if denoiser not in ARCHITECTURES:
-        raise UsageError(f"{path}: the denoiser is {denoiser}: known are {', '.join(ARCHITECTURES)}")
+        known = ", ".join(ARCHITECTURES)
+        raise UsageError(f"{path}: the denoiser is {denoiser}: known are {known} (docs/teachers.md: one file adds one)")
     if denoiser != index.classes.get(index.architecture.part):
         raise UsageError(f"{path}: the denoiser, {denoiser}, is no part named {ARCHITECTURES[denoiser].part}")
     if missing := [name for name in index.parts if not (folder / name).exists()]:

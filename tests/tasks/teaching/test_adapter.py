@@ -23,6 +23,7 @@ from tasks.context import open_context
 from tasks.execution.estimate import estimate
 from tests import tiny
 from tests.adapters import lora_tensors, save_lora, train_lora
+from tests.model_folders import save_dit
 from tests.tasks.configs import document
 from tests.tasks.whole_runs import SAMPLES, configuration
 from tests.tasks.without_prefect import without_prefect
@@ -93,6 +94,40 @@ def test_the_plan_says_which_layers(tuned: PipelineConfig, model_folder: Path) -
     assert told(tuned).endswith(f" of UNet2DConditionModel, {weights:,} weights")
     plain = tuned.model_copy(update={"model": tuned.model.model_copy(update={"adapter": None})})
     assert "are cross-attn-kv: " in told(plain)
+
+
+def test_layers_that_nobody_chose_are_the_architectures(tuned: PipelineConfig, tmp_path: Path) -> None:
+    def chosen(folder: Path | None = None, adapter: Path | None = None, **teacher: object) -> str:
+        model = {"folder": str(folder or tuned.model.folder), "adapter": adapter and str(adapter)}
+        config = document(model=model, teacher=TEACHER | teacher)
+        return open_context(PipelineConfig.model_validate(config)).config.teacher.layers
+
+    dit = save_dit(tmp_path / "dit")
+    assert chosen() == "cross-attn-kv" and chosen(dit) == "attn" and chosen(adapter=tuned.model.adapter) == "lora"
+    assert chosen(dit, layers="all") == "all" and chosen(adapter=tuned.model.adapter, layers="attn") == "attn"
+    rivals = {
+        "retrain": {"steps": 1},
+        "rivals": {"other": {"name": "tracin"}, "all of it": {"name": "tracin", "layers": "all"}},
+    }
+    config = PipelineConfig.model_validate(document(model__folder=str(dit), teacher=TEACHER, judge=rivals))
+    found = [open_context(config.of_rival(name)).config.teacher.layers for name in ("other", "all of it")]
+    assert found == ["attn", "all"]
+
+
+def test_checkpoints_of_an_adapter_are_adapters(tuned: PipelineConfig, tmp_path: Path) -> None:
+    base = load_model(tuned.model.folder, torch.device("cpu"))
+    early = save_lora(tmp_path / "early", lora_tensors(base.denoiser, seed=1))
+    teacher = tuned.teacher.model_copy(update={"checkpoints": (early,)})
+    context = open_context(tuned.model_copy(update={"teacher": teacher}))
+    alone = load_model(tuned.model.folder, torch.device("cpu"), adapter=early)
+    layers = select_layers(alone.denoiser, "lora")
+    assert all(
+        torch.equal(layer.weight, layers[name].weight)
+        for name, layer in context.layers(context.teacher_model()).items()
+    )
+    teacher = tuned.teacher.model_copy(update={"checkpoints": (tuned.model.folder,)})
+    with pytest.raises(UsageError, match="lacks pytorch_lora_weights"):
+        open_context(tuned.model_copy(update={"teacher": teacher}))
 
 
 def test_a_model_is_named_after_its_adapter_and_resolution(tuned: PipelineConfig, tmp_path: Path) -> None:
