@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
@@ -14,18 +15,21 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 
 from fastgda_core.curvature.layers import Layer, select_layers
+from fastgda_core.diffusion.adapter import adapter_hash, check_adapter
 from fastgda_core.diffusion.checkpoints import check_checkpoint, checkpoint_hash
 from fastgda_core.diffusion.folder import read_index
-from fastgda_core.diffusion.model import DiffusionModel, at_checkpoint, load_model, model_hash
+from fastgda_core.diffusion.model import DiffusionModel, at_checkpoint, load_model, model_hash, with_adapter
 from fastgda_core.diffusion.precision import Precision
 from fastgda_core.diffusion.weights import check_weights
 from fastgda_core.teachers.micro_batch import MicroBatch
 from storage_schemas.files import AnyPath, Stamps, folder_stamps, read_whole
 from storage_schemas.workspace import Workspace
 from tasks.config.pipeline import PipelineConfig
+from tasks.config.teaching import ModelConfig
 from tasks.devices import pick_device
 
 T = TypeVar("T")
+Where = tuple[Path, str, torch.device, Path | None, int | None]  # folder, hash, device, adapter, resolution
 
 
 class Loaded:
@@ -73,14 +77,19 @@ class Context:
 
     def model(self) -> DiffusionModel:
         """Return the attributed model, which generates, encodes and is trained again; loaded once per process."""
-        return _load_model(self.config.model.folder, self.model_hash, self.device)
+        return _load_model(*self._where)
+
+    @property
+    def _where(self) -> Where:
+        model = self.config.model
+        return model.folder, self.model_hash, self.device, model.adapter, model.resolution
 
     def teacher_model(self, precision: Precision | None = None) -> DiffusionModel:
         """Return the model as the teacher runs it: at the teacher's checkpoint, with the teacher's objective."""
         config = self.config
         precision = precision or config.teacher.precision
         if self._checkpoint is None:
-            model = _teacher_model(config.model.folder, self.model_hash, self.device, precision, config.model.compile)
+            model = _teacher_model(self._where, precision, config.model.compile)
         else:
             model = self._at_checkpoint(self._checkpoint, precision)
         return model.with_objective(config.teacher.objective)
@@ -110,8 +119,12 @@ class Context:
         config = self.config
 
         def load() -> DiffusionModel:
-            part = read_index(config.model.folder).denoiser_part
-            found = at_checkpoint(self.model(), config.teacher.checkpoints[number], part).in_precision(precision)
+            folder, checkpoint = config.model.folder, config.teacher.checkpoints[number]
+            if config.model.adapter is not None:
+                found = with_adapter(self.model(), folder, checkpoint)
+            else:
+                found = at_checkpoint(self.model(), checkpoint, read_index(folder).denoiser_part)
+            found = found.in_precision(precision)
             return found.compiled() if config.model.compile else found
 
         most = len(config.teacher.checkpoints) + 1
@@ -141,15 +154,15 @@ def load_tensors(path: AnyPath) -> dict[str, torch.Tensor]:
 
 
 @functools.lru_cache(maxsize=1)
-def _load_model(folder: Path, _model_hash: str, device: torch.device) -> DiffusionModel:
-    return load_model(folder, device)
+def _load_model(
+    folder: Path, _model_hash: str, device: torch.device, adapter: Path | None, resolution: int | None
+) -> DiffusionModel:
+    return load_model(folder, device, adapter=adapter, resolution=resolution)
 
 
 @functools.lru_cache(maxsize=2)
-def _teacher_model(
-    folder: Path, model_hash: str, device: torch.device, precision: Precision, compiled: bool
-) -> DiffusionModel:
-    model = _load_model(folder, model_hash, device).in_precision(precision)
+def _teacher_model(where: Where, precision: Precision, compiled: bool) -> DiffusionModel:
+    model = _load_model(*where).in_precision(precision)
     return model.compiled() if compiled else model
 
 
@@ -166,17 +179,40 @@ def open_context(config: PipelineConfig, *, model: bool = True) -> Context:
     """
     if not model:
         return Context(config, "")
-    folder = config.model.folder
+    folder, adapter, teacher = config.model.folder, config.model.adapter, config.teacher
     check_weights(folder)
-    for checkpoint in config.teacher.checkpoints:
-        check_checkpoint(checkpoint, folder)
-    hashes = tuple(_checkpoint_hash(each, folder, folder_stamps(each)) for each in config.teacher.checkpoints)
-    return Context(config, _model_hash(folder, folder_stamps(folder)), checkpoint_hashes=hashes)
+    if adapter is not None:
+        check_adapter(adapter, folder)
+    for checkpoint in teacher.checkpoints:
+        if adapter is None:
+            check_checkpoint(checkpoint, folder)
+        else:
+            check_adapter(checkpoint, folder)
+    hash_of = _checkpoint_hash if adapter is None else _adapter_hash
+    hashes = tuple(hash_of(each, folder, folder_stamps(each)) for each in teacher.checkpoints)
+    layers = "lora" if adapter is not None else read_index(folder).architecture.layers
+    config = config.model_copy(update={"teacher": teacher.with_default_layers(layers)})
+    return Context(config, _named_model(config.model), checkpoint_hashes=hashes)
+
+
+def _named_model(config: ModelConfig) -> str:
+    """Return the hash that everything which comes of a model is named after."""
+    found = _model_hash(config.folder, folder_stamps(config.folder))
+    over = (
+        [] if config.adapter is None else [_adapter_hash(config.adapter, config.folder, folder_stamps(config.adapter))]
+    )
+    over += [] if config.resolution is None else [str(config.resolution)]
+    return hashlib.sha256(" ".join([found, *over]).encode()).hexdigest() if over else found
 
 
 @functools.lru_cache(maxsize=16)
 def _checkpoint_hash(folder: Path, model: Path, _files: Stamps) -> str:
     return checkpoint_hash(folder, model)
+
+
+@functools.lru_cache(maxsize=16)
+def _adapter_hash(folder: Path, _model: Path, _files: Stamps) -> str:
+    return adapter_hash(folder)
 
 
 @functools.lru_cache(maxsize=4)

@@ -10,11 +10,15 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     DDIMScheduler,
     DDPMScheduler,
     DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
@@ -23,6 +27,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -131,6 +137,89 @@ def save_dit(folder: Path) -> Path:
     return _finish(folder, "DiTPipeline", transformer="DiTTransformer2DModel", id2label=LABELS)
 
 
+def save_flux(folder: Path, *, distilled: bool = True) -> Path:
+    """Joint attention over packed latents, blocks of one stream, a guidance that the model is told.
+
+    Its config names no size: 1,024 pixels, unless a `resolution` is given.
+    """
+    _start(folder)
+    _clip(folder, "text_encoder", seed=1, kind=CLIPTextModel)
+    _t5(folder, "text_encoder_2", width=24)
+    FluxTransformer2DModel(
+        in_channels=16,  # 2 x 2 positions of 4 channels
+        num_layers=2,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=TEXT,
+        guidance_embeds=distilled,
+        axes_dims_rope=(2, 2, 4),
+    ).save_pretrained(folder / "transformer")
+    FlowMatchEulerDiscreteScheduler(num_train_timesteps=100).save_pretrained(folder / "scheduler")
+    return _finish(
+        folder,
+        "FluxPipeline",
+        transformer="FluxTransformer2DModel",
+        text_encoder="CLIPTextModel",
+        text_encoder_2="T5EncoderModel",
+    )
+
+
+def save_sana(folder: Path) -> Path:
+    """Linear attention, Gemma's tokens behind an instruction, a deep codec, a flow that another solver follows."""
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types=("ResBlock", "ResBlock"),
+        decoder_block_types=("ResBlock", "ResBlock"),
+        encoder_block_out_channels=(4, 8),
+        decoder_block_out_channels=(4, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        scaling_factor=0.41,
+    ).save_pretrained(folder / "vae")
+    words = _save_words(folder / "tokenizer", "<bos>")
+    torch.manual_seed(1)
+    config = Gemma2Config(
+        vocab_size=words,
+        hidden_size=TEXT,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    Gemma2Model(config).save_pretrained(folder / "text_encoder")
+    SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=TEXT,
+        sample_size=8,
+    ).save_pretrained(folder / "transformer")
+    DPMSolverMultistepScheduler(
+        num_train_timesteps=100, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    ).save_pretrained(folder / "scheduler")
+    folder_index = _finish(folder, "SanaPipeline", transformer="SanaTransformer2DModel", text_encoder="Gemma2Model")
+    change_json(folder / "model_index.json", vae=["diffusers", "AutoencoderDC"])
+    return folder_index
+
+
 SAVE: dict[str, Callable[[Path], Path]] = {
     "sd": tiny.save_model,
     "sdxl": save_sdxl,
@@ -138,6 +227,8 @@ SAVE: dict[str, Callable[[Path], Path]] = {
     "pixart": save_pixart,
     "pixart-sized": partial(save_pixart, sizes=True),
     "dit": save_dit,
+    "flux": save_flux,
+    "sana": save_sana,
 }
 
 
@@ -171,18 +262,25 @@ def _clip(folder: Path, part: str, *, seed: int, kind: type = CLIPTextModelWithP
 
 
 def _t5(folder: Path, part: str, *, width: int) -> None:
-    words = ["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz", "red", "circle"]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    name = part.replace("text_encoder", "tokenizer")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    ).save_pretrained(folder / name)
+    words = _save_words(folder / part.replace("text_encoder", "tokenizer"), "</s>")
     config = T5Config(
-        vocab_size=len(words), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0, eos_token_id=1
+        vocab_size=words, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0, eos_token_id=1
     )
     T5EncoderModel(config).save_pretrained(folder / part)
+
+
+def _save_words(folder: Path, special: str) -> int:
+    """A tokenizer of whole words, which ends a caption with `</s>` or begins it with `<bos>`; returns how many."""
+    words = ["<pad>", special, "<unk>", *"abcdefghijklmnopqrstuvwxyz", "red", "circle"]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = f"$A {special}" if special == "</s>" else f"{special} $A"
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(special, 1)])
+    kind = {"eos_token" if special == "</s>" else "bos_token": special}
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=512, **kind
+    ).save_pretrained(folder)
+    return len(words)
 
 
 def _finish(folder: Path, pipeline: str, **parts: Any) -> Path:

@@ -21,16 +21,20 @@ _PATTERNS = {
     "cross-attn": r"attn2\.(to_[qkv]|to_out\.0)|add_[qkv]_proj|to_add_out",
     "attn": r"to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out",
     # Of transformer blocks, and what stands for it in a convolutional block.
-    "mlp": r"ff(_context)?\.net\..+|resnets\.\d+\.conv[12]",
+    "mlp": r"ff(_context)?\.net\..+|proj_mlp|ff\.conv_(inverted|point)|resnets\.\d+\.conv[12]",
     "all": r".*",
+    "lora": r"lora_[AB]",
 }
+_ADAPTER = re.compile(r".*\.lora_[AB]")
 SELECTIONS = tuple(_PATTERNS)
 
 Layer = nn.Linear | nn.Conv2d
 
 
 def select_layers(denoiser: nn.Module, selection: str) -> dict[str, Layer]:
-    """Select layers by name: `cross-attn-kv`, `cross-attn`, `attn`, `mlp`, or `all` linear and convolutional ones.
+    """Select layers by name: `cross-attn-kv`, `cross-attn`, `attn`, `mlp`, `all` linear and convolutional ones, `lora`.
+
+    The layers of an adapter are selected by `lora` and by nothing else; the others are the model's own.
 
     Raises:
         UsageError: the model has no such layer, or the gradient of a selected convolution is not one matrix.
@@ -39,8 +43,12 @@ def select_layers(denoiser: nn.Module, selection: str) -> dict[str, Layer]:
     layers: dict[str, Layer] = {
         name: module
         for name, module in denoiser.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and pattern.fullmatch(name)
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and pattern.fullmatch(name)
+        and (selection == "lora") == bool(_ADAPTER.fullmatch(name))
     }
+    if not layers and selection == "lora":
+        raise UsageError("teacher.layers lora needs an adapter: name its folder in model.adapter")
     if not layers:
         raise UsageError(
             f"the model has no {selection} layer: set teacher.layers to another of {', '.join(SELECTIONS)}"

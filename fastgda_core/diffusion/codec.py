@@ -64,6 +64,23 @@ class VaeCodec:
         return self.vae.decode(latents / self.scale + self.shift).sample
 
 
+class DeepCodec:
+    """A diffusers `AutoencoderDC`: latents without a posterior, scaled as in its config."""
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+        self.scale = float(vae.config.scaling_factor)
+        self.factor = 2 ** (len(vae.config.encoder_block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        return self.vae.encode(images).latent * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents / self.scale).sample
+
+
 def load_codec(folder: Path, device: torch.device) -> Codec:
     """Load `vae/` of a diffusers-style model folder.
 
@@ -81,7 +98,12 @@ def load_codec(folder: Path, device: torch.device) -> Codec:
             from diffusers import AutoencoderKL
 
             return VaeCodec(load_frozen(AutoencoderKL, folder, device, torch_dtype=torch.float32))
+        case "AutoencoderDC":
+            from diffusers import AutoencoderDC
+
+            return DeepCodec(load_frozen(AutoencoderDC, folder, device, torch_dtype=torch.float32))
         case other:
             raise UsageError(
-                f"{config_path} names the codec {other!r}: known are AutoencoderKL and {PixelUnshuffle.class_name}"
+                f"{config_path} names the codec {other!r}: known are AutoencoderKL, AutoencoderDC and "
+                f"{PixelUnshuffle.class_name}"
             )

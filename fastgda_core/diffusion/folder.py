@@ -6,12 +6,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastgda_core.diffusion.architectures.architecture import Architecture
+from fastgda_core.diffusion.architectures.registry import ARCHITECTURES
 from fastgda_core.errors import UsageError
 
-DENOISERS = {
-    "unet": ("UNet2DConditionModel",),
-    "transformer": ("PixArtTransformer2DModel", "SD3Transformer2DModel", "DiTTransformer2DModel"),
-}
+DENOISERS = ("unet", "transformer")  # the folders that a denoiser may lie in
 # The classes that replaced Transformer2DModel in diffusers, by norm_type: DiT and PixArt were published under its name.
 OLD_TRANSFORMERS = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -36,10 +35,15 @@ class ModelIndex:
         return next(part for part in DENOISERS if part in self.classes)
 
     @property
+    def architecture(self) -> Architecture:
+        """What is known of the denoiser's class."""
+        return ARCHITECTURES[self.classes[self.denoiser_part]]
+
+    @property
     def parts(self) -> list[str]:
         """The folders that this model needs."""
         part = self.denoiser_part
-        if self.classes[part] == "DiTTransformer2DModel":
+        if not self.architecture.encodes_text:
             return [part, "scheduler", "vae"]
         encoders = [name for name in TEXT_ENCODERS if name in self.classes] or ["text_encoder"]
         tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
@@ -70,9 +74,11 @@ def read_index(folder: Path) -> ModelIndex:
     except (OSError, ValueError, AttributeError, IndexError) as error:
         raise UsageError(f"{path} is no model index: save the model again ({error})") from error
     denoiser = next((index.classes[part] for part in DENOISERS if part in index.classes), "missing")
-    known = [name for names in DENOISERS.values() for name in names]
-    if denoiser not in known:
-        raise UsageError(f"{path}: the denoiser is {denoiser}: known are {', '.join(known)}")
+    if denoiser not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise UsageError(f"{path}: the denoiser is {denoiser}: known are {known} (docs/teachers.md: one file adds one)")
+    if denoiser != index.classes.get(index.architecture.part):
+        raise UsageError(f"{path}: the denoiser, {denoiser}, is no part named {ARCHITECTURES[denoiser].part}")
     if missing := [name for name in index.parts if not (folder / name).exists()]:
         raise UsageError(f"model.folder {folder} lacks {', '.join(missing)}: save the model with save_pretrained()")
     return index

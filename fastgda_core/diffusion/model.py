@@ -16,9 +16,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastgda_core.diffusion import schedule
-from fastgda_core.diffusion.captions import CaptionEncoder, load_caption_encoder
+from fastgda_core.diffusion.adapter import add_adapter
+from fastgda_core.diffusion.architectures.architecture import CaptionParts
+from fastgda_core.diffusion.captions import CaptionEncoder, load_text_encoder
 from fastgda_core.diffusion.codec import Codec, load_codec
-from fastgda_core.diffusion.folder import read_index
+from fastgda_core.diffusion.folder import TEXT_ENCODERS, ModelIndex, read_index
 from fastgda_core.diffusion.loss import Condition, Denoiser, per_sample_loss
 from fastgda_core.diffusion.objective import Objective
 from fastgda_core.diffusion.precision import Precision, running
@@ -40,17 +42,19 @@ class DiffusionModel:
     objective: Objective = Objective.loss
     # Compiled denoisers by what they were compiled for; None: the denoiser is run as it is.
     compiled_denoisers: dict[Any, Any] | None = None
+    side: int | None = None  # of a latent; None: the denoiser's sample_size
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent."""
-        size = self.denoiser.config.sample_size
-        return (self.denoiser.config.in_channels, size, size)
+        config = self.denoiser.config
+        size = self.side or config.sample_size
+        return (getattr(self.denoiser, "latent_channels", None) or config.in_channels, size, size)
 
     @property
     def resolution(self) -> int:
         """Side of the square images that the model makes, in pixels."""
-        return self.denoiser.config.sample_size * self.codec.factor
+        return self.latent_shape[1] * self.codec.factor
 
     def in_precision(self, precision: Precision) -> DiffusionModel:
         """Return the same model run in `precision`; the denoiser's weights are shared unless their type changes."""
@@ -123,30 +127,60 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def load_model(folder: Path, device: torch.device, precision: Precision = Precision.float32) -> DiffusionModel:
+def load_model(
+    folder: Path,
+    device: torch.device,
+    precision: Precision = Precision.float32,
+    adapter: Path | None = None,
+    resolution: int | None = None,
+) -> DiffusionModel:
     """Load a model folder; nothing is fetched and no pickle is read.
+
+    Args:
+        folder: of diffusers.
+        device: where to put the model.
+        precision: of the denoiser.
+        adapter: the folder of a LoRA over the denoiser.
+        resolution: pixels a side, where the model's own is not meant.
 
     Raises:
         UsageError: a part is missing or of a class that is not supported.
     """
-    import diffusers
-
     index = read_index(folder)
     try:
         part = index.denoiser_part
-        kind = getattr(diffusers, index.classes[part])
-        denoiser = load_frozen(kind, folder / part, device, torch_dtype=precision.dtype)
+        denoiser = load_frozen(index.architecture.load_class(), folder / part, device, torch_dtype=precision.dtype)
+        if adapter is not None:
+            add_adapter(denoiser, adapter, part)
         codec = load_codec(folder / "vae", device)
-        captions = load_caption_encoder(folder, index, denoiser, codec.factor)
-        model = DiffusionModel(
-            denoiser, schedule.load_schedule(folder / "scheduler"), captions, codec, device, precision
-        )
+        own = denoiser.config.get("sample_size", index.architecture.sample_size)
+        side = own if resolution is None else _latent_side(codec, resolution)
+        captions = _load_captions(folder, index, denoiser, side * codec.factor)
+        process = schedule.load_schedule(folder / "scheduler")
+        model = DiffusionModel(denoiser, process, captions, codec, device, precision, side=side)
     except UsageError:
         raise
     except (OSError, AttributeError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"model.folder {folder} does not load: {' '.join(str(error).split())[:300]}") from error
     denoiser.to(memory_format=torch.channels_last)
     return model
+
+
+def _latent_side(codec: Codec, resolution: int) -> int:
+    if resolution % (2 * codec.factor):  # Transformers see their latents in blocks of 2 x 2.
+        raise UsageError(f"model.resolution is {resolution}: make it a multiple of {2 * codec.factor} pixels")
+    return resolution // codec.factor
+
+
+def _load_captions(folder: Path, index: ModelIndex, denoiser: Any, resolution: int) -> CaptionEncoder:
+    encoders = {
+        part: load_text_encoder(folder, part, index.classes[part], denoiser.device)
+        for part in index.parts
+        if part in TEXT_ENCODERS
+    }
+    zeros = index.zeros_for_empty_caption
+    parts = CaptionParts(denoiser, encoders, resolution, index.pipeline, index.labels, zeros)
+    return index.architecture.captions(parts)
 
 
 def at_checkpoint(model: DiffusionModel, checkpoint: Path, part: str) -> DiffusionModel:
@@ -165,6 +199,21 @@ def at_checkpoint(model: DiffusionModel, checkpoint: Path, part: str) -> Diffusi
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         told = " ".join(str(error).split())[:300]
         raise UsageError(f"teacher.checkpoints: {checkpoint / part} does not load: {told}") from error
+    denoiser.to(memory_format=torch.channels_last)
+    return replace(model, denoiser=denoiser)
+
+
+def with_adapter(model: DiffusionModel, folder: Path, adapter: Path) -> DiffusionModel:
+    """Return the same model with another LoRA over its denoiser; the other parts are shared.
+
+    Args:
+        model: in float32, as `load_model` gives it.
+        folder: where it was loaded from.
+        adapter: a folder that `adapter.check_adapter` has passed.
+    """
+    part = read_index(folder).denoiser_part
+    denoiser = load_frozen(type(model.denoiser), folder / part, model.device, torch_dtype=model.precision.dtype)
+    add_adapter(denoiser, adapter, part)
     denoiser.to(memory_format=torch.channels_last)
     return replace(model, denoiser=denoiser)
 

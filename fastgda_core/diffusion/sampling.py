@@ -72,11 +72,18 @@ def journey(
     latents = gaussian_noise(stream_key(seed, "generation"), owners, zeros, zeros, model.latent_shape)
     # Where DDIM clips the clean image, the noise must follow it: guidance otherwise adds up to noise.
     options = {"use_clipped_model_output": True} if isinstance(model.schedule, DiffusionSchedule) else {}
-    condition = concatenate([model.encode_captions([""] * len(captions)), model.encode_captions(captions)])
+    condition = model.encode_captions(captions)
+    distilled = "guidance" in condition  # the model is told the scale, and runs once
+    if distilled:
+        condition["guidance"] = torch.full_like(condition["guidance"], guidance_scale)
+    else:
+        condition = concatenate([model.encode_captions([""] * len(captions)), condition])
     for timestep in scheduler.timesteps:
-        both = torch.cat([latents, latents])
-        unconditional, conditional = denoise(model.denoiser, both, timestep.expand(len(both)), condition).chunk(2)
-        guided = unconditional + guidance_scale * (conditional - unconditional)
+        both = latents if distilled else torch.cat([latents, latents])
+        guided = denoise(model.denoiser, both, timestep.expand(len(both)), condition)
+        if not distilled:
+            unconditional, conditional = guided.chunk(2)
+            guided = unconditional + guidance_scale * (conditional - unconditional)
         before, after = latents, scheduler.step(guided, timestep, latents, **options)
         clean = after.get("pred_original_sample")
         if clean is None:  # a flow: x_t = (1 - sigma) x + sigma eps, whose target is eps - x

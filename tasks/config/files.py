@@ -33,7 +33,7 @@ def load_config(path: Path) -> PipelineConfig:
         update={
             "workspace": workspace_from(path, config.workspace),
             "data": DataConfig(shards=str(literal / config.data.shards)),
-            "model": config.model.model_copy(update={"folder": folder / config.model.folder}),
+            "model": config.model.seen_from(folder),
             "teacher": config.teacher.model_copy(
                 update={"checkpoints": tuple(folder / each for each in config.teacher.checkpoints)}
             ),

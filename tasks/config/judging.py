@@ -190,6 +190,8 @@ class RivalConfig(TeacherConfig):
             alpha: of the run that it is a rival of.
         """
         found = self.model_dump(exclude={"space", "nearest"})
+        if "layers" not in self.model_fields_set:
+            del found["layers"]  # the architecture's default, as of the run
         if found["alpha"] is None and "alpha" in TEACHERS[self.name].settings:
             found["alpha"] = alpha
         return found

@@ -90,6 +90,13 @@ class PipelineConfig(Section):
         return self.model_copy(update={"features": self.features.model_copy(update={"weights": weights})})
 
     @model_validator(mode="after")
+    def _an_adapter_is_not_trained_again(self) -> Self:
+        for name in ("judge", "tail_patch"):
+            if self.model.adapter is not None and getattr(self, name) is not None:
+                raise ValueError(f"{name} trains the whole denoiser, and the model is a LoRA, model.adapter: remove it")
+        return self
+
+    @model_validator(mode="after")
     def _sketches_have_first_order(self) -> Self:
         if self.sketches is not None and self.teacher.name != "abu_plus_first_order":
             raise ValueError(

@@ -26,11 +26,26 @@ from tasks.config.section import Section
 
 class ModelConfig(Section):
     folder: Path = Field(description="diffusers-style model folder, relative to the config file")
+    adapter: Path | None = Field(
+        default=None,
+        description="folder of a LoRA over the denoiser, by diffusers or peft, relative to the config file: the model "
+        "is the folder's with this over it, and teacher.layers is lora by default",
+    )
+    resolution: int | None = Field(
+        default=None,
+        ge=16,
+        description="pixels a side of its square images, where it was trained at another than its own",
+    )
     micro_batch: int = Field(
         default=64, ge=1, description="denoiser forwards at a time; halves itself where device memory runs out"
     )
     flips: bool = Field(default=False, description="it was trained with mirrored images too: the larger score counts")
     compile: bool = Field(default=False, description="compile the denoiser: a minute or more per process, then faster")
+
+    def seen_from(self, folder: Path) -> ModelConfig:
+        """Return the section with its paths as seen from a folder."""
+        adapter = None if self.adapter is None else folder / self.adapter
+        return self.model_copy(update={"folder": folder / self.folder, "adapter": adapter})
 
     @property
     def images(self) -> int:
@@ -74,8 +89,10 @@ class TeacherConfig(Section):
         description="folders of the training's checkpoints whose weights Fisher and gradients are taken at, relative "
         "to the config file; default: the model's own weights; of several, standardised scores are added",
     )
-    layers: Literal["cross-attn-kv", "cross-attn", "attn", "mlp", "all"] = Field(
-        default="cross-attn-kv", description="whose weights the unlearning step moves; of mucs: mlp"
+    layers: Literal["cross-attn-kv", "cross-attn", "attn", "mlp", "all", "lora"] = Field(
+        default="cross-attn-kv",
+        description="whose weights the unlearning step moves; of mucs: mlp; with model.adapter: lora; else as the "
+        "architecture has it, which is cross-attn-kv but for DiT: attn",
     )
     damping: float = Field(default=DAMPING, gt=0, description="of the Fisher, x the layer's mean eigenvalue")
     precision: Precision = Field(default=Precision.float32, description="of the forwards; tf32, bf16: first order only")
@@ -146,6 +163,12 @@ class TeacherConfig(Section):
     negatives: Negatives = Field(
         default="keep", description="scores not above 0: ranked as published, or tied at the last rank and 0 in sums"
     )
+
+    def with_default_layers(self, layers: str) -> TeacherConfig:
+        """Return the section with these `layers` where nobody chose any and the teacher reads them."""
+        if "layers" in self.model_fields_set or "layers" not in TEACHERS[self.name].settings:
+            return self
+        return self.model_copy(update={"layers": layers})
 
     @property
     def timestep_count(self) -> int:

@@ -47,6 +47,7 @@ class Estimate:
     ways: exact, first-order and sketch work on the same data.
     unseen: what was not there to look at.
     refused: why a run of this size would be refused on this machine; empty: nothing is known of that.
+    layers: which of the model's a query's step moves; empty where the teacher moves none.
     """
 
     size: Size
@@ -60,6 +61,7 @@ class Estimate:
     ways: list[Way] = field(default_factory=list)
     unseen: tuple[str, ...] = ()
     refused: str = ""
+    layers: str = ""
 
     @property
     def device_hours(self) -> float:
@@ -98,6 +100,8 @@ class Estimate:
         for kind in self.kinds:
             if kind.kept_bytes:
                 yield f"{kind.kind} take {decimal(kind.kept_bytes)}, {kind.kept_bytes // kind.rows:,} bytes a sample"
+        if self.layers:
+            yield f"the teacher's layers are {self.layers}"
         yield self._needs()
         hours, per_second = self.device_hours, self.rate.forwards_per_second
         yield (
@@ -181,6 +185,8 @@ def estimate(config: PipelineConfig, device: str | None = None) -> Estimate:
         UsageError: the configuration asks for more than there is, or no such device was measured.
     """
     seen = look(config)
+    if seen.context is not None:
+        config = seen.context.config  # with the architecture's own layers
     candidates = _candidates(config.candidates, seen.count, seen.queries)
     check_sizes(config, seen.count, candidates)
     size = Size(seen.count, seen.captions, seen.queries, candidates)
@@ -222,7 +228,15 @@ def estimate(config: PipelineConfig, device: str | None = None) -> Estimate:
         ways(teacher, size, shape, seen.image_bytes, in_precision, products=not found.of_whole_parts),
         seen.unseen,
         _refused(config, seen),
+        _layers(config, shape),
     )
+
+
+def _layers(config: PipelineConfig, shape: ModelShape) -> str:
+    """Return the selection of layers that the teacher moves, as chosen or by default, in words."""
+    if "layers" not in TEACHERS[config.teacher.name].settings:
+        return ""
+    return f"{config.teacher.layers}: {shape.layers:,}, {shape.layer_weights:,} weights"
 
 
 def _speed(config: PipelineConfig, seen: Seen, shape: ModelShape, device: str | None) -> Callable[[Precision], Rate]:

@@ -98,10 +98,11 @@ def shape_of(context: Context) -> ModelShape:
 def known_shape(config: PipelineConfig) -> ModelShape:
     """Return the shape that `expected` names."""
     assert config.expected is not None
-    if config.teacher.layers != "cross-attn-kv":
+    layers = config.teacher.layers if config.model.adapter is None else "lora"
+    if layers != "cross-attn-kv":
         raise UsageError(
-            f"teacher.layers is {config.teacher.layers}, and models that are not there are known by their "
-            f"cross-attn-kv layers alone: put the model into {config.model.folder}"
+            f"teacher.layers is {layers}, and models that are not there are known by their cross-attn-kv layers alone: "
+            f"put the model into {config.model.folder}"
         )
     return MODELS[config.expected.denoiser]
 

@@ -56,13 +56,16 @@ def inputs_stamp(config: PipelineConfig) -> str | None:
     spaces = [config.features.space, config.candidates.space or config.features.space]
     spaces += [rival.space for rival in rivals if rival.space]
     checkpoints = [folder for teacher in (config.teacher, *rivals) for folder in teacher.checkpoints]
+    adapters = [] if config.model.adapter is None else [config.model.adapter]
     weights = {**SOURCES, **config.features.weights}
     sources = {weights[name] for space in spaces for name in encoder_names(space)} - {""}
     if not all(Path(source).is_dir() for source in sources):
         return None
     tars = [path for pattern in (config.data.shards, config.queries.pattern) for path in matching_files(pattern)]
     code = (path for package in _PACKAGES for path in (_CODE / package).rglob("*.[ph]*") if path.suffix != ".pyc")
-    folders = [folder_stamps(folder) for folder in (config.model.folder, *checkpoints, *map(Path, sorted(sources)))]
+    folders = [
+        folder_stamps(folder) for folder in (config.model.folder, *adapters, *checkpoints, *map(Path, sorted(sources)))
+    ]
     installed = sorted(path.name for path in Path(sysconfig.get_path("purelib")).glob("*.dist-info"))
     take_downs = read_tombstones(Workspace.at(config.workspace)).sha256  # index and report are made anew without them
     return input_key("finished", config, stamps([*tars, *sorted(code)]), folders, installed, take_downs)
