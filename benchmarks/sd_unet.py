@@ -11,7 +11,7 @@ import argparse
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -320,7 +320,7 @@ def print_sketches(
     )
 
 
-def print_sd_unet(size: Size, device: torch.device, table: str | None = None) -> None:
+def print_sd_unet(size: Size, device: torch.device, precisions: Sequence[Precision], table: str | None = None) -> None:
     """Everything, or one table, one precision after the other on the same weights."""
     model = random_model(size, device)
     layers = select_layers(model.denoiser, "cross-attn-kv")
@@ -334,7 +334,7 @@ def print_sd_unet(size: Size, device: torch.device, table: str | None = None) ->
         f"{flops / 1e9:,.1f} GFLOP a forward; first order against {size.queries} queries. bf16 is autocast, weights "
         "stay float32."
     )
-    possible = [one for one in PRECISIONS if one is not Precision.tf32 or device.type == "cuda"]
+    possible = [one for one in precisions if one is not Precision.tf32 or device.type == "cuda"]
     models = [replace(model, precision=one) for one in possible]
     if table != "rates":
         print_sketches(models, layers, block, updates, size)
@@ -375,6 +375,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="measure; needs a CUDA device")
     parser.add_argument("--table", choices=("sketches", "rates"), help="one alone; compiling, for rates, takes minutes")
+    parser.add_argument("--precisions", nargs="+", type=Precision, choices=PRECISIONS, default=PRECISIONS)
+    parser.add_argument("--micro-batch", type=int, help="forwards at a time")
     parser.add_argument("--size", choices=SIZES, default="sd", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     cuda = arguments.gpu and torch.cuda.is_available()
@@ -382,7 +384,10 @@ def main() -> None:
         parser.error("it takes --gpu and a CUDA device")
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
     print(f"Python {platform.python_version()}, {packages}.")
-    print_sd_unet(SIZES[arguments.size], torch.device("cuda" if cuda else "cpu"), arguments.table)
+    size = SIZES[arguments.size]
+    if arguments.micro_batch is not None:
+        size = replace(size, micro_batch=arguments.micro_batch, samples=max(size.samples, arguments.micro_batch // 2))
+    print_sd_unet(size, torch.device("cuda" if cuda else "cpu"), arguments.precisions, arguments.table)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ if Path(sys.argv[0]).name == "fastgda":  # the command, not a program that impor
 import atexit
 import contextlib
 import errno
+import faulthandler
 from typing import Annotated
 
 import typer
@@ -111,6 +112,7 @@ app.add_typer(keys_app)
 
 def main() -> None:
     """Entry point: exit code 0 done, 1 failed, 2 usage, 130 interrupted, 143 terminated."""
+    faulthandler.enable()  # a library that crashes would else end the process without a word
     interruption.watch(begun=True)
     code = 1
     # Registered first, so it runs last at the end, in place of the interpreter's own clean-up: that costs a second with

@@ -7,6 +7,8 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -177,3 +179,10 @@ def test_a_plan_finds_bad_weights_before_it_reads_the_tars_and_writes_nothing(
     weights.write_bytes(whole)
     assert "12 training samples" in said("plan", str(path), "--price", "2")[0]
     assert not (here / "mine").exists()
+
+
+def test_a_crash_of_a_library_leaves_where_it_was() -> None:
+    code = "import ctypes; from flows.commands import main; main._run = lambda: ctypes.string_at(0); main.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in done.stderr and "in string_at" in done.stderr
