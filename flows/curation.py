@@ -24,12 +24,12 @@ from tasks.execution.partitions import (
     scheduled_partition,
 )
 from tasks.execution.plan import planned_run, run_artifacts, run_name
+from tasks.execution.preparing import make_features, make_samples
 from tasks.execution.retry import release
 from tasks.execution.rivals import check_rivals
-from tasks.inputs.candidates import candidate_features, check_neighbours, choose_candidates
+from tasks.inputs.candidates import candidate_features, candidate_space, check_neighbours, choose_candidates
 from tasks.inputs.features import extract_features
 from tasks.inputs.queries import make_queries
-from tasks.inputs.samples import ingest_samples
 from tasks.judging.kept_checks import publish_checks
 from tasks.judging.teacher import check_precision, check_twins
 from tasks.reporting.announcements import announce_scores, announce_trust
@@ -56,14 +56,14 @@ def plan_run(config: PipelineConfig) -> Run:
     """Make samples, queries, features and candidates, and plan the run from them."""
     context = open_context(config)
     family_of(config).check(context)
-    made_samples = ingest_samples(context)
+    made_samples = make_samples(context)
     samples = made_samples.artifact
     check_sizes(config, samples.rows)
     check_rivals(config, samples.rows)
     check_neighbours(config.candidates, samples.rows)
     made_queries = make_queries(context, samples)
     queries = made_queries.artifact
-    features = [extract_features(context, items) for items in (samples, queries)]
+    features = [make_features(context, samples, [candidate_space(context)]), extract_features(context, queries)]
     features += candidate_features(context, samples, queries)
     artifacts = run_artifacts(context, samples, queries)
     made_candidates = choose_candidates(context, run_name(context, artifacts), samples, queries)

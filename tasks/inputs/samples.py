@@ -22,7 +22,7 @@ from rich.markup import escape
 from fastgda_core.errors import BadSample, UsageError
 from fastgda_core.images import in_threads
 from storage_schemas import tables
-from storage_schemas.commit import commit_table, committed, input_key
+from storage_schemas.commit import Manifest, commit, commit_table, committed, input_key
 from storage_schemas.files import AnyPath, stamps
 from storage_schemas.indexed_samples import write_indexed
 from storage_schemas.which_workspace import command
@@ -30,7 +30,9 @@ from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made
 from tasks.context import Context
 from tasks.inputs.coco import files_behind
-from tasks.inputs.tars import RULES, Rejection, ShardSample, find_shards, read_image, scan
+from tasks.inputs.joined_samples import Joined
+from tasks.inputs.sample_parts import SampleParts
+from tasks.inputs.tars import RULES, Rejection, ShardSample, find_shards, read_image
 from tasks.printable import printable
 from tasks.progress import console, stage
 
@@ -49,11 +51,9 @@ def ingest_samples(context: Context) -> Made:
     manifest, rejected = committed(samples_path, key), committed(rejected_path, key)
     reused = manifest is not None and rejected is not None
     if not reused:
-        started = time.monotonic()
-        samples, rejections = _scanned(shards)
-        table = rejection_rows(rejections)
-        rejected = commit_table(rejected_path, table, tables.REJECTED_SAMPLES, key=key, started=started)
-        manifest = commit_table(samples_path, sample_rows(samples), tables.SAMPLES, key=key, started=started)
+        parts = SampleParts.of(workspace, key, shards)
+        parts.make_missing()
+        rejected, manifest = _join(parts, samples_path, rejected_path)
     assert manifest is not None and rejected is not None
     if int(manifest.schema_version or 0) < tables.SAMPLES.version:
         tell_of_columns_that_came_later(samples_path)
@@ -63,6 +63,36 @@ def ingest_samples(context: Context) -> Made:
         warn_of_rejections(rejections, workspace)
         _check_any(manifest.rows, rejections)
     return Made(samples_artifact(samples_path), manifest.seconds, reused)
+
+
+def missing_samples(context: Context) -> SampleParts | None:
+    """Return the parts in which the tars are to be read; None where their index is there.
+
+    Raises:
+        UsageError: there is no tar.
+    """
+    shards = find_shards(context.config.data.shards, "data.shards")
+    workspace, key = context.workspace, _index_key(shards)
+    if committed(workspace.samples(key), key) and committed(workspace.rejected_samples(key), key):
+        return None
+    return SampleParts.of(workspace, key, shards)
+
+
+def _join(parts: SampleParts, samples: AnyPath, rejected: AnyPath) -> tuple[Manifest, Manifest]:
+    """Commit the tables of what is rejected and of the samples, from parts that are all there."""
+    key, started = parts.artifact.key, time.monotonic() - parts.standing().seconds
+    joined = Joined([functools.partial(_columns, parts.path(number)) for number in range(parts.count)])
+    tell_of_several_pictures(joined.several_pictures())
+    of_rejected = commit_table(rejected, joined.rejected, tables.REJECTED_SAMPLES, key=key, started=started)
+
+    def write(path: Path) -> None:
+        tables.SAMPLES.write(path, joined.samples(), {"input_key": key})
+
+    return of_rejected, commit(samples, write, key=key, rows=joined.rows, started=started, table=tables.SAMPLES)
+
+
+def _columns(path: AnyPath, names: Sequence[str]) -> pa.Table:
+    return tables.read(path, tables.SCANNED, columns=names)
 
 
 def look_at_samples(context: Context) -> tuple[Artifact, pa.Table]:
@@ -78,24 +108,27 @@ def look_at_samples(context: Context) -> tuple[Artifact, pa.Table]:
     path = context.workspace.samples(key)
     if committed(path, key) is not None:
         return samples_artifact(path), samples_table(path)
-    samples, rejections = _scanned(shards)
-    if rejections:
-        told = rejection_rows(rejections)
-        warn_of_rejections(told)
-        _check_any(len(samples), told)
-    table = sample_rows(samples)
-    return Artifact("samples", _content_key(table), path, table.num_rows), table
+    parts = SampleParts.of(context.workspace, key, shards)
+    there = parts.committed()
+    with stage(parts.title, sum(map(parts.rows, range(parts.count)))) as advance:
+        read = []
+        for number in range(parts.count):
+            rows = (
+                _columns(parts.path(number), tables.SCANNED.schema.names) if number in there else parts.scanned(number)
+            )
+            read.append(rows.select)
+            advance(parts.rows(number))
+    joined = Joined(read)
+    tell_of_several_pictures(joined.several_pictures())
+    if joined.rejected.num_rows:
+        warn_of_rejections(joined.rejected)
+        _check_any(joined.rows, joined.rejected)
+    table = pa.concat_tables(joined.samples())
+    return Artifact("samples", _content_key([table]), path, table.num_rows), table
 
 
 def _index_key(shards: list[Path]) -> str:
     return input_key("samples", RULES, stamps(files_behind(shards)), table=tables.SAMPLES)
-
-
-def _scanned(shards: list[Path]) -> tuple[list[ShardSample], list[Rejection]]:
-    with stage("samples", len(shards)) as advance:
-        samples, rejections = scan(shards, lambda: advance(1))
-    tell_of_several_pictures(samples)
-    return samples, rejections
 
 
 def _check_any(samples: int, rejections: pa.Table) -> None:
@@ -117,19 +150,29 @@ def rejection_rows(rejections: Sequence[Rejection]) -> pa.Table:
 
 def samples_artifact(path: AnyPath) -> Artifact:
     """Return the artifact of a committed table of samples."""
-    table = samples_table(path)
-    return Artifact("samples", _content_key(table), path, table.num_rows)
+    blocks = tables.read_in_blocks(path, tables.SAMPLES, ["key", "captions", "image_sha256"])
+    rows = 0
+
+    def counted() -> Iterator[pa.Table]:
+        nonlocal rows
+        for block in blocks:
+            rows += block.num_rows
+            yield block
+
+    key = _content_key(counted())
+    return Artifact("samples", key, path, rows)
 
 
-def _content_key(samples: pa.Table) -> str:
+def _content_key(blocks: Iterable[pa.Table]) -> str:
     """Hash what later stages depend on: keys, captions and pixels, in order; not where the tars lie.
 
     It is the sha256 of a JSON line [key, captions, image_sha256] for each sample, in UTF-8, which no library's format
     can change.
     """
     digest = hashlib.sha256()
-    for batch in samples.select(["key", "captions", "image_sha256"]).to_batches(max_chunksize=10_000):
-        digest.update("".join(_json_lines(batch).to_pylist()).encode())
+    for block in blocks:
+        for batch in block.select(["key", "captions", "image_sha256"]).to_batches(max_chunksize=10_000):
+            digest.update("".join(_json_lines(batch).to_pylist()).encode())
     return digest.hexdigest()[:16]
 
 
@@ -154,9 +197,9 @@ def describe(rejection: Rejection) -> str:
     return printable(f"{rejection.shard}{'/' + rejection.key if rejection.key else ''}: {rejection.reason}")
 
 
-def tell_of_several_pictures(samples: list[ShardSample]) -> None:
-    """Say, once a tar, that the first picture of an animation is used."""
-    for shard, count in Counter(sample.shard for sample in samples if sample.pictures > 1).items():
+def tell_of_several_pictures(shards: Iterable[str]) -> None:
+    """Say, once a tar, that the first picture of an animation is used; `shards` are the tars of such images."""
+    for shard, count in Counter(shards).items():
         said = f"{shard}: the first picture is used of {count} images that are animations or hold several"
         console.print(said, markup=False, highlight=False, soft_wrap=True)
 

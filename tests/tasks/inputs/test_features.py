@@ -21,6 +21,7 @@ from tasks.config.inputs import FeaturesConfig
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
 from tasks.inputs import features
+from tasks.inputs.encoded_items import InBatches, encode_items
 from tasks.inputs.features import (
     extract_features,
     feature_mean,
@@ -156,13 +157,14 @@ def test_equal_captions_are_encoded_once(tmp_path: Path) -> None:
     where = {"workspace": str(tmp_path / "workspace"), "data__shards": str(tmp_path / "*.tar")}
     samples = ingest_samples.fn(Context(PipelineConfig.model_validate(document(**where)), "model")).artifact
     asked: list[str] = []
-    done: list[int] = []
+    done: list[float] = []
 
     def encode(batch: list[str]) -> torch.Tensor:
         asked.extend(batch)
         return torch.tensor([[float(len(text)), float(ord(text[2]))] for text in batch])
 
-    found, _ = features.encode_items(Encoder("text", encode), samples, list(range(6)), 2, done.append)
+    done_all = encode_items({"letters": InBatches(Encoder("text", encode), 2)}, samples, list(range(6)), done.append)
+    found = done_all.encoded["letters"].features
     assert asked == ["a cat", "a dog", "a bird"]
     assert found.tolist() == [[len(text), ord(text[2])] for text in captions]
     assert sum(done) == len(captions)
