@@ -8,6 +8,8 @@ from datetime import date
 from prefect import flow
 
 from flows.names import named
+from storage_schemas.runs.liveness import is_preparation
+from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made
 from tasks.config.pipeline import PipelineConfig, check_sizes
 from tasks.config.stored import config_of
@@ -24,7 +26,7 @@ from tasks.execution.partitions import (
     scheduled_partition,
 )
 from tasks.execution.plan import planned_run, run_artifacts, run_name
-from tasks.execution.preparing import make_features, make_samples
+from tasks.execution.preparing import make_all, make_features, make_samples, stored_preparation
 from tasks.execution.retry import release
 from tasks.execution.rivals import check_rivals
 from tasks.inputs.candidates import candidate_features, candidate_space, check_neighbours, choose_candidates
@@ -125,8 +127,22 @@ def backfill(
     return all_curated(outcomes)
 
 
+@flow(name="prepare", flow_run_name="prepare {run}")
+def prepare(config: PipelineConfig, run: str) -> None:
+    """Make what the reading of tars, or the encoding of samples, lacks: parts that failed or were never reached."""
+    release(config.workspace, run)
+    make_all(stored_preparation(config, run))
+
+
 @flow(name="retry", flow_run_name="retry {run}")
-def retry(workspace: str, run: str, shards: str | None = None) -> Curation:
-    """Make what a run lacks: shards that failed or were quarantined, all or some (`0-2,5`), and samples left out."""
+def retry(workspace: str, run: str, shards: str | None = None) -> Curation | None:
+    """Make what a run lacks: shards that failed or were quarantined, all or some (`0-2,5`), and samples left out.
+
+    Of work that is done before a run is planned, the parts that it lacks; then there is no curation to return.
+    """
+    config = config_of(workspace, run)
+    if is_preparation(Workspace.at(workspace), run):
+        prepare(config, run)
+        return None
     release(workspace, run, shards)
-    return curate(config_of(workspace, run))
+    return curate(config)

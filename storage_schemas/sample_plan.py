@@ -15,6 +15,8 @@ from storage_schemas.files import read_if_there, write_changed
 from storage_schemas.listings import list_folder, listed_manifest
 from storage_schemas.workspace import Workspace
 
+KIND = "samples"  # of the parts, in files of a run
+
 
 class Piece(BaseModel):
     """A tar, or one of several equal shares of its bytes; of a caption file, of its images."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from fastgda_core.errors import UsageError
 from tasks.artifact import Artifact, Made
+from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
 from tasks.execution.coordinator import begin_run
+from tasks.execution.worker import leave_for_good
 from tasks.inputs.features import FeatureParts, extract_features
 from tasks.inputs.samples import ingest_samples, missing_samples
 from tasks.teaching.preparation import Preparation
-from tasks.teaching.run import let_go
+from tasks.teaching.run import let_go, read_work
 
 
 def make_samples(context: Context) -> Made:
@@ -45,6 +49,18 @@ def make_features(context: Context, samples: Artifact, also: Sequence[Context] =
     return extract_features(context, samples)
 
 
+def stored_preparation(config: PipelineConfig, name: str) -> Preparation:
+    """Return a preparation of the configuration's workspace, to be carried out as the configuration says.
+
+    Raises:
+        UsageError: it is a run.
+    """
+    work = read_work(config.workspace, name)
+    if not isinstance(work, Preparation):
+        raise UsageError(f"{name} is a run: `fastgda retry` makes what it lacks")
+    return replace(work, context=replace(work.context, config=config))
+
+
 def make_all(preparation: Preparation) -> None:
     """Make every part of a preparation that is missing."""
     try:
@@ -53,3 +69,4 @@ def make_all(preparation: Preparation) -> None:
                 coordinator.make(kind)
     finally:
         let_go(preparation)  # with its encoders, before others need the device
+        leave_for_good(str(preparation.workspace.root), preparation.name)

@@ -21,6 +21,7 @@ from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table, input_key
 from storage_schemas.files import AnyPath, stamps
 from storage_schemas.sample_plan import (
+    KIND,
     Piece,
     SamplePart,
     SamplePlan,
@@ -45,7 +46,7 @@ _OF_REJECTED: dict[str, Any] = {
 class SampleParts(Parts):
     """What the tars of a data set hold, in order: samples, and what could not be used."""
 
-    kind = "samples"
+    kind = KIND
     title = "samples, in MB of tars"
 
     def __init__(self, workspace: Workspace, key: str, plan: SamplePlan) -> None:

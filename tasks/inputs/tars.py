@@ -163,7 +163,7 @@ def _scan_captions_file(annotations: Path, share: int, of: int) -> Iterator[list
             return Rejection(str(picture), picture.stem, reason)
 
     yield from in_threads(check, images[share * len(images) // of : (share + 1) * len(images) // of], AT_ONCE)
-    if not images:
+    if not images and share == of - 1:
         yield [Rejection(str(annotations), "", _EMPTY)]
 
 
