@@ -18,17 +18,18 @@ from tasks.context import Context
 from tasks.execution.coordinator import begin_run
 from tasks.execution.number_ranges import chosen_shards
 from tasks.execution.outcomes import RunIncomplete
-from tasks.execution.preparing import make_features, make_samples, stored_preparation
+from tasks.execution.preparing import make_all, make_features, make_samples, stored_preparation
 from tasks.execution.retry import release
 from tasks.inputs import features, sample_parts
 from tasks.inputs.features import FeatureParts
-from tasks.inputs.samples import missing_samples
+from tasks.inputs.samples import ingest_samples, missing_samples
 from tasks.teaching.preparation import Preparation
 from tasks.teaching.run import read_work
 from tasks.watching.run_status import latest_run, run_status
 from tasks.watching.status_text import facts, status_markdown
 from tests import tiny
 from tests.tasks.configs import document
+from tests.tasks.without_prefect import without_prefect
 
 SAMPLES = 20
 
@@ -46,10 +47,10 @@ def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
     return Context(PipelineConfig.model_validate(config), "model")
 
 
-@pytest.mark.integration
-def test_a_flow_has_tars_read_and_samples_encoded_as_parts_of_a_run(context: Context, home: Path) -> None:
-    samples = make_samples(context)
-    made = make_features(context, samples.artifact)
+def test_a_flow_has_tars_read_and_samples_encoded_as_parts_of_a_run(context: Context) -> None:
+    with without_prefect():
+        samples = make_samples(context)
+        made = make_features(context, samples.artifact)
     assert samples.artifact.rows == made.artifact.rows == SAMPLES and not samples.reused
     workspace = context.workspace
     of_samples, of_features = preparation_names(workspace)
@@ -62,13 +63,11 @@ def test_a_flow_has_tars_read_and_samples_encoded_as_parts_of_a_run(context: Con
         assert all(beat.ended for beat in read_beats(workspace, name))  # this process goes on with other work
         assert [name for name, _ in facts(status)] == ["state", "device-hours"]
     assert not run_names(workspace) and latest_run(workspace) == of_features
-    assert make_samples(context).reused and make_features(context, samples.artifact).artifact == made.artifact
+    with without_prefect():
+        assert make_samples(context).reused and make_features(context, samples.artifact).artifact == made.artifact
 
 
-@pytest.mark.integration
-def test_a_part_that_fails_is_named_and_made_by_a_retry(
-    context: Context, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_part_that_fails_is_named_and_made_by_a_retry(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     make = FeatureParts.make
 
     def fails(self: FeatureParts, number: int) -> object:
@@ -76,9 +75,9 @@ def test_a_part_that_fails_is_named_and_made_by_a_retry(
             raise KeyError("a bug")
         return make(self, number)
 
-    samples = make_samples(context).artifact
+    samples = ingest_samples.fn(context).artifact
     monkeypatch.setattr(FeatureParts, "make", fails)
-    with pytest.raises(RunIncomplete, match="1 of 4 parts of 'features' failed") as refusal:
+    with without_prefect(), pytest.raises(RunIncomplete, match="1 of 4 parts of 'features' failed") as refusal:
         make_features(context, samples)
     workspace, name = context.workspace, refusal.value.run
     status = run_status(workspace, name)
@@ -91,8 +90,8 @@ def test_a_part_that_fails_is_named_and_made_by_a_retry(
     release(str(workspace.root), name)
     again = stored_preparation(config, name)
     before = {number: read_manifest(again.parts["features"].path(number)) for number in (0, 1, 3)}
-    with begin_run(again) as coordinator:
-        coordinator.make("features")
+    with without_prefect():
+        make_all(again)
     assert run_status(workspace, name).state == "done"
     assert before == {number: read_manifest(again.parts["features"].path(number)) for number in (0, 1, 3)}
 
@@ -122,7 +121,7 @@ def test_a_worker_reads_a_preparation_from_its_assignment(context: Context) -> N
 
 
 def test_samples_that_were_left_out_are_encoded_again_once_after_a_release(context: Context, tmp_path: Path) -> None:
-    samples = make_samples_here(context)
+    samples = ingest_samples.fn(context).artifact
     tar = tmp_path / "2.tar"
     whole, image = tar.read_bytes(), tiny.draw(9)[0]
     tar.write_bytes(whole.replace(image, image[:40] + bytes(len(image) - 40)))
@@ -134,9 +133,3 @@ def test_samples_that_were_left_out_are_encoded_again_once_after_a_release(conte
     assert release(str(context.workspace.root), preparation.name) == 2  # files, of two encoders
     assert begun.run.parts["features"].missing() == [1]
     assert json.loads((context.workspace.runs / preparation.name / "assignment.json").read_text())["generation"] == 1
-
-
-def make_samples_here(context: Context):
-    from tasks.inputs.samples import ingest_samples
-
-    return ingest_samples.fn(context).artifact
