@@ -575,13 +575,36 @@ def read_in_blocks(path: AnyPath, table: Table, columns: Sequence[str]) -> Itera
     Raises:
         DamagedTable: as `read`.
     """
+    for number in range(len(row_group_sizes(path))):
+        yield read_row_group(path, table, number, columns)
+
+
+def row_group_sizes(path: AnyPath) -> list[int]:
+    """Return how many rows each row group of a file has.
+
+    Raises:
+        DamagedTable: the file is damaged.
+    """
+    with _opened(path, every=False, choosing=False) as source:
+        try:
+            found = pq.read_metadata(source)
+        except (OSError, pa.ArrowException) as error:
+            raise damaged(path, error) from None
+    return [found.row_group(number).num_rows for number in range(found.num_row_groups)]
+
+
+def read_row_group(path: AnyPath, table: Table, number: int, columns: Sequence[str]) -> pa.Table:
+    """Read some columns of one row group of a file of ours.
+
+    Raises:
+        DamagedTable: as `read`.
+    """
     with _opened(path, every=False, choosing=False) as source:
         try:
             file = pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
             absent = _absent(path, table, file.schema_arrow)
             wanted = [name for name in columns if name not in absent]
-            for number in range(file.num_row_groups):
-                yield table.filled(file.read_row_group(number, wanted, use_threads=False), columns)
+            return table.filled(file.read_row_group(number, wanted, use_threads=False), columns)
         except (OSError, pa.ArrowException) as error:
             raise damaged(path, error) from None
 

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,7 +18,7 @@ from fastgda_core.images import in_threads
 from fastgda_core.interruption import checkpoint
 from tasks.artifact import Artifact
 from tasks.inputs.queries import load_queries
-from tasks.inputs.samples import readable_images_ahead, samples_table
+from tasks.inputs.samples import captions_of, ready_images_ahead
 
 
 @dataclass
@@ -87,7 +88,7 @@ def _encode_images(
     advance: Callable[[float], None],
 ) -> None:
     """Encode images, of which each encoder gets its own batches, the same as if it were alone."""
-    waiting: dict[str, list[Image.Image]] = {name: [] for name in encoders}
+    waiting: dict[str, list[Any]] = {name: [] for name in encoders}
     found: dict[str, list[Tensor]] = {name: [] for name in encoders}
     seconds = dict.fromkeys(encoders, 0.0)
     unreadable: dict[int, str] = {}
@@ -97,19 +98,17 @@ def _encode_images(
         encoder, size, images = encoders[name].encoder, encoders[name].size, waiting[name]
         while len(images) >= least:
             started = time.monotonic()
-            found[name].append(
-                encoder.encode_queries(images[:size]) if items.name == "queries" else encoder.encode(images[:size])
-            )
+            found[name].append(_encode_batch(encoder, images[:size], items))
             del images[:size]
             seconds[name] += time.monotonic() - started
 
     started = time.monotonic()
-    for images, faults in _images(items, numbers, min(each.size for each in encoders.values())):
+    for images, faults in _images(encoders, items, numbers):
         done.waited += time.monotonic() - started
         checkpoint()
         unreadable |= faults
-        for name in encoders:
-            waiting[name] += images
+        for place, name in enumerate(encoders):
+            waiting[name] += [image[place] for image in images]
             encode(name, encoders[name].size)
         advance(len(images))
         started = time.monotonic()
@@ -120,12 +119,27 @@ def _encode_images(
     done.encoding += sum(seconds.values())
 
 
-def _images(items: Artifact, numbers: list[int], size: int) -> Iterator[tuple[list[Image.Image], dict[int, str]]]:
-    """Yield images in batches, and why some of them are grey."""
-    if items.name == "samples":
-        return readable_images_ahead(items.path, numbers, size)
-    queries = [load_queries(items)[number] for number in numbers]
-    return ((images, {}) for images in in_threads(lambda query: query.image, queries, size))
+def _images(
+    encoders: Mapping[str, InBatches], items: Artifact, numbers: list[int]
+) -> Iterator[tuple[list[list[Any]], dict[int, str]]]:
+    """Yield in batches what each encoder takes of each image, and why some images are grey."""
+    size = min(each.size for each in encoders.values())
+    if items.name != "samples":
+        queries = [load_queries(items)[number] for number in numbers]
+        batches = in_threads(lambda query: query.image, queries, size)
+        return (([[image] * len(encoders) for image in images], {}) for images in batches)
+    halves = [each.encoder.prepare for each in encoders.values()]
+
+    def prepare(image: Image.Image) -> list[Any]:
+        return [image if half is None else half(image) for half in halves]
+
+    return ready_images_ahead(items.path, numbers, size, prepare)
+
+
+def _encode_batch(encoder: Encoder, images: list[Any], items: Artifact) -> Tensor:
+    if items.name == "queries":
+        return encoder.encode_queries(images)
+    return (encoder.of_prepared or encoder.encode)(images)
 
 
 def _encode_texts(encoder: InBatches, captions: list[list[str]], advance: Callable[[float], None]) -> Tensor:
@@ -149,5 +163,4 @@ def _captions(items: Artifact, numbers: list[int]) -> list[list[str]]:
     """Return the captions of some items; a query has one."""
     if items.name == "queries":
         return [[load_queries(items)[number].caption] for number in numbers]
-    captions: list[list[str]] = samples_table(items.path)["captions"].take(numbers).to_pylist()
-    return captions
+    return captions_of(items.path, numbers)

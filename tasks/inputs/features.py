@@ -35,7 +35,7 @@ from tasks.config.inputs import FeaturesConfig
 from tasks.context import Context, load_tensors
 from tasks.inputs.encoded_items import InBatches, encode_items
 from tasks.inputs.queries import join_queries
-from tasks.inputs.samples import samples_table
+from tasks.inputs.samples import caption_counts
 from tasks.parts import Parts
 from tasks.progress import stage
 
@@ -364,8 +364,7 @@ def _averaged(items: Artifact, space: str) -> list[str]:
 
 @functools.lru_cache(maxsize=16)
 def _most_captions(samples: AnyPath) -> int:
-    most: int = pc.max(pc.list_value_length(samples_table(samples)["captions"])).as_py()
-    return most
+    return max((pc.max(counts).as_py() for counts in caption_counts(samples)), default=0)
 
 
 def as_lists(features: Tensor) -> pa.ListArray:

@@ -7,13 +7,15 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 from PIL import Image
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -35,6 +37,8 @@ from tasks.inputs.sample_parts import SampleParts
 from tasks.inputs.tars import RULES, Rejection, ShardSample, find_shards, read_image
 from tasks.printable import printable
 from tasks.progress import console, stage
+
+Ready = TypeVar("Ready")
 
 
 @task(task_run_name="samples", cache_policy=NO_CACHE)
@@ -229,13 +233,49 @@ def samples_table(path: AnyPath) -> pa.Table:
     return tables.read(path, tables.SAMPLES)
 
 
+def rows_of_samples(path: AnyPath, train_ids: Sequence[int], columns: Sequence[str]) -> pa.Table:
+    """Read some columns of some samples, in the order given; of a large table only where these lie in it."""
+    ids = np.asarray(train_ids, np.int64)
+    ends = _row_group_ends(path)
+    group_of = np.searchsorted(ends, ids, side="right")
+    groups, place = np.unique(group_of, return_inverse=True)
+    read = [_row_group(path, number, tuple(columns)) for number in groups.tolist()]
+    firsts = np.concatenate([[0], ends])[groups]
+    within = np.cumsum([0, *(each.num_rows for each in read)])[:-1]
+    together = pa.concat_tables(read) if read else tables.SAMPLES.schema.empty_table().select(columns)
+    return together.take(pa.array(ids - firsts[place] + within[place] if read else ids))
+
+
+@functools.lru_cache(maxsize=16)
+def _row_group_ends(path: AnyPath) -> NDArray[np.int64]:
+    """Return before which train_id each row group ends."""
+    return np.cumsum(tables.row_group_sizes(path), dtype=np.int64)
+
+
+@functools.lru_cache(maxsize=8)  # two kinds of columns of some neighbours: 20 MB each
+def _row_group(path: AnyPath, number: int, columns: tuple[str, ...]) -> pa.Table:
+    return tables.read_row_group(path, tables.SAMPLES, number, columns)
+
+
+def captions_of(path: AnyPath, train_ids: Sequence[int]) -> list[list[str]]:
+    """Return the captions of some samples, in the order given."""
+    captions: list[list[str]] = rows_of_samples(path, train_ids, ["captions"])["captions"].to_pylist()
+    return captions
+
+
+def caption_counts(path: AnyPath) -> Iterator[pa.ChunkedArray]:
+    """Yield how many captions samples have, block by block."""
+    for block in tables.read_in_blocks(path, tables.SAMPLES, ["captions"]):
+        yield pc.list_value_length(block["captions"])
+
+
 def sample_images(path: AnyPath, train_ids: list[int]) -> list[Image.Image]:
     """Read the images of some samples, in the order given.
 
     Raises:
         BadSample: an image cannot be read any more.
     """
-    rows = samples_table(path).select(["shard", "offset", "size"]).take(train_ids).to_pylist()
+    rows = rows_of_samples(path, train_ids, ["shard", "offset", "size"]).to_pylist()
     return [read_image(**row) for row in rows]
 
 
@@ -248,12 +288,24 @@ def readable_images_ahead(
     path: AnyPath, train_ids: list[int], size: int
 ) -> Iterator[tuple[list[Image.Image], dict[int, str]]]:
     """Yield `readable_images` of consecutive batches, which threads decode ahead."""
-    for number, batch in enumerate(in_threads(_read_or_grey, _places(path, train_ids), size)):
+    return ready_images_ahead(path, train_ids, size, lambda image: image)
+
+
+def ready_images_ahead(
+    path: AnyPath, train_ids: list[int], size: int, prepare: Callable[[Image.Image], Ready]
+) -> Iterator[tuple[list[Ready], dict[int, str]]]:
+    """Yield what `prepare` makes of `readable_images`, in consecutive batches; threads decode and prepare ahead."""
+
+    def ready(row: dict[str, Any]) -> tuple[Ready, str]:
+        image, why = _read_or_grey(row)
+        return prepare(image), why
+
+    for number, batch in enumerate(in_threads(ready, _places(path, train_ids), size)):
         yield _parted(train_ids[size * number : size * (number + 1)], batch)
 
 
 def _places(path: AnyPath, train_ids: list[int]) -> list[dict[str, Any]]:
-    return samples_table(path).select(["shard", "offset", "size", "key", "image_sha256"]).take(train_ids).to_pylist()
+    return rows_of_samples(path, train_ids, ["shard", "offset", "size", "key", "image_sha256"]).to_pylist()
 
 
 def _read_or_grey(row: dict[str, Any]) -> tuple[Image.Image, str]:
@@ -264,8 +316,8 @@ def _read_or_grey(row: dict[str, Any]) -> tuple[Image.Image, str]:
         return Image.new("RGB", (64, 64), "gray"), f"{row['shard']}/{row['key']}: {error}"
 
 
-def _parted(train_ids: list[int], read: Iterable[tuple[Image.Image, str]]) -> tuple[list[Image.Image], dict[int, str]]:
-    images: list[Image.Image] = []
+def _parted(train_ids: list[int], read: Iterable[tuple[Ready, str]]) -> tuple[list[Ready], dict[int, str]]:
+    images: list[Ready] = []
     faults: dict[int, str] = {}
     for train_id, (image, why) in zip(train_ids, read, strict=True):
         images.append(image)
