@@ -87,7 +87,7 @@ def test_a_part_that_fails_is_named_and_made_by_a_retry(context: Context, monkey
     monkeypatch.setattr(features, "PART_ITEMS", 5)
     config = config_of(str(workspace.root), name)
     assert config.execution == context.config.execution
-    release(str(workspace.root), name)
+    release.fn(str(workspace.root), name)
     again = stored_preparation(config, name)
     before = {number: read_manifest(again.parts["features"].path(number)) for number in (0, 1, 3)}
     with without_prefect():
@@ -130,6 +130,6 @@ def test_samples_that_were_left_out_are_encoded_again_once_after_a_release(conte
     begun = begin_run.fn(preparation)
     preparation.parts["features"].make_missing()
     tar.write_bytes(whole)
-    assert release(str(context.workspace.root), preparation.name) == 2  # files, of two encoders
+    assert release.fn(str(context.workspace.root), preparation.name) == 2  # files, of two encoders
     assert begun.run.parts["features"].missing() == [1]
     assert json.loads((context.workspace.runs / preparation.name / "assignment.json").read_text())["generation"] == 1
