@@ -8,6 +8,8 @@ from datetime import date
 from prefect import flow
 
 from flows.names import named
+from storage_schemas.runs.liveness import is_preparation
+from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made
 from tasks.config.pipeline import PipelineConfig, check_sizes
 from tasks.config.stored import config_of
@@ -24,12 +26,12 @@ from tasks.execution.partitions import (
     scheduled_partition,
 )
 from tasks.execution.plan import planned_run, run_artifacts, run_name
+from tasks.execution.preparing import make_all, make_features, make_samples, stored_preparation
 from tasks.execution.retry import release
 from tasks.execution.rivals import check_rivals
-from tasks.inputs.candidates import candidate_features, check_neighbours, choose_candidates
+from tasks.inputs.candidates import candidate_features, candidate_space, check_neighbours, choose_candidates
 from tasks.inputs.features import extract_features
 from tasks.inputs.queries import make_queries
-from tasks.inputs.samples import ingest_samples
 from tasks.judging.kept_checks import publish_checks
 from tasks.judging.teacher import check_precision, check_twins
 from tasks.reporting.announcements import announce_scores, announce_trust
@@ -56,14 +58,14 @@ def plan_run(config: PipelineConfig) -> Run:
     """Make samples, queries, features and candidates, and plan the run from them."""
     context = open_context(config)
     family_of(config).check(context)
-    made_samples = ingest_samples(context)
+    made_samples = make_samples(context)
     samples = made_samples.artifact
     check_sizes(config, samples.rows)
     check_rivals(config, samples.rows)
     check_neighbours(config.candidates, samples.rows)
     made_queries = make_queries(context, samples)
     queries = made_queries.artifact
-    features = [extract_features(context, items) for items in (samples, queries)]
+    features = [make_features(context, samples, [candidate_space(context)]), extract_features(context, queries)]
     features += candidate_features(context, samples, queries)
     artifacts = run_artifacts(context, samples, queries)
     made_candidates = choose_candidates(context, run_name(context, artifacts), samples, queries)
@@ -125,8 +127,22 @@ def backfill(
     return all_curated(outcomes)
 
 
+@flow(name="prepare", flow_run_name="prepare {run}")
+def prepare(config: PipelineConfig, run: str) -> None:
+    """Make what the reading of tars, or the encoding of samples, lacks: parts that failed or were never reached."""
+    release(config.workspace, run)
+    make_all(stored_preparation(config, run))
+
+
 @flow(name="retry", flow_run_name="retry {run}")
-def retry(workspace: str, run: str, shards: str | None = None) -> Curation:
-    """Make what a run lacks: shards that failed or were quarantined, all or some (`0-2,5`), and samples left out."""
+def retry(workspace: str, run: str, shards: str | None = None) -> Curation | None:
+    """Make what a run lacks: shards that failed or were quarantined, all or some (`0-2,5`), and samples left out.
+
+    Of work that is done before a run is planned, the parts that it lacks; then there is no curation to return.
+    """
+    config = config_of(workspace, run)
+    if is_preparation(Workspace.at(workspace), run):
+        prepare(config, run)
+        return None
     release(workspace, run, shards)
-    return curate(config_of(workspace, run))
+    return curate(config)

@@ -18,7 +18,7 @@ from tasks.distilling.labels import extract_query_features, read_labels
 from tasks.distilling.publish import rank_scores
 from tasks.distilling.versions import latest_index, read_head, read_index, space_of_head
 from tasks.execution.coordinator import begin_run
-from tasks.inputs.features import extract_features
+from tasks.execution.preparing import make_features
 from tasks.judging.costs import measure_costs
 from tasks.judging.head import measure_head
 from tasks.judging.kept_checks import publish_checks, read_checks
@@ -99,7 +99,7 @@ def evaluate(config: PipelineConfig, index: str | None = None) -> Evaluation:
     trained, record = read_head(context.workspace, index_record.head)
     context = space_of_head(context, record)
     labels = read_labels(context.workspace, record.snapshot)
-    extract_features(context, labels.samples)
+    make_features(context, labels.samples)
     extract_query_features(context, labels)
     checks = read_checks(context.workspace, labels.run)
     metrics = measure_head(context, labels.samples, labels.queries, labels.ranks, trained, checks)

@@ -18,7 +18,7 @@ from tasks.distilling.index_add import add_to_search_index, read_parent
 from tasks.distilling.labels import Labels, read_labels
 from tasks.distilling.versions import latest_head, read_head, space_of_head
 from tasks.execution.number_ranges import from_ranges
-from tasks.inputs.features import extract_features
+from tasks.execution.preparing import make_features
 from tasks.reporting.announcements import announce_index
 
 
@@ -26,7 +26,7 @@ from tasks.reporting.announcements import announce_index
 def build_index_parts(config: PipelineConfig, part: str, head: str | None = None) -> int:
     """Make some parts of an index, as one worker of several; `rebuild index` merges them. Return how many there are."""
     context, labels, trained = _behind(config, head)
-    features = extract_features(context, labels.samples).artifact
+    features = make_features(context, labels.samples).artifact
     removed = removed_ids(context.workspace, labels.samples.path).tolist()
     numbers = from_ranges(part)
     return make_index_parts(
@@ -38,7 +38,7 @@ def build_index_parts(config: PipelineConfig, part: str, head: str | None = None
 def rebuild_index(config: PipelineConfig, head: str | None = None) -> Made:
     """Build an index from a head, by default the newest; the index is not served before it is promoted."""
     context, labels, trained = _behind(config, head)
-    features = extract_features(context, labels.samples).artifact
+    features = make_features(context, labels.samples).artifact
     removed = removed_ids(context.workspace, labels.samples.path).tolist()
     index = build_search_index(context, labels.samples, features, trained, labels.queries, removed)
     announce_index(context, index.artifact, trained)

@@ -11,7 +11,7 @@ from tasks.context import open_context
 from tasks.distilling.gradient_heads import fit_gradient_head
 from tasks.distilling.heads import fit_rank_head
 from tasks.distilling.labels import extract_query_features, read_labels
-from tasks.inputs.features import extract_features
+from tasks.execution.preparing import make_features
 from tasks.reporting.announcements import announce_head
 
 
@@ -20,7 +20,7 @@ def train_rank_head(config: PipelineConfig, snapshot: str | None = None) -> Made
     """Train a head on the rank labels of a snapshot, by default the published one."""
     context = open_context(config, model=False)
     labels = read_labels(context.workspace, snapshot)
-    features = extract_features(context, labels.samples).artifact
+    features = make_features(context, labels.samples).artifact
     extract_query_features(context, labels)
     if config.head.kind == "gradient":
         head = fit_gradient_head(context, labels, features)

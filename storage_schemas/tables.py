@@ -9,7 +9,7 @@ with scores, twins with queries, rejected samples with samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,6 +46,27 @@ SAMPLES = Table(
     delta=("train_id", "offset", "size"),
     version=3,
     added={"image_look": Added(3, ""), "metadata": Added(3, "{}")},
+)
+
+SCANNED = Table(
+    "scanned",
+    "something that a part of the tars holds, in order: a sample, or what could not be used",
+    schema(
+        ("shard", pa.string(), "path of the tar"),
+        ("key", pa.string(), "the name of its members up to the last dot; empty where the whole shard is meant"),
+        ("reason", pa.string(), "what is wrong and how to mend it; empty of a sample, and what follows is one's alone"),
+        ("offset", pa.int64(), "first byte of the image in the tar"),
+        ("size", pa.int64(), "length of the image in bytes"),
+        ("captions", TEXTS, "its captions, the first is the primary"),
+        ("width", pa.int32(), "pixels"),
+        ("height", pa.int32(), "pixels"),
+        ("image_sha256", pa.string(), "sha256 of the image's bytes in the tar"),
+        ("image_look", pa.binary(), "perceptual hash and colours"),
+        ("metadata", pa.string(), "JSON object: further fields of its .json in the tar that hold one value"),
+        ("pictures", pa.int32(), "pictures in the image's file, of which the first is used"),
+    ),
+    dictionary=("shard",),
+    delta=("offset", "size"),
 )
 
 REJECTED_SAMPLES = Table(
@@ -546,6 +567,46 @@ def read(
     if absent and chosen is not None:
         rows = rows.filter(chosen)
     return rows if columns is None else rows.select(columns)
+
+
+def read_in_blocks(path: AnyPath, table: Table, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield some columns of a file of ours, one row group at a time: for more rows than there is memory.
+
+    Raises:
+        DamagedTable: as `read`.
+    """
+    for number in range(len(row_group_sizes(path))):
+        yield read_row_group(path, table, number, columns)
+
+
+def row_group_sizes(path: AnyPath) -> list[int]:
+    """Return how many rows each row group of a file has.
+
+    Raises:
+        DamagedTable: the file is damaged.
+    """
+    with _opened(path, every=False, choosing=False) as source:
+        try:
+            found = pq.read_metadata(source)
+        except (OSError, pa.ArrowException) as error:
+            raise damaged(path, error) from None
+    return [found.row_group(number).num_rows for number in range(found.num_row_groups)]
+
+
+def read_row_group(path: AnyPath, table: Table, number: int, columns: Sequence[str]) -> pa.Table:
+    """Read some columns of one row group of a file of ours.
+
+    Raises:
+        DamagedTable: as `read`.
+    """
+    with _opened(path, every=False, choosing=False) as source:
+        try:
+            file = pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
+            absent = _absent(path, table, file.schema_arrow)
+            wanted = [name for name in columns if name not in absent]
+            return table.filled(file.read_row_group(number, wanted, use_threads=False), columns)
+        except (OSError, pa.ArrowException) as error:
+            raise damaged(path, error) from None
 
 
 def _opened(path: AnyPath, *, every: bool, choosing: bool) -> pa.NativeFile | BinaryIO:

@@ -71,6 +71,18 @@ class Workspace:
     def rejected_samples(self, key: str) -> AnyPath:
         return self.root / "samples" / key / "rejected.parquet"
 
+    def sample_plan(self, key: str) -> AnyPath:
+        """JSON that says how the tars are cut into parts: `SamplePlan`."""
+        return self.root / "samples" / key / "plan.json"
+
+    @property
+    def sample_parts(self) -> AnyPath:
+        """Folder of what was read from tars, part by part, each named after its own key."""
+        return self.root / "samples" / "parts"
+
+    def sample_part(self, key: str) -> AnyPath:
+        return self.sample_parts / f"{key}.parquet"
+
     @property
     def newest_samples(self) -> AnyPath:
         """JSON that names the samples indexed last, published or not: `Indexed`."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,12 +43,15 @@ class Preprocessing:
         """Return the same preprocessing for a network of another input size."""
         return Preprocessing(side, round(self.resized * side / self.side), self.mean, self.std)
 
-    def __call__(self, images: list[Image.Image]) -> Tensor:
-        """Return the prepared images, (n, 3, side, side) float32."""
+    def crop(self, image: Image.Image) -> NDArray[np.uint8]:
+        """Return the crop of an image, (side, side, 3)."""
         margin = (self.resized - self.side) // 2
         box = (margin, margin, margin + self.side, margin + self.side)
-        cropped = [square(image.convert("RGB"), self.resized).crop(box) for image in images]
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in cropped])).float()
+        return np.asarray(square(image.convert("RGB"), self.resized).crop(box))
+
+    def scaled(self, crops: list[NDArray[np.uint8]]) -> Tensor:
+        """Return crops with scaled channels, (n, 3, side, side) float32."""
+        pixels = torch.from_numpy(np.stack(crops)).float()
         return ((pixels - torch.tensor(self.mean)) / torch.tensor(self.std)).permute(0, 3, 1, 2)
 
 
@@ -128,7 +132,7 @@ def _in_bytes(channels: list[float], factor: float) -> tuple[float, float, float
 
 def load_pixel(source: str, device: torch.device) -> Encoder:
     """Load the plainest image features: grey level and colour of a 32 x 32 thumbnail, centred, 3,072-d."""
-    return Encoder("image", lambda images: PIXEL(images).flatten(1))
+    return Encoder.of_images(PIXEL.crop, lambda crops: PIXEL.scaled(crops).flatten(1))
 
 
 def load_efficientnet_lite0(source: str, device: torch.device) -> Encoder:
@@ -142,11 +146,11 @@ def load_efficientnet_lite0(source: str, device: torch.device) -> Encoder:
     network.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def encode(images: list[Image.Image]) -> Tensor:
-        pixels = EFFICIENTNET_LITE0(images).to(device, memory_format=torch.channels_last)
+    def encode(crops: list[NDArray[np.uint8]]) -> Tensor:
+        pixels = EFFICIENTNET_LITE0.scaled(crops).to(device, memory_format=torch.channels_last)
         return network.extract_features(pixels).mean((2, 3)).cpu()
 
-    return Encoder("image", encode)
+    return Encoder.of_images(EFFICIENTNET_LITE0.crop, encode)
 
 
 def load_minilm_text(source: str, device: torch.device) -> Encoder:
@@ -247,10 +251,10 @@ def _image_encoder(
     prepare = preprocessing.of_side(min(preprocessing.side, network.config.image_size))
 
     @torch.no_grad()
-    def encode(images: list[Image.Image]) -> Tensor:
-        return output(network(pixel_values=prepare(images).to(device))).float().cpu()
+    def encode(crops: list[NDArray[np.uint8]]) -> Tensor:
+        return output(network(pixel_values=prepare.scaled(crops).to(device))).float().cpu()
 
-    return Encoder("image", encode)
+    return Encoder.of_images(prepare.crop, encode)
 
 
 @dataclass(frozen=True)

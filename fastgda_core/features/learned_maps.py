@@ -67,10 +67,13 @@ def mapped(encoder: Encoder, maps: tuple[LinearMap, LinearMap], name: str) -> En
     width = encoder.encode([Image.new("RGB", (64, 64))]).shape[1]
     if of_samples.weight.shape[1] != width:
         raise ValueError(f"its maps take {of_samples.weight.shape[1]} features, {name} has {width}")
+    of_prepared = encoder.of_prepared
     return Encoder(
         encoder.modality,
         lambda images: of_samples(encoder.encode(images)),
         lambda images: of_queries(encoder.encode(images)),
+        encoder.prepare,
+        None if of_prepared is None else lambda ready: of_samples(of_prepared(ready)),
     )
 
 

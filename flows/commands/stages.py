@@ -247,6 +247,7 @@ def retry(
 
     Example: `fastgda retry openmoji-1b2c3d4e5f`
     """
+    from storage_schemas.runs.liveness import is_preparation
     from tasks.config.files import with_runner
     from tasks.config.packages import require_packages
     from tasks.config.stored import config_of
@@ -256,12 +257,19 @@ def retry(
     config = with_runner(config, runner.value) if runner else config
     require_packages(config)
     shards = ",".join(shard) if shard else None
-    chosen_shards(Workspace.at(workspace), run, shards)
+    place = Workspace.at(workspace)
+    chosen_shards(place, run, shards)
     start_server()
     from flows.pipeline import attribution_pipeline
     from tasks.execution.retry import release
 
     wait_for_server()  # before anything is changed
+    if is_preparation(place, run):
+        from flows.curation import prepare
+
+        run_flow(prepare, config, run)
+        say(f"all parts of {run} are there; start the command that needed them again")
+        return
     release(workspace, run, shards)
     if config.publish == "never":  # a rival's: `fastgda judge` reads it
         from flows.curation import curate as curation

@@ -73,11 +73,11 @@ def cancel(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> 
 
 
 def _ask(run: str, workspace: str, wish: str) -> Workspace:
-    from storage_schemas.runs.ledger import read_run
+    from storage_schemas.runs.ledger import check_known
     from storage_schemas.runs.liveness import RunRequest, ask
 
     place = Workspace.at(workspace)
-    read_run(place, run)
+    check_known(place, run)
     ask(place, run, RunRequest(wish))
     return place
 
@@ -87,11 +87,11 @@ def resume(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> 
 
     Example: `fastgda resume openmoji-1b2c3d4e5f`
     """
-    from storage_schemas.runs.ledger import read_run
+    from storage_schemas.runs.ledger import check_known
     from storage_schemas.runs.liveness import RunRequest, asked, withdraw
 
     place = Workspace.at(workspace)
-    read_run(place, run)
+    check_known(place, run)
     if asked(place, run) != RunRequest.pause:
         raise StoreError(f"run {run} is not paused; {command(place, f'status {run}')} says how it stands")
     withdraw(place, run)

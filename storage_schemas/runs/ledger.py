@@ -43,7 +43,7 @@ from storage_schemas.files import (
 )
 from storage_schemas.listings import Listing, folder_manifests, list_folder, listed_manifest, listed_manifests
 from storage_schemas.runs.attempts import Attempt, ShardState, read_attempts
-from storage_schemas.runs.liveness import process_lives, read_assignment
+from storage_schemas.runs.liveness import is_preparation, process_lives, read_assignment
 from storage_schemas.runs.records import Compaction, Labelling, RunRecord, UnknownRun
 from storage_schemas.workspace import Workspace
 
@@ -77,6 +77,16 @@ def read_run(workspace: Workspace, run: str) -> RunRecord:
         planned = sorted(map(partial(read_run, workspace), run_names(workspace)), key=lambda record: record.created_at)
         known = ", ".join(record.run for record in planned[-5:]) or "none"
         raise UnknownRun(f"{workspace.root} has no run {run}; it has: {known}") from None
+
+
+def check_known(workspace: Workspace, run: str) -> None:
+    """Check that there is a run or preparation of this name.
+
+    Raises:
+        UnknownRun: there is none.
+    """
+    if not is_preparation(workspace, run):
+        read_run(workspace, run)
 
 
 def run_names(workspace: Workspace) -> list[str]:

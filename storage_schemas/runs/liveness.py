@@ -51,6 +51,18 @@ class Assignment(BaseModel):
         return input_key(self.run, self.config, self.model_hash, self.stages, self.generation)
 
 
+def is_preparation(workspace: Workspace, run: str) -> bool:
+    """Return whether this is no run, but work that is done before one is planned: workers have it, and no plan."""
+    return not is_there(workspace.run(run)) and is_there(workspace.assignment(run))
+
+
+def preparation_names(workspace: Workspace) -> list[str]:
+    """Return all preparations, the one that was begun last at the end."""
+    folders = [folder.name for folder in matching(workspace.runs, "*")]
+    found = [name for name in folders if is_preparation(workspace, name)]
+    return sorted(found, key=lambda name: workspace.assignment(name).stat().st_mtime)
+
+
 class RunRequest(StrEnum):
     """A wish to a run's processes."""
 

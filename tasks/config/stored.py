@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from fastgda_core.errors import UsageError
 from storage_schemas.runs.ledger import read_run
-from storage_schemas.runs.liveness import read_assignment
+from storage_schemas.runs.liveness import is_preparation, read_assignment
 from storage_schemas.workspace import Workspace
 from tasks.config.faults import faults
 from tasks.config.pipeline import PipelineConfig
@@ -28,15 +28,16 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 def config_of(location: str, run: str) -> PipelineConfig:
-    """Return the configuration of a run in the folder given, which may be mounted elsewhere than when it was planned.
+    """Return the configuration of a run or preparation in the folder given.
+
+    The folder may be mounted elsewhere than when it was planned.
 
     Raises:
         UsageError: the run was imported, and no teacher of this workspace scored it; or this release cannot carry it
             out.
     """
     workspace = Workspace.at(location)
-    record = read_run(workspace, run)
-    if "teacher" not in record.config:
+    if not is_preparation(workspace, run) and "teacher" not in read_run(workspace, run).config:
         raise UsageError(f"run {run} was imported: its scores cannot be made again here; import its file once more")
     found = read_assignment(workspace, run)
     stored: dict[str, Any] = found.config

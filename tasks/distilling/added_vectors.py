@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgda_core.errors import UsageError
-from fastgda_core.features import ENCODERS, Encoder, concatenate, encoder_names
+from fastgda_core.features import ENCODERS, concatenate, encoder_names
 from fastgda_core.sketches.int8 import Int8Vectors
 from storage_schemas import tables
 from storage_schemas.commit import input_key
@@ -21,7 +21,8 @@ from tasks.artifact import Artifact
 from tasks.context import Context
 from tasks.distilling.answering import Answering, ByGradients
 from tasks.distilling.vectors import VectorParts
-from tasks.inputs.features import PART_ITEMS, encode_items, load_encoders
+from tasks.inputs.encoded_items import InBatches, encode_items
+from tasks.inputs.features import PART_ITEMS, load_encoders
 from tasks.teaching.latents import LatentParts, latents_of
 from tasks.teaching.sketch_scores import StoredSketches
 from tasks.teaching.sketches import load_sketch, sketched
@@ -58,17 +59,17 @@ class _NewSamples:
                 yield answering.samples(some, phi)
 
     @cached_property
-    def _encoders(self) -> list[Encoder]:
-        return load_encoders(self.context.config.features, self.context.device)
+    def _encoders(self) -> dict[str, InBatches]:
+        config = self.context.config.features
+        loaded = zip(encoder_names(config.space), load_encoders(config, self.context.device), strict=True)
+        return {name: InBatches(each, config.batch_size or ENCODERS[name].batch) for name, each in loaded}
 
     def _phi(self, train_ids: list[int]) -> Tensor:
-        config, parts = self.context.config.features, []
-        for name, encoder in zip(encoder_names(config.space), self._encoders, strict=True):
-            size = config.batch_size or ENCODERS[name].batch
-            features, unreadable = encode_items(encoder, self.samples, train_ids, size, lambda _: None)
-            for train_id, why in unreadable.items():
-                raise UsageError(f"sample {train_id} cannot be read any more ({why}): mend it or leave its tar out")
-            parts.append(features)
+        config = self.context.config.features
+        encoded = encode_items(self._encoders, self.samples, train_ids, lambda _: None).encoded
+        for train_id, why in (each for of_one in encoded.values() for each in of_one.unreadable.items()):
+            raise UsageError(f"sample {train_id} cannot be read any more ({why}): mend it or leave its tar out")
+        parts = [encoded[name].features for name in self._encoders]
         return concatenate(parts, unit_length=config.unit_length, mean=self.mean)
 
     def _sketches(self, stored: StoredSketches, train_ids: NDArray[np.int64]) -> Tensor:

@@ -17,7 +17,6 @@ from prefect.task_runners import TaskRunner
 from rich.markup import escape
 
 from fastgda_core.interruption import checkpoint
-from storage_schemas.commit import read_manifest
 from storage_schemas.errors import StoreError
 from storage_schemas.runs.attempts import ShardState, deaths, read_attempts
 from storage_schemas.runs.ledger import kept_ledger
@@ -33,10 +32,11 @@ from tasks.execution.jobs import JobPool
 from tasks.execution.outcomes import Failure, Outcome, PartHangs, RunCancelled, RunIncomplete
 from tasks.execution.runners import submission, task_runner
 from tasks.execution.worker import coordinate_here
+from tasks.parts import Parts, Standing
 from tasks.progress import console, stage
 from tasks.teaching.cost import Size
-from tasks.teaching.parts import Parts, Standing
-from tasks.teaching.run import Run, hold
+from tasks.teaching.preparation import Preparation
+from tasks.teaching.run import Work, hold
 from tasks.teaching.score_plan import store_plan
 from tasks.watching import events
 from tasks.watching.artifacts import Board
@@ -55,7 +55,7 @@ class Coordinator:
     part_seconds: estimate of what one part takes, by kind.
     """
 
-    run: Run
+    run: Work
     assignment: str
     part_seconds: dict[str, float]
     _runner: TaskRunner[Any] | None = None
@@ -233,7 +233,7 @@ def _logged(title: str, parts: int) -> Iterator[None]:
 class Watch:
     """Follows a stage while it is made."""
 
-    run: Run
+    run: Work
     parts: Parts
     left: set[int]
     estimate: float | None
@@ -254,7 +254,7 @@ class Watch:
         """Measure what a part takes, from the first few that were made."""
         if len(self.sample) < SAMPLE_PARTS:
             self.sample.append(number)
-            manifests = [read_manifest(self.parts.path(each)) for each in self.sample]
+            manifests = [self.parts.made(each) for each in self.sample]
             self.measured = median_seconds(manifest for manifest in manifests if manifest)
 
     def part_seconds(self) -> float | None:
@@ -273,17 +273,18 @@ class Watch:
 
 
 @task(task_run_name="plan", cache_policy=NO_CACHE)
-def begin_run(run: Run) -> Coordinator:
+def begin_run(run: Work) -> Coordinator:
     """Write the plan, once, and the assignment of the workers; withdraw a wish to stop that is left over."""
     workspace, name, origin = run.workspace, run.name, flow_run.get_id() or ""
     with logs.about(run=name):
-        if not workspace.run(name).exists():
+        if not isinstance(run, Preparation) and not workspace.run(name).exists():
             store_plan(run.context, run.score_run, run.artifacts, origin)
             log.info("run %s is planned", name)
         assignment = run.assignment(_generation(workspace, name), origin)
         write_assignment(workspace, assignment)
         withdraw(workspace, name)
-        log.info("run %s is begun: %d pairs", name, run.artifacts["scores"].rows)
+        begun = {kind: parts.count for kind, parts in run.parts.items()}
+        log.info("run %s is begun: %s", name, ", ".join(f"{count} parts of {kind}" for kind, count in begun.items()))
     _tell_of_others(workspace, name, others_at_work(workspace, name))
     hold(str(workspace.root), run, assignment.key)
     return Coordinator(run, assignment.key, _part_seconds(run))
@@ -310,10 +311,10 @@ def _generation(workspace: Workspace, run: str) -> int:
         return 0
 
 
-def _part_seconds(run: Run) -> dict[str, float]:
+def _part_seconds(run: Work) -> dict[str, float]:
     """Estimate the seconds of one part of each kind; empty where no rate is known until the first parts are made."""
     speed = known_rate(run.context)
-    if speed is None:
+    if speed is None or isinstance(run, Preparation):
         return {}
     samples, queries = run.artifacts["samples"], run.artifacts["queries"]
     candidates = run.artifacts["candidates"].rows // max(1, queries.rows)

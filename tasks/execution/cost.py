@@ -22,7 +22,7 @@ from storage_schemas.workspace import Workspace
 from tasks.config.pipeline import PipelineConfig
 from tasks.config.stored import lifted
 from tasks.context import Context
-from tasks.inputs.samples import samples_table
+from tasks.inputs.samples import caption_counts
 from tasks.teaching.cost import KindCost, Size, scores_of
 from tasks.teaching.families import family_of
 from tasks.teaching.noise import planned
@@ -100,7 +100,10 @@ def _measured(workspace: Workspace, model_hash: str) -> Rate | None:
 
 def mean_captions(samples: AnyPath) -> float:
     """Return the mean number of captions of a training sample."""
-    return float(pc.mean(pc.list_value_length(samples_table(samples)["captions"])).as_py())
+    captions, rows = 0, 0
+    for counts in caption_counts(samples):
+        captions, rows = captions + pc.sum(counts).as_py(), rows + len(counts)
+    return captions / rows
 
 
 @torch.no_grad()

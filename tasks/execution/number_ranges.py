@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from fastgda_core.errors import UsageError
 from storage_schemas.runs.ledger import read_ledger
+from storage_schemas.runs.liveness import is_preparation
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 
@@ -45,6 +46,8 @@ def chosen_shards(workspace: Workspace, run: str, text: str | None) -> set[int] 
     """
     if text is None:
         return None
+    if is_preparation(workspace, run):
+        raise UsageError(f"{run} has no score shards, as it is done before a run is planned: leave --shard out")
     shards = set(from_ranges(text))
     known = set(read_ledger(workspace, run)["shard"].to_pylist())
     if not shards:

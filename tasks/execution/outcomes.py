@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
-from tasks.teaching.parts import RunRefused
+from tasks.parts import RunRefused
 
 __all__ = ["Failure", "Outcome", "PartHangs", "RunCancelled", "RunIncomplete", "RunRefused"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from datetime import UTC, datetime
+from itertools import chain
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -46,20 +47,20 @@ def release(location: str, run: str, shards: str | None = None) -> int:
             ]
         }
     folder = workspace.quarantine(f"{datetime.now(UTC):%Y%m%dT%H%M%S}")
-    for paths in short.values():
-        for path in paths:
-            # The file first: without it the manifest counts for nothing, and a crash in between is mended by a retry.
-            move(path, folder / workspace.relative(path))
-            remove(manifest_path(path))
+    to_be_mended = set(chain.from_iterable(short.values()))
+    for path in to_be_mended:
+        # The file first: without it the manifest counts for nothing, and a crash in between is mended by a retry.
+        move(path, folder / workspace.relative(path))
+        remove(manifest_path(path))
     for kind, numbers in given_up.items():
         attempts = AttemptLog(workspace, run, kind=kind)
         for number in sorted(numbers):
             attempts.record(number, ShardState.pending)
     withdraw(workspace, run)
-    if any(short.values()):
+    if to_be_mended:
         assignment = read_assignment(workspace, run)
         write_assignment(workspace, assignment.model_copy(update={"generation": assignment.generation + 1}))
-    count = sum(map(len, short.values())) + sum(map(len, given_up.values()))
+    count = len(to_be_mended) + sum(map(len, given_up.values()))
     with logs.about(run=run):
         log.info("%d parts that failed or left samples out are to be made again", count)
     return count

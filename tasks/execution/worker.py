@@ -210,3 +210,10 @@ class Worker:
 def worker_on(location: str, run: str) -> Worker:
     """Return this process's worker of a run."""
     return Worker(Workspace.at(location), run)
+
+
+def leave_for_good(location: str, run: str) -> None:
+    """Say that this process is done with a run, or with what was done before one, and goes on with other work."""
+    worker = worker_on(location, run)
+    worker.leave()
+    worker.end()

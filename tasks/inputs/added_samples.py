@@ -45,7 +45,7 @@ def append_samples(workspace: Workspace, before: Artifact, tars: Sequence[Path])
         started = time.monotonic()
         with stage("samples", len(shards)) as advance:
             found, rejections = scan(shards, lambda: advance(1))
-        tell_of_several_pictures(found)
+        tell_of_several_pictures(each.shard for each in found if each.pictures > 1)
         new, taken = _new_ones(before, found)
         rejections += taken
         if not new:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
+import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -26,7 +25,6 @@ from torch.utils.dlpack import from_dlpack
 
 from fastgda_core.features import ENCODERS, Encoder, concatenate, encoder_names, load_encoder, mean_over, text_space
 from fastgda_core.features.encoders import USUAL, preprocessing_of
-from fastgda_core.images import in_threads
 from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit, commit_table, committed, input_key, read_manifest
 from storage_schemas.files import AnyPath, Stamps, file_sha256, folder_stamps, private_folder, temporary_name
@@ -35,11 +33,14 @@ from storage_schemas.workspace import part
 from tasks.artifact import Artifact, Made, remembered
 from tasks.config.inputs import FeaturesConfig
 from tasks.context import Context, load_tensors
-from tasks.inputs.queries import join_queries, load_queries
-from tasks.inputs.samples import readable_images_ahead, samples_table
+from tasks.inputs.encoded_items import InBatches, encode_items
+from tasks.inputs.queries import join_queries
+from tasks.inputs.samples import caption_counts
+from tasks.parts import Parts
 from tasks.progress import stage
 
 PART_ITEMS = 1024
+log = logging.getLogger("fastgda.inputs")
 
 
 @task(task_run_name="features of {items.name}", cache_policy=NO_CACHE)
@@ -53,36 +54,97 @@ def extract_features(context: Context, items: Artifact) -> Made:
 
 
 def _extracted(context: Context, items: Artifact) -> Made:
-    seconds, reused = 0.0, True
-    left_out: dict[int, str] = {}
-    for name, (folder, key) in feature_folders(context, items).items():
-        sizes = [min(PART_ITEMS, items.rows - start) for start in range(0, items.rows, PART_ITEMS)]
-        there = committed_parts(folder, key)
-        missing = [number for number in range(len(sizes)) if part(folder, number).name not in there]
-        reused &= not missing
-        with stage(f"{name} of {items.name}", sum(sizes[number] for number in missing)) as advance:
-            source = context.config.features.weights.get(name)
-            encoder = load_encoder(name, context.device, source) if missing else None
-            size = context.config.features.batch_size or ENCODERS[name].batch
-            for number in missing:
-                assert encoder is not None
-                started = time.monotonic()
-                numbers = list(range(number * PART_ITEMS, number * PART_ITEMS + sizes[number]))
-                features, unreadable = encode_items(encoder, items, numbers, size, advance)
-                table = tables.FEATURES.rows(item=[str(number) for number in numbers], feature=as_lists(features))
-                path = part(folder, number)
-                there[path.name] = commit_table(
-                    path, table, tables.FEATURES, key=key, started=started, quarantined=unreadable
-                )
-        manifests = [there[part(folder, number).name] for number in range(len(sizes))]
-        seconds += sum(manifest.seconds for manifest in manifests)
-        for manifest in manifests:
-            left_out |= manifest.quarantined
+    parts = FeatureParts.of(context, items, [context])
+    reused = not parts.missing()
+    parts.make_missing()
+    manifests = parts.committed().values()
+    seconds = sum(manifest.seconds for manifest in manifests)
     if context.config.features.centre and items.name == "samples":
+        left_out = {train_id: why for manifest in manifests for train_id, why in manifest.quarantined.items()}
         mean, was_there = _commit_mean(context, items, left_out)
         seconds, reused = seconds + mean.seconds, reused and was_there
     name, folder = f"features of {items.name}", context.workspace.root / "features"
     return Made(Artifact(name, features_key(context, items), folder, items.rows), seconds, reused)
+
+
+class FeatureParts(Parts):
+    """The outputs of some encoders for samples or queries, in parts of 1,024, with a file an encoder.
+
+    The part's path and key are those of the last encoder's file: it is there when all are.
+    """
+
+    kind = "features"
+
+    def __init__(self, context: Context, items: Artifact, folders: Mapping[str, tuple[AnyPath, str]]) -> None:
+        """Take the folder and input key of each encoder by name."""
+        self.context, self.items, self.folders = context, items, dict(folders)
+        self._loaded: dict[str, InBatches] = {}
+        self.title = f"{', '.join(folders)} of {items.name}"
+        folder, key = list(folders.values())[-1]
+        self.artifact = Artifact(self.kind, key, folder, items.rows)
+
+    @classmethod
+    def of(cls, context: Context, items: Artifact, spaces: Iterable[Context]) -> FeatureParts:
+        """Return the parts of all encoders of some contexts' feature spaces; that comes last which lacks most."""
+        folders = {name: place for space in spaces for name, place in feature_folders(space, items).items()}
+        there = {name: len(committed_parts(*place)) for name, place in folders.items()}
+        return cls(context, items, {name: folders[name] for name in sorted(folders, key=lambda name: -there[name])})
+
+    @property
+    def count(self) -> int:
+        return -(-self.items.rows // PART_ITEMS)
+
+    def rows(self, number: int) -> int:
+        return min(PART_ITEMS, self.items.rows - number * PART_ITEMS)
+
+    def _encoder(self, name: str) -> InBatches:
+        if name not in self._loaded:
+            config = self.context.config.features
+            encoder = load_encoder(name, self.context.device, config.weights.get(name))
+            self._loaded[name] = InBatches(encoder, config.batch_size or ENCODERS[name].batch)
+        return self._loaded[name]
+
+    def make(self, number: int) -> Manifest:
+        lacking = {
+            name: self._encoder(name)
+            for name, (folder, key) in self.folders.items()
+            if committed(part(folder, number), key) is None
+        }
+        numbers = list(range(number * PART_ITEMS, number * PART_ITEMS + self.rows(number)))
+        done = encode_items(lacking, self.items, numbers, lambda _: None)
+        for name in lacking:
+            encoded, (folder, key) = done.encoded[name], self.folders[name]
+            table = tables.FEATURES.rows(item=[str(item) for item in numbers], feature=as_lists(encoded.features))
+            commit_table(
+                part(folder, number),
+                table,
+                tables.FEATURES,
+                key=key,
+                started=time.monotonic() - encoded.seconds,
+                device=str(self.context.device),
+                quarantined=encoded.unreadable,
+            )
+        log.info("%s %05d: the device waited for images %.0f %% of the time", self.title, number, 100 * done.idle)
+        made = self.made(number)
+        assert made is not None
+        return made
+
+    def made(self, number: int) -> Manifest | None:
+        several = [committed(part(folder, number), key) for folder, key in self.folders.values()]
+        return _together(several) if all(several) else None
+
+    def committed(self) -> dict[int, Manifest]:
+        there = [committed_parts(folder, key) for folder, key in self.folders.values()]
+        several = {number: [each.get(self.path(number).name) for each in there] for number in range(self.count)}
+        return {number: _together(each) for number, each in several.items() if all(each)}
+
+
+def _together(several: Sequence[Manifest | None]) -> Manifest:
+    """Return the last of the manifests of a part's files, with the seconds of all and what any left out."""
+    there = list(filter(None, several))
+    quarantined = {train_id: why for manifest in there for train_id, why in manifest.quarantined.items()}
+    seconds = sum(manifest.seconds for manifest in there)
+    return there[-1].model_copy(update={"seconds": seconds, "quarantined": quarantined})
 
 
 def unreadable_items(context: Context, items: Artifact, numbers: list[int]) -> dict[int, str]:
@@ -293,45 +355,6 @@ def _files_hash(files: Stamps) -> str:
     return input_key("weights", [(Path(path).name, file_sha256(Path(path))) for path, _, _ in files])
 
 
-def encode_items(
-    encoder: Encoder, items: Artifact, numbers: list[int], size: int, advance: Callable[[int], None]
-) -> tuple[Tensor, dict[int, str]]:
-    """Return features of some items, (items, d), and the samples whose image can no longer be read, with reasons."""
-    if encoder.modality == "text":
-        return _encode_texts(encoder, _captions(items, numbers), size, advance), {}
-    unreadable: dict[int, str] = {}
-    features, encode = [], encoder.encode_queries if items.name == "queries" else encoder.encode
-    for images, faults in _images(items, numbers, size):
-        features.append(encode(images))
-        unreadable |= faults
-        advance(len(images))
-    return torch.cat(features), unreadable
-
-
-def _encode_texts(encoder: Encoder, captions: list[list[str]], size: int, advance: Callable[[int], None]) -> Tensor:
-    """Return features of some items, (items, d), each the mean over its captions; equal captions are encoded once.
-
-    The mean is of the outputs as they are, and not of unit vectors: a file holds what the encoder gave, and serves
-    spaces with and without `unit_length`.
-    """
-    firsts, features = Counter(several[0] for several in captions), []
-    distinct = list(dict.fromkeys(itertools.chain.from_iterable(captions)))
-    for start in range(0, len(distinct), size):
-        batch = distinct[start : start + size]
-        features.append(encoder.encode(batch))
-        advance(sum(firsts[text] for text in batch))
-    row, encoded = {text: number for number, text in enumerate(distinct)}, torch.cat(features)
-    return torch.stack([encoded[[row[text] for text in several]].mean(0) for several in captions])
-
-
-def _captions(items: Artifact, numbers: list[int]) -> list[list[str]]:
-    """Return the captions of some items; a query has one."""
-    if items.name == "queries":
-        return [[load_queries(items)[number].caption] for number in numbers]
-    captions: list[list[str]] = samples_table(items.path)["captions"].take(numbers).to_pylist()
-    return captions
-
-
 def _averaged(items: Artifact, space: str) -> list[str]:
     """Return what stands in a key where captions are averaged; nothing where no item has several, as ever before."""
     if items.name == "queries" or not text_space(space):
@@ -341,16 +364,7 @@ def _averaged(items: Artifact, space: str) -> list[str]:
 
 @functools.lru_cache(maxsize=16)
 def _most_captions(samples: AnyPath) -> int:
-    most: int = pc.max(pc.list_value_length(samples_table(samples)["captions"])).as_py()
-    return most
-
-
-def _images(items: Artifact, numbers: list[int], size: int) -> Iterator[tuple[list[Image.Image], dict[int, str]]]:
-    """Yield images in batches, and why some of them are grey."""
-    if items.name == "samples":
-        return readable_images_ahead(items.path, numbers, size)
-    queries = [load_queries(items)[number] for number in numbers]
-    return ((images, {}) for images in in_threads(lambda query: query.image, queries, size))
+    return max((pc.max(counts).as_py() for counts in caption_counts(samples)), default=0)
 
 
 def as_lists(features: Tensor) -> pa.ListArray:

@@ -221,7 +221,7 @@ def _collect(config: QueriesConfig) -> list[tuple[str, str, bytes]]:
     shards = _shards(config)
     with stage("queries", len(shards)) as advance:
         samples, rejections = scan(shards, lambda: advance(1))
-    tell_of_several_pictures(samples)
+    tell_of_several_pictures(each.shard for each in samples if each.pictures > 1)
     for rejection in rejections:
         console.print(f"query skipped: {describe(rejection)}", markup=False, highlight=False, soft_wrap=True)
     return [

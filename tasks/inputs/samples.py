@@ -7,13 +7,15 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 from PIL import Image
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -22,7 +24,7 @@ from rich.markup import escape
 from fastgda_core.errors import BadSample, UsageError
 from fastgda_core.images import in_threads
 from storage_schemas import tables
-from storage_schemas.commit import commit_table, committed, input_key
+from storage_schemas.commit import Manifest, commit, commit_table, committed, input_key
 from storage_schemas.files import AnyPath, stamps
 from storage_schemas.indexed_samples import write_indexed
 from storage_schemas.which_workspace import command
@@ -30,9 +32,13 @@ from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made
 from tasks.context import Context
 from tasks.inputs.coco import files_behind
-from tasks.inputs.tars import RULES, Rejection, ShardSample, find_shards, read_image, scan
+from tasks.inputs.joined_samples import Joined
+from tasks.inputs.sample_parts import SampleParts
+from tasks.inputs.tars import RULES, Rejection, ShardSample, find_shards, read_image
 from tasks.printable import printable
 from tasks.progress import console, stage
+
+Ready = TypeVar("Ready")
 
 
 @task(task_run_name="samples", cache_policy=NO_CACHE)
@@ -49,11 +55,9 @@ def ingest_samples(context: Context) -> Made:
     manifest, rejected = committed(samples_path, key), committed(rejected_path, key)
     reused = manifest is not None and rejected is not None
     if not reused:
-        started = time.monotonic()
-        samples, rejections = _scanned(shards)
-        table = rejection_rows(rejections)
-        rejected = commit_table(rejected_path, table, tables.REJECTED_SAMPLES, key=key, started=started)
-        manifest = commit_table(samples_path, sample_rows(samples), tables.SAMPLES, key=key, started=started)
+        parts = SampleParts.of(workspace, key, shards)
+        parts.make_missing()
+        rejected, manifest = _join(parts, samples_path, rejected_path)
     assert manifest is not None and rejected is not None
     if int(manifest.schema_version or 0) < tables.SAMPLES.version:
         tell_of_columns_that_came_later(samples_path)
@@ -63,6 +67,36 @@ def ingest_samples(context: Context) -> Made:
         warn_of_rejections(rejections, workspace)
         _check_any(manifest.rows, rejections)
     return Made(samples_artifact(samples_path), manifest.seconds, reused)
+
+
+def missing_samples(context: Context) -> SampleParts | None:
+    """Return the parts in which the tars are to be read; None where their index is there.
+
+    Raises:
+        UsageError: there is no tar.
+    """
+    shards = find_shards(context.config.data.shards, "data.shards")
+    workspace, key = context.workspace, _index_key(shards)
+    if committed(workspace.samples(key), key) and committed(workspace.rejected_samples(key), key):
+        return None
+    return SampleParts.of(workspace, key, shards)
+
+
+def _join(parts: SampleParts, samples: AnyPath, rejected: AnyPath) -> tuple[Manifest, Manifest]:
+    """Commit the tables of what is rejected and of the samples, from parts that are all there."""
+    key, started = parts.artifact.key, time.monotonic() - parts.standing().seconds
+    joined = Joined([functools.partial(_columns, parts.path(number)) for number in range(parts.count)])
+    tell_of_several_pictures(joined.several_pictures())
+    of_rejected = commit_table(rejected, joined.rejected, tables.REJECTED_SAMPLES, key=key, started=started)
+
+    def write(path: Path) -> None:
+        tables.SAMPLES.write(path, joined.samples(), {"input_key": key})
+
+    return of_rejected, commit(samples, write, key=key, rows=joined.rows, started=started, table=tables.SAMPLES)
+
+
+def _columns(path: AnyPath, names: Sequence[str]) -> pa.Table:
+    return tables.read(path, tables.SCANNED, columns=names)
 
 
 def look_at_samples(context: Context) -> tuple[Artifact, pa.Table]:
@@ -78,24 +112,27 @@ def look_at_samples(context: Context) -> tuple[Artifact, pa.Table]:
     path = context.workspace.samples(key)
     if committed(path, key) is not None:
         return samples_artifact(path), samples_table(path)
-    samples, rejections = _scanned(shards)
-    if rejections:
-        told = rejection_rows(rejections)
-        warn_of_rejections(told)
-        _check_any(len(samples), told)
-    table = sample_rows(samples)
-    return Artifact("samples", _content_key(table), path, table.num_rows), table
+    parts = SampleParts.of(context.workspace, key, shards)
+    there = parts.committed()
+    with stage(parts.title, sum(map(parts.rows, range(parts.count)))) as advance:
+        read = []
+        for number in range(parts.count):
+            rows = (
+                _columns(parts.path(number), tables.SCANNED.schema.names) if number in there else parts.scanned(number)
+            )
+            read.append(rows.select)
+            advance(parts.rows(number))
+    joined = Joined(read)
+    tell_of_several_pictures(joined.several_pictures())
+    if joined.rejected.num_rows:
+        warn_of_rejections(joined.rejected)
+        _check_any(joined.rows, joined.rejected)
+    table = pa.concat_tables(joined.samples())
+    return Artifact("samples", _content_key([table]), path, table.num_rows), table
 
 
 def _index_key(shards: list[Path]) -> str:
     return input_key("samples", RULES, stamps(files_behind(shards)), table=tables.SAMPLES)
-
-
-def _scanned(shards: list[Path]) -> tuple[list[ShardSample], list[Rejection]]:
-    with stage("samples", len(shards)) as advance:
-        samples, rejections = scan(shards, lambda: advance(1))
-    tell_of_several_pictures(samples)
-    return samples, rejections
 
 
 def _check_any(samples: int, rejections: pa.Table) -> None:
@@ -117,19 +154,29 @@ def rejection_rows(rejections: Sequence[Rejection]) -> pa.Table:
 
 def samples_artifact(path: AnyPath) -> Artifact:
     """Return the artifact of a committed table of samples."""
-    table = samples_table(path)
-    return Artifact("samples", _content_key(table), path, table.num_rows)
+    blocks = tables.read_in_blocks(path, tables.SAMPLES, ["key", "captions", "image_sha256"])
+    rows = 0
+
+    def counted() -> Iterator[pa.Table]:
+        nonlocal rows
+        for block in blocks:
+            rows += block.num_rows
+            yield block
+
+    key = _content_key(counted())
+    return Artifact("samples", key, path, rows)
 
 
-def _content_key(samples: pa.Table) -> str:
+def _content_key(blocks: Iterable[pa.Table]) -> str:
     """Hash what later stages depend on: keys, captions and pixels, in order; not where the tars lie.
 
     It is the sha256 of a JSON line [key, captions, image_sha256] for each sample, in UTF-8, which no library's format
     can change.
     """
     digest = hashlib.sha256()
-    for batch in samples.select(["key", "captions", "image_sha256"]).to_batches(max_chunksize=10_000):
-        digest.update("".join(_json_lines(batch).to_pylist()).encode())
+    for block in blocks:
+        for batch in block.select(["key", "captions", "image_sha256"]).to_batches(max_chunksize=10_000):
+            digest.update("".join(_json_lines(batch).to_pylist()).encode())
     return digest.hexdigest()[:16]
 
 
@@ -154,9 +201,9 @@ def describe(rejection: Rejection) -> str:
     return printable(f"{rejection.shard}{'/' + rejection.key if rejection.key else ''}: {rejection.reason}")
 
 
-def tell_of_several_pictures(samples: list[ShardSample]) -> None:
-    """Say, once a tar, that the first picture of an animation is used."""
-    for shard, count in Counter(sample.shard for sample in samples if sample.pictures > 1).items():
+def tell_of_several_pictures(shards: Iterable[str]) -> None:
+    """Say, once a tar, that the first picture of an animation is used; `shards` are the tars of such images."""
+    for shard, count in Counter(shards).items():
         said = f"{shard}: the first picture is used of {count} images that are animations or hold several"
         console.print(said, markup=False, highlight=False, soft_wrap=True)
 
@@ -186,13 +233,49 @@ def samples_table(path: AnyPath) -> pa.Table:
     return tables.read(path, tables.SAMPLES)
 
 
+def rows_of_samples(path: AnyPath, train_ids: Sequence[int], columns: Sequence[str]) -> pa.Table:
+    """Read some columns of some samples, in the order given; of a large table only where these lie in it."""
+    ids = np.asarray(train_ids, np.int64)
+    ends = _row_group_ends(path)
+    group_of = np.searchsorted(ends, ids, side="right")
+    groups, place = np.unique(group_of, return_inverse=True)
+    read = [_row_group(path, number, tuple(columns)) for number in groups.tolist()]
+    firsts = np.concatenate([[0], ends])[groups]
+    within = np.cumsum([0, *(each.num_rows for each in read)])[:-1]
+    together = pa.concat_tables(read) if read else tables.SAMPLES.schema.empty_table().select(columns)
+    return together.take(pa.array(ids - firsts[place] + within[place] if read else ids))
+
+
+@functools.lru_cache(maxsize=16)
+def _row_group_ends(path: AnyPath) -> NDArray[np.int64]:
+    """Return before which train_id each row group ends."""
+    return np.cumsum(tables.row_group_sizes(path), dtype=np.int64)
+
+
+@functools.lru_cache(maxsize=8)  # two kinds of columns of some neighbours: 20 MB each
+def _row_group(path: AnyPath, number: int, columns: tuple[str, ...]) -> pa.Table:
+    return tables.read_row_group(path, tables.SAMPLES, number, columns)
+
+
+def captions_of(path: AnyPath, train_ids: Sequence[int]) -> list[list[str]]:
+    """Return the captions of some samples, in the order given."""
+    captions: list[list[str]] = rows_of_samples(path, train_ids, ["captions"])["captions"].to_pylist()
+    return captions
+
+
+def caption_counts(path: AnyPath) -> Iterator[pa.ChunkedArray]:
+    """Yield how many captions samples have, block by block."""
+    for block in tables.read_in_blocks(path, tables.SAMPLES, ["captions"]):
+        yield pc.list_value_length(block["captions"])
+
+
 def sample_images(path: AnyPath, train_ids: list[int]) -> list[Image.Image]:
     """Read the images of some samples, in the order given.
 
     Raises:
         BadSample: an image cannot be read any more.
     """
-    rows = samples_table(path).select(["shard", "offset", "size"]).take(train_ids).to_pylist()
+    rows = rows_of_samples(path, train_ids, ["shard", "offset", "size"]).to_pylist()
     return [read_image(**row) for row in rows]
 
 
@@ -205,12 +288,24 @@ def readable_images_ahead(
     path: AnyPath, train_ids: list[int], size: int
 ) -> Iterator[tuple[list[Image.Image], dict[int, str]]]:
     """Yield `readable_images` of consecutive batches, which threads decode ahead."""
-    for number, batch in enumerate(in_threads(_read_or_grey, _places(path, train_ids), size)):
+    return ready_images_ahead(path, train_ids, size, lambda image: image)
+
+
+def ready_images_ahead(
+    path: AnyPath, train_ids: list[int], size: int, prepare: Callable[[Image.Image], Ready]
+) -> Iterator[tuple[list[Ready], dict[int, str]]]:
+    """Yield what `prepare` makes of `readable_images`, in consecutive batches; threads decode and prepare ahead."""
+
+    def ready(row: dict[str, Any]) -> tuple[Ready, str]:
+        image, why = _read_or_grey(row)
+        return prepare(image), why
+
+    for number, batch in enumerate(in_threads(ready, _places(path, train_ids), size)):
         yield _parted(train_ids[size * number : size * (number + 1)], batch)
 
 
 def _places(path: AnyPath, train_ids: list[int]) -> list[dict[str, Any]]:
-    return samples_table(path).select(["shard", "offset", "size", "key", "image_sha256"]).take(train_ids).to_pylist()
+    return rows_of_samples(path, train_ids, ["shard", "offset", "size", "key", "image_sha256"]).to_pylist()
 
 
 def _read_or_grey(row: dict[str, Any]) -> tuple[Image.Image, str]:
@@ -221,8 +316,8 @@ def _read_or_grey(row: dict[str, Any]) -> tuple[Image.Image, str]:
         return Image.new("RGB", (64, 64), "gray"), f"{row['shard']}/{row['key']}: {error}"
 
 
-def _parted(train_ids: list[int], read: Iterable[tuple[Image.Image, str]]) -> tuple[list[Image.Image], dict[int, str]]:
-    images: list[Image.Image] = []
+def _parted(train_ids: list[int], read: Iterable[tuple[Ready, str]]) -> tuple[list[Ready], dict[int, str]]:
+    images: list[Ready] = []
     faults: dict[int, str] = {}
     for train_id, (image, why) in zip(train_ids, read, strict=True):
         images.append(image)

@@ -30,10 +30,10 @@ from tasks.judging.metric_rows import metric_row
 from tasks.judging.rivals import Rivals
 from tasks.judging.sketches import SKETCH
 from tasks.judging.tiers import HEADS, TWO_STAGES, Tiers
+from tasks.parts import Parts
 from tasks.progress import stage
 from tasks.teaching.cost import Size, scores_of
 from tasks.teaching.families import family_of
-from tasks.teaching.parts import Parts
 from tasks.teaching.run import Run, read_run_anew
 from tasks.teaching.sketch_scores import StoredSketches
 from tasks.watching.trust import TEACHER

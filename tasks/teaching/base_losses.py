@@ -18,10 +18,10 @@ from storage_schemas import tables
 from storage_schemas.commit import Manifest, commit_table, input_key
 from tasks.artifact import Artifact
 from tasks.context import Context
+from tasks.parts import Parts
 from tasks.teaching.bad_samples import without_bad_samples
 from tasks.teaching.latents import load_block, unreadable_samples
 from tasks.teaching.noise import plan_inputs, run_plan
-from tasks.teaching.parts import Parts
 
 BASE_LOSS_PART = 512
 

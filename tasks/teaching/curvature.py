@@ -27,8 +27,8 @@ from storage_schemas.files import AnyPath
 from tasks.artifact import Artifact
 from tasks.config.teaching import CurvatureConfig
 from tasks.context import Context
+from tasks.parts import Parts
 from tasks.teaching.latents import load_block, unreadable_samples
-from tasks.teaching.parts import Parts
 
 CURVATURE_BATCH = 32
 PILOT_ROWS, PILOT_SHARE = 256, 0.25  # at most, and at most of the rows that they are for

@@ -17,8 +17,8 @@ from fastgda_core.teachers.registry import TEACHERS
 from tasks.artifact import Artifact
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
+from tasks.parts import Parts
 from tasks.teaching.cost import KindCost, Size
-from tasks.teaching.parts import Parts
 
 Artifacts = Mapping[str, Artifact]  # by name: "samples", "queries", and what the family makes of them
 

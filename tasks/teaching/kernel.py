@@ -18,6 +18,7 @@ from storage_schemas.listings import quarantined_in
 from tasks.artifact import Artifact
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
+from tasks.parts import Parts
 from tasks.teaching.cost import KindCost, Size, block_shape, score_shards
 from tasks.teaching.families import Artifacts, BlockScores
 from tasks.teaching.kernel_parts import (
@@ -31,7 +32,6 @@ from tasks.teaching.kernel_parts import (
 )
 from tasks.teaching.latents import LatentParts, latents_of
 from tasks.teaching.noise import noise_plan
-from tasks.teaching.parts import Parts
 
 
 class KernelFamily:

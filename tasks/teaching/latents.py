@@ -16,7 +16,7 @@ from storage_schemas.listings import quarantined_in
 from storage_schemas.workspace import part
 from tasks.artifact import Artifact
 from tasks.context import Context, load_tensors
-from tasks.inputs.samples import readable_images_ahead, samples_table
+from tasks.inputs.samples import captions_of, readable_images_ahead
 from tasks.teaching.tensor_parts import TensorParts
 
 LATENT_PART_SAMPLES = 512
@@ -53,7 +53,7 @@ class LatentParts(TensorParts):
     def _encode(self, train_ids: list[int]) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
         """Return the tensors of a part, and why samples cannot be read any more; these have latents of NaN."""
         model = self.context.model()
-        captions = samples_table(self.samples.path)["captions"].take(train_ids).to_pylist()
+        captions = captions_of(self.samples.path, train_ids)
         flat = [caption for several in captions for caption in several]
         conditions = [model.encode_captions(flat[start : start + 128]) for start in range(0, len(flat), 128)]
         latents: list[torch.Tensor] = []

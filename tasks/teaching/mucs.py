@@ -22,6 +22,7 @@ from tasks.artifact import Artifact
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
 from tasks.inputs.queries import Query, load_queries
+from tasks.parts import Parts
 from tasks.teaching.bad_samples import without_bad_samples
 from tasks.teaching.base_losses import (
     BASE_LOSS_PART,
@@ -34,7 +35,6 @@ from tasks.teaching.cost import KindCost, Size
 from tasks.teaching.families import Artifacts, BlockScores
 from tasks.teaching.latents import LatentParts, latents_of, load_block, unreadable_samples
 from tasks.teaching.noise import noise_plan
-from tasks.teaching.parts import Parts
 from tasks.teaching.tensor_parts import QueryParts
 from tasks.teaching.updates import QueryUpdates, update_tensors
 

@@ -28,9 +28,9 @@ from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context, load_tensors
 from tasks.inputs.queries import load_queries
 from tasks.inputs.samples import readable_images_ahead
+from tasks.parts import Parts
 from tasks.teaching.cost import KindCost, Size, block_shape, score_shards
 from tasks.teaching.families import Artifacts, BlockScores
-from tasks.teaching.parts import Parts
 from tasks.teaching.tensor_parts import TensorParts
 
 PICTURE_PART = 512  # samples

@@ -30,10 +30,10 @@ from storage_schemas.tables import PSEUDO, TWIN
 from tasks.artifact import Artifact
 from tasks.context import Context
 from tasks.inputs.queries import load_queries
+from tasks.parts import Parts
 from tasks.teaching.bad_samples import without_bad_samples
 from tasks.teaching.latents import load_block, unreadable_samples
 from tasks.teaching.noise import noise_plan, planned
-from tasks.teaching.parts import Parts
 from tasks.teaching.updates import QueryUpdates
 
 PILOT_SAMPLES = 128

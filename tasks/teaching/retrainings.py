@@ -40,9 +40,9 @@ from tasks.config.judging import JudgeConfig, RetrainConfig, TrainerConfig
 from tasks.context import Context
 from tasks.inputs.queries import load_queries
 from tasks.inputs.samples import samples_table
+from tasks.parts import Parts
 from tasks.teaching.kept_models import KeptModel, pictures_key
 from tasks.teaching.latents import load_block, unreadable_samples
-from tasks.teaching.parts import Parts
 from tasks.teaching.pool import Reason, Retraining, pool_of
 from tasks.teaching.trainer import Trainer
 

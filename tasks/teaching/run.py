@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from storage_schemas.runs.liveness import Assignment, PartsRecord, read_assignment
+from storage_schemas.runs.liveness import Assignment, read_assignment
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made
 from tasks.config.pipeline import PipelineConfig
 from tasks.config.stored import lifted
 from tasks.context import Context
+from tasks.parts import Parts
 from tasks.teaching.families import family_of
 from tasks.teaching.latents import LatentParts
-from tasks.teaching.parts import Parts
+from tasks.teaching.preparation import Preparation, assignment_of
 from tasks.teaching.retrainings import REMOVAL_PLAN, RemovalParts, RetrainingParts
 from tasks.teaching.score_plan import ScoreRun
 from tasks.teaching.scores import ScoreParts
@@ -69,45 +71,36 @@ class Run:
 
     def assignment(self, generation: int, origin: str) -> Assignment:
         """Return the work of the run's workers. The score shards are counted in the run's plan."""
-        counts = {kind: parts.count for kind, parts in self.parts.items() if parts is not self.scores}
-        stages = {
-            name: PartsRecord(
-                key=artifact.key,
-                path=self.workspace.relative(artifact.path),
-                rows=artifact.rows,
-                parts=counts.get(name, 0),
-            )
-            for name, artifact in self.artifacts.items()
-        }
-        return Assignment(
-            run=self.name,
-            config=self.config.model_dump(mode="json", exclude={"execution"}),
-            model_hash=self.context.model_hash,
-            checkpoint_hashes=self.context.checkpoint_hashes,
-            stages=stages,
-            execution=self.config.execution.model_dump(mode="json"),
-            generation=generation,
-            origin=origin,
-        )
+        counted = {kind: parts for kind, parts in self.parts.items() if parts is not self.scores}
+        return assignment_of(self.name, self.context, self.artifacts, counted, generation, origin)
 
 
-_held: dict[tuple[str, str], Run] = {}  # at most one, by location of the workspace and key of the assignment
+Work: TypeAlias = Run | Preparation  # that a coordinator has made, part by part
 
 
-def hold(location: str, run: Run, assignment: str) -> Run:
+_held: dict[tuple[str, str], Work] = {}  # at most one, by location of the workspace and key of the assignment
+
+
+def hold(location: str, work: Work, assignment: str) -> Work:
     """Let parts that this process makes be those of this object; the one before goes, with what it has loaded."""
     _held.clear()
-    _held[location, assignment] = run
-    return run
+    _held[location, assignment] = work
+    return work
 
 
-def load_run(location: str, name: str, assignment: str) -> Run:
+def let_go(work: Work) -> None:
+    """Let go of this object, if it is held, with what it has loaded."""
+    if work in _held.values():
+        _held.clear()
+
+
+def load_run(location: str, name: str, assignment: str) -> Work:
     """The run as of the assignment with this key: that of the coordinator where it is this process, else read once.
 
     Raises:
         StoreError: the run has no assignment.
     """
-    return _held.get((location, assignment)) or hold(location, read_run_anew(location, name), assignment)
+    return _held.get((location, assignment)) or hold(location, read_work(location, name), assignment)
 
 
 def read_run_anew(location: str, name: str) -> Run:
@@ -116,6 +109,20 @@ def read_run_anew(location: str, name: str) -> Run:
     Raises:
         StoreError: the run has no assignment, as one that was imported.
     """
+    return Run(*_assigned(location, name))
+
+
+def read_work(location: str, name: str) -> Work:
+    """The run or preparation of this name, as of its newest assignment.
+
+    Raises:
+        StoreError: there is no assignment.
+    """
+    context, artifacts = _assigned(location, name)
+    return Run(context, artifacts) if "scores" in artifacts else Preparation(context, artifacts)
+
+
+def _assigned(location: str, name: str) -> tuple[Context, dict[str, Artifact]]:
     workspace = Workspace.at(location)
     assignment = read_assignment(workspace, name)
     # The workspace as this process sees it: it may be mounted elsewhere here.
@@ -124,4 +131,4 @@ def read_run_anew(location: str, name: str) -> Run:
         each: Artifact(each, record.key, workspace.file(record.path), record.rows)
         for each, record in assignment.stages.items()
     }
-    return Run(Context(config, assignment.model_hash, checkpoint_hashes=assignment.checkpoint_hashes), artifacts)
+    return Context(config, assignment.model_hash, checkpoint_hashes=assignment.checkpoint_hashes), artifacts

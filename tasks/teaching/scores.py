@@ -16,8 +16,8 @@ from storage_schemas.runs.attempts import ShardState
 from storage_schemas.runs.ledger import read_ledger
 from storage_schemas.which_workspace import command
 from tasks.context import Context
+from tasks.parts import Parts, RunRefused, Standing
 from tasks.teaching.families import Artifacts, BlockScores, Family
-from tasks.teaching.parts import Parts, RunRefused, Standing
 from tasks.teaching.score_plan import ScoreRun, ScoreShard, plan_scores
 
 MOST_LEFT_OUT = 0.1  # of the samples

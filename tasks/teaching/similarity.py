@@ -14,9 +14,9 @@ from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
 from tasks.inputs.candidates import candidate_space
 from tasks.inputs.features import features_key, load_features, map_features, unreadable_items
+from tasks.parts import Parts
 from tasks.teaching.cost import KindCost, Size, block_shape, score_shards
 from tasks.teaching.families import Artifacts, BlockScores
-from tasks.teaching.parts import Parts
 
 
 class Similarity:

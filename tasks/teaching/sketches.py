@@ -32,12 +32,12 @@ from tasks.artifact import Artifact
 from tasks.config.teaching import SketchesConfig
 from tasks.context import Context, load_tensors
 from tasks.inputs.queries import load_queries
+from tasks.parts import Parts
 from tasks.teaching.bad_samples import without_bad_samples
 from tasks.teaching.curvature import some_samples
 from tasks.teaching.families import Artifacts
 from tasks.teaching.latents import load_block, unreadable_samples
 from tasks.teaching.noise import plan_inputs, run_plan
-from tasks.teaching.parts import Parts
 from tasks.teaching.tensor_parts import TensorParts
 from tasks.teaching.updates import QueryUpdates, device_fisher
 

@@ -14,7 +14,7 @@ from storage_schemas.commit import Manifest, commit
 from tasks.artifact import Artifact
 from tasks.context import Context
 from tasks.inputs.queries import Query
-from tasks.teaching.parts import Parts
+from tasks.parts import Parts
 
 
 class TensorParts(Parts):

@@ -19,6 +19,7 @@ from storage_schemas.runs.noise_plan import NOISE_PLAN
 from tasks.artifact import Artifact
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
+from tasks.parts import Parts
 from tasks.teaching.bad_samples import without_bad_samples
 from tasks.teaching.base_losses import (
     BASE_LOSS_PART,
@@ -34,7 +35,6 @@ from tasks.teaching.families import Artifacts, BlockScores
 from tasks.teaching.latents import LatentParts, latents_of, load_block, unreadable_samples
 from tasks.teaching.noise import noise_plan, planned, run_plan
 from tasks.teaching.noise_pilot import DEAREST, PILOT_FORWARDS, PILOT_SAMPLES, PlanParts, pilot_plan_of
-from tasks.teaching.parts import Parts
 from tasks.teaching.sketches import BasisParts, SketchBeside, SketchParts, basis_of, sketches_of
 from tasks.teaching.updates import UpdateParts, updates_of
 

@@ -18,6 +18,8 @@ from storage_schemas.runs.liveness import (
     Beat,
     RunRequest,
     asked,
+    is_preparation,
+    preparation_names,
     process_lives,
     read_assignment,
     read_beats,
@@ -119,6 +121,8 @@ def run_status(workspace: Workspace, run: str) -> RunStatus:
     Raises:
         UnknownRun: there is no such run; the message names those that there are.
     """
+    if is_preparation(workspace, run):
+        return _preparation_status(workspace, run)
     execution = _execution_of(workspace, run)
     record = read_run(workspace, run)
     ledger_rows, left_out, _ = derive(workspace, run)
@@ -170,14 +174,59 @@ def run_status(workspace: Workspace, run: str) -> RunStatus:
     )
 
 
+def _preparation_status(workspace: Workspace, run: str) -> RunStatus:
+    """Derive the status of work before a run is planned, which has stages alone."""
+    assignment, execution, now = read_assignment(workspace, run), _execution_of(workspace, run), datetime.now(UTC)
+    beats = [beat for beat in read_beats(workspace, run) if _lives(beat, now)]
+    stages, failures = stages_before_scores(workspace, run, now, alive=bool(beats))
+    wish, hours = asked(workspace, run), sum(stage.seconds for stage in stages) / 3600
+    done = all(stage.done == stage.parts for stage in stages)
+    price = execution.price_per_device_hour
+    by_part = [many for stage in stages for many in read_attempts(workspace, run, stage.kind).values()]
+    created = datetime.fromtimestamp(workspace.assignment(run).stat().st_mtime, UTC)
+    return RunStatus(
+        run=run,
+        workspace=str(workspace.root),
+        name=str(assignment.config.get("name", "")),
+        teacher="",
+        state="done" if done else _state(Counter(), 1, bool(beats), wish, stages),
+        wish=wish or "",
+        created_at=created.isoformat(timespec="seconds"),
+        shards=dict.fromkeys(ShardState, 0),
+        rows=0,
+        pairs=0,
+        rows_per_second=0.0,
+        seconds_left=None,
+        device_hours=hours,
+        cost=hours * price if price is not None else None,
+        currency=execution.currency,
+        failed_attempts=dict(Counter(a.error_class for each in by_part for a in each if a.state == ShardState.failed)),
+        workers=[_worker(beat, now) for beat in beats],
+        stragglers=_stragglers([], stages, beats, now, execution),
+        failures=failures,
+        left_out=[],
+        trust=Trust({}, None, None),
+        stages=stages,
+        rivals={},
+    )
+
+
 def latest_run(workspace: Workspace) -> str:
-    """Return the run that was planned last, but for runs of rivals, which are made for another one.
+    """Return what is being prepared now, else the run that was planned last, else what was prepared last.
+
+    Runs of rivals are made for another run and do not count.
 
     Raises:
         StoreError: there is none.
     """
+    prepared, now = preparation_names(workspace), datetime.now(UTC)
+    for name in reversed(prepared):
+        if any(_lives(beat, now) for beat in read_beats(workspace, name)):
+            return name
     every = [read_run(workspace, run) for run in run_names(workspace)]
     records = [record for record in every if record.config.get("publish") != "never"]
+    if not records and prepared:
+        return prepared[-1]
     if not records:
         raise StoreError(f"{workspace.root} has no run yet: `fastgda curate CONFIG` plans one")
     return max(records, key=lambda record: record.created_at).run

@@ -9,10 +9,11 @@ from datetime import datetime, timedelta
 
 from storage_schemas.commit import Manifest, read_manifest
 from storage_schemas.errors import StoreError
-from storage_schemas.files import AnyPath
 from storage_schemas.listings import folder_manifests
 from storage_schemas.runs.attempts import Attempt, ShardState, read_attempts
 from storage_schemas.runs.liveness import PartsRecord, read_assignment
+from storage_schemas.sample_plan import KIND as SAMPLES
+from storage_schemas.sample_plan import committed_sample_parts, read_sample_plan
 from storage_schemas.workspace import Workspace
 
 RECENT = timedelta(minutes=10)  # speed is that of the last minutes
@@ -66,7 +67,7 @@ def stages_before_scores(
     for kind, record in stages.items():
         if kind == "scores" or not record.parts:
             continue
-        done = dict(_done(workspace.file(record.path), record))
+        done = dict(_done(workspace, kind, record))
         failed = list(_failed(kind, read_attempts(workspace, run, kind), done))
         seconds = [manifest.seconds for manifest in done.values()]
         speed = recent_speed([(m.committed_at, 1, m.seconds) for m in done.values() if m.committed_at], now)
@@ -98,8 +99,12 @@ def recent_speed(ends: list[tuple[datetime, int, float]], now: datetime) -> floa
     return sum(count for _, count, _ in recent) / max((now - max(first, now - RECENT)).total_seconds(), 1e-3)
 
 
-def _done(path: AnyPath, record: PartsRecord) -> Iterator[tuple[int, Manifest]]:
+def _done(workspace: Workspace, kind: str, record: PartsRecord) -> Iterator[tuple[int, Manifest]]:
     """Yield the committed parts of a stage by number; the curvature is one file and no folder."""
+    path = workspace.file(record.path)
+    if kind == SAMPLES and (plan := read_sample_plan(workspace, record.key)) is not None:
+        yield from committed_sample_parts(workspace, plan).items()
+        return
     if record.parts == 1 and (alone := read_manifest(path)) is not None:
         manifests = {path: alone}
     else:

@@ -46,9 +46,14 @@ def facts(status: RunStatus) -> list[tuple[str, str]]:
     said = [("state", status.state)]
     if status.state != "done":
         said += [(stage.kind, _stage(stage)) for stage in status.stages]
-    said.append(("rows", f"{'█' * filled}{'░' * (BAR - filled)} {share:.1%}  {status.rows:,} of {status.pairs:,}"))
-    said.append(("shards", shards))
-    if status.state == "running" and (status.rows or not any(stage.done < stage.parts for stage in status.stages)):
+    if shards:  # else nothing but stages, of a preparation
+        said.append(("rows", f"{'█' * filled}{'░' * (BAR - filled)} {share:.1%}  {status.rows:,} of {status.pairs:,}"))
+        said.append(("shards", shards))
+    if (
+        shards
+        and status.state == "running"
+        and (status.rows or not any(stage.done < stage.parts for stage in status.stages))
+    ):
         said.append(("speed", f"{status.rows_per_second:,.1f} rows/s"))
         said.append(("time left", duration(status.seconds_left)))
     said.append(("device-hours", f"{status.device_hours:.3f}"))

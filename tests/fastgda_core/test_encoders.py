@@ -112,7 +112,7 @@ def images() -> list[Image.Image]:
 def test_images_are_prepared_as_the_networks_own_processors_do(preprocessing, processor) -> None:
     for image in images()[:3]:
         expected = torch.as_tensor(np.asarray(processor(image)["pixel_values"][0]))
-        found = preprocessing([image])[0]
+        found = preprocessing.scaled([preprocessing.crop(image)])[0]
         assert found.shape == expected.shape == (3, 224, 224)
         # The longer side is rounded otherwise, so that the crop of a long image may lie half a pixel aside.
         assert (found - expected).abs().mean() < (1e-5 if image.width == image.height else 0.02)
@@ -189,7 +189,8 @@ def test_clip_gives_the_embeddings_of_the_two_towers_together(folders: dict[str,
     from transformers import AutoTokenizer
 
     tokens = AutoTokenizer.from_pretrained(folders["clip"])(captions, padding=True, return_tensors="pt")
-    pixels = CLIP.of_side(32)(images())
+    clip = CLIP.of_side(32)
+    pixels = clip.scaled([clip.crop(image) for image in images()])
     with torch.no_grad():
         together = whole(pixel_values=pixels, **tokens)
     found = load_encoder("clip", CPU, folders["clip"]).encode(images())
@@ -202,7 +203,8 @@ def test_clip_gives_the_embeddings_of_the_two_towers_together(folders: dict[str,
 @pytest.mark.parametrize("name", ["dino", "dinov2"])
 def test_dino_gives_the_class_token(folders: dict[str, str], name: str) -> None:
     network = {"dino": ViTModel, "dinov2": Dinov2WithRegistersModel}[name].from_pretrained(folders[name]).eval()
-    pixels = DINO.of_side(network.config.image_size)(images())
+    dino = DINO.of_side(network.config.image_size)
+    pixels = dino.scaled([dino.crop(image) for image in images()])
     with torch.no_grad():
         expected = network(pixel_values=pixels).last_hidden_state[:, 0]
     torch.testing.assert_close(load_encoder(name, CPU, folders[name]).encode(images()), expected)

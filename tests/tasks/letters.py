@@ -21,9 +21,9 @@ from storage_schemas.commit import Manifest, commit
 from tasks.artifact import Artifact
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
+from tasks.parts import Parts
 from tasks.teaching.cost import KindCost, Size
 from tasks.teaching.families import Artifacts, BlockScores
-from tasks.teaching.parts import Parts
 from tasks.teaching.run import Run
 from tests.storage_schemas.workspaces import plan_run
 from tests.tasks.configs import document

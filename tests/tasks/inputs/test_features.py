@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import io
 import json
 import weakref
 from pathlib import Path
@@ -21,7 +22,10 @@ from tasks.config.inputs import FeaturesConfig
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
 from tasks.inputs import features
+from tasks.inputs import samples as samples_module
+from tasks.inputs.encoded_items import InBatches, encode_items
 from tasks.inputs.features import (
+    FeatureParts,
     extract_features,
     feature_mean,
     in_space,
@@ -156,13 +160,14 @@ def test_equal_captions_are_encoded_once(tmp_path: Path) -> None:
     where = {"workspace": str(tmp_path / "workspace"), "data__shards": str(tmp_path / "*.tar")}
     samples = ingest_samples.fn(Context(PipelineConfig.model_validate(document(**where)), "model")).artifact
     asked: list[str] = []
-    done: list[int] = []
+    done: list[float] = []
 
     def encode(batch: list[str]) -> torch.Tensor:
         asked.extend(batch)
         return torch.tensor([[float(len(text)), float(ord(text[2]))] for text in batch])
 
-    found, _ = features.encode_items(Encoder("text", encode), samples, list(range(6)), 2, done.append)
+    done_all = encode_items({"letters": InBatches(Encoder("text", encode), 2)}, samples, list(range(6)), done.append)
+    found = done_all.encoded["letters"].features
     assert asked == ["a cat", "a dog", "a bird"]
     assert found.tolist() == [[len(text), ord(text[2])] for text in captions]
     assert sum(done) == len(captions)
@@ -184,3 +189,38 @@ def test_a_sample_of_several_captions_has_the_mean_of_their_outputs(tmp_path: Pa
     alone = [np.vstack([encode([caption]).numpy() for caption in many]).mean(0) for many in captions]
     expected = [mean / np.linalg.norm(mean) if unit_length else mean for mean in alone]
     np.testing.assert_allclose(load_features(context, samples, samples).numpy(), expected, atol=1e-5)
+
+
+def test_an_image_is_decoded_once_for_all_encoders_and_each_has_what_it_would_have_alone(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_dino(tmp_path / "dino")
+    read: list[int] = []
+    decode = samples_module.read_image
+    monkeypatch.setattr(samples_module, "read_image", lambda *place: read.append(place[1]) or decode(*place))
+    weights = {"dino": str(tmp_path / "dino")}
+    context = in_space(context, space="minilm_text+dino", weights=weights, batch_size=2, centre=False)
+    samples = ingest_samples.fn(context).artifact
+    extract_features.fn(context, samples)
+    assert sorted(read) == sorted(set(read)) and len(read) == SAMPLES
+    # A second image encoder, of which one part is there: the first one's files stay, and images are read once more.
+    both = in_space(context, space="pixel+dino")
+    files = {path: path.read_bytes() for path in (context.workspace.root / "features" / "dino").rglob("*.parquet")}
+    read.clear()
+    parts = FeatureParts.of(both, samples, [both])
+    assert list(parts.folders) == ["dino", "pixel"] and parts.missing() == [0, 1, 2]
+    assert parts.make(2).rows == SAMPLES % 5 and parts.missing() == [0, 1] and len(read) == SAMPLES % 5
+    parts.make_missing()
+    assert len(read) == SAMPLES and all(path.read_bytes() == content for path, content in files.items())
+    assert parts.standing().seconds == pytest.approx(
+        sum(each.seconds for path in files for each in [read_manifest(path)] if each)
+        + sum(each.seconds for number in range(3) for each in [read_manifest(parts.path(number))] if each)
+    )
+    encoders = {name: load_encoder(name, torch.device("cpu"), weights.get(name)) for name in ("pixel", "dino")}
+    images = [Image.open(io.BytesIO(tiny.draw(number)[0])).convert("RGB") for number in range(SAMPLES)]
+    for name, encoder in encoders.items():
+        # Twos of a part of five, each alone: what an encoder gives may hang on what is in its batch.
+        batches = [range(0, 2), range(2, 4), range(4, 5), range(5, 7), range(7, 9), range(9, 10), range(10, 12)]
+        expected = torch.cat([encoder.encode([images[number] for number in batch]) for batch in batches])
+        alone = in_space(both, space=name, unit_length=False)
+        assert torch.equal(load_features(alone, samples, samples), expected)

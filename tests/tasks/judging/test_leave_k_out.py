@@ -194,7 +194,7 @@ def test_pictures_are_those_of_the_model_from_the_querys_noise_and_their_distanc
     (asked,) = (each for each in test if each.query_id == row["targets"][0])
     pair = [asked.image, decode_image(drawn[asked.query_id])]
     mse = ((np.asarray(pair[0], float) / 255 - np.asarray(pair[1], float) / 255) ** 2).mean()
-    similarity = F.cosine_similarity(*(PIXEL([each]).flatten(1) for each in pair)).item()
+    similarity = F.cosine_similarity(*(PIXEL.scaled([PIXEL.crop(each)]).flatten(1) for each in pair)).item()
     assert rows[f"{OWN} mse", row["method"], row["k"], asked.query_id]["value"] == pytest.approx(mse)
     assert rows[f"{OWN} similarity", row["method"], row["k"], asked.query_id]["value"] == pytest.approx(similarity)
     told = query(

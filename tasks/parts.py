@@ -11,6 +11,7 @@ from storage_schemas.files import AnyPath
 from storage_schemas.listings import committed_parts
 from storage_schemas.workspace import Workspace, part
 from tasks.artifact import Artifact
+from tasks.progress import stage
 
 
 class RunRefused(RuntimeError):
@@ -89,6 +90,14 @@ class Parts(ABC):
     def missing(self) -> list[int]:
         """Return the numbers of the parts that are not committed."""
         return self.standing().missing
+
+    def make_missing(self) -> None:
+        """Make what is missing here and now, one part after the other."""
+        missing = self.missing()
+        with stage(self.title, sum(map(self.rows, missing))) as advance:
+            for number in missing:
+                self.make(number)
+                advance(self.rows(number))
 
     def check(self) -> None:  # noqa: B027  # most kinds have nothing to check
         """Raise `RunRefused` where the parts are complete and cannot be right."""
