@@ -15,13 +15,11 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rehearsal.measure import Figures, Kept, Sampler, run_measured
+from benchmarks.rehearsal.measure import FASTGDA, REST, Figures, Kept, run_measured, watched
 
 COMMANDS = ("curate", "train", "index", "evaluate")
 ANSWERS = 10
@@ -61,21 +59,10 @@ def rehearse(folder: Path, arguments: argparse.Namespace) -> Iterator[Figures]:
         yield from seen
     config = write_config(folder, arguments)
     for command_name in COMMANDS:
-        yield from run_measured([command_name, str(config)], log)
+        yield from run_measured([*FASTGDA, command_name, str(config)], command_name, REST, log)
     with watched("serve", "start and answers", ANSWERS) as seen:
         answer(folder)
     yield from seen
-
-
-@contextmanager
-def watched(command: str, stage: str, rows: int) -> Iterator[list[Figures]]:
-    """Give a list that holds the figures of the block when it is over."""
-    found: list[Figures] = []
-    with Sampler() as sampler:
-        (before, _), started = sampler.since(), time.monotonic()
-        yield found
-        seconds, (cores, peak) = time.monotonic() - started, sampler.since()
-    found.append(Figures(command, stage, rows, seconds, cores - before, peak))
 
 
 def write_config(folder: Path, arguments: argparse.Namespace) -> Path:

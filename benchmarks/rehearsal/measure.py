@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -97,20 +98,26 @@ def memory_of(pid: int) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
 
 
-def run_measured(arguments: Sequence[str], log: Path) -> Iterator[Figures]:
-    """Run `fastgda ARGUMENTS`, write what it says to `log`, and yield a stage's figures as each is over.
+FASTGDA = [str(Path(sys.executable).with_name("fastgda")), "--log-level", "info", "--log-format", "json"]
+
+
+def run_measured(words: Sequence[str], command: str, rest: str, log: Path) -> Iterator[Figures]:
+    """Run a command, write what it says to `log`, and yield a stage's figures as each is over.
 
     A stage's figures are those since the stage before it, or since the start of the command: the first one has what the
     command imports, too.
 
+    Args:
+        words: of the command line.
+        command: its name in the figures.
+        rest: the name of what comes after its last stage, or of all where it has none.
+
     Raises:
         SystemExit: the command failed.
     """
-    fastgda = str(Path(sys.executable).with_name("fastgda"))
-    command = [fastgda, "--log-level", "info", "--log-format", "json", *arguments]
     with Sampler() as sampler, log.open("a") as written:
         (cores, _), started = sampler.since(), time.monotonic()
-        process = subprocess.Popen(command, stdout=written, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(words, stdout=written, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None
         for line in process.stderr:
             written.write(line)
@@ -118,12 +125,23 @@ def run_measured(arguments: Sequence[str], log: Path) -> Iterator[Figures]:
             if (found := _over(line)) is not None:
                 now = time.monotonic()
                 so_far, peak = sampler.since()
-                yield Figures(arguments[0], *found, now - started, so_far - cores, peak)
+                yield Figures(command, *found, now - started, so_far - cores, peak)
                 started, cores = now, so_far
         if process.wait():
-            sys.exit(f"fastgda {' '.join(arguments)} failed: see {log}")
+            sys.exit(f"{' '.join(words)} failed: see {log}")
         so_far, peak = sampler.since()
-        yield Figures(arguments[0], REST, 0, time.monotonic() - started, so_far - cores, peak)
+        yield Figures(command, rest, 0, time.monotonic() - started, so_far - cores, peak)
+
+
+@contextmanager
+def watched(command: str, stage: str, rows: int) -> Iterator[list[Figures]]:
+    """Give a list that holds the figures of the block when it is over."""
+    found: list[Figures] = []
+    with Sampler() as sampler:
+        (before, _), started = sampler.since(), time.monotonic()
+        yield found
+        seconds, (cores, peak) = time.monotonic() - started, sampler.since()
+    found.append(Figures(command, stage, rows, seconds, cores - before, peak))
 
 
 def _over(line: str) -> tuple[str, int] | None:
