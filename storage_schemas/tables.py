@@ -9,7 +9,7 @@ with scores, twins with queries, rejected samples with samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -546,6 +546,23 @@ def read(
     if absent and chosen is not None:
         rows = rows.filter(chosen)
     return rows if columns is None else rows.select(columns)
+
+
+def read_in_blocks(path: AnyPath, table: Table, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield some columns of a file of ours, one row group at a time: for more rows than there is memory.
+
+    Raises:
+        DamagedTable: as `read`.
+    """
+    with _opened(path, every=False, choosing=False) as source:
+        try:
+            file = pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
+            absent = _absent(path, table, file.schema_arrow)
+            wanted = [name for name in columns if name not in absent]
+            for number in range(file.num_row_groups):
+                yield table.filled(file.read_row_group(number, wanted, use_threads=False), columns)
+        except (OSError, pa.ArrowException) as error:
+            raise damaged(path, error) from None
 
 
 def _opened(path: AnyPath, *, every: bool, choosing: bool) -> pa.NativeFile | BinaryIO:

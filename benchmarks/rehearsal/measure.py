@@ -29,7 +29,10 @@ REST = "what is left"  # of a command after its last stage
 
 @dataclass(frozen=True)
 class Figures:
-    """What one stage of a command took; memory is that of all its processes together, in bytes."""
+    """What one stage of a command took; memory is that of all its processes together, in bytes.
+
+    peak: with files that are mapped, whose pages the system takes back when it needs them; own: without these.
+    """
 
     command: str
     stage: str
@@ -37,13 +40,14 @@ class Figures:
     seconds: float
     core_seconds: float
     peak: int
+    own: int
 
 
 class Sampler:
     """Looks at the processes that this one started, and theirs, while the block runs."""
 
     def __init__(self) -> None:
-        self._ended, self._peak, self._cores = threading.Event(), 0, 0.0
+        self._ended, self._peak, self._own, self._cores = threading.Event(), 0, 0, 0.0
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Sampler:
@@ -54,24 +58,29 @@ class Sampler:
         self._ended.set()
         self._thread.join()
 
-    def since(self) -> tuple[float, int]:
-        """Return the core seconds until now, and the peak memory since the last call."""
+    def since(self) -> tuple[float, int, int]:
+        """Return the core seconds until now, and the peaks of memory since the last call, with and without files."""
         self._look()
-        peak, self._peak = self._peak, 0
-        return self._cores, peak
+        peak, own = self._peak, self._own
+        self._peak = self._own = 0
+        return self._cores, peak, own
 
     def _run(self) -> None:
         while not self._ended.wait(INTERVAL):
             self._look()
 
     def _look(self) -> None:
-        cores, memory = descendants(os.getpid())
+        cores, memory, own = descendants(os.getpid())
         # A process that ended is in its parent's sum once the parent has waited for it, and nowhere until then.
-        self._cores, self._peak = max(self._cores, cores), max(self._peak, memory)
+        self._cores = max(self._cores, cores)
+        self._peak, self._own = max(self._peak, memory), max(self._own, own)
 
 
-def descendants(parent: int) -> tuple[float, int]:
-    """Return the core seconds and the bytes of all processes below a process; shared pages count once."""
+def descendants(parent: int) -> tuple[float, int, int]:
+    """Return the core seconds and the bytes of all processes below a process, with and without those of files.
+
+    Pages that several processes share count once.
+    """
     told: dict[int, list[str]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -86,16 +95,18 @@ def descendants(parent: int) -> tuple[float, int]:
         below |= wanted
     ticks = sum(int(each) for pid in below for each in told[pid][11:15])
     waited_for = sum(int(each) for each in told[parent][13:15])
-    return (ticks + waited_for) / TICKS, sum(map(memory_of, below))
+    memory = [memory_of(pid) for pid in below]
+    return (ticks + waited_for) / TICKS, sum(every for every, _ in memory), sum(own for _, own in memory)
 
 
-def memory_of(pid: int) -> int:
-    """Return a process's own bytes in memory and its share of those that it has with others; 0 when it is gone."""
+def memory_of(pid: int) -> tuple[int, int]:
+    """Return a process's bytes in memory, its share of those that it has with others, and the same without files."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    except OSError:  # it is gone
+        return 0, 0
+    told = {name: 1024 * int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
+    return told.get("Pss", 0), told.get("Pss_Anon", 0) + told.get("Pss_Shmem", 0)
 
 
 FASTGDA = [str(Path(sys.executable).with_name("fastgda")), "--log-level", "info", "--log-format", "json"]
@@ -116,7 +127,7 @@ def run_measured(words: Sequence[str], command: str, rest: str, log: Path) -> It
         SystemExit: the command failed.
     """
     with Sampler() as sampler, log.open("a") as written:
-        (cores, _), started = sampler.since(), time.monotonic()
+        (cores, *_), started = sampler.since(), time.monotonic()
         process = subprocess.Popen(words, stdout=written, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None
         for line in process.stderr:
@@ -124,13 +135,13 @@ def run_measured(words: Sequence[str], command: str, rest: str, log: Path) -> It
             written.flush()
             if (found := _over(line)) is not None:
                 now = time.monotonic()
-                so_far, peak = sampler.since()
-                yield Figures(command, *found, now - started, so_far - cores, peak)
+                so_far, *memory = sampler.since()
+                yield Figures(command, *found, now - started, so_far - cores, *memory)
                 started, cores = now, so_far
         if process.wait():
             sys.exit(f"{' '.join(words)} failed: see {log}")
-        so_far, peak = sampler.since()
-        yield Figures(command, rest, 0, time.monotonic() - started, so_far - cores, peak)
+        so_far, *memory = sampler.since()
+        yield Figures(command, rest, 0, time.monotonic() - started, so_far - cores, *memory)
 
 
 @contextmanager
@@ -138,10 +149,10 @@ def watched(command: str, stage: str, rows: int) -> Iterator[list[Figures]]:
     """Give a list that holds the figures of the block when it is over."""
     found: list[Figures] = []
     with Sampler() as sampler:
-        (before, _), started = sampler.since(), time.monotonic()
+        (before, *_), started = sampler.since(), time.monotonic()
         yield found
-        seconds, (cores, peak) = time.monotonic() - started, sampler.since()
-    found.append(Figures(command, stage, rows, seconds, cores - before, peak))
+        seconds, (cores, *memory) = time.monotonic() - started, sampler.since()
+    found.append(Figures(command, stage, rows, seconds, cores - before, *memory))
 
 
 def _over(line: str) -> tuple[str, int] | None:
@@ -173,10 +184,10 @@ class Kept:
 
     def table(self) -> str:
         """Return the figures as Markdown."""
-        lines = ["| command | stage | rows | seconds | core seconds | peak GB |"]
-        lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+        lines = ["| command | stage | rows | seconds | core seconds | peak GB | without mapped files |"]
+        lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
         for each in self._figures.values():
             rows = f"{each.rows:,}" if each.rows else ""
-            numbers = f"{each.seconds:,.1f} | {each.core_seconds:,.1f} | {each.peak / 1e9:.2f}"
+            numbers = f"{each.seconds:,.1f} | {each.core_seconds:,.1f} | {each.peak / 1e9:.2f} | {each.own / 1e9:.2f}"
             lines.append(f"| {each.command} | {each.stage} | {rows} | {numbers} |")
         return "\n".join(lines) + "\n"

@@ -62,7 +62,7 @@ def rehearse(arguments: argparse.Namespace) -> Iterator[Figures]:
         yield from run_measured([*ITSELF, str(folder), *sizes, "--phase", "lay-out"], "", "made up", log)
     yield from run_measured([*THIN, *LOGGED, "plan", str(config)], "plan", REST, log)
     yield from run_measured([*THIN, *LOGGED, "curate", str(config)], "curate", REST, log)
-    yield from run_measured([*THIN, *LOGGED, "curate", str(config)], "curate", "again", log)
+    yield from run_measured([*THIN, *LOGGED, "curate", str(config)], "curate again", REST, log)
     there = ["--workspace", str(workspace)]
     yield from run_measured([*THIN, *LOGGED, "ledger", "rebuild", *there], "ledger rebuild", REST, log)
     yield from run_measured([*THIN, *LOGGED, "status", *there], "status", REST, log)
@@ -84,7 +84,7 @@ def cookbook(there: list[str], log: Path) -> Iterator[Figures]:
     slowest, largest = (max(found, key=key) for key in (lambda each: each.seconds, lambda each: each.peak))
     yield from {figures.stage: figures for figures in (slowest, largest)}.values()
     seconds, cores = (sum(getattr(each, name) for each in found) for name in ("seconds", "core_seconds"))
-    yield Figures("sql", "all statements of docs/sql.md", len(found), seconds, cores, largest.peak)
+    yield Figures("sql", "all statements of docs/sql.md", len(found), seconds, cores, largest.peak, largest.own)
 
 
 def lay_out(arguments: argparse.Namespace) -> None:

@@ -30,6 +30,7 @@ from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made
 from tasks.context import Context
 from tasks.inputs.coco import files_behind
+from tasks.inputs.mapped_samples import map_samples
 from tasks.inputs.tars import RULES, Rejection, ShardSample, find_shards, read_image, scan
 from tasks.printable import printable
 from tasks.progress import console, stage
@@ -182,8 +183,12 @@ def warn_of_rejections(table: pa.Table, workspace: Workspace | None = None) -> N
 
 @functools.lru_cache(maxsize=2)
 def samples_table(path: AnyPath) -> pa.Table:
-    """Read `samples.parquet`, row number = train_id; it may be cached, as its folder is named after its inputs."""
-    return tables.read(path, tables.SAMPLES)
+    """Read `samples.parquet`, row number = train_id; it may be cached, as its folder is named after its inputs.
+
+    A large one is mapped from a file.
+    """
+    mapped = map_samples(path)
+    return tables.read(path, tables.SAMPLES) if mapped is None else mapped
 
 
 def sample_images(path: AnyPath, train_ids: list[int]) -> list[Image.Image]:
