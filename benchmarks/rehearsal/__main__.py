@@ -11,6 +11,7 @@ where it ended; a stage that is there keeps the figures of its making.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import statistics
 import subprocess
@@ -19,10 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rehearsal.measure import FASTGDA, REST, Figures, Kept, run_measured, watched
+from benchmarks.rehearsal.measure import FASTGDA, REST, ROOT, Figures, Kept, run_measured, watched
 
 COMMANDS = ("curate", "train", "index", "evaluate")
-ANSWERS = 10
+ANSWERS, SERVED = 10, "start and answers"
 
 
 def main(given: list[str] | None = None) -> None:
@@ -36,7 +37,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--space", default="efficientnet_lite0+minilm_text", help="the feature space")
     parser.add_argument("--processes", type=int, default=2, help="that rasterise")
     arguments = parser.parse_args(given)
-    folder: Path = arguments.folder
+    folder: Path = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     kept = Kept(folder / "stages.json")
     for figures in rehearse(folder, arguments):
@@ -52,23 +53,20 @@ def rehearse(folder: Path, arguments: argparse.Namespace) -> Iterator[Figures]:
     if not (pictures / "queries.json").is_file():
         command = [sys.executable, "-m", "benchmarks.rehearsal.icons", str(pictures), str(arguments.pictures)]
         command += ["--queries", str(arguments.queries), "--processes", str(arguments.processes)]
+        command += ["--package", str(arguments.package.resolve())] if arguments.package else []
         with watched("", "pictures", arguments.pictures) as seen:
-            subprocess.run(
-                [*command, *(["--package", str(arguments.package)] if arguments.package else [])], check=True
-            )
+            subprocess.run(command, check=True, cwd=ROOT)
         yield from seen
     config = write_config(folder, arguments)
     for command_name in COMMANDS:
         yield from run_measured([*FASTGDA, command_name, str(config)], command_name, REST, log)
-    with watched("serve", "start and answers", ANSWERS) as seen:
+    with watched("serve", SERVED, ANSWERS) as seen:
         answer(folder)
     yield from seen
 
 
 def write_config(folder: Path, arguments: argparse.Namespace) -> Path:
     """Write the configuration: the demo's teacher, thin, and a symmetric head."""
-    import json
-
     import yaml
 
     path, model = folder / "config.yaml", arguments.model
@@ -79,7 +77,7 @@ def write_config(folder: Path, arguments: argparse.Namespace) -> Path:
         write_model_folder(model)
     captions = json.loads((folder / "pictures" / "queries.json").read_text())
     fifth = len(captions) // 5
-    middle = max(2, arguments.nearest // 2)
+    cutoff = max(2, arguments.nearest // 2)
     config: dict[str, Any] = {
         "name": "rehearsal",
         "workspace": "workspace",
@@ -100,16 +98,27 @@ def write_config(folder: Path, arguments: argparse.Namespace) -> Path:
             "negatives": "tie",
             "damping": 1,
             "alpha": 1.0e-4,
-            "timestep_list": [500],
+            "timestep_list": [middle_timestep(model)],
             "gradient_pairs": 12,
         },
         "self_consistency": None,
-        "head": {"loss": "listwise", "rank_offset": 0.1, "initialization": "features", "learning_rate": 3e-5},
-        "evaluation": {"cutoffs": [middle], "validation_cutoff": middle, "gain_floor": None},
+        "head": {
+            "loss": "listwise",
+            "rank_offset": 0.1,
+            "initialization": "features",
+            "learning_rate": 3e-5,
+            "epochs": 4,
+        },
+        "evaluation": {"cutoffs": [cutoff], "validation_cutoff": cutoff, "gain_floor": None},
     }
-    config["head"]["epochs"] = 4
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
+
+
+def middle_timestep(model: Path) -> int:
+    """Return the timestep in the middle of a model's schedule, where the demo's scores are made."""
+    schedule = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    return int(schedule["num_train_timesteps"]) // 2
 
 
 def answer(folder: Path) -> None:

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-INTERVAL = 0.25  # seconds between two looks at the processes
+ROOT = Path(__file__).parents[2]
+INTERVAL = 0.5  # seconds between two looks at the processes
 TICKS = os.sysconf("SC_CLK_TCK")
 # Lines of the command's log after which a stage is over: the last of a progress, and those of stages without one.
 FINISHED = re.compile(r"^(?P<stage>.+): (?P<rows>\d+)/(?P=rows), \d+ s elapsed, 0 s left$")
@@ -128,7 +129,7 @@ def run_measured(words: Sequence[str], command: str, rest: str, log: Path) -> It
     """
     with Sampler() as sampler, log.open("a") as written:
         (cores, *_), started = sampler.since(), time.monotonic()
-        process = subprocess.Popen(words, stdout=written, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(words, stdout=written, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         assert process.stderr is not None
         for line in process.stderr:
             written.write(line)

@@ -24,12 +24,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from benchmarks.rehearsal.measure import REST, Figures, Kept, run_measured
+from benchmarks.rehearsal.measure import FASTGDA, REST, ROOT, Figures, Kept, run_measured
 
-ROOT = Path(__file__).parents[2]
 PIECE, PER_TAR = 100_000, 10_000
 VECTOR_WIDTH = 32  # of the index
-THIN = [sys.executable, "-m", "benchmarks.rehearsal.thin"]
+THIN = [sys.executable, "-m", "benchmarks.rehearsal.thin", *FASTGDA[1:]]
 ITSELF = [sys.executable, "-m", "benchmarks.rehearsal.rows"]
 
 
@@ -41,6 +40,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--nearest", type=int, default=100_000, help="candidates of each query")
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args(given)
+    arguments.folder = arguments.folder.resolve()
     if arguments.phase:
         PHASES[arguments.phase](arguments)
         return
@@ -60,18 +60,15 @@ def rehearse(arguments: argparse.Namespace) -> Iterator[Figures]:
     sizes = [f"--{name}={getattr(arguments, name)}" for name in ("samples", "queries", "nearest")]
     if not config.is_file():
         yield from run_measured([*ITSELF, str(folder), *sizes, "--phase", "lay-out"], "", "made up", log)
-    yield from run_measured([*THIN, *LOGGED, "plan", str(config)], "plan", REST, log)
-    yield from run_measured([*THIN, *LOGGED, "curate", str(config)], "curate", REST, log)
-    yield from run_measured([*THIN, *LOGGED, "curate", str(config)], "curate again", REST, log)
+    yield from run_measured([*THIN, "plan", str(config)], "plan", REST, log)
+    yield from run_measured([*THIN, "curate", str(config)], "curate", REST, log)
+    yield from run_measured([*THIN, "curate", str(config)], "curate again", REST, log)
     there = ["--workspace", str(workspace)]
-    yield from run_measured([*THIN, *LOGGED, "ledger", "rebuild", *there], "ledger rebuild", REST, log)
-    yield from run_measured([*THIN, *LOGGED, "status", *there], "status", REST, log)
+    yield from run_measured([*FASTGDA, "ledger", "rebuild", *there], "ledger rebuild", REST, log)
+    yield from run_measured([*FASTGDA, "status", *there], "status", REST, log)
     yield from cookbook(there, log)
     for phase in ("labels", "index"):
         yield from run_measured([*ITSELF, str(folder), *sizes, "--phase", phase], phase, REST, log)
-
-
-LOGGED = ["--log-level", "info", "--log-format", "json"]
 
 
 def cookbook(there: list[str], log: Path) -> Iterator[Figures]:
@@ -80,7 +77,7 @@ def cookbook(there: list[str], log: Path) -> Iterator[Figures]:
     found = []
     for number, statement in enumerate(statements):
         asked = ["sql", statement.replace("q0003", "q000003"), *there]
-        found += run_measured([*THIN, *LOGGED, *asked], "sql", f"statement {number + 1}", log)
+        found += run_measured([*FASTGDA, *asked], "sql", f"statement {number + 1}", log)
     slowest, largest = (max(found, key=key) for key in (lambda each: each.seconds, lambda each: each.peak))
     yield from {figures.stage: figures for figures in (slowest, largest)}.values()
     seconds, cores = (sum(getattr(each, name) for each in found) for name in ("seconds", "core_seconds"))
