@@ -105,7 +105,8 @@ def _chosen(
         near = [order[: config.k].copy() for number, order, _, _ in every if wanted[number] is None]
         pool = np.unique(np.concatenate(near))
     for number, order, ranks, similarity in _neighbors(queries, samples):
-        mine = order[: config.k] if pool is None else pool[np.argsort(ranks[pool])]
+        # A copy, as a slice would keep the order of all samples.
+        mine = order[: config.k].copy() if pool is None else pool[np.argsort(ranks[pool])]
         if config.scored is not None:
             draw = np.random.default_rng([config.seed, number])
             mine = mine[np.sort(draw.choice(len(mine), config.scored, replace=False))]
