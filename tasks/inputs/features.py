@@ -35,6 +35,7 @@ from storage_schemas.workspace import part
 from tasks.artifact import Artifact, Made, remembered
 from tasks.config.inputs import FeaturesConfig
 from tasks.context import Context, load_tensors
+from tasks.inputs.mapped_samples import rows_at
 from tasks.inputs.queries import join_queries, load_queries
 from tasks.inputs.samples import readable_images_ahead, samples_table
 from tasks.progress import stage
@@ -328,7 +329,7 @@ def _captions(items: Artifact, numbers: list[int]) -> list[list[str]]:
     """Return the captions of some items; a query has one."""
     if items.name == "queries":
         return [[load_queries(items)[number].caption] for number in numbers]
-    captions: list[list[str]] = samples_table(items.path)["captions"].take(numbers).to_pylist()
+    captions: list[list[str]] = rows_at(samples_table(items.path).select(["captions"]), numbers)["captions"].to_pylist()
     return captions
 
 

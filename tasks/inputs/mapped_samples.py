@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from storage_schemas import tables
@@ -12,8 +13,7 @@ from storage_schemas.commit import read_manifest
 from storage_schemas.files import AnyPath, private_folder, replace_through
 
 MAPPED_FROM = 1_000_000  # rows; fewer are read into memory
-# Rows taken out of many chunks cost a copy of all of them; a chunk's texts have to stay below 2 GiB.
-CHUNK_ROWS = 1_000_000
+CHUNK_ROWS = 1_000_000  # a chunk's texts have to stay below 2 GiB
 
 
 def map_samples(path: AnyPath) -> pa.Table | None:
@@ -50,3 +50,15 @@ def _chunks(blocks: Iterable[pa.Table]) -> Iterator[pa.Table]:
             held = []
     if held:
         yield pa.concat_tables(held).combine_chunks()
+
+
+def rows_at(samples: pa.Table, numbers: Sequence[int]) -> pa.Table:
+    """Return some rows in the order given, each from its own chunk: `take` of a table copies all chunks of texts."""
+    batches, wanted = samples.to_batches(), np.asarray(numbers, np.int64)
+    if len(batches) < 2 or not len(wanted):
+        return samples.take(pa.array(wanted))
+    starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+    chunk = np.searchsorted(starts, wanted, side="right") - 1
+    pieces = [batches[at].take(pa.array(wanted[chunk == at] - starts[at])) for at in np.unique(chunk).tolist()]
+    together = pa.Table.from_batches(pieces).combine_chunks()
+    return together.take(pa.array(np.argsort(np.argsort(chunk, kind="stable"))))

@@ -30,7 +30,7 @@ from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made
 from tasks.context import Context
 from tasks.inputs.coco import files_behind
-from tasks.inputs.mapped_samples import map_samples
+from tasks.inputs.mapped_samples import map_samples, rows_at
 from tasks.inputs.tars import RULES, Rejection, ShardSample, find_shards, read_image, scan
 from tasks.printable import printable
 from tasks.progress import console, stage
@@ -197,7 +197,7 @@ def sample_images(path: AnyPath, train_ids: list[int]) -> list[Image.Image]:
     Raises:
         BadSample: an image cannot be read any more.
     """
-    rows = samples_table(path).select(["shard", "offset", "size"]).take(train_ids).to_pylist()
+    rows = rows_at(samples_table(path).select(["shard", "offset", "size"]), train_ids).to_pylist()
     return [read_image(**row) for row in rows]
 
 
@@ -215,7 +215,8 @@ def readable_images_ahead(
 
 
 def _places(path: AnyPath, train_ids: list[int]) -> list[dict[str, Any]]:
-    return samples_table(path).select(["shard", "offset", "size", "key", "image_sha256"]).take(train_ids).to_pylist()
+    columns = ["shard", "offset", "size", "key", "image_sha256"]
+    return rows_at(samples_table(path).select(columns), train_ids).to_pylist()
 
 
 def _read_or_grey(row: dict[str, Any]) -> tuple[Image.Image, str]:

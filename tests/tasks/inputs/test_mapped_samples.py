@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from storage_schemas import tables
 from storage_schemas.commit import commit_table
 from storage_schemas.files import AnyPath, any_path
 from tasks.inputs import mapped_samples
-from tasks.inputs.mapped_samples import map_samples
+from tasks.inputs.mapped_samples import map_samples, rows_at
 from tasks.inputs.samples import samples_table
 from tests.storage_schemas.test_tables import sample
 
@@ -68,3 +71,17 @@ def test_a_few_samples_are_read(tmp_path: Path) -> None:
     assert map_samples(path) is None
     assert samples_table(path).num_rows == 9
     assert not list(tmp_path.rglob("*.arrow"))
+
+
+@given(st.lists(st.integers(0, 24)), st.lists(st.integers(0, 25), max_size=4))
+def test_rows_are_those_asked_for_however_the_table_is_cut(numbers: list[int], cuts: list[int]) -> None:
+    rows = pa.Table.from_pylist([sample(number, [f"caption {number}"]) for number in range(25)])
+    edges = [0, *sorted(cuts), 25]
+    cut = pa.concat_tables([rows.slice(start, stop - start) for start, stop in itertools.pairwise(edges)])
+    assert rows_at(cut, numbers)["captions"].to_pylist() == [[f"caption {number}"] for number in numbers]
+
+
+def test_no_row_is_given_for_one_that_does_not_exist() -> None:
+    rows = pa.Table.from_pylist([sample(number, ["a"]) for number in range(4)])
+    with pytest.raises(IndexError):
+        rows_at(pa.concat_tables([rows, rows]), [0, 8])
