@@ -19,11 +19,13 @@ from storage_schemas.commit import Manifest, commit_table
 from tasks.artifact import Artifact, Made, once
 from tasks.config.inputs import CandidatesConfig
 from tasks.context import Context
-from tasks.inputs.features import extract_features, in_space, load_features
+from tasks.inputs.features import extract_features, in_space, load_features, map_features
+from tasks.inputs.mapped_samples import MAPPED_FROM
 from tasks.inputs.queries import load_queries
 from tasks.inputs.twins import load_twins
 
-QUERIES_AT_ONCE = 64
+QUERIES_AT_ONCE, SAMPLES_AT_ONCE = 64, 65_536
+MOST_SIMILARITIES = 2**26  # in memory at a time: 256 MB
 LEAST_BYTES = 2 * 4 * 256  # of a sample's features while neighbours are found: float32, read and made unit length
 
 
@@ -66,7 +68,9 @@ def choose_candidates(context: Context, run: str, samples: Artifact, queries: Ar
 
     def make(started: float) -> Manifest:
         near = candidate_space(context)
-        sample_features = torch.nn.functional.normalize(load_features(near, samples, samples), dim=1).numpy()
+        # Those of many samples stay on disk.
+        load = load_features(near, samples, samples) if samples.rows < MAPPED_FROM else map_features(near, samples)
+        sample_features = load.numpy()
         query_features = torch.nn.functional.normalize(load_features(near, queries, samples), dim=1).numpy()
         names = [query.query_id for query in load_queries(queries)]
         twins = load_twins(queries.path)
@@ -97,10 +101,12 @@ def _chosen(
     pool: NDArray[np.int64] | None = None
     if config.policy == "pooled":
         # A query of the twin test adds nothing to the pool that the others are scored against.
-        near = [order[: config.k] for number, order, _, _ in _neighbors(queries, samples) if wanted[number] is None]
+        every = _neighbors(queries, samples)
+        near = [order[: config.k].copy() for number, order, _, _ in every if wanted[number] is None]
         pool = np.unique(np.concatenate(near))
     for number, order, ranks, similarity in _neighbors(queries, samples):
-        mine = order[: config.k] if pool is None else pool[np.argsort(ranks[pool])]
+        # A copy, as a slice would keep the order of all samples.
+        mine = order[: config.k].copy() if pool is None else pool[np.argsort(ranks[pool])]
         if config.scored is not None:
             draw = np.random.default_rng([config.seed, number])
             mine = mine[np.sort(draw.choice(len(mine), config.scored, replace=False))]
@@ -113,11 +119,26 @@ def _chosen(
 def _neighbors(
     queries: NDArray[np.float32], samples: NDArray[np.float32]
 ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]]:
-    """Yield each query's number, all samples nearest first, their ranks and cosines; from unit vectors, (., d)."""
-    for start in range(0, len(queries), QUERIES_AT_ONCE):
-        block = queries[start : start + QUERIES_AT_ONCE] @ samples.T
-        for offset, similarity in enumerate(block):
+    """Yield each query's number, all samples nearest first, their ranks and cosines.
+
+    Args:
+        queries: unit vectors, (queries, d).
+        samples: vectors of any length, (samples, d).
+    """
+    at_once = max(1, min(QUERIES_AT_ONCE, MOST_SIMILARITIES // max(1, len(samples))))
+    for start in range(0, len(queries), at_once):
+        for offset, similarity in enumerate(_cosines(queries[start : start + at_once], samples)):
             order = np.argsort(-similarity, kind="stable")
             ranks = np.empty(len(order), dtype=np.int32)
             ranks[order] = np.arange(1, len(order) + 1)
             yield start + offset, order, ranks, similarity
+
+
+def _cosines(queries: NDArray[np.float32], samples: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the cosines of unit vectors with vectors of any length, (queries, samples), some samples at a time."""
+    found = np.empty((len(queries), len(samples)), np.float32)
+    for start in range(0, len(samples), SAMPLES_AT_ONCE):
+        some = samples[start : start + SAMPLES_AT_ONCE]
+        lengths = np.maximum(np.linalg.norm(some, axis=1, keepdims=True), 1e-12)
+        found[:, start : start + len(some)] = queries @ (some / lengths).T
+    return found

@@ -33,6 +33,7 @@ from tasks.artifact import Artifact, Made
 from tasks.context import Context
 from tasks.inputs.coco import files_behind
 from tasks.inputs.joined_samples import Joined
+from tasks.inputs.mapped_samples import map_samples
 from tasks.inputs.sample_parts import SampleParts
 from tasks.inputs.tars import RULES, Rejection, ShardSample, find_shards, read_image
 from tasks.printable import printable
@@ -229,8 +230,12 @@ def warn_of_rejections(table: pa.Table, workspace: Workspace | None = None) -> N
 
 @functools.lru_cache(maxsize=2)
 def samples_table(path: AnyPath) -> pa.Table:
-    """Read `samples.parquet`, row number = train_id; it may be cached, as its folder is named after its inputs."""
-    return tables.read(path, tables.SAMPLES)
+    """Read `samples.parquet`, row number = train_id; it may be cached, as its folder is named after its inputs.
+
+    A large one is mapped from a file.
+    """
+    mapped = map_samples(path)
+    return tables.read(path, tables.SAMPLES) if mapped is None else mapped
 
 
 def rows_of_samples(path: AnyPath, train_ids: Sequence[int], columns: Sequence[str]) -> pa.Table:

@@ -22,6 +22,9 @@ class Folded:
     duplicates: list[int] = field(default_factory=list)
 
 
+ROWS_AT_ONCE = 100_000
+
+
 class Looks:
     """What tells which samples of a table look the same: the same bytes, or hashes that are near.
 
@@ -29,12 +32,10 @@ class Looks:
     """
 
     def __init__(self, samples: pa.Table) -> None:
-        digests = samples["image_sha256"].combine_chunks().to_numpy(zero_copy_only=False)
-        self._bytes = np.array([int(digest[:16], 16) for digest in digests], np.uint64)
-        hashes = samples["image_look"].to_pylist()
-        self._hashed = np.array([len(each) == LOOK_BYTES for each in hashes], np.bool_)
-        whole = b"".join(each if len(each) == LOOK_BYTES else bytes(LOOK_BYTES) for each in hashes)
-        self._looks = np.frombuffer(whole, np.uint8).reshape(len(hashes), LOOK_BYTES)
+        # Some rows at a time: as Python's own objects all of them would take ten times the room.
+        batches = samples.select(["image_sha256", "image_look"]).to_batches(max_chunksize=ROWS_AT_ONCE)
+        several = [_numbers(batch) for batch in batches] or [_numbers(samples.slice(0, 0))]
+        self._bytes, self._hashed, self._looks = map(np.concatenate, zip(*several, strict=True))
 
     def fold(self, train_ids: NDArray[np.int64], k: int) -> list[Folded]:
         """Return the first k places of an order of samples, those that look like an earlier one put under it.
@@ -68,3 +69,14 @@ class Looks:
         for first, later in np.concatenate(pairs).tolist():
             above.setdefault(later, []).append(first)
         return above
+
+
+def _numbers(
+    samples: pa.RecordBatch | pa.Table,
+) -> tuple[NDArray[np.uint64], NDArray[np.bool_], NDArray[np.uint8]]:
+    """Return the first 64 bits of each digest, which samples have a hash, and these, (n, LOOK_BYTES)."""
+    digests = np.array([int(digest[:16], 16) for digest in samples["image_sha256"].to_pylist()], np.uint64)
+    hashes = samples["image_look"].to_pylist()
+    hashed = np.array([len(each) == LOOK_BYTES for each in hashes], np.bool_)
+    whole = b"".join(each if len(each) == LOOK_BYTES else bytes(LOOK_BYTES) for each in hashes)
+    return digests, hashed, np.frombuffer(whole, np.uint8).reshape(len(hashes), LOOK_BYTES)
