@@ -63,8 +63,8 @@ def plan_run(config: PipelineConfig) -> Run:
     check_neighbours(config.candidates, samples.rows)
     made_queries = make_queries(context, samples)
     queries = made_queries.artifact
-    features = [extract_features(context, items) for items in (samples, queries)]
-    features += candidate_features(context, samples, queries)
+    near = candidate_features(context, samples, queries)
+    features = [*(extract_features(context, items) for items in (samples, queries)), *near]
     artifacts = run_artifacts(context, samples, queries)
     made_candidates = choose_candidates(context, run_name(context, artifacts), samples, queries)
     check_sizes(config, samples.rows, made_candidates.artifact.rows // queries.rows)
