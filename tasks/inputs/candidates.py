@@ -117,9 +117,7 @@ def choose_candidates(context: Context, run: str, samples: Artifact, queries: Ar
 
 def _of_features(context: Context, samples: Artifact, queries: Artifact) -> Iterator[pa.Table]:
     """Yield each query's candidates by the features of all samples."""
-    near = candidate_space(context)
-    sample_features = torch.nn.functional.normalize(load_features(near, samples, samples), dim=1).numpy()
-    query_features = torch.nn.functional.normalize(load_features(near, queries, samples), dim=1).numpy()
+    query_features, sample_features = _unit_features(context, samples, queries)
     names = [query.query_id for query in load_queries(queries)]
     twins = load_twins(queries.path)
     wanted = [twins.get(name) for name in names]
@@ -160,6 +158,25 @@ def _of_index(context: Context, samples: Artifact, queries: Artifact) -> Iterato
         yield _rows(query.query_id, mine, ranks, near)
     said = f"candidates: of {asked:,} rows that the index names for the queries {there / max(1, asked):.1%} are there"
     console.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+def nearest_of_features(
+    context: Context, samples: Artifact, queries: Artifact, numbers: Sequence[int]
+) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Yield number and the `candidates.k` nearest samples of some queries, by the features of all samples."""
+    vectors, of_samples = _unit_features(context, samples, queries)
+    for place, order, _, _ in _neighbors(vectors[list(numbers)], of_samples):
+        yield numbers[place], order[: context.config.candidates.k]
+
+
+def _unit_features(
+    context: Context, samples: Artifact, queries: Artifact
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the features of queries and of samples in the candidates' space at length one, (., d)."""
+    near = candidate_space(context)
+    loaded = (load_features(near, items, samples) for items in (queries, samples))
+    of_queries, of_samples = (torch.nn.functional.normalize(phi, dim=1).numpy() for phi in loaded)
+    return of_queries, of_samples
 
 
 def _rows(name: str, train_ids: NDArray[np.int64], ranks: NDArray[Any], similarity: NDArray[Any]) -> pa.Table:
