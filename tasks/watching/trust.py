@@ -123,7 +123,8 @@ class Trust:
 
     def _recalled(self, cutoffs: Iterable[int]) -> str:
         """Return which share of the teacher's first L is among the nearest, for each L of some."""
-        return ", ".join("{1:.2f} ± {2:.2f} of {0:,}".format(each, *self.candidates[each]) for each in cutoffs)
+        figures = ["{1:.2f} ± {2:.2f} of its first {0:,}".format(each, *self.candidates[each]) for each in cutoffs]
+        return ", ".join(figures)
 
     def _left_out(self) -> list[str]:
         """Return warnings where the nearest leave out what the teacher ranks first, or where that cannot be told."""
@@ -132,7 +133,7 @@ class Trust:
         found = []
         if low:
             found.append(
-                "candidates leave out what the teacher ranks first: of its first samples among all the nearest hold "
+                "candidates leave out what the teacher ranks first: the nearest hold "
                 f"{self._recalled(low)}; raise candidates.k, choose another candidates.space, or score all samples"
             )
         if wide:

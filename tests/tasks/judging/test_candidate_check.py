@@ -83,6 +83,6 @@ def test_what_is_low_and_what_cannot_be_told_is_warned_of_and_what_is_well_is_no
 
     assert of(l10=(0.95, 0.01), l100=(0.9, 0.05)) == []
     (low,) = of(l10=(0.95, 0.01), l100=(0.5, 0.2))
-    assert "the nearest hold 0.50 ± 0.20 of 100; raise candidates.k" in low
+    assert "the nearest hold 0.50 ± 0.20 of its first 100; raise candidates.k" in low
     (wide,) = of(l1000=(1.0, 0.4))
-    assert "cannot be told: 1.00 ± 0.40 of 1,000; raise candidates.check.random" in wide
+    assert "cannot be told: 1.00 ± 0.40 of its first 1,000; raise candidates.check.random" in wide
