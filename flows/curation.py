@@ -30,6 +30,7 @@ from tasks.inputs.candidates import candidate_features, check_neighbours, choose
 from tasks.inputs.features import extract_features
 from tasks.inputs.queries import make_queries
 from tasks.inputs.samples import ingest_samples
+from tasks.judging.dense import check_judged
 from tasks.judging.kept_checks import publish_checks
 from tasks.judging.teacher import check_precision, check_twins
 from tasks.reporting.announcements import announce_scores, announce_trust
@@ -63,6 +64,7 @@ def plan_run(config: PipelineConfig) -> Run:
     check_neighbours(config.candidates, samples.rows)
     made_queries = make_queries(context, samples)
     queries = made_queries.artifact
+    check_judged(config, samples.rows, queries.rows)
     near = candidate_features(context, samples, queries)
     features = [*(extract_features(context, items) for items in (samples, queries)), *near]
     artifacts = run_artifacts(context, samples, queries)

@@ -9,7 +9,7 @@ with scores, twins with queries, rejected samples with samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -550,6 +550,22 @@ def read(
     if absent and chosen is not None:
         rows = rows.filter(chosen)
     return rows if columns is None else rows.select(columns)
+
+
+def batches(path: AnyPath, table: Table, columns: Sequence[str], *, rows: int = 65_536) -> Iterator[pa.Table]:
+    """Yield some columns of one Parquet file of ours, so many rows or fewer at a time: for more than memory holds.
+
+    Raises:
+        DamagedTable: see `read`.
+    """
+    with open_native(path) as source:
+        try:
+            file = pq.ParquetFile(source, page_checksum_verification=True)
+            absent = _absent(path, table, file.schema_arrow)
+            for batch in file.iter_batches(rows, columns=[name for name in columns if name not in absent]):
+                yield table.filled(pa.Table.from_batches([batch]), columns)
+        except (OSError, pa.ArrowException) as error:
+            raise damaged(path, error) from None
 
 
 def _opened(path: AnyPath, *, every: bool, choosing: bool) -> pa.NativeFile | BinaryIO:

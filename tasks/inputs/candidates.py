@@ -28,7 +28,7 @@ from tasks.inputs.queries import load_queries
 from tasks.inputs.twins import load_twins
 from tasks.progress import console
 
-QUERIES_AT_ONCE = 64
+QUERIES_AT_ONCE, PRODUCTS_AT_ONCE = 64, 2**27  # the latter 0.5 GB of float32
 MEASURED = ("validation", "test")  # splits whose queries need more candidates than any cutoff
 LEAST_BYTES = 2 * 4 * 256  # of a sample's features while neighbours are found: float32, read and made unit length
 
@@ -210,8 +210,9 @@ def _neighbors(
     queries: NDArray[np.float32], samples: NDArray[np.float32]
 ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]]:
     """Yield each query's number, all samples nearest first, their ranks and cosines; from unit vectors, (., d)."""
-    for start in range(0, len(queries), QUERIES_AT_ONCE):
-        block = queries[start : start + QUERIES_AT_ONCE] @ samples.T
+    at_once = max(1, min(QUERIES_AT_ONCE, PRODUCTS_AT_ONCE // len(samples)))
+    for start in range(0, len(queries), at_once):
+        block = queries[start : start + at_once] @ samples.T
         for offset, similarity in enumerate(block):
             order = np.argsort(-similarity, kind="stable")
             ranks = np.empty(len(order), dtype=np.int32)

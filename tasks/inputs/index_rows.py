@@ -13,13 +13,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from fastgda_core.errors import UsageError
+from storage_schemas import tables
 from storage_schemas.clip_index import KEY, ROW, ClipIndex
 from storage_schemas.commit import Manifest, commit, input_key
 from storage_schemas.files import local_copy
 from tasks.artifact import Artifact, Made, once
 from tasks.config.inputs import CandidatesConfig
 from tasks.context import Context
-from tasks.inputs.samples import samples_table
 from tasks.progress import stage
 
 _BATCH = 65_536
@@ -152,10 +152,10 @@ def _values(samples: Artifact, match: str) -> Iterator[tuple[int, list[str | Non
     """Yield number of the first sample, and what each sample has to compare, as text; None where it has nothing."""
     column = "key" if match == KEY else "metadata"
     first = 0
-    for batch in samples_table(samples.path).select([column]).to_batches(max_chunksize=_BATCH):
-        texts = batch[column].to_pylist()
+    for rows in tables.batches(samples.path, tables.SAMPLES, [column], rows=_BATCH):
+        texts = rows[column].to_pylist()
         yield first, texts if match == KEY else [_field(text, match) for text in texts]
-        first += batch.num_rows
+        first += len(texts)
 
 
 def _field(metadata: str, name: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 import shlex
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tasks.config.files import load_config
+from tasks.reporting.finished import inputs_stamp
 from tests import tiny
 from tests.clip_folder import ORDER, ROWS, URL, embeddings, write_folder, write_shards
 from tests.flows.pipeline_case import fastgda, lay_out
@@ -89,7 +92,10 @@ def test_the_documented_way_from_an_index_to_a_run(
     assert all(int(row["farthest"]) <= K for row in rows)
     status = fastgda("status", "-c", "my_run.yaml", home=home).stdout
     assert "candidate recall " in status
-    assert "nothing to do" in fastgda(*run[1:], home=home).stdout
+    inputs = inputs_stamp(load_config(Path("my_run.yaml")))
+    assert inputs == inputs_stamp(load_config(Path("my_run.yaml")))
+    os.utime("laion/metadata/metadata_1.parquet", (0, 0))
+    assert inputs != inputs_stamp(load_config(Path("my_run.yaml"))), "a run that is finished looks at it again"
     assert f"recall of the {K} nearest by brute force: 1.000 over 4 queries" in fastgda(*compare[1:], home=home).stdout
     again = fastgda(*listing[1:], home=home).stdout
     missing = pq.read_table("to_fetch.parquet")["index_row"].to_pylist()
