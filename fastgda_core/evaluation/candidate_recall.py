@@ -5,6 +5,8 @@ Where everything is scored the share is counted. Else the others are counted by 
 of how many of them are above the j-th of the nearest is unbiased for every j, so that estimates of several queries can
 be averaged before they are used; how many of the first L are nearest is then that j with j + others above it = L. One
 query cannot tell: of 400 million samples a random million has one in 400, and the first 1,000 have two or three of it.
+As j is the same for all queries, those that miss much count more than in a mean of shares: the estimate errs to the low
+side where queries differ, by 0.03 at L = 100 on the demo.
 """
 
 from __future__ import annotations
@@ -81,6 +83,6 @@ def candidate_recall(queries: Sequence[ScoredQuery], cutoff: int) -> CandidateRe
 
 
 def _recall(above: Scores, cutoff: int) -> float:
-    """Return j / cutoff for the largest j with j + others above the j-th <= cutoff."""
-    j = np.arange(1, len(above) + 1)
-    return int(np.count_nonzero(j + above <= cutoff)) / cutoff
+    """Return j / cutoff where j + others above the j-th = cutoff, between whole j by a straight line."""
+    j = np.arange(len(above) + 1)
+    return float(np.interp(cutoff, j + np.concatenate([[0.0], above]), j)) / cutoff
