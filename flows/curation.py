@@ -32,6 +32,7 @@ from tasks.execution.rivals import check_rivals
 from tasks.inputs.candidates import candidate_features, candidate_space, check_neighbours, choose_candidates
 from tasks.inputs.features import extract_features
 from tasks.inputs.queries import make_queries
+from tasks.judging.dense import check_judged
 from tasks.judging.kept_checks import publish_checks
 from tasks.judging.teacher import check_precision, check_twins
 from tasks.reporting.announcements import announce_scores, announce_trust
@@ -65,8 +66,12 @@ def plan_run(config: PipelineConfig) -> Run:
     check_neighbours(config.candidates, samples.rows)
     made_queries = make_queries(context, samples)
     queries = made_queries.artifact
-    features = [make_features(context, samples, [candidate_space(context)]), extract_features(context, queries)]
-    features += candidate_features(context, samples, queries)
+    check_judged(config, samples.rows, queries.rows)
+    # What does not fit an index is refused before the features of all samples are made.
+    near = candidate_features(context, samples, queries) if config.candidates.index is not None else []
+    also = [] if config.candidates.index is not None else [candidate_space(context)]
+    features = [make_features(context, samples, also), extract_features(context, queries)]
+    features += near or candidate_features(context, samples, queries)
     artifacts = run_artifacts(context, samples, queries)
     made_candidates = choose_candidates(context, run_name(context, artifacts), samples, queries)
     check_sizes(config, samples.rows, made_candidates.artifact.rows // queries.rows)

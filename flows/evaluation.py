@@ -19,6 +19,7 @@ from tasks.distilling.publish import rank_scores
 from tasks.distilling.versions import latest_index, read_head, read_index, space_of_head
 from tasks.execution.coordinator import begin_run
 from tasks.execution.preparing import make_features
+from tasks.judging.candidates import check_candidates
 from tasks.judging.costs import measure_costs
 from tasks.judging.head import measure_head
 from tasks.judging.kept_checks import publish_checks, read_checks
@@ -66,6 +67,8 @@ def judge_run(run: Run) -> list[Made]:
         checks.append(check_against_exact(run, ranks))
     if config.self_consistency is not None and TEACHERS[config.teacher.name].redrawn:
         checks.append(check_self_consistency(run, ranks))
+    if config.candidates.check is not None:
+        checks.append(check_candidates(run, ranks))
     if config.sketches is not None:
         checks.append(check_sketches(run, ranks))
     if config.tail_patch is not None:

@@ -172,7 +172,7 @@ def commit(
     write: Callable[[Path], object],
     *,
     key: str,
-    rows: int,
+    rows: int | Callable[[], int],
     started: float,
     device: str = "cpu",
     quarantined: Mapping[int, str] | None = None,
@@ -181,14 +181,15 @@ def commit(
     """Write one file through `write(temporary path)` and commit it with its manifest.
 
     `started` is the `time.monotonic()` at which the work behind the file began. `table` is the table that a Parquet
-    file holds.
+    file holds. `rows` is called, where it is a function, after the file was written.
     """
     made: list[Manifest] = []
     version = table.metadata["schema_version"] if table is not None else ""
 
     def look(temporary: Path) -> None:
         size, digest = temporary.stat().st_size, file_sha256(temporary)
-        made.append(_manifest(key, rows, size, digest, started, device, quarantined, version))
+        count = rows if isinstance(rows, int) else rows()
+        made.append(_manifest(key, count, size, digest, started, device, quarantined, version))
         # A manifest never stands beside a file that it does not describe.
         remove(manifest_path(path))
 

@@ -131,7 +131,11 @@ CANDIDATES = Table(
     schema(
         ("query_id", pa.string(), "the query"),
         ("train_id", pa.int64(), "a training sample that it is scored against"),
-        ("neighbor_rank", pa.int32(), "among all samples; 1 = the highest similarity"),
+        (
+            "neighbor_rank",
+            pa.int32(),
+            "among all samples; 1 = the highest similarity; 0 = an index did not name it",
+        ),
         ("similarity", pa.float32(), "cosine in the untuned feature space, centred unless features.centre is false"),
     ),
     dictionary=("query_id",),

@@ -105,6 +105,10 @@ class Workspace:
     def candidates(self, run: str) -> AnyPath:
         return self.root / "candidates" / run / "part-00000.parquet"
 
+    def index_rows(self, key: str) -> AnyPath:
+        """The training sample of each row of an index of one's own, int64 of NumPy; -1 where there is none."""
+        return self.root / "parts" / "index_rows" / key / "train_ids.npy"
+
     def scores(self, run: str) -> AnyPath:
         return self.root / "scores" / run
 

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from fastgda_core.errors import UsageError
 from flows.commands.answers import attribute, sql
+from flows.commands.candidates import candidates
 from flows.commands.demo import demo, train_demo_model
 from flows.commands.import_release import import_release
 from flows.commands.index import index_app
@@ -96,6 +97,7 @@ for command in (
     train_demo_model,
     *stage_commands,
     *watch_commands,
+    candidates,
     lineage,
     *store_commands,
     import_release,

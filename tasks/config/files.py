@@ -38,6 +38,7 @@ def load_config(path: Path) -> PipelineConfig:
                 update={"checkpoints": tuple(folder / each for each in config.teacher.checkpoints)}
             ),
             "features": config.features.seen_from(folder),
+            "candidates": config.candidates.seen_from(folder),
             "judge": config.judge.seen_from(folder) if config.judge else None,
             "queries": config.queries.model_copy(
                 update={"shards": str(literal / config.queries.shards) if config.queries.shards else None}

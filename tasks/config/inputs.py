@@ -189,6 +189,36 @@ class FeaturesConfig(Section):
         return self.model_copy(update={"weights": found})
 
 
+class CandidateIndexConfig(Section):
+    folder: Path = Field(
+        description="with image.index and metadata/, as clip-retrieval makes it of all training images, relative to "
+        "the config file"
+    )
+    file: str = Field(
+        default="image.index",
+        pattern=r"^[^/]+$",
+        description="the FAISS index in it, whose vectors are those of candidates.space",
+    )
+    nprobe: int | None = Field(
+        default=None,
+        ge=1,
+        description="inverted lists that a query looks at; null: as many as hold 16 k rows, at least 64",
+    )
+    match: str = Field(
+        default="index_row",
+        min_length=1,
+        description="which row of the index a sample is: index_row: its .json in the tar tells, as of a list by "
+        "`fastgda candidates`; key: that of its tar; or a column of the metadata that is a field of the .json, as url",
+    )
+
+
+class CandidateCheckConfig(Section):
+    queries: int = Field(default=16, ge=1, description="test queries")
+    random: int | None = Field(
+        default=None, ge=1, description="of all samples, drawn at random and scored beside the candidates; null: all"
+    )
+
+
 class CandidatesConfig(Section):
     policy: Literal["all", "top_k", "pooled"] = Field(
         description="all samples; each query's nearest in the untuned space; or the nearest of any query, for all"
@@ -201,6 +231,14 @@ class CandidatesConfig(Section):
         description="encoders in whose space a sample is near, joined by '+'; null: those of features.space. Named "
         "here, features.space may change without another choice of candidates",
     )
+    index: CandidateIndexConfig | None = Field(
+        default=None,
+        description="of policy top_k: a similarity index that is there already names the nearest, in place of a matrix "
+        "of all samples' features",
+    )
+    check: CandidateCheckConfig | None = Field(
+        default=None, description="of policy top_k: which share of the teacher's first is among the k nearest"
+    )
 
     @field_validator("space")
     @classmethod
@@ -211,7 +249,7 @@ class CandidatesConfig(Section):
 
     def science(self) -> dict[str, object]:
         """Return what the choice depends on, beside the features."""
-        return self.model_dump(mode="json", exclude={"space"})
+        return self.model_dump(mode="json", exclude={"space", "index", "check"})
 
     @model_validator(mode="after")
     def _k_with_neighbors(self) -> Self:
@@ -219,4 +257,14 @@ class CandidatesConfig(Section):
             raise ValueError("k belongs to policies top_k and pooled, and to no other")
         if self.scored is not None and (self.policy != "top_k" or self.scored > (self.k or 0)):
             raise ValueError("scored belongs to policy top_k and is at most k")
+        for name in ("index", "check"):
+            if getattr(self, name) is not None and self.policy != "top_k":
+                raise ValueError(f"{name} belongs to policy top_k: change policy, or remove it")
         return self
+
+    def seen_from(self, folder: Path) -> Self:
+        """Return the section with the index's folder made absolute."""
+        if self.index is None:
+            return self
+        index = self.index.model_copy(update={"folder": folder / self.index.folder})
+        return self.model_copy(update={"index": index})

@@ -97,6 +97,20 @@ class PipelineConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _an_index_has_no_features_of_samples(self) -> Self:
+        if self.candidates.index is None:
+            return self
+        if self.teacher.name == "similarity":
+            raise ValueError(
+                "teacher similarity compares features of all samples in candidates.space, and candidates.index is "
+                "there so that none are made: remove one of them"
+            )
+        for name, rival in self.judge.rivals.items() if self.judge else ():
+            if rival.space not in (None, self.candidates.space):
+                raise ValueError(f"judge.rivals.{name}.space is not that of candidates.index: remove one of them")
+        return self
+
+    @model_validator(mode="after")
     def _sketches_have_first_order(self) -> Self:
         if self.sketches is not None and self.teacher.name != "abu_plus_first_order":
             raise ValueError(
@@ -147,7 +161,7 @@ class PipelineConfig(Section):
         All such runs have one name, so that whoever asks for the same rival finds its scores.
         """
         assert self.judge is not None
-        rival, candidates = self.judge.rivals[name], self.candidates.model_dump()
+        rival, candidates = self.judge.rivals[name], self.candidates.model_dump() | {"check": None}
         if rival.nearest is not None:
             candidates |= {"policy": "top_k", "k": rival.nearest, "scored": None}
         candidates["space"] = rival.space or self.candidates.space
@@ -206,10 +220,12 @@ def check_sizes(config: PipelineConfig, samples: int, pool: int | None = None) -
         UsageError: more is asked than there is.
     """
     k = config.candidates.k or samples
-    if k > samples:
+    if k > samples and config.candidates.index is None:
         raise UsageError(
             f'candidates.k is {k} but the workspace has {samples} samples: lower it or set candidates.policy to "all"'
         )
+    if config.candidates.index is not None:
+        k = min(k, samples)  # of those that the index names these are the most that can be there
     k = (pool or samples) if config.candidates.policy == "pooled" else config.candidates.scored or k
     asked = {
         "evaluation.cutoffs": max(config.evaluation.cutoffs),

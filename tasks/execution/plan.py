@@ -8,8 +8,8 @@ from storage_schemas import tables
 from storage_schemas.commit import input_key
 from tasks.artifact import Artifact, Made
 from tasks.context import Context
-from tasks.inputs.candidates import candidate_space
-from tasks.inputs.features import feature_folders, features_key
+from tasks.inputs.candidates import candidate_space, candidates_key
+from tasks.inputs.features import feature_folders
 from tasks.teaching.families import family_of
 from tasks.teaching.latents import latents_of
 from tasks.teaching.retrainings import judged_by
@@ -25,9 +25,7 @@ def run_artifacts(context: Context, samples: Artifact, queries: Artifact) -> dic
 def run_name(context: Context, artifacts: dict[str, Artifact]) -> str:
     """Return the configuration's name with a hash of everything that the run's scores depend on."""
     config = context.config
-    # Where every sample is scored the candidates depend on no features: the head's may change, and the scores stay.
-    near = candidate_space(context)
-    chosen_by = [] if config.candidates.policy == "all" else [features_key(near, artifacts["samples"])]
+    chosen_by = candidates_key(context, artifacts["samples"], artifacts["queries"])
     science = config.candidates.science(), config.teacher.science()
     taught_by = family_of(config).key(context, artifacts)
     return f"{config.name}-{input_key(taught_by, *chosen_by, *science, table=tables.SCORES)[:10]}"
@@ -38,7 +36,7 @@ def planned_run(context: Context, artifacts: dict[str, Artifact], candidates: Ar
     name = candidates.key
     features = {
         f"features of samples {encoder}": Artifact(encoder, key, folder, artifacts["samples"].rows)
-        for space in (candidate_space(context), context)
+        for space in ([context] if context.config.candidates.index else [candidate_space(context), context])
         for encoder, (folder, key) in feature_folders(space, artifacts["samples"]).items()
     }
     scores = Artifact("scores", name, context.workspace.scores(name), candidates.rows)

@@ -19,6 +19,7 @@ from tasks.config.inputs import SplitConfig
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context, open_context
 from tasks.execution.known import MODELS, ModelShape
+from tasks.inputs.index_rows import candidate_index
 from tasks.inputs.queries import count_queries
 from tasks.inputs.samples import look_at_samples
 from tasks.inputs.tars import matching_files
@@ -56,6 +57,8 @@ def look(config: PipelineConfig) -> Seen:
     else:
         context = open_context(config)
         family_of(config).check(context)
+    if expected is not None and (near := candidate_index(config.candidates)) is not None and not near.path.exists():
+        unseen.append(f"the index of candidates: there is no {near.path}")
     data = _looked_at(config, context, expected, unseen)
     return Seen(context, *data, _queries(config, unseen), tuple(unseen))
 

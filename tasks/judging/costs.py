@@ -138,7 +138,7 @@ def _of_teacher(run: Run, queries: Sequence[Query]) -> Cost:
         return _of_features([candidate_space(run.context)], samples, queries)
     before = _before_scores(run)
     cost = reduce(Cost.and_then, [_parts(each) for each in before if not each.of_queries], Cost())
-    if config.candidates.policy != "all":
+    if config.candidates.policy != "all" and config.candidates.index is None:
         cost = cost.and_then(_features(candidate_space(run.context), samples))
     size = Size(samples.rows, 1.0, run.artifacts["queries"].rows, samples.rows)
     runs_the_model = scores_of(family_of(config).costs(config, size)).forwards > 0

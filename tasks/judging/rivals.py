@@ -66,6 +66,6 @@ class Rivals:
             # A query of the twin test is scored against its twin in any case, which the judges are not to see.
             near = tables.read(workspace.candidates(record.run), tables.CANDIDATES).to_pydict()
             for query_id, train_id, rank in zip(near["query_id"], near["train_id"], near["neighbor_rank"], strict=True):
-                if rank > nearest:
+                if not 0 < rank <= nearest:
                     found[place[query_id], train_id] = torch.nan
         return found

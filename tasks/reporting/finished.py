@@ -22,6 +22,7 @@ from storage_schemas.tombstones import read_tombstones
 from storage_schemas.workspace import Workspace
 from tasks.artifact import Artifact, Made
 from tasks.config.pipeline import PipelineConfig
+from tasks.inputs.index_rows import candidate_index
 from tasks.inputs.tars import matching_files
 from tasks.watching.trust import Trust, trust_in
 
@@ -62,13 +63,15 @@ def inputs_stamp(config: PipelineConfig) -> str | None:
     if not all(Path(source).is_dir() for source in sources):
         return None
     tars = [path for pattern in (config.data.shards, config.queries.pattern) for path in matching_files(pattern)]
+    near = candidate_index(config.candidates)
     code = (path for package in _PACKAGES for path in (_CODE / package).rglob("*.[ph]*") if path.suffix != ".pyc")
     folders = [
         folder_stamps(folder) for folder in (config.model.folder, *adapters, *checkpoints, *map(Path, sorted(sources)))
     ]
     installed = sorted(path.name for path in Path(sysconfig.get_path("purelib")).glob("*.dist-info"))
     take_downs = read_tombstones(Workspace.at(config.workspace)).sha256  # index and report are made anew without them
-    return input_key("finished", config, stamps([*tars, *sorted(code)]), folders, installed, take_downs)
+    of_index = [] if near is None else [near.stamps]
+    return input_key("finished", config, stamps([*tars, *sorted(code)]), folders, installed, take_downs, *of_index)
 
 
 def keep_summary(config: PipelineConfig, inputs: str | None, summary: RunSummary) -> None:

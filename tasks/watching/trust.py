@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -26,12 +27,14 @@ TWIN_SHARE, TWIN_RANK, WORST_TWIN = "twin share", "twin rank", "worst twin rank"
 CONFIRMED_SHARE = "confirmed twin share"  # found, of the twins that models trained again say helped
 OTHER_NOISE, OTHER_GRADIENT = "teacher with other noise", "teacher with other gradient"
 OTHER_CURVATURE, OTHER_TEACHER = "teacher with other curvature", "another teacher"
+CANDIDATE_RECALL, NEAREST = "candidate recall", "nearest"  # of the teacher's first, the share among the nearest
 HEAD = "tuned"
 JUDGED = "models trained again"  # the fact that says how true a teacher is
 LDS, RETRAINED_AGAIN = "lds", "retraining again"  # the judge's score, and what retraining itself leaves of it
 
 # Below it less than half of what orders the samples would come back if the teacher were drawn again.
 LEAST_AGREEMENT = 0.5
+LEAST_RECALL, WIDEST_ERROR = 0.9, 0.05  # of the candidates, and of that figure
 log = logging.getLogger("fastgda.trust")
 _RAISED = {
     OTHER_NOISE: "teacher.timesteps or teacher.draws",
@@ -65,6 +68,8 @@ class Trust:
     confirmed: twins of each kind that models trained again say helped: how many the teacher found, and of how many.
     checkpoints: gradients are taken at checkpoints of the training.
     plan: the noise plan that the run's pilot chose, in words; empty where none did.
+    candidates: the share of the teacher's first L that is among the nearest, and its error, by L; empty where that was
+        not measured.
     """
 
     twins: dict[str, TwinTest]
@@ -76,6 +81,7 @@ class Trust:
     confirmed: dict[str, tuple[int, int]] = field(default_factory=dict)
     checkpoints: bool = False
     plan: str = ""
+    candidates: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def facts(self) -> list[tuple[str, str]]:
@@ -88,6 +94,7 @@ class Trust:
             facts.append(("two teachers agree", f"Spearman {self.agreement:.3f}"))
         if TEACHER in self.retrained:
             facts.append((JUDGED, self._retrained()))
+        facts.append((CANDIDATE_RECALL, self._recalled(self.candidates)))
         return [(name, value) for name, value in facts if value]
 
     def _chosen_plan(self) -> str:
@@ -112,7 +119,29 @@ class Trust:
             for kind, test in self.twins.items()
             if not test.passed and not self._true_all_the_same(kind)
         ]
-        return [*wrong, *self._disagreement(), *self._untrue()]
+        return [*wrong, *self._disagreement(), *self._untrue(), *self._left_out()]
+
+    def _recalled(self, cutoffs: Iterable[int]) -> str:
+        """Return which share of the teacher's first L is among the nearest, for each L of some."""
+        figures = ["{1:.2f} ± {2:.2f} of its first {0:,}".format(each, *self.candidates[each]) for each in cutoffs]
+        return ", ".join(figures)
+
+    def _left_out(self) -> list[str]:
+        """Return warnings where the nearest leave out what the teacher ranks first, or where that cannot be told."""
+        low = [each for each, (value, _) in self.candidates.items() if value < LEAST_RECALL]
+        wide = [each for each, (_, error) in self.candidates.items() if error > WIDEST_ERROR and each not in low]
+        found = []
+        if low:
+            found.append(
+                "candidates leave out what the teacher ranks first: the nearest hold "
+                f"{self._recalled(low)}; raise candidates.k, choose another candidates.space, or score all samples"
+            )
+        if wide:
+            found.append(
+                f"whether candidates hold what the teacher ranks first cannot be told: {self._recalled(wide)}; raise "
+                "candidates.check.random or candidates.check.queries"
+            )
+        return found
 
     def _found(self, kind: str) -> str:
         """Return how many twins of a kind the teacher found, and how many of those that retraining confirms."""
@@ -213,6 +242,11 @@ def trust_of(rows: list[dict[str, Any]], objective: Objective | None, *, checkpo
             if (row["metric"], row["space"]) == (CONFIRMED_SHARE, TEACHER)
         },
         checkpoints,
+        candidates={
+            row["cutoff"]: (row["value"], row["standard_error"])
+            for row in rows
+            if row["metric"] == CANDIDATE_RECALL and not row["query_id"]
+        },
     )
 
 

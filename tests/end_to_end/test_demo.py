@@ -89,7 +89,7 @@ SERVED = "http://127.0.0.1:8000"  # where documented clients find a service
 
 # What cannot run inside the tests: this test run itself, and the full demo, which has a test of its own.
 BY_HAND = ("make ", ". .venv/bin/activate", "fastgda demo", "python benchmarks/")
-OWN_TESTS = ("import-release.md",)  # tests/tasks/importing: they need the release's folder
+OWN_TESTS = ("import-release.md", "existing-index.md")  # tests of their own: they need the release, or an index
 # What embeds the captions of the whole demo; tests/tasks/demo/test_model.py does the same with a few.
 MINUTES = "fastgda train-demo-model"
 COMMANDS = [

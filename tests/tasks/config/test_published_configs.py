@@ -43,7 +43,8 @@ def test_every_published_config_is_planned_before_anything_is_there_and_nothing_
     for name in NAMES:
         config, found = planned(alone, name)
         told = "\n".join(str(line) for line in found.shown())
-        assert len(found.unseen) == 3
+        assert len(found.unseen) == (4 if config.candidates.index else 3)
+        assert not found.refused
         for missing in (config.model.folder, config.data.shards, config.queries.pattern):
             assert f"not looked at: the {'model' if missing == config.model.folder else ''}" in told
             assert str(missing) in told
@@ -101,8 +102,11 @@ def test_folders_of_diffusiondb_become_queries_by_the_documented_lines(
 def test_neighbours_among_more_samples_than_memory_holds_are_refused_and_a_plan_says_so(alone: Path) -> None:
     config = load_config(alone / "sd14_laion.yaml")
     assert config.expected is not None
-    many = config.model_copy(update={"expected": config.expected.model_copy(update={"samples": 10**12})})
-    found = estimate(many)
+    expected = config.expected.model_copy(update={"samples": 10**12})
+    many = config.model_copy(update={"expected": expected})
+    assert not estimate(many).refused, "an index names them"
+    without = config.candidates.model_copy(update={"index": None})
+    found = estimate(many.model_copy(update={"candidates": without}))
     assert (
         "neighbours in a matrix in memory: the features of 1,000,000,000,000 samples take 2,048,000 GB" in found.refused
     )
