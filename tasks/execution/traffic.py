@@ -10,7 +10,7 @@ from fastgda_core.teachers.scores import GROUPS
 from tasks.config.pipeline import PipelineConfig
 from tasks.execution.known import ModelShape
 from tasks.teaching.cost import KindCost, Size, block_shape, score_shards
-from tasks.teaching.latents import LATENT_PART_SAMPLES
+from tasks.teaching.latent_rows import LATENT_PART_SAMPLES
 
 FLOAT = 4  # bytes; latents, embeddings, factors and updates are float32
 SCORE_ROW = 7  # bytes of a row of scores or of base losses in Parquet (6.3 to 6.9 in the demo's and the judge's)
