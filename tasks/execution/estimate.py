@@ -130,7 +130,7 @@ class Estimate:
             table.add_row(kind.kind, *map(amount, (kind.parts, kind.rows, kind.forwards)), *moved, whole, one)
         yield table
         if (latents := self.traffic.get("latents")) is not None:
-            yield "latents and caption embeddings: {} read, {} written, before these".format(*_told(latents))
+            yield "latents: {} read, {} written, before these".format(*_told(latents))
         for kind in self.kinds:
             if kind.contraction > kind.forwards:
                 yield (
