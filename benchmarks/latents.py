@@ -1,10 +1,13 @@
 """What reading a few training samples of many takes: bytes, reads and CPU seconds; Markdown.
 
     python -m benchmarks.latents [--samples 1000000] [--chosen 20000] [--stored 100000]
+    python -m benchmarks.latents --config CONFIG
 
 Parts of made-up samples lie on a disk, their latents as holes of sparse files, and, as many as `--stored`, in a real S3
 API on loopback. Samples are drawn evenly, so that those chosen lie as far apart as they can. Bytes and reads are those
 that the kernel counts for this process, and those that the server sends.
+
+CONFIG is of a workspace with one finished run of an unlearning teacher: what captions take of a score shard.
 """
 
 from __future__ import annotations
@@ -27,8 +30,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from storage_schemas.files import AnyPath
-from storage_schemas.workspace import part
+from storage_schemas.runs.ledger import run_names
+from storage_schemas.workspace import Workspace, part
+from tasks.config.files import load_config
+from tasks.config.pipeline import PipelineConfig
+from tasks.inputs.samples import samples_table
+from tasks.teaching.families import family_of
 from tasks.teaching.latent_rows import LATENT_PART_SAMPLES, part_tensors, read_latent_rows
+from tasks.teaching.run import read_run_anew
 
 BLOCK = 1024  # samples at a time, as teachers read them
 
@@ -145,12 +154,33 @@ def row(where: str, folder: AnyPath, model: Model, samples: int, chosen: int) ->
     )
 
 
+def share_of_captions(config: PipelineConfig) -> Iterator[str]:
+    """Yield what a shard's scores take with captions encoded, and again with these in memory."""
+    workspace = Workspace.at(config.workspace)
+    (name,) = run_names(workspace)
+    run = read_run_anew(str(config.workspace), name)
+    family, numbers = family_of(run.config), list(range(run.artifacts["queries"].rows))
+    train_ids = np.arange(run.config.teacher.shard_samples)
+    captions = samples_table(run.artifacts["samples"].path)["captions"].slice(0, len(train_ids)).to_pylist()
+    family.scores(run.context, run.artifacts, numbers, train_ids + len(train_ids))  # what a process loads once
+    yield f"{len(train_ids)} samples, {sum(map(len, captions))} captions, {len(numbers)} queries"
+    for how in ("captions encoded", "captions in memory"):
+        started = time.process_time()
+        family.scores(run.context, run.artifacts, numbers, train_ids)
+        yield f"{how}: {time.process_time() - started:.2f} CPU s"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--chosen", type=int, default=20_000)
     parser.add_argument("--stored", type=int, default=100_000, help="samples in the object store")
+    parser.add_argument("--config", type=Path, help="of a finished run, to be looked at instead")
     arguments = parser.parse_args()
+    if arguments.config is not None:
+        for line in share_of_captions(load_config(arguments.config)):
+            print(line, flush=True)
+        return
     share = arguments.chosen / arguments.samples
     print("| from | latents of | samples | MB wanted | MB read | ratio | again | reads | CPU s | GB before |")
     print(f"| --- | --- |{' ---: |' * 8}")

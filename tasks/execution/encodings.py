@@ -11,7 +11,7 @@ from tasks.execution.known import ModelShape
 from tasks.teaching.cost import KindCost, Size, score_shards
 
 FLOAT = 4  # bytes
-_ONCE_A_ROW = ("curvature", "noise plan", "base losses", "sketch basis", "sketches")
+_ONCE_A_ROW = ("noise plan", "base losses", "sketch basis", "sketches")
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,12 @@ class Encodings:
             places = max(1, len(config.teacher.checkpoints))
             first_order = UNLEARNING_TEACHERS[config.teacher.name].first_order
             pairs = score_shards(config, size)[1] if first_order else size.queries * size.candidates
-            others = [
-                cost.rows for cost in costs if cost.forwards and cost.kind.split(" of checkpoint")[0] in _ONCE_A_ROW
-            ]
-            encoded = size.captions * (places * pairs + sum(others))
+            rows = dict.fromkeys((*_ONCE_A_ROW, "curvature"), 0)
+            for cost in costs:
+                if (kind := cost.kind.split(" of checkpoint")[0]) in rows and cost.forwards:
+                    rows[kind] += cost.rows
+            first = rows.pop("curvature")  # by the first caption of each
+            encoded = first + size.captions * (places * pairs + sum(rows.values()))
         return cls(captions, kept, encoded, encoded * shape.caption_flops / shape.flops)
 
     def told(self) -> str:

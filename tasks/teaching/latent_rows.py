@@ -12,7 +12,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,13 @@ class LatentRows:
     captions: list[list[str]] | None
     condition: dict[str, Tensor]
     captions_of: Tensor
+
+    def with_captions(self, most: int) -> LatentRows:
+        """Return the same samples with so many captions of each at most, the first ones."""
+        numbers = torch.cat([torch.arange(count) for count in self.captions_of.tolist()])
+        captions = None if self.captions is None else [own[:most] for own in self.captions]
+        condition = {name: tensor[numbers < most] for name, tensor in self.condition.items()}
+        return replace(self, captions=captions, condition=condition, captions_of=self.captions_of.clamp(max=most))
 
 
 def read_latent_rows(folder: AnyPath, train_ids: Iterable[int]) -> list[LatentRows]:

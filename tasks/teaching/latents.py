@@ -81,12 +81,15 @@ def unreadable_samples(latents: Artifact, train_ids: Iterable[int]) -> dict[int,
     return quarantined_in((part(latents.path, number, "safetensors") for number in numbers), wanted)
 
 
-def load_block(context: Context, latents: Artifact, train_ids: list[int]) -> SampleBlock:
-    """Load the named samples on the context's device.
+def load_block(
+    context: Context, latents: Artifact, train_ids: list[int], *, captions: int | None = None
+) -> SampleBlock:
+    """Load the named samples on the context's device, with so many captions of each at most, or with all.
 
     They come part by part: in the order given where that is ascending; the block's `train_ids` tell in any case.
     """
-    return _block(context, read_latent_rows(latents.path, train_ids))
+    several = read_latent_rows(latents.path, train_ids)
+    return _block(context, several if captions is None else [rows.with_captions(captions) for rows in several])
 
 
 def blocks_ahead(context: Context, latents: Artifact, train_ids: list[int]) -> Iterator[SampleBlock]:

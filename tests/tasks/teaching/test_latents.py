@@ -92,36 +92,29 @@ def earlier_part(path: Path, latents: Tensor, train_ids: list[int], counts: list
 def test_parts_of_an_earlier_release_give_the_block_that_they_gave_beside_new_ones(
     unlearned: WholeRun, tmp_path: Path
 ) -> None:
-    context = unlearned.context
+    context, path = unlearned.context, part(tmp_path, 0, "safetensors")
     latents, captions = written(tmp_path, 2)
+    artifact = Artifact("latents", "k", tmp_path, len(latents))
     counts = [len(own) for own in captions[:LATENT_PART_SAMPLES]]
-    condition = torch.randn(sum(counts), 3, 5)
     first = [sum(counts[:sample]) for sample in range(LATENT_PART_SAMPLES)]
-    ids = list(range(LATENT_PART_SAMPLES))
-    earlier_part(part(tmp_path, 0, "safetensors"), latents[:LATENT_PART_SAMPLES], ids, counts, condition)
-    block = load_block(context, Artifact("latents", "k", tmp_path, len(latents)), [9, 2, 7])
-    rows = [first[sample] + number for sample in (9, 2, 7) for number in range(counts[sample])]
-    assert torch.equal(block.condition["encoder_hidden_states"], condition[rows])
-    assert torch.equal(block.latents, latents[[9, 2, 7]])
-    assert block.owner.tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2] and block.caption_number.tolist() == [
-        0,
-        1,
-        0,
-        1,
-        2,
-        0,
-        1,
-        2,
-        3,
-    ]
-
     known = context.model().encode_captions(captions[513])["encoder_hidden_states"]
-    earlier_part(
-        part(tmp_path, 0, "safetensors"), latents[:512], ids, counts, torch.randn(sum(counts), *known.shape[1:])
-    )
-    mixed = load_block(context, Artifact("latents", "k", tmp_path, len(latents)), [2, 513])
+    stored = torch.randn(sum(counts), *known.shape[1:])
+    earlier_part(path, latents[:LATENT_PART_SAMPLES], list(range(LATENT_PART_SAMPLES)), counts, stored)
+
+    block = load_block(context, artifact, [9, 2, 7])
+    rows = [first[sample] + number for sample in (9, 2, 7) for number in range(counts[sample])]
+    assert torch.equal(block.condition["encoder_hidden_states"], stored[rows])
+    assert torch.equal(block.latents, latents[[9, 2, 7]])
+    assert block.owner.tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2]
+    assert block.caption_number.tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 3]
+
+    mixed = load_block(context, artifact, [2, 513])
+    assert torch.equal(mixed.condition["encoder_hidden_states"][:3], stored[first[2] : first[3]])
     torch.testing.assert_close(mixed.condition["encoder_hidden_states"][3:], known)
-    assert len(mixed.owner) == 5
+    few = load_block(context, artifact, [7, 2, 513], captions=1)
+    assert few.owner.tolist() == [0, 1, 2] and few.caption_number.tolist() == [0, 0, 0]
+    assert torch.equal(few.condition["encoder_hidden_states"][:2], stored[[first[7], first[2]]])
+    torch.testing.assert_close(few.condition["encoder_hidden_states"][2:], known[:1])
 
 
 def test_a_part_made_again_in_the_new_layout_is_read_as_that(unlearned: WholeRun, tmp_path: Path) -> None:
@@ -192,10 +185,8 @@ def test_a_full_cache_drops_what_was_not_asked_for_the_longest(unlearned: WholeR
 
     def encode(some: list[str]) -> dict[str, Tensor]:
         asked.append(some)
-        return {
-            "a": torch.tensor([[float(text)] * 8 for text in some]),
-            "b": torch.tensor([int(text) for text in some]),
-        }
+        numbers = torch.tensor([int(text) for text in some])
+        return {"a": numbers[:, None].float().expand(-1, 8), "b": numbers}
 
     def of(numbers: range | list[int]) -> list[list[str]]:
         asked.clear()
