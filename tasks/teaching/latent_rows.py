@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -92,7 +94,7 @@ class _Head:
 
     latents: StoredTensor
     by_caption: Mapping[str, StoredTensor]
-    ends: list[int]
+    ends: array[int]
 
     @property
     def earlier(self) -> bool:
@@ -154,7 +156,7 @@ def _heads(paths: list[AnyPath]) -> list[_Head]:
 def _head(told: TensorHead) -> _Head:
     tensors = told.tensors
     earlier = {name.removeprefix(_CONDITION): each for name, each in tensors.items() if name.startswith(_CONDITION)}
-    numbers = torch.frombuffer(bytearray(told.read("captions_of" if earlier else "captions_end")), dtype=torch.int64)
+    numbers = array("q", bytes(told.read("captions_of" if earlier else "captions_end")))
     if earlier:
-        return _Head(tensors["latents"], earlier, torch.cumsum(numbers, 0).tolist())
-    return _Head(tensors["latents"], {"captions": tensors["captions"]}, numbers.tolist())
+        return _Head(tensors["latents"], earlier, array("q", accumulate(numbers)))
+    return _Head(tensors["latents"], {"captions": tensors["captions"]}, numbers)

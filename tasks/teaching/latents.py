@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -93,14 +92,14 @@ def load_block(
 
 
 def blocks_ahead(context: Context, latents: Artifact, train_ids: list[int]) -> Iterator[SampleBlock]:
-    """Yield the named samples, ascending, in blocks; the next one is read while the caller works on one."""
+    """Yield the named samples, ascending and not none, in blocks; the next is read while the caller works on one."""
     stretches = [train_ids[start : start + BLOCK_SAMPLES] for start in range(0, len(train_ids), BLOCK_SAMPLES)]
     with ThreadPoolExecutor(1) as reader:
-        begun = deque(reader.submit(read_latent_rows, latents.path, some) for some in stretches[:1])
+        begun = reader.submit(read_latent_rows, latents.path, stretches[0])
         for following in [*stretches[1:], None]:
-            rows = begun.popleft().result()
+            rows = begun.result()
             if following is not None:
-                begun.append(reader.submit(read_latent_rows, latents.path, following))
+                begun = reader.submit(read_latent_rows, latents.path, following)
             yield _block(context, rows)
 
 
