@@ -38,6 +38,7 @@ from tasks.inputs.samples import samples_table
 from tasks.teaching.families import family_of
 from tasks.teaching.latent_rows import LATENT_PART_SAMPLES, part_tensors, read_latent_rows
 from tasks.teaching.run import read_run_anew
+from tasks.teaching.sketches import SketchParts
 
 BLOCK = 1024  # samples at a time, as teachers read them
 
@@ -160,13 +161,14 @@ def share_of_captions(config: PipelineConfig) -> Iterator[str]:
     (name,) = run_names(workspace)
     run = read_run_anew(str(config.workspace), name)
     family, numbers = family_of(run.config), list(range(run.artifacts["queries"].rows))
+    artifacts = {kind: artifact for kind, artifact in run.artifacts.items() if kind != SketchParts.kind}
     train_ids = np.arange(run.config.teacher.shard_samples)
     captions = samples_table(run.artifacts["samples"].path)["captions"].slice(0, len(train_ids)).to_pylist()
-    family.scores(run.context, run.artifacts, numbers, train_ids + len(train_ids))  # what a process loads once
+    family.scores(run.context, artifacts, numbers, train_ids + len(train_ids))  # what a process loads once
     yield f"{len(train_ids)} samples, {sum(map(len, captions))} captions, {len(numbers)} queries"
     for how in ("captions encoded", "captions in memory"):
         started = time.process_time()
-        family.scores(run.context, run.artifacts, numbers, train_ids)
+        family.scores(run.context, artifacts, numbers, train_ids)
         yield f"{how}: {time.process_time() - started:.2f} CPU s"
 
 
