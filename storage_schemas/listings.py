@@ -6,7 +6,7 @@ A folder may hold ten thousand parts, and in an object store each question about
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -97,8 +97,8 @@ def listed_manifest(path: AnyPath, listing: Listing) -> Manifest | None:
 def quarantined_in(parts: Iterable[AnyPath], wanted: Iterable[int]) -> dict[int, str]:
     """Return which of these training samples some parts left out, and why."""
     chosen = set(wanted)
-    manifests = filter(None, map(read_manifest, parts))
-    left_out = {train_id: why for manifest in manifests for train_id, why in manifest.quarantined.items()}
+    manifests = _read_manifests(list(parts))
+    left_out = {train_id: why for _, manifest in manifests for train_id, why in manifest.quarantined.items()}
     return {train_id: why for train_id, why in left_out.items() if train_id in chosen}
 
 
@@ -109,15 +109,19 @@ def _known_as(path: AnyPath, listing: Listing) -> Manifest | None:
 
 def _read_together(paths: list[AnyPath], listing: Listing) -> None:
     """Read manifests of an object store many at a time; on disk one after the other is as fast."""
-    remote = [path for path in paths if not isinstance(path, Path)]
+    for path, manifest in _read_manifests([path for path in paths if not isinstance(path, Path)]):
+        _known[str(path)] = listing[manifest_path(path).name], manifest
+
+
+def _read_manifests(paths: list[AnyPath]) -> Iterator[tuple[AnyPath, Manifest]]:
+    """Yield the manifests that are there and can be read, those of an object store from requests at the same time."""
+    remote = {manifest_path(path).path: path for path in paths if not isinstance(path, Path)}  # type: ignore[union-attr]
+    for path in paths:
+        if isinstance(path, Path) and (manifest := read_manifest(path)) is not None:
+            yield path, manifest
     if not remote:
         return
-    of_manifest = {manifest_path(path).name: path for path in remote}
-    places = [str(manifest_path(path)) for path in remote]
-    contents = remote[0].fs.cat(places, on_error="omit", max_concurrency=1)  # see `read_if_there`
-    for place, content in contents.items():
-        path = of_manifest[place.rsplit("/", 1)[-1]]
-        try:
-            _known[str(path)] = listing[manifest_path(path).name], Manifest.model_validate_json(content)
-        except ValidationError:
-            continue
+    store = next(iter(remote.values())).fs
+    for place, content in store.cat(list(remote), on_error="omit", max_concurrency=1).items():  # see `read_whole`
+        with suppress(ValidationError):
+            yield remote[place], Manifest.model_validate_json(content)

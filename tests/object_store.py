@@ -16,6 +16,8 @@ import pytest
 
 from storage_schemas.files import AnyPath, any_path
 
+_SENT: Counter[str] = Counter()  # bytes of answers, by method
+
 
 @contextmanager
 def s3_server() -> Iterator[str]:
@@ -35,7 +37,9 @@ def s3_server() -> Iterator[str]:
 
     def answer(request: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         if request["REQUEST_METHOD"] in ("GET", "HEAD"):
-            return application(request, start)
+            content = list(application(request, start))
+            _SENT[request["REQUEST_METHOD"]] += sum(map(len, content))
+            return content
         with changing:
             return application(request, start)
 
@@ -92,3 +96,11 @@ def requests_counted() -> Iterator[Counter[str]]:
     finally:
         server.setLevel(level)
         server.removeHandler(count)
+
+
+@contextmanager
+def bytes_sent() -> Iterator[Counter[str]]:
+    """How many bytes, by method, the servers of this process send as answers in the block."""
+    before, sent = _SENT.copy(), Counter[str]()
+    yield sent
+    sent.update(_SENT - before)

@@ -39,6 +39,12 @@ class ModelConfig(Section):
     micro_batch: int = Field(
         default=64, ge=1, description="denoiser forwards at a time; halves itself where device memory runs out"
     )
+    latents: Literal["float32", "bf16"] = Field(
+        default="float32", description="how training images' latents are kept; bf16: half the bytes, rounded to 8 bits"
+    )
+    captions_gb: float = Field(
+        default=2.0, ge=0, description="memory of a process for encoded captions; without room they are encoded anew"
+    )
     flips: bool = Field(default=False, description="it was trained with mirrored images too: the larger score counts")
     compile: bool = Field(default=False, description="compile the denoiser: a minute or more per process, then faster")
 

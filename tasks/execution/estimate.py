@@ -20,6 +20,7 @@ from tasks.config.inputs import CandidatesConfig
 from tasks.config.pipeline import PipelineConfig, check_sizes
 from tasks.context import Context
 from tasks.execution.cost import Rate, costs_of, rate, run_costs
+from tasks.execution.encodings import Encodings
 from tasks.execution.known import ModelShape, known_speed
 from tasks.execution.plan import run_artifacts, run_name
 from tasks.execution.rivals import check_rivals
@@ -45,6 +46,7 @@ class Estimate:
     least: the same under the cheapest noise plan, where a pilot of the run will choose among cheaper and dearer ones.
     traffic: bytes of each kind of part, of latents too; None where they are not known.
     ways: exact, first-order and sketch work on the same data.
+    encodings: of captions; None where they are not known.
     unseen: what was not there to look at.
     refused: why a run of this size would be refused on this machine; empty: nothing is known of that.
     layers: which of the model's a query's step moves; empty where the teacher moves none.
@@ -59,6 +61,7 @@ class Estimate:
     least: list[KindCost] | None = None
     traffic: dict[str, Bytes | None] = field(default_factory=dict)
     ways: list[Way] = field(default_factory=list)
+    encodings: Encodings | None = None
     unseen: tuple[str, ...] = ()
     refused: str = ""
     layers: str = ""
@@ -130,7 +133,9 @@ class Estimate:
             table.add_row(kind.kind, *map(amount, (kind.parts, kind.rows, kind.forwards)), *moved, whole, one)
         yield table
         if (latents := self.traffic.get("latents")) is not None:
-            yield "latents and caption embeddings: {} read, {} written, before these".format(*_told(latents))
+            yield "latents: {} read, {} written, before these".format(*_told(latents))
+        if self.encodings is not None:
+            yield self.encodings.told()
         for kind in self.kinds:
             if kind.contraction > kind.forwards:
                 yield (
@@ -226,6 +231,7 @@ def estimate(config: PipelineConfig, device: str | None = None) -> Estimate:
         least,
         moved,
         ways(teacher, size, shape, seen.image_bytes, in_precision, products=not found.of_whole_parts),
+        Encodings.of(teacher, size, shape, costs),
         seen.unseen,
         _refused(config, seen),
         _layers(config, shape),

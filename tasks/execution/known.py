@@ -15,12 +15,14 @@ class ModelShape:
     """What one forward of a denoiser takes, and how large its inputs are.
 
     flops: of a forward, two for a multiplication and its addition.
+    caption_flops: of encoding one caption.
     latent, condition: numbers of a sample's latent and of one caption's embeddings.
     layers, layer_weights: which a step moves.
     fisher_numbers: of their EK-FAC factors, both eigenbases and the eigenvalues.
     """
 
     flops: float
+    caption_flops: float
     latent: int
     condition: int
     layers: int
@@ -28,21 +30,21 @@ class ModelShape:
     fisher_numbers: int
 
     @classmethod
-    def of(cls, flops: float, latent: int, condition: int, layers: Iterable[Layer]) -> ModelShape:
+    def of(cls, flops: float, caption_flops: float, latent: int, condition: int, layers: Iterable[Layer]) -> ModelShape:
         """Return the shape of a denoiser whose step moves these layers."""
         sizes = [matrix_shape(layer) for layer in layers]
         weights = sum(rows * columns for rows, columns in sizes)
         fisher = weights + sum(rows**2 + columns**2 for rows, columns in sizes)
-        return cls(flops, latent, condition, len(sizes), weights, fisher)
+        return cls(flops, caption_flops, latent, condition, len(sizes), weights, fisher)
 
 
 # By benchmarks/forward_flops.py (benchmarks/RESULTS.md, "One forward"), of the layers `cross-attn-kv`.
 MODELS = {
-    "fastgda_coco": ModelShape(6_122_917_888, 1_024, 78_848, 32, 7_077_888, 42_237_952),
-    "sd14": ModelShape(803_273_441_280, 16_384, 59_136, 32, 19_169_280, 62_824_448),
-    "sdxl": ModelShape(6_761_236_398_080, 65_536, 158_982, 140, 340_787_200, 1_132_789_760),
-    "sd3": ModelShape(8_904_337_539_072, 262_144, 1_366_016, 48, 113_319_936, 339_959_856),
-    "flux": ModelShape(74_384_653_418_496, 262_144, 2_097_920, 38, 358_729_728, 1_076_189_222),
+    "fastgda_coco": ModelShape(6_122_917_888, 45_127_233_536, 1_024, 78_848, 32, 7_077_888, 42_237_952),
+    "sd14": ModelShape(803_273_441_280, 13_298_503_680, 16_384, 59_136, 32, 19_169_280, 62_824_448),
+    "sdxl": ModelShape(6_761_236_398_080, 111_158_333_440, 65_536, 158_982, 140, 340_787_200, 1_132_789_760),
+    "sd3": ModelShape(8_904_337_539_072, 2_507_750_084_608, 262_144, 1_366_016, 48, 113_319_936, 339_959_856),
+    "flux": ModelShape(74_384_653_418_496, 4_858_021_613_568, 262_144, 2_097_920, 38, 358_729_728, 1_076_189_222),
 }
 
 

@@ -90,12 +90,13 @@ def shape_of(context: Context) -> ModelShape:
     """Count what one forward of the model takes, by running it once, on a sample of nothing."""
     at = context.at_checkpoints()[0]
     model = replace(at.teacher_model(), compiled_denoisers=None)
-    condition = model.encode_captions(["a trial"])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as of_caption:
+        condition = model.encode_captions(["a trial"])
     noise = torch.zeros(1, *model.latent_shape, device=model.device)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as of_forward:
         model.losses(noise, condition, torch.zeros(1, dtype=torch.long, device=model.device), noise)
-    layers = at.layers(model).values()
-    return ModelShape.of(counter.get_total_flops(), prod(model.latent_shape), _numbers(condition), layers)
+    flops = of_forward.get_total_flops(), of_caption.get_total_flops()
+    return ModelShape.of(*flops, prod(model.latent_shape), _numbers(condition), at.layers(model).values())
 
 
 def known_shape(config: PipelineConfig) -> ModelShape:

@@ -10,9 +10,9 @@ from fastgda_core.teachers.scores import GROUPS
 from tasks.config.pipeline import PipelineConfig
 from tasks.execution.known import ModelShape
 from tasks.teaching.cost import KindCost, Size, block_shape, score_shards
-from tasks.teaching.latents import LATENT_PART_SAMPLES
 
-FLOAT = 4  # bytes; latents, embeddings, factors and updates are float32
+FLOAT = 4  # bytes; factors, updates and, by default, latents are float32
+CAPTION, BESIDE = 60, 16  # bytes of a caption as text (a short sentence), and of a sample's own numbers, beside latents
 SCORE_ROW = 7  # bytes of a row of scores or of base losses in Parquet (6.3 to 6.9 in the demo's and the judge's)
 
 
@@ -32,12 +32,12 @@ class Traffic:
 
     def __init__(self, config: PipelineConfig, size: Size, shape: ModelShape, image_bytes: float) -> None:
         self.config, self.size, self.shape, self.image_bytes = config, size, shape, image_bytes
-        numbers = config.model.images * shape.latent + size.captions * shape.condition
-        self.sample = FLOAT * numbers
+        numbers = config.model.images * shape.latent
+        self.sample = numbers * (2 if config.model.latents == "bf16" else FLOAT) + size.captions * CAPTION + BESIDE
         self.update = FLOAT * shape.layer_weights
 
     def latents(self) -> Bytes:
-        """Return those of latents and caption embeddings, made of the images in their tars."""
+        """Return those of latents, made of the images in their tars; each has its captions beside it."""
         return Bytes(self.size.samples * self.image_bytes, self.size.samples * self.sample)
 
     def of(self, cost: KindCost) -> Bytes | None:
@@ -45,14 +45,14 @@ class Traffic:
         if self.config.teacher.name not in UNLEARNING_TEACHERS:
             return None
         rows, factors = cost.rows, FLOAT * self.shape.fisher_numbers
-        losses = rows * self.config.model.images * SCORE_ROW
+        samples, losses = rows * self.sample, rows * self.config.model.images * SCORE_ROW
         known = {
-            "curvature": Bytes(self._scattered(rows), factors),
+            "curvature": Bytes(samples, factors),
             "unlearning steps": Bytes(factors, rows * self.update),
-            "noise plan": Bytes(self._scattered(rows), 0.0),
-            "base losses": Bytes(rows * self.sample, losses),
-            "sketch basis": Bytes(self._scattered(rows), 0.0),
-            "sketches": Bytes(rows * self.sample if cost.forwards else 0.0, cost.kept_bytes),
+            "noise plan": Bytes(samples, 0.0),
+            "base losses": Bytes(samples, losses),
+            "sketch basis": Bytes(samples, 0.0),
+            "sketches": Bytes(samples if cost.forwards else 0.0, cost.kept_bytes),
         }
         kind = cost.kind.split(" of checkpoint")[0]
         return self._scores(cost) if kind == "scores" else known.get(kind)
@@ -62,21 +62,13 @@ class Traffic:
         written = cost.rows * SCORE_ROW
         places = max(1, len(self.config.teacher.checkpoints))
         if not UNLEARNING_TEACHERS[self.config.teacher.name].first_order:
-            each = self._scattered(self.size.candidates) + places * self.update
+            each = self.size.candidates * self.sample + places * self.update
             return Bytes(self.size.queries * each, written)
         shards, seen = score_shards(self.config, self.size)
         queries = min(block_shape(self.config, self.size.queries)[0], self.size.queries)
         stay = queries <= self.config.teacher.loaded_queries
         loads = -(-self.size.queries // queries) if stay else shards
-        if self.config.candidates.policy == "all":
-            samples = seen * self.sample * max(1.0, LATENT_PART_SAMPLES / self.config.teacher.shard_samples)
-        else:
-            samples = shards * self._scattered(-(-seen // shards))
-        return Bytes(samples + places * loads * queries * self.update, written)
-
-    def _scattered(self, samples: int) -> float:
-        """Return the bytes read for so many samples anywhere: whole parts, as `load_block` reads them."""
-        return min(self.size.samples, samples * LATENT_PART_SAMPLES) * self.sample
+        return Bytes(seen * self.sample + places * loads * queries * self.update, written)
 
 
 def contracted(config: PipelineConfig, size: Size, shape: ModelShape) -> float:

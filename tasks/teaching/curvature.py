@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from fastgda_core.curvature.fisher import fit_fisher
 from fastgda_core.curvature.importance import timestep_density, weighted_timesteps
 from fastgda_core.curvature.layers import input_rows
-from fastgda_core.diffusion.loss import per_sample_loss, take
+from fastgda_core.diffusion.loss import per_sample_loss
 from fastgda_core.diffusion.model import DiffusionModel
 from fastgda_core.diffusion.noise import gaussian_noise, stream_key, uniform
 from fastgda_core.diffusion.objective import Objective
@@ -122,7 +122,7 @@ class _Rows:
 def _draw_rows(context: Context, latents: Artifact, count: int, stream: str, density: Tensor | None) -> _Rows:
     """Draw random samples, with timesteps spread over the schedule evenly or by a density."""
     config, model = context.config.curvature, _model(context)
-    block = load_block(context, latents, some_samples(latents, count, config.seed))
+    block = load_block(context, latents, some_samples(latents, count, config.seed), captions=1)
     row = torch.arange(count)
     flip = row % block.flips
     steps = model.schedule.train_timesteps
@@ -134,8 +134,7 @@ def _draw_rows(context: Context, latents: Artifact, count: int, stream: str, den
     order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))
     timesteps, weights = timesteps[order], weights[order]
     noise = gaussian_noise(stream_key(config.seed, f"{stream} noise"), row, timesteps, row % 2**16, model.latent_shape)
-    condition = take(block.condition, torch.nonzero(block.caption_number == 0).flatten())
-    on_cpu = {name: tensor.cpu() for name, tensor in condition.items()}
+    on_cpu = {name: tensor.cpu() for name, tensor in block.condition.items()}
     return _Rows(block.latents.cpu()[row, flip], timesteps, noise, weights, on_cpu)
 
 

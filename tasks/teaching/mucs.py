@@ -33,7 +33,7 @@ from tasks.teaching.base_losses import (
 )
 from tasks.teaching.cost import KindCost, Size
 from tasks.teaching.families import Artifacts, BlockScores
-from tasks.teaching.latents import LatentParts, latents_of, load_block, unreadable_samples
+from tasks.teaching.latents import LatentParts, blocks_ahead, latents_of, load_block, unreadable_samples
 from tasks.teaching.noise import noise_plan
 from tasks.teaching.tensor_parts import QueryParts
 from tasks.teaching.updates import QueryUpdates, update_tensors
@@ -166,14 +166,18 @@ class Mucs:
         known = unreadable_samples(latents, train_ids.tolist()) | without_base_loss(context, base_losses, train_ids)
 
         def of_samples(chosen: NDArray[np.int64]) -> Tensor:
-            block = load_block(context, latents, chosen.tolist())
-            base = load_base_losses(context, base_losses).of(block).to(context.device)
-            layers, size = context.layers(model), context.micro_batch("losses")
-            found = [
-                exact_scores(model, layers, plan, block, base, {name: each[0] for name, each in update.items()}, size)
-                for update in QueryUpdates(context, artifacts["unlearning steps"], query_numbers, 1)
-            ]
-            return torch.stack(found).cpu()
+            layers, size, found = context.layers(model), context.micro_batch("losses"), list[Tensor]()
+            for block in blocks_ahead(context, latents, chosen.tolist()):
+                base = load_base_losses(context, base_losses).of(block).to(context.device)
+                updates = QueryUpdates(context, artifacts["unlearning steps"], query_numbers, 1)
+                several = [
+                    exact_scores(
+                        model, layers, plan, block, base, {name: each[0] for name, each in update.items()}, size
+                    )
+                    for update in updates
+                ]
+                found.append(torch.stack(several).cpu())
+            return torch.cat(found, dim=1)
 
         nothing = torch.empty(len(query_numbers), 0, dtype=torch.float64)
         good, values, left_out = without_bad_samples(train_ids, known, of_samples, nothing)

@@ -32,7 +32,7 @@ from tasks.teaching.checkpoints import Asked, at_checkpoints, summed_scores
 from tasks.teaching.cost import KindCost, Size, block_shape, score_shards
 from tasks.teaching.curvature import CurvatureParts, curvature_of, pilot_rows
 from tasks.teaching.families import Artifacts, BlockScores
-from tasks.teaching.latents import LatentParts, latents_of, load_block, unreadable_samples
+from tasks.teaching.latents import LatentParts, blocks_ahead, latents_of, unreadable_samples
 from tasks.teaching.noise import noise_plan, planned, run_plan
 from tasks.teaching.noise_pilot import DEAREST, PILOT_FORWARDS, PILOT_SAMPLES, PlanParts, pilot_plan_of
 from tasks.teaching.sketches import BasisParts, SketchBeside, SketchParts, basis_of, sketches_of
@@ -178,19 +178,21 @@ def scores_of(
         known |= without_base_loss(context, base_losses, train_ids)
 
     def of_samples(chosen: NDArray[np.int64]) -> Tensor:
-        block = load_block(context, latents, chosen.tolist())
-        base = [load_base_losses(context, each).of(block).to(context.device) for each in stored]
         if beside is not None:
             beside.begin()
-        scores = summed_scores(
-            teacher,
-            asked,
-            run_plan(context, artifacts.get(NOISE_PLAN)),
-            block,
-            base_losses=base,
-            look=beside.look if beside is not None else None,
-        )
-        return torch.stack([scores.values, scores.errors]).cpu()
+        found = []
+        for block in blocks_ahead(context, latents, chosen.tolist()):
+            base = [load_base_losses(context, each).of(block).to(context.device) for each in stored]
+            scores = summed_scores(
+                teacher,
+                asked,
+                run_plan(context, artifacts.get(NOISE_PLAN)),
+                block,
+                base_losses=base,
+                look=beside.look if beside is not None else None,
+            )
+            found.append(torch.stack([scores.values, scores.errors]).cpu())
+        return torch.cat(found, dim=2)
 
     nothing = torch.empty(2, queries, 0, dtype=torch.float64)
     good, (values, errors), left_out = without_bad_samples(train_ids, known, of_samples, nothing)

@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from storage_schemas import listings
 from storage_schemas.commit import MANIFEST, commit, manifest_path
 from storage_schemas.files import AnyPath, any_path
-from storage_schemas.listings import committed_parts, folder_manifests, list_folder, list_tree
+from storage_schemas.listings import committed_parts, folder_manifests, list_folder, list_tree, quarantined_in
 from storage_schemas.workspace import part
 
 KEY = "k" * 16
@@ -94,3 +94,16 @@ def test_an_object_store_is_asked_twice_however_many_parts_there_are(monkeypatch
     asked.clear()
     assert len(committed_parts(folder, KEY)) == 40
     assert asked == ["ls"], "manifests that are known are not read again"
+
+
+def test_what_parts_of_several_folders_left_out_is_told_by_sample(folder: AnyPath) -> None:
+    def leave_out(path: AnyPath, samples: dict[int, str]) -> AnyPath:
+        write = lambda temporary: temporary.write_bytes(b"x")  # noqa: E731
+        commit(path, write, key=KEY, rows=1, started=time.monotonic(), quarantined=samples)
+        return path
+
+    parts = [leave_out(part(folder / "a", 0), {3: "grey", 4: "torn"}), leave_out(part(folder / "b", 0), {9: "late"})]
+    manifest_path(part(folder, 7)).write_bytes(b"{")
+    asked = [*parts, part(folder, 7), part(folder, 8)]
+    assert quarantined_in(asked, range(4, 20)) == {4: "torn", 9: "late"}
+    assert quarantined_in([], [4]) == {}

@@ -75,6 +75,8 @@ CASES: list[tuple[dict[str, object], set[str]]] = [
     ({"teacher__loaded_queries": 7}, set()),
     ({"teacher__negatives": "tie"}, set()),
     ({"model__micro_batch": 7}, set()),
+    ({"model__latents": "bf16"}, EVERYTHING),
+    ({"model__captions_gb": 0.5}, set()),
     ({"device": "auto"}, set()),
     ({"execution__runner": "ray", "execution__workers": 3}, set()),
     ({"execution__forwards_per_second": 3.0}, set()),
