@@ -35,6 +35,7 @@ from tasks.judging.teacher import check_precision, check_twins
 from tasks.reporting.announcements import announce_scores, announce_trust
 from tasks.teaching.families import family_of
 from tasks.teaching.run import Run
+from tasks.watching import openlineage
 from tasks.watching.trust import Trust, trust_in
 
 
@@ -73,6 +74,7 @@ def plan_run(config: PipelineConfig) -> Run:
 
 
 @flow(name="curate", flow_run_name=named("curate"))
+@openlineage.told("curate")
 def curate(config: PipelineConfig) -> Curation:
     """Plan a run, make its parts up to the score shards, and publish them; what is there already is reused.
 

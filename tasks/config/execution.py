@@ -23,6 +23,20 @@ class PoolConfig(Section):
     speed: float = Field(default=1.0, gt=0, description="of its devices against the estimate: sizes its jobs")
 
 
+class OpenLineageConfig(Section):
+    """Events of what a pipeline reads and makes, for a receiver of OpenLineage (Marquez, DataHub, ...)."""
+
+    url: str | None = Field(
+        default=None,
+        pattern=r"^https?://",
+        description="of the receiver; default: what OPENLINEAGE_URL, or openlineage.yml, says. A key is read from "
+        "OPENLINEAGE_API_KEY",
+    )
+    namespace: str | None = Field(
+        default=None, min_length=1, description="of the jobs; default: OPENLINEAGE_NAMESPACE, else fastgda"
+    )
+
+
 class ExecutionConfig(Section):
     """The place where the parts of a run are made, and what happens when one of them fails."""
 
@@ -74,6 +88,10 @@ class ExecutionConfig(Section):
     )
     price_per_device_hour: float | None = Field(default=None, ge=0, description="for cost estimates")
     currency: str = Field(default="USD", pattern=r"^[A-Z]{3}$", description="of the price")
+
+    openlineage: OpenLineageConfig | None = Field(
+        default=None, description="send OpenLineage events; OPENLINEAGE_URL in the environment asks for them, too"
+    )
 
     @model_validator(mode="after")
     def _options_belong_to_their_runner(self) -> Self:

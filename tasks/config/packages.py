@@ -20,6 +20,8 @@ def require_packages(config: PipelineConfig) -> None:
         UsageError: a package is missing.
     """
     require_runner(config.execution.runner)
+    if config.execution.openlineage is not None:
+        require_extra("lineage", "openlineage", wanted_by="execution.openlineage")
     require_encoders(config.features.space, "features.space")
     require_encoders(config.candidates.space or config.features.space, "candidates.space")
     for name, rival in (config.judge.rivals if config.judge else {}).items():

@@ -19,7 +19,7 @@ from tasks.config.stored import lifted
 from tasks.execution.taken_parts import TakenParts
 from tasks.execution.worker import slurm_task
 
-NOTHING_MADE = 75  # exit code of a task that was told to end before it had made a part (EX_TEMPFAIL)
+NOTHING_MADE = 75  # exit code of a task that had no time to make a part (EX_TEMPFAIL)
 log = logging.getLogger("fastgda.execution.taken")
 
 
@@ -34,7 +34,7 @@ def main(location: str, run: str) -> int:
         log.info("task %s is begun on %s", slurm_task() or os.getpid(), os.uname().nodename)
         why = taken.make_all()
         log.info("task %s is over after %d parts: %s", slurm_task() or os.getpid(), taken.made, why)
-    return NOTHING_MADE if stopping() and not taken.made else 0
+    return NOTHING_MADE if stopping() and not (taken.made or taken.idle) else 0
 
 
 def _share() -> float:

@@ -25,7 +25,7 @@ from storage_schemas.runs.liveness import Beat, RunRequest, asked, read_assignme
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 from tasks import logs
-from tasks.artifact import Made
+from tasks.artifact import Made, making
 from tasks.execution import cancellation
 from tasks.execution.cost import known_rate, mean_captions, median_seconds, run_costs
 from tasks.execution.fan_out import WorkOrder, quarantine_deadly, run_parts
@@ -112,10 +112,19 @@ class Coordinator:
             RunRefused: the parts are complete and cannot be right.
             PartHangs: a part does not come back, in this process.
         """
-        run, execution, parts = self.run, self.run.config.execution, self.run.parts[kind]
+        parts = self.run.parts[kind]
         standing = parts.standing()
         if not standing.missing:
             return _made(parts, standing, reused=True)
+        with making(replace(parts.artifact, name=parts.title)) as is_there:
+            self._make_missing(kind, standing)
+            made = _made(parts, parts.standing(), reused=False)
+            is_there(made.artifact)
+        return made
+
+    def _make_missing(self, kind: str, standing: Standing) -> None:
+        """Make the missing parts; see `make`."""
+        run, execution, parts = self.run, self.run.config.execution, self.run.parts[kind]
         failures = self._given_up(kind)
         todo = [number for number in standing.missing if number not in failures]
         if execution.runner not in ELSEWHERE and others_at_work(run.workspace, run.name):
@@ -151,7 +160,6 @@ class Coordinator:
                 log.error("%d of %d parts failed for good", len(failed), parts.count)
             events.announce(events.RUN_INCOMPLETE, run.context, "run", run.name, parts=kind, failed=len(failed))
             raise RunIncomplete(run.workspace, run.name, kind, parts.count, failed)
-        return _made(parts, parts.standing(), reused=False)
 
     def make_unless_incomplete(self, kind: str) -> Made | None:
         """Make the parts as `make` does; return None where parts failed for good."""

@@ -93,14 +93,15 @@ class JobArrays:
                     self._leave()
                     return outcome
                 now = time.monotonic()
-                if now - looked >= pause:
+                poll = now - polled >= self._config.poll_seconds
+                if poll or now - looked >= pause:
                     missing = set(self.missing())
                     self._idle = self._idle if left <= missing else 0
                     left &= missing
-                    # A listing may take long: no more than a twentieth of the time goes into it.
+                    # A listing may take long: as a rule, a twentieth of the time goes into it.
                     looked = time.monotonic()
                     pause = max(LOOK_SECONDS, 20 * (looked - now))
-                if left and now - polled >= self._config.poll_seconds:
+                if left and poll:
                     polled = now
                     self._poll(numbers, left, outcome)
                 if left:

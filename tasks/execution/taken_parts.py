@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from prefect.client.schemas.objects import State
@@ -40,6 +39,7 @@ class TakenParts:
     execution: how patiently, and how long it waits for work.
     share: the place of this process among all, from 0 to 1: where in the list of parts it begins.
     made: how many it has made so far.
+    idle: it has found nothing to take at least once.
     """
 
     location: str
@@ -47,6 +47,7 @@ class TakenParts:
     execution: ExecutionConfig
     share: float
     made: int = 0
+    idle: bool = False
     _failed: dict[tuple[str, str], set[int]] = field(default_factory=dict)  # by coordinator and kind
 
     def __post_init__(self) -> None:
@@ -69,10 +70,11 @@ class TakenParts:
                     return "the run wants nothing more"
                 if self._pass(order):
                     idle_since = time.monotonic()
-                elif time.monotonic() - idle_since > self.execution.slurm.idle_seconds:
+                    continue
+                self.idle = True
+                if time.monotonic() - idle_since > self.execution.slurm.idle_seconds:
                     return "there is nothing to take"
-                else:
-                    time.sleep(min(self._pause, self.execution.slurm.idle_seconds))
+                _waited(min(self._pause, self.execution.slurm.idle_seconds))
         finally:
             worker_on(self.location, self.run).end()
 
@@ -133,11 +135,11 @@ def _lease_of(parts: Parts, number: int) -> str:
     return f"part-{input_key(parts.kind, parts.key(number), number)}"
 
 
-def _waited(seconds: float, look: Callable[[], bool] = stopping) -> bool:
+def _waited(seconds: float) -> bool:
     """Wait; return False where this process is told to end meanwhile."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        if look():
+        if stopping():
             return False
         time.sleep(min(0.5, max(0.0, until - time.monotonic())))
     return True

@@ -122,13 +122,13 @@ def at_scores(workspace: Workspace) -> list[Beat]:
 def test_a_task_that_is_killed_and_tasks_at_their_time_limit_cost_no_row(
     tmp_path: Path, model_folder: Path, slurm: dict[str, str]
 ) -> None:
-    # A task has 40 seconds, of which it leaves its part 10 before the end, and its start takes some.
-    tasks = {"tasks": 4, "at_once": 2, "time": "0:40", "poll_seconds": 1.0, "idle_seconds": 30}
+    # A task has a minute, leaves its part 15 seconds before the end, and takes some to start.
+    tasks = {"tasks": 4, "at_once": 2, "time": "1:00", "poll_seconds": 1.0, "idle_seconds": 30}
     config = lay_out(tmp_path / "user", model_folder, shards=504, runner="slurm", slurm=tasks)
     workspace = Workspace.at(config.parent / "workspace")
     run = curate(config, slurm)
     try:
-        wait_until(lambda: at_scores(workspace), 240)
+        wait_until(lambda: at_scores(workspace), 400)
         beat = at_scores(workspace)[0]
         name = run_names(workspace)[0]
         shown = said(slurm, str(BIN / "fastgda"), "status", "--workspace", str(workspace.root))
@@ -156,7 +156,7 @@ def test_a_run_that_is_cancelled_leaves_nothing_in_the_queue_and_goes_on_later(
     workspace = Workspace.at(config.parent / "workspace")
     run = curate(config, slurm)
     try:
-        wait_until(lambda: at_scores(workspace), 240)
+        wait_until(lambda: at_scores(workspace), 400)
         arrays = {line.partition("_")[0] for line in said(slurm, "squeue", "--noheader", "--format=%i").split()}
         assert len(arrays) >= 2, "the cluster takes three tasks in an array"
         cancel = said(
