@@ -59,6 +59,7 @@ def plan_run(config: PipelineConfig) -> Run:
     family_of(config).check(context)
     made_samples = ingest_samples(context)
     samples = made_samples.artifact
+    openlineage.uses(context, samples)
     check_sizes(config, samples.rows)
     check_rivals(config, samples.rows)
     check_neighbours(config.candidates, samples.rows)
@@ -85,6 +86,7 @@ def curate(config: PipelineConfig) -> Curation:
         RunCancelled: somebody asked for it.
     """
     run = plan_run(config)
+    openlineage.uses(run.context, *(made.artifact for made in run.planned))
     with begin_run(run) as coordinator:
         made = [*run.planned, *map(coordinator.make, coordinator.before("scores"))]
         if not config.teacher.precision.exact:

@@ -24,7 +24,8 @@ from tasks.watching.openlineage_events import Job, Sender
 P = ParamSpec("P")
 T = TypeVar("T")
 # What a stage reads, by its name; one that is not here reads all that its job had before it.
-READS = {
+READS: dict[str, tuple[str, ...]] = {
+    "samples": (),
     "queries": ("samples",),
     "features of samples": ("samples",),
     "features of queries": ("queries",),
@@ -33,7 +34,6 @@ READS = {
     "curvature": ("latents",),
     "unlearning steps": ("queries", "latents", "curvature"),
     "base losses": ("latents",),
-    "teacher scores": ("queries", "candidates", "latents", "unlearning steps", "base losses"),
     "rank labels": ("teacher scores",),
     "rank head": ("samples", "queries", "features of samples", "rank labels"),
     "index": ("samples", "features of samples", "rank head"),
@@ -43,14 +43,15 @@ OF_MODEL = {"queries", "latents", "curvature", "unlearning steps", "base losses"
 
 @dataclass
 class _Following:
-    """A flow at work, followed: its job, and what it has had so far, by name."""
+    """A flow at work, followed: its job, what it has had so far, and what of it was made before, by name."""
 
     job: Job
     config: PipelineConfig
     sender: Sender
     had: dict[str, Artifact] = field(default_factory=dict)
+    read: dict[str, Artifact] = field(default_factory=dict)
     model_hash: str = ""
-    told: set[str] = field(default_factory=set)  # keys of the artifacts whose making was told
+    told: set[tuple[str, str]] = field(default_factory=set)  # names and paths of the artifacts whose making was told
 
     def inputs_of(self, stage: str) -> list[Any]:
         names = [name for name in READS.get(stage, tuple(self.had)) if name in self.had and name != stage]
@@ -105,6 +106,7 @@ def uses(context: Context, *artifacts: Artifact) -> None:
     if following is not None:
         following.model_hash = context.model_hash
         following.had |= {artifact.name: artifact for artifact in artifacts}
+        following.read |= {artifact.name: artifact for artifact in artifacts}
 
 
 @contextmanager
@@ -116,14 +118,14 @@ def _followed(name: str, config: PipelineConfig) -> Iterator[_Following]:
     run = flow_run.get_id() if outer is None or flow_run.get_id() != outer.job.run else None
     job = Job(namespace, f"{config.name}.{name}", run or str(uuid4()), outer.job if outer else None)
     following = _Following(job, config, sender, dict(outer.had) if outer else {})
-    before = set(following.had)
     token = _following.set(following)
     try:
         sender.send(events.event(job, "START"))
         yield following
         raw = [*following.given("samples"), *following.given("queries")] if name == "curate" else []
-        inputs = [events.made_dataset(config, following.had[each], output=False) for each in before]
-        made = [each for each in following.had.values() if each.key in following.told]
+        read = [each for each in following.read.values() if _identity(each) not in following.told]
+        inputs = [events.made_dataset(config, each, output=False) for each in read]
+        made = [each for each in following.had.values() if _identity(each) in following.told]
         outputs = [events.made_dataset(config, each, output=True) for each in made]
         sender.send(events.event(job, "COMPLETE", inputs=[*raw, *inputs], outputs=outputs))
     except BaseException as error:
@@ -157,21 +159,26 @@ def _making(following: _Following, artifact: Artifact) -> Iterator[Callable[[Art
         raise
     outputs = [events.made_dataset(following.config, made, output=True) for made in done]
     following.sender.send(events.event(job, "COMPLETE", inputs=inputs, outputs=outputs))
-    following.told |= {made.key for made in done}
+    following.told |= set(map(_identity, done))
     following.had |= {made.name: made for made in done}
 
 
 def _tell_afterwards(following: _Following, made: Made) -> None:
     """Send the events of a stage that was made without being followed."""
     artifact = made.artifact
-    if made.reused or artifact.key in following.told:
+    if made.reused or _identity(artifact) in following.told:
         return
     job, inputs, now = following.stage(artifact), following.inputs_of(artifact.name), datetime.now(UTC)
     started = now - timedelta(seconds=made.seconds)
     following.sender.send(events.event(job, "START", inputs=inputs, at=started))
     outputs = [events.made_dataset(following.config, artifact, output=True)]
     following.sender.send(events.event(job, "COMPLETE", inputs=inputs, outputs=outputs, at=now))
-    following.told.add(artifact.key)
+    following.told.add(_identity(artifact))
+
+
+def _identity(artifact: Artifact) -> tuple[str, str]:
+    """Return what stays of an artifact while it is made: the key of some is that of their content."""
+    return artifact.name, str(artifact.path)
 
 
 def _made_in(result: object) -> Iterable[Made]:
