@@ -38,6 +38,7 @@ from tasks.judging.teacher import check_precision, check_twins
 from tasks.reporting.announcements import announce_scores, announce_trust
 from tasks.teaching.families import family_of
 from tasks.teaching.run import Run
+from tasks.watching import openlineage
 from tasks.watching.trust import Trust, trust_in
 
 
@@ -61,6 +62,7 @@ def plan_run(config: PipelineConfig) -> Run:
     family_of(config).check(context)
     made_samples = make_samples(context)
     samples = made_samples.artifact
+    openlineage.uses(context, samples)
     check_sizes(config, samples.rows)
     check_rivals(config, samples.rows)
     check_neighbours(config.candidates, samples.rows)
@@ -80,6 +82,7 @@ def plan_run(config: PipelineConfig) -> Run:
 
 
 @flow(name="curate", flow_run_name=named("curate"))
+@openlineage.told("curate")
 def curate(config: PipelineConfig) -> Curation:
     """Plan a run, make its parts up to the score shards, and publish them; what is there already is reused.
 
@@ -90,6 +93,7 @@ def curate(config: PipelineConfig) -> Curation:
         RunCancelled: somebody asked for it.
     """
     run = plan_run(config)
+    openlineage.uses(run.context, *(made.artifact for made in run.planned))
     with begin_run(run) as coordinator:
         made = [*run.planned, *map(coordinator.make, coordinator.before("scores"))]
         if not config.teacher.precision.exact:

@@ -35,6 +35,7 @@ from tasks.reporting.judged import write_judge_table
 from tasks.serving.promotion import Evaluation, promote
 from tasks.teaching.retrainings import RemovalParts, RetrainingParts
 from tasks.teaching.run import Run
+from tasks.watching import openlineage
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Judgement:
 
 
 @flow(name="judge", flow_run_name=named("judge"))
+@openlineage.told("judge")
 def judge(config: PipelineConfig) -> Judgement:
     """Check the teacher of a finished run: against the exact one, itself, and models trained again for it."""
     run = plan_run(config)
@@ -95,6 +97,7 @@ def judge_run(run: Run) -> list[Made]:
 
 
 @flow(name="evaluate", flow_run_name=named("evaluate", "index"))
+@openlineage.told("evaluate")
 def evaluate(config: PipelineConfig, index: str | None = None) -> Evaluation:
     """Measure an index, by default the newest, on the test queries; past the floors it is promoted, and served."""
     context = open_context(config, model=False)
@@ -104,6 +107,7 @@ def evaluate(config: PipelineConfig, index: str | None = None) -> Evaluation:
     labels = read_labels(context.workspace, record.snapshot)
     make_features(context, labels.samples)
     extract_query_features(context, labels)
+    openlineage.uses(context, labels.ranks, trained, built)
     checks = read_checks(context.workspace, labels.run)
     metrics = measure_head(context, labels.samples, labels.queries, labels.ranks, trained, checks)
     calibrate(context, labels.samples, labels.queries, labels.ranks, trained, metrics.artifact)

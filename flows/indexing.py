@@ -20,6 +20,7 @@ from tasks.distilling.versions import latest_head, read_head, space_of_head
 from tasks.execution.number_ranges import from_ranges
 from tasks.execution.preparing import make_features
 from tasks.reporting.announcements import announce_index
+from tasks.watching import openlineage
 
 
 @flow(name="build index parts", flow_run_name=named("index parts", "part"))
@@ -35,10 +36,12 @@ def build_index_parts(config: PipelineConfig, part: str, head: str | None = None
 
 
 @flow(name="rebuild index", flow_run_name=named("index", "head"))
+@openlineage.told("index")
 def rebuild_index(config: PipelineConfig, head: str | None = None) -> Made:
     """Build an index from a head, by default the newest; the index is not served before it is promoted."""
     context, labels, trained = _behind(config, head)
     features = make_features(context, labels.samples).artifact
+    openlineage.uses(context, labels.samples, features, trained)
     removed = removed_ids(context.workspace, labels.samples.path).tolist()
     index = build_search_index(context, labels.samples, features, trained, labels.queries, removed)
     announce_index(context, index.artifact, trained)

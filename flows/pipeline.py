@@ -14,10 +14,11 @@ from tasks.artifact import looked_at_once
 from tasks.config.pipeline import PipelineConfig
 from tasks.reporting.finished import RunSummary
 from tasks.reporting.report import write_report
-from tasks.watching import events
+from tasks.watching import events, openlineage
 
 
 @flow(name="attribution pipeline", flow_run_name=named("pipeline"))
+@openlineage.told("pipeline")
 def attribution_pipeline(config: PipelineConfig) -> RunSummary:
     """Teach, distil, serve: see the design's first section.
 

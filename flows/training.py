@@ -13,15 +13,18 @@ from tasks.distilling.heads import fit_rank_head
 from tasks.distilling.labels import extract_query_features, read_labels
 from tasks.execution.preparing import make_features
 from tasks.reporting.announcements import announce_head
+from tasks.watching import openlineage
 
 
 @flow(name="train rank head", flow_run_name=named("train", "snapshot"))
+@openlineage.told("train")
 def train_rank_head(config: PipelineConfig, snapshot: str | None = None) -> Made:
     """Train a head on the rank labels of a snapshot, by default the published one."""
     context = open_context(config, model=False)
     labels = read_labels(context.workspace, snapshot)
     features = make_features(context, labels.samples).artifact
     extract_query_features(context, labels)
+    openlineage.uses(context, labels.samples, *labels.queries, features, labels.ranks)
     if config.head.kind == "gradient":
         head = fit_gradient_head(context, labels, features)
     else:

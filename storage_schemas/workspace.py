@@ -154,6 +154,14 @@ class Workspace:
         """The wish that the run pause or stop: `Control`; absent where there is none."""
         return self.runs / run / "control.json"
 
+    def order(self, run: str) -> AnyPath:
+        """The parts that processes in a queue of a cluster are to make now: `Order`."""
+        return self.runs / run / "order.json"
+
+    def slurm(self, run: str) -> AnyPath:
+        """The run's tasks in a Slurm queue, as of the coordinator's last look: `SlurmQueue`."""
+        return self.runs / run / "slurm.json"
+
     def beats(self, run: str) -> AnyPath:
         """Folder of one file a worker process, which it replaces every few seconds: `Beat`."""
         return self.runs / run / "workers"

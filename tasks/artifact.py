@@ -37,6 +37,26 @@ class Made:
     reused: bool
 
 
+Follower = Callable[[Artifact], AbstractContextManager[Callable[[Artifact], None]]]
+_follower: ContextVar[Follower | None] = ContextVar("follower", default=None)
+
+
+@contextmanager
+def followed_by(follower: Follower) -> Iterator[None]:
+    """Let `follower` see each artifact that is made in the block; see `making`."""
+    token = _follower.set(follower)
+    try:
+        yield
+    finally:
+        _follower.reset(token)
+
+
+def making(artifact: Artifact) -> AbstractContextManager[Callable[[Artifact], None]]:
+    """Return a context in which an artifact is made; its value is called with the artifact as it came out."""
+    follower = _follower.get()
+    return nullcontext(lambda _: None) if follower is None else follower(artifact)
+
+
 _found: ContextVar[dict[str, Made] | None] = ContextVar("found", default=None)
 
 
@@ -87,7 +107,9 @@ def once(
         manifest = manifest_of_all()
         reused = manifest is not None
         if manifest is None:
-            manifest = make(time.monotonic())
+            with making(artifact) as is_there:
+                manifest = make(time.monotonic())
+                is_there(replace(artifact, rows=manifest.rows))
     return Made(replace(artifact, rows=manifest.rows), manifest.seconds, reused)
 
 

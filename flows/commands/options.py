@@ -25,6 +25,7 @@ class Runner(StrEnum):
     ray = "ray"
     dask = "dask"
     pool = "pool"
+    slurm = "slurm"
 
 
 RunnerOption = Annotated[

@@ -68,7 +68,20 @@ def cancel(run: RunArgument, workspace: WorkspaceOption = DEFAULT_WORKSPACE) -> 
 
     Example: `fastgda cancel openmoji-1b2c3d4e5f`
     """
+    from storage_schemas.runs.orders import read_queue
+
     place = _ask(run, workspace, "cancel")
+    queue = read_queue(place, run)
+    if queue is not None and queue.tasks:
+        from tasks.execution.slurm_commands import called_off
+
+        # Its coordinator does so, too, where it lives.
+        why = called_off(queue.name)
+        say(
+            f"{why}; `scancel --name={queue.name}` on a login node takes them off"
+            if why
+            else "Slurm's queue is cleared"
+        )
     say(f"asked; {command(place, f'retry {run}')} would go on")
 
 

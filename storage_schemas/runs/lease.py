@@ -1,5 +1,7 @@
 """Leases: one process makes a thing; others that want it wait for it, and one takes over if the maker dies.
 
+`Claims` are of one that takes what nobody else is at, and waits for nothing.
+
 A lease is a folder of small files, numbered in the order in which makers came; the last is the one that counts. A file
 is created only where its number is free, so exactly one process follows a maker that is gone. Only its maker replaces
 it, as a sign of life. The files are deleted when the thing is there.
@@ -11,8 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -66,23 +69,85 @@ def sole_maker(
 
 def _taken(folder: AnyPath, ready: Callable[[], bool], waiting: Callable[[str], None]) -> AnyPath | None:
     """Take the lease for this process and return its path; None where the thing is ready."""
-    seen: tuple[int, Lease | None] = 0, None
-    since, told = time.monotonic(), False
+    holder, told = _Holder(folder), False
     while not ready():
-        last = number, lease = _last(folder)
-        if last != seen:
-            seen, since = last, time.monotonic()
-        if lease is None or lease.ended or not process_lives(lease.owner) or time.monotonic() - since > LOST_SECONDS:
-            path = folder / f"{number + 1:06d}.json"
-            # A number below one that others hold is free again once they cleared up behind themselves.
-            if create(path, _content(Lease(owner=worker_name()))) and _last(folder)[0] == number + 1:
+        owner = holder.look()
+        if owner is None:
+            path = holder.succeed()
+            if path is not None:
                 return path
             continue
         if not told:
             told = True
-            waiting(lease.owner)
+            waiting(owner)
         time.sleep(LOOK_SECONDS)
     return None
+
+
+@dataclass
+class _Holder:
+    """The holder of one lease, as this process sees it from look to look."""
+
+    folder: AnyPath
+    _seen: tuple[int, Lease | None] = (0, None)
+    _since: float = field(default_factory=time.monotonic)
+
+    def look(self) -> str | None:
+        """Return the process that holds the lease; None where there is none, or it is gone."""
+        last = _, lease = _last(self.folder)
+        if last != self._seen:
+            self._seen, self._since = last, time.monotonic()
+        if lease is None or lease.ended or not process_lives(lease.owner):
+            return None
+        return None if time.monotonic() - self._since > LOST_SECONDS else lease.owner
+
+    def succeed(self) -> AnyPath | None:
+        """Take the lease after whom `look` saw last, and return its path; None where another process was faster."""
+        number = self._seen[0] + 1
+        path = self.folder / f"{number:06d}.json"
+        # A number below one that others hold is free again once they cleared up behind themselves.
+        taken = create(path, _content(Lease(owner=worker_name()))) and _last(self.folder)[0] == number
+        return path if taken else None
+
+
+@dataclass
+class Claims:
+    """The leases of a process that takes, of many things, those that nobody else is at."""
+
+    workspace: Workspace
+    _holders: dict[str, _Holder] = field(default_factory=dict)
+
+    @contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """Hold the lease of the thing of this key during the block; yield False where another process holds it.
+
+        The block has to look whether the thing is there: its maker clears the lease away whether or not it was made.
+        """
+        path = self._taken(key)
+        if path is None:
+            yield False
+            return
+        beats = _Beats(path)
+        try:
+            yield True
+        finally:
+            beats.end()
+            for file in matching(path.parent, "*.json"):
+                if file.name <= path.name:  # a later one is of a process that took this one for dead
+                    remove(file)
+            if isinstance(path, Path):
+                with suppress(OSError):  # others came
+                    path.parent.rmdir()
+
+    def _taken(self, key: str) -> AnyPath | None:
+        holder = self._holders.pop(key, None) or _Holder(self.workspace.lease(key))
+        try:
+            path = holder.succeed() if holder.look() is None else None
+        except FileNotFoundError:  # its holder cleared the folder away this instant
+            path = None
+        if path is None:
+            self._holders[key] = holder
+        return path
 
 
 def _last(folder: AnyPath) -> tuple[int, Lease | None]:

@@ -89,6 +89,7 @@ class Beat(BaseModel):
 
     worker: str = Field(description="host:process")
     job: str = Field(default="", description="the Prefect flow run that it works in")
+    slurm: str = Field(default="", description="its task in Slurm, as 12_3")
     device: str = ""
     beat: int = Field(ge=0, description="how often it has told")
     at: datetime = Field(description="by the worker's clock, UTC")

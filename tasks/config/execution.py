@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from tasks.config.section import Section
+from tasks.config.slurm import SlurmConfig
 
 
 class PoolConfig(Section):
@@ -22,11 +23,26 @@ class PoolConfig(Section):
     speed: float = Field(default=1.0, gt=0, description="of its devices against the estimate: sizes its jobs")
 
 
+class OpenLineageConfig(Section):
+    """Events of what a pipeline reads and makes, for a receiver of OpenLineage (Marquez, DataHub, ...)."""
+
+    url: str | None = Field(
+        default=None,
+        pattern=r"^https?://",
+        description="of the receiver; default: what OPENLINEAGE_URL, or openlineage.yml, says. A key is read from "
+        "OPENLINEAGE_API_KEY",
+    )
+    namespace: str | None = Field(
+        default=None, min_length=1, description="of the jobs; default: OPENLINEAGE_NAMESPACE, else fastgda"
+    )
+
+
 class ExecutionConfig(Section):
     """The place where the parts of a run are made, and what happens when one of them fails."""
 
-    runner: Literal["local", "ray", "dask", "pool"] = Field(
-        default="local", description="this machine, a Ray or Dask cluster, or jobs in Prefect work pools"
+    runner: Literal["local", "ray", "dask", "pool", "slurm"] = Field(
+        default="local",
+        description="this machine, a Ray or Dask cluster, jobs in Prefect work pools, or job arrays in Slurm",
     )
     address: str | None = Field(
         default=None, description="of the Ray or Dask cluster; default: one of this machine's own, for this run"
@@ -37,6 +53,7 @@ class ExecutionConfig(Section):
     pools: tuple[PoolConfig, ...] = Field(
         default=(PoolConfig(),), description="of runner pool: one or several, for several kinds of GPU"
     )
+    slurm: SlurmConfig = Field(default=SlurmConfig(), description="of runner slurm")
     window: int = Field(default=64, ge=1, description="parts submitted ahead of those that are finished")
     job_minutes: float = Field(
         default=20.0, gt=0, description="of runner pool: work in one job; short jobs share a cluster more fairly"
@@ -72,12 +89,19 @@ class ExecutionConfig(Section):
     price_per_device_hour: float | None = Field(default=None, ge=0, description="for cost estimates")
     currency: str = Field(default="USD", pattern=r"^[A-Z]{3}$", description="of the price")
 
+    openlineage: OpenLineageConfig | None = Field(
+        default=None, description="send OpenLineage events; OPENLINEAGE_URL in the environment asks for them, too"
+    )
+
     @model_validator(mode="after")
     def _options_belong_to_their_runner(self) -> Self:
         if self.address is not None and self.runner not in ("ray", "dask"):
             raise ValueError(f"address belongs to runners ray and dask, not to {self.runner}: remove it")
-        if self.workers is not None and self.runner == "pool":
-            raise ValueError("workers belongs to runners local, ray and dask; of runner pool, set pools.slots")
+        own = {"pool": "pools.slots", "slurm": "slurm.tasks"}
+        if self.workers is not None and self.runner in own:
+            raise ValueError(
+                f"workers belongs to runners local, ray and dask; of runner {self.runner}, set {own[self.runner]}"
+            )
         if not self.pools:
             raise ValueError("pools is empty: name a deployment of `make parts`, or remove it")
         deployments = [(pool.deployment, pool.queue) for pool in self.pools]

@@ -24,10 +24,11 @@ from storage_schemas.runs.liveness import Beat, RunRequest, asked, read_assignme
 from storage_schemas.which_workspace import command
 from storage_schemas.workspace import Workspace
 from tasks import logs
-from tasks.artifact import Made
+from tasks.artifact import Made, making
 from tasks.execution import cancellation
 from tasks.execution.cost import known_rate, mean_captions, median_seconds, run_costs
 from tasks.execution.fan_out import WorkOrder, quarantine_deadly, run_parts
+from tasks.execution.job_arrays import JobArrays, end_tasks
 from tasks.execution.jobs import JobPool
 from tasks.execution.outcomes import Failure, Outcome, PartHangs, RunCancelled, RunIncomplete
 from tasks.execution.runners import submission, task_runner
@@ -44,6 +45,7 @@ from tasks.watching.run_status import others_at_work
 
 log = logging.getLogger("fastgda.execution")
 PAUSE_LOOK_SECONDS = 1.0
+ELSEWHERE = ("pool", "slurm")  # runners of processes that tell of what they make by the workspace alone
 SAMPLE_PARTS = 9  # whose seconds tell what a part takes
 
 
@@ -59,6 +61,7 @@ class Coordinator:
     assignment: str
     part_seconds: dict[str, float]
     _runner: TaskRunner[Any] | None = None
+    _queued: bool = False  # tasks may wait in Slurm's queue
 
     def __post_init__(self) -> None:
         self._board = Board(self.run.workspace, self.run.name)
@@ -86,6 +89,9 @@ class Coordinator:
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.__exit__(None, None, None)
+        if self._queued:
+            self._queued = False
+            end_tasks(self.run.workspace, self.run.name)
 
     def before(self, kind: str) -> list[str]:
         """Return the kinds of parts that lead to this one, in order."""
@@ -106,13 +112,22 @@ class Coordinator:
             RunRefused: the parts are complete and cannot be right.
             PartHangs: a part does not come back, in this process.
         """
-        run, execution, parts = self.run, self.run.config.execution, self.run.parts[kind]
+        parts = self.run.parts[kind]
         standing = parts.standing()
         if not standing.missing:
             return _made(parts, standing, reused=True)
+        with making(replace(parts.artifact, name=parts.title)) as is_there:
+            self._make_missing(kind, standing)
+            made = _made(parts, parts.standing(), reused=False)
+            is_there(made.artifact)
+        return made
+
+    def _make_missing(self, kind: str, standing: Standing) -> None:
+        """Make the missing parts; see `make`."""
+        run, execution, parts = self.run, self.run.config.execution, self.run.parts[kind]
         failures = self._given_up(kind)
         todo = [number for number in standing.missing if number not in failures]
-        if execution.runner != "pool" and others_at_work(run.workspace, run.name):
+        if execution.runner not in ELSEWHERE and others_at_work(run.workspace, run.name):
             todo.reverse()  # another coordinator began at the start: few parts are made twice, where the two meet
         with self._watched(kind, todo) as watch:
             suspects: list[int] = []
@@ -145,7 +160,6 @@ class Coordinator:
                 log.error("%d of %d parts failed for good", len(failed), parts.count)
             events.announce(events.RUN_INCOMPLETE, run.context, "run", run.name, parts=kind, failed=len(failed))
             raise RunIncomplete(run.workspace, run.name, kind, parts.count, failed)
-        return _made(parts, parts.standing(), reused=False)
 
     def make_unless_incomplete(self, kind: str) -> Made | None:
         """Make the parts as `make` does; return None where parts failed for good."""
@@ -166,9 +180,11 @@ class Coordinator:
         run, execution = self.run, self.run.config.execution
         order = WorkOrder(str(run.workspace.root), run.name, self.assignment, kind, execution)
         coordinate_here(run.name)
-        if execution.runner == "pool":
+        if execution.runner in ELSEWHERE:
             missing = run.parts[kind].missing
-            return JobPool(run.workspace, order, watch.part_seconds, missing).make(todo, watch.tick)
+            self._queued |= execution.runner == "slurm"
+            makers = JobArrays if execution.runner == "slurm" else JobPool
+            return makers(run.workspace, order, watch.part_seconds, missing).make(todo, watch.tick)
         workers = self._workers()
         with submission(run.config):
             outcome = run_parts(order, todo, workers, watch.part_seconds, finished=watch.finished, tick=watch.tick)
@@ -265,7 +281,7 @@ class Watch:
         """Refresh ledger, board and progress; return False when somebody wants the run to stop."""
         self.refresh()
         self.board.update()
-        if self.run.config.execution.runner == "pool" and time.monotonic() - self.looked > 5:
+        if self.run.config.execution.runner in ELSEWHERE and time.monotonic() - self.looked > 5:
             for number in self.left - set(self.parts.missing()):
                 self.finished(number)
             self.looked = time.monotonic()

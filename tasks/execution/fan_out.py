@@ -52,10 +52,11 @@ class PartReference:
 
 def _is_transient(_task: Task[..., object], _run: TaskRun, state: State[object]) -> bool:
     error = state.result(raise_on_failure=False)
-    return isinstance(error, BaseException) and _may_pass(error)
+    return isinstance(error, BaseException) and may_pass(error)
 
 
-def _may_pass(error: BaseException) -> bool:
+def may_pass(error: BaseException) -> bool:
+    """Return whether another attempt of this process may succeed where one ended with this error."""
     return remedy(error) is Remedy.retry and not device_lost(error)
 
 
@@ -73,25 +74,27 @@ def make_part(
     logs.set_up_once()
     with logs.about(run=run, kind=kind, part=number):
         try:
-            return _part(location, run, assignment, kind, number, timeout)
+            return part_made(location, run, assignment, kind, number, timeout)
         except Exception as error:
-            _log_failure(kind, number, error)
+            context = TaskRunContext.get()
+            attempt, attempts = (context.task_run.run_count, 1 + context.task.retries) if context else (1, 1)
+            log_failure(kind, number, error, attempt, attempts)
             raise
 
 
-def _log_failure(kind: str, number: int, error: Exception) -> None:
-    context = TaskRunContext.get()
-    attempt, attempts = (context.task_run.run_count, 1 + context.task.retries) if context else (1, 1)
+def log_failure(kind: str, number: int, error: Exception, attempt: int, attempts: int) -> None:
+    """Log that an attempt at a part failed, of those that there may be."""
     why, trace = f"{type(error).__name__}: {error}", log.isEnabledFor(logging.DEBUG)
-    if attempt < attempts and _may_pass(error):
+    if attempt < attempts and may_pass(error):
         log.warning("%s %05d is tried again after attempt %d of %d: %s", kind, number, attempt, attempts, why)
     else:
         log.error("%s %05d failed for good at attempt %d: %s", kind, number, attempt, why, exc_info=trace)
 
 
-def _part(
+def part_made(
     location: str, run: str, assignment: str, kind: str, number: int, timeout: float | None
 ) -> PartReference | State[None]:
+    """Make one part, if it is not there, in this process; a state where somebody stopped it."""
     if stopping():  # before the model is loaded for nothing
         return Cancelled(message="stopped as somebody asked")
     if not coordinator_here(run):

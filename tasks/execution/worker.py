@@ -36,6 +36,12 @@ LAST_WORDS_SECONDS = 60.0  # that a coordinator has to say why it ends, when a t
 LOOK_SECONDS = {True: 0.5, False: 2.0}  # between two looks for a wish to stop: on disk, in an object store
 
 
+def slurm_task() -> str:
+    """Return the Slurm task that this process is, as 12_3 or 12; nothing where it is none."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+
+
 _coordinated: set[str] = set()
 
 
@@ -88,7 +94,8 @@ class Worker:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self._state = Beat(worker=worker_name(), beat=0, at=datetime.now(UTC), job=flow_run.get_id() or "")
+        job, slurm = flow_run.get_id() or "", slurm_task()
+        self._state = Beat(worker=worker_name(), beat=0, at=datetime.now(UTC), job=job, slurm=slurm)
         threading.Thread(target=self._beat, name=f"beats of {self.run}", daemon=True).start()
         atexit.register(self.end)
 
@@ -188,6 +195,10 @@ class Worker:
             log.error("%s", error)
         threading.Thread(target=_end_process, name="end of a process that hangs", daemon=True).start()
         raise error
+
+    def show(self) -> None:
+        """Give a sign of life now, from which others know what this process was, however soon it dies."""
+        self._write()
 
     def _write(self, *, ended: bool = False) -> None:
         seconds = time.monotonic() - self._since if self._state.kind else 0.0

@@ -24,6 +24,7 @@ from storage_schemas.runs.liveness import (
     read_assignment,
     read_beats,
 )
+from storage_schemas.runs.orders import read_queue
 from storage_schemas.runs.rivals import read_rivals
 from storage_schemas.workspace import Workspace
 from tasks.config.execution import ExecutionConfig
@@ -69,6 +70,7 @@ class WorkerStatus:
     out_of_memory: int
     seconds_silent: float
     flow_run: str
+    slurm: str
 
 
 class _DoneShard(TypedDict):
@@ -85,6 +87,7 @@ class RunStatus:
 
     stages: those before the scores; failures: of all stages.
     rivals: of its judge, by name: the run that scored it, or why none did.
+    slurm: tasks in Slurm's queue, counted by job and by state, as of the coordinator's last look.
     """
 
     run: str
@@ -110,6 +113,7 @@ class RunStatus:
     trust: Trust
     stages: list[StageProgress]
     rivals: dict[str, str]
+    slurm: dict[str, dict[str, int]]
 
     def as_json(self) -> dict[str, object]:
         return {**asdict(self), "warnings": self.trust.warnings}
@@ -171,6 +175,7 @@ def run_status(workspace: Workspace, run: str) -> RunStatus:
         rivals={
             name: rival.failed.partition("\n")[0] or rival.run for name, rival in read_rivals(workspace, run).items()
         },
+        slurm=queue.counts() if (queue := read_queue(workspace, run)) else {},
     )
 
 
@@ -208,6 +213,7 @@ def _preparation_status(workspace: Workspace, run: str) -> RunStatus:
         trust=Trust({}, None, None),
         stages=stages,
         rivals={},
+        slurm=queue.counts() if (queue := read_queue(workspace, run)) else {},
     )
 
 
@@ -284,6 +290,7 @@ def _worker(beat: Beat, now: datetime) -> WorkerStatus:
         out_of_memory=beat.out_of_memory,
         seconds_silent=round(_seconds_since(beat, now), 1),
         flow_run=beat.job,
+        slurm=beat.slurm,
     )
 
 

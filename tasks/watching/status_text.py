@@ -9,7 +9,7 @@ from rich.text import Text
 from storage_schemas.which_workspace import command, option
 from storage_schemas.workspace import Workspace
 from tasks.printable import printable
-from tasks.watching.run_status import RunStatus
+from tasks.watching.run_status import RunStatus, WorkerStatus
 from tasks.watching.stage_progress import StageProgress
 
 BAR = 24
@@ -61,6 +61,8 @@ def facts(status: RunStatus) -> list[tuple[str, str]]:
         said.append(("cost", f"{status.cost:,.2f} {status.currency}"))
     if status.failed_attempts:
         said.append(("failed attempts", ", ".join(f"{n} {name}" for name, n in status.failed_attempts.items())))
+    for job, states in status.slurm.items():
+        said.append((f"Slurm job {job}", ", ".join(f"{count:,} {state.lower()}" for state, count in states.items())))
     said += [(f"rival {name}", run) for name, run in status.rivals.items()]
     return [*said, *status.trust.facts]
 
@@ -100,7 +102,7 @@ def status_markdown(status: RunStatus) -> str:
     if status.workers:
         lines += ["", "| worker | device | at | for | parts | rows |", "| --- | --- | --- | ---: | ---: | ---: |"]
         lines += [
-            f"| {w.worker} | {w.device} | {w.at or '-'} | {duration(w.part_seconds)} | {w.parts} | {w.rows:,} |"
+            f"| {_named(w)} | {w.device} | {w.at or '-'} | {duration(w.part_seconds)} | {w.parts} | {w.rows:,} |"
             for w in status.workers
         ]
     if status.stragglers:
@@ -129,6 +131,10 @@ def status_markdown(status: RunStatus) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _named(worker: WorkerStatus) -> str:
+    return f"{worker.worker} (Slurm {worker.slurm})" if worker.slurm else worker.worker
+
+
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")[:300]
 
@@ -145,7 +151,7 @@ def status_table(status: RunStatus) -> RenderableType:
     if status.workers:
         workers = Table("worker", "device", "at", "for", "parts", "rows", title="workers", title_justify="left")
         for w in status.workers:
-            names = Text(printable(w.worker)), Text(printable(w.device))
+            names = Text(printable(_named(w))), Text(printable(w.device))
             workers.add_row(*names, w.at or "-", duration(w.part_seconds), str(w.parts), f"{w.rows:,}")
         parts.append(workers)
     parts += [Text(f"slow: {told}", "yellow") for told in slow_parts(status)]

@@ -100,7 +100,7 @@ def check_forms(server: Prefect, config: Path) -> None:
     assert curate["parameters"]["config"]["workspace"] == str(config.parent / "workspace")
     schema = curate["parameter_openapi_schema"]["definitions"]
     assert schema["TeacherConfig"]["properties"]["alpha"]["description"].startswith("step size")
-    assert schema["ExecutionConfig"]["properties"]["runner"]["enum"] == ["local", "ray", "dask", "pool"]
+    assert schema["ExecutionConfig"]["properties"]["runner"]["enum"] == ["local", "ray", "dask", "pool", "slurm"]
     assert not curate["pull_steps"], (
         "the code is installed where workers run, not fetched from a folder of this machine"
     )

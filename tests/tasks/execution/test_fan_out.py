@@ -260,7 +260,10 @@ def test_shares_of_a_split_add_up(queries: int, validation: float, test: float) 
     ("changes", "fragment"),
     [
         ({"execution": {"runer": "ray"}}, "execution.runer: no such field"),
-        ({"execution": {"runner": "slurm"}}, "execution.runner: Input should be 'local', 'ray', 'dask' or 'pool'"),
+        (
+            {"execution": {"runner": "pbs"}},
+            "execution.runner: Input should be 'local', 'ray', 'dask', 'pool' or 'slurm'",
+        ),
         ({"execution": {"retries": -1}}, "execution.retries: Input should be greater than or equal to 0"),
         ({"execution": {"window": 0}}, "execution.window"),
         ({"execution": {"address": "ray://x:1"}}, "execution: address belongs to runners ray and dask"),
