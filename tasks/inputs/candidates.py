@@ -22,7 +22,7 @@ from tasks.artifact import Artifact, Made, once
 from tasks.config.inputs import CandidatesConfig
 from tasks.context import Context
 from tasks.inputs.features import extract_features, features_key, in_space, load_features, map_features
-from tasks.inputs.index_rows import map_rows, opened, rows_of_samples
+from tasks.inputs.index_rows import join_rows, map_rows, opened
 from tasks.inputs.mapped_samples import MAPPED_FROM
 from tasks.inputs.near_rows import drawn_places, index_space, near_rows, open_near, query_vectors
 from tasks.inputs.queries import load_queries
@@ -136,7 +136,7 @@ def _of_index(context: Context, samples: Artifact, queries: Artifact) -> Iterato
         UsageError: a query has too few of them to be measured on.
     """
     config, evaluation = context.config.candidates, context.config.evaluation
-    table, twins = map_rows(rows_of_samples(context, samples)), load_twins(queries.path)
+    table, twins = map_rows(join_rows(context, samples)), load_twins(queries.path)
     most = max(*evaluation.cutoffs, evaluation.validation_cutoff, evaluation.neighbors)
     asked = there = 0
     several = load_queries(queries)

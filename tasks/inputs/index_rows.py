@@ -45,7 +45,7 @@ def opened(config: CandidatesConfig) -> ClipIndex:
     return _checked(index)
 
 
-def rows_of_samples(context: Context, samples: Artifact) -> Made:
+def join_rows(context: Context, samples: Artifact) -> Made:
     """Make the table of the training sample of each row, of int64; -1 where data.shards has none.
 
     Rows and samples are compared by 64 bits of a hash of their values, sixteen bytes a sample in memory: among 400

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from storage_schemas import tables
@@ -50,15 +49,3 @@ def _chunks(blocks: Iterable[pa.Table]) -> Iterator[pa.Table]:
             held = []
     if held:
         yield pa.concat_tables(held).combine_chunks()
-
-
-def rows_at(samples: pa.Table, numbers: Sequence[int]) -> pa.Table:
-    """Return some rows in the order given, each from its own chunk: `take` of a table copies all chunks of texts."""
-    batches, wanted = samples.to_batches(), np.asarray(numbers, np.int64)
-    if len(batches) < 2 or not len(wanted):
-        return samples.take(pa.array(wanted))
-    starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
-    chunk = np.searchsorted(starts, wanted, side="right") - 1
-    pieces = [batches[at].take(pa.array(wanted[chunk == at] - starts[at])) for at in np.unique(chunk).tolist()]
-    together = pa.Table.from_batches(pieces).combine_chunks()
-    return together.take(pa.array(np.argsort(np.argsort(chunk, kind="stable"))))

@@ -239,9 +239,15 @@ def samples_table(path: AnyPath) -> pa.Table:
 
 
 def rows_of_samples(path: AnyPath, train_ids: Sequence[int], columns: Sequence[str]) -> pa.Table:
-    """Read some columns of some samples, in the order given; of a large table only where these lie in it."""
+    """Read some columns of some samples, in the order given; of a large table only where these lie in it.
+
+    Raises:
+        IndexError: there is no such sample.
+    """
     ids = np.asarray(train_ids, np.int64)
     ends = _row_group_ends(path)
+    if len(ids) and not 0 <= ids.min() <= ids.max() < ends[-1]:
+        raise IndexError(f"{path} has {ends[-1]:,} samples, and {ids.min()} to {ids.max()} are asked for")
     group_of = np.searchsorted(ends, ids, side="right")
     groups, place = np.unique(group_of, return_inverse=True)
     read = [_row_group(path, number, tuple(columns)) for number in groups.tolist()]

@@ -18,7 +18,7 @@ from storage_schemas import tables
 from storage_schemas.files import AnyPath
 from storage_schemas.workspace import twins_beside
 from tasks.artifact import Artifact
-from tasks.inputs.samples import readable_images, samples_table
+from tasks.inputs.samples import captions_of, readable_images, samples_table
 
 DRAWS = 8  # samples that are looked at for one that will do
 
@@ -45,7 +45,7 @@ def draw_twins(samples: Artifact, count: int, seed: int) -> list[Twin]:
     stretches = [range(start, stop) for start, stop in itertools.pairwise(edges)]
     drawn = [draw.sample(stretch, min(DRAWS, len(stretch))) for stretch in stretches]
     flat = [train_id for several in drawn for train_id in several]
-    captions = pc.list_element(samples_table(samples.path)["captions"].take(pa.array(flat, pa.int64())), 0).to_pylist()
+    captions = [several[0] for several in captions_of(samples.path, flat)]
     caption_of = dict(zip(flat, captions, strict=True))
     shared = _shared(samples, captions)
     _, faults = readable_images(samples.path, flat)

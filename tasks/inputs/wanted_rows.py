@@ -19,7 +19,7 @@ from tasks.artifact import Artifact
 from tasks.config.inputs import CandidatesConfig
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context, open_context
-from tasks.inputs.index_rows import map_rows, opened, rows_of_samples
+from tasks.inputs.index_rows import join_rows, map_rows, opened
 from tasks.inputs.near_rows import drawn_places, near_rows, open_near, query_vectors
 from tasks.inputs.queries import make_queries
 from tasks.inputs.samples import ingest_samples
@@ -55,7 +55,7 @@ def ask_index(config: PipelineConfig) -> Asked:
     samples = ingest_samples.fn(context).artifact if there else Artifact("samples", "", context.workspace.root, 0)
     queries = make_queries.fn(context, samples).artifact
     query_vectors(context, queries, index.width)
-    return Asked(context, queries, index, map_rows(rows_of_samples(context, samples)) if there else None)
+    return Asked(context, queries, index, map_rows(join_rows(context, samples)) if there else None)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from storage_schemas.workspace import part
 from tasks.artifact import Artifact, Made, once
 from tasks.config.inputs import CandidateCheckConfig
 from tasks.inputs.candidates import nearest_of_features
-from tasks.inputs.index_rows import map_rows, rows_of_samples
+from tasks.inputs.index_rows import join_rows, map_rows
 from tasks.inputs.near_rows import near_rows
 from tasks.inputs.queries import load_queries
 from tasks.inputs.wanted_rows import random_rows
@@ -103,7 +103,7 @@ def _population(run: Run, check: CandidateCheckConfig, chosen: list[int]) -> _Po
             every = np.sort(draw.choice(samples.rows, min(samples.rows, check.random), replace=False))
         found = nearest_of_features(context, samples, queries, chosen)
         return _Population(every, samples.rows, {number: (mine, len(mine)) for number, mine in found})
-    table = map_rows(rows_of_samples(context, samples))
+    table = map_rows(join_rows(context, samples))
     near = {}
     for number, _, rows in near_rows(context, queries, chosen):
         near[number] = table[rows], len(rows)

@@ -21,7 +21,7 @@ from tasks.artifact import Artifact, Made, once
 from tasks.config.judging import TailPatchConfig
 from tasks.inputs.features import features_key
 from tasks.inputs.queries import Query, load_queries
-from tasks.inputs.samples import readable_images, samples_table
+from tasks.inputs.samples import captions_of, readable_images
 from tasks.judging.methods import method_scores
 from tasks.judging.metric_rows import metric_rows
 from tasks.progress import stage
@@ -112,5 +112,5 @@ def _learned(run: Run, train_ids: list[int]) -> tuple[Tensor, Tensor, Condition]
         raise UsageError(f"tail_patch has nothing to learn: sample {train_id} cannot be read ({reason}): mend it")
     read = [(train_id, image) for train_id, image in zip(train_ids, images, strict=True) if train_id not in faults]
     known = [train_id for train_id, _ in read]
-    captions = [several[0] for several in samples_table(path)["captions"].take(known).to_pylist()]
+    captions = [several[0] for several in captions_of(path, known)]
     return torch.tensor(known), model.encode_images([image for _, image in read]), model.encode_captions(captions)

@@ -27,7 +27,7 @@ from tasks.distilling.loss_curve import NO_CURVE, loss_curve
 from tasks.distilling.ranks import candidate_scores, rows_of_split, sample_features
 from tasks.inputs.features import load_features
 from tasks.inputs.queries import Query, load_queries
-from tasks.inputs.samples import sample_images, samples_table
+from tasks.inputs.samples import captions_of, sample_images
 from tasks.judging.head import answers, untuned_cosines
 from tasks.judging.judge_table import table_of
 from tasks.judging.sketches import BYTES, SECONDS, SKETCH, by_sketches
@@ -222,7 +222,7 @@ def _pictures(
 ) -> list[Picture]:
     """Return some of a query's candidates, by their places among all, (n,); `relevant` says which of these agree."""
     train_ids = candidates[chosen].tolist()
-    captions = samples_table(samples.path)["captions"].take(train_ids).to_pylist()
+    captions = captions_of(samples.path, train_ids)
     judged = zip(teacher_rank[chosen].tolist(), relevant[chosen].tolist(), strict=True)
     return [
         Picture(_data_url(image), several[0], f"teacher's #{rank}", agrees)

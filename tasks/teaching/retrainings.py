@@ -39,7 +39,7 @@ from tasks.artifact import Artifact
 from tasks.config.judging import JudgeConfig, RetrainConfig, TrainerConfig
 from tasks.context import Context
 from tasks.inputs.queries import load_queries
-from tasks.inputs.samples import samples_table
+from tasks.inputs.samples import rows_of_samples
 from tasks.parts import Parts
 from tasks.teaching.kept_models import KeptModel, pictures_key
 from tasks.teaching.latents import load_block, unreadable_samples
@@ -197,7 +197,7 @@ class TrainedAgain(Parts):
     def _train_by_command(self, number: int, trainer: Trainer, lock: int) -> torch.nn.Module:
         retraining = self.pool[number]
         removed = (~retraining.kept(self.config, self.latents.rows)).nonzero().flatten()
-        named = samples_table(self.samples.path).select(["train_id", "key", "shard"]).take(pa.array(removed.numpy()))
+        named = rows_of_samples(self.samples.path, removed.tolist(), ["train_id", "key", "shard"])
         try:
             trainer.train(named, retraining.seed, str(self.context.device), lock)
             trained: torch.nn.Module = trainer.load(self.context.model())

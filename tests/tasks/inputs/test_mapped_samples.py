@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import uuid
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from storage_schemas import tables
 from storage_schemas.commit import commit_table
 from storage_schemas.files import AnyPath, any_path
 from tasks.inputs import mapped_samples
-from tasks.inputs.mapped_samples import map_samples, rows_at
-from tasks.inputs.samples import samples_table
+from tasks.inputs.mapped_samples import map_samples
+from tasks.inputs.samples import rows_of_samples, samples_table
 from tests.storage_schemas.test_tables import sample
 
 KEY = "0123456789abcdef"
@@ -73,15 +70,13 @@ def test_a_few_samples_are_read(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.arrow"))
 
 
-@given(st.lists(st.integers(0, 24)), st.lists(st.integers(0, 25), max_size=4))
-def test_rows_are_those_asked_for_however_the_table_is_cut(numbers: list[int], cuts: list[int]) -> None:
-    rows = pa.Table.from_pylist([sample(number, [f"caption {number}"]) for number in range(25)])
-    edges = [0, *sorted(cuts), 25]
-    cut = pa.concat_tables([rows.slice(start, stop - start) for start, stop in itertools.pairwise(edges)])
-    assert rows_at(cut, numbers)["captions"].to_pylist() == [[f"caption {number}"] for number in numbers]
+@pytest.mark.parametrize("numbers", [[], [7], [24, 0, 13, 13, 1, 12, 2]])
+def test_rows_are_those_asked_for_in_the_order_given(path: AnyPath, numbers: list[int]) -> None:
+    rows = rows_of_samples(path, numbers, ["captions", "train_id"])
+    assert rows["captions"].to_pylist() == [[f"caption {number}"] * (1 + number % 3) for number in numbers]
+    assert rows["train_id"].to_pylist() == numbers
 
 
-def test_no_row_is_given_for_one_that_does_not_exist() -> None:
-    rows = pa.Table.from_pylist([sample(number, ["a"]) for number in range(4)])
+def test_no_row_is_given_for_one_that_does_not_exist(path: AnyPath) -> None:
     with pytest.raises(IndexError):
-        rows_at(pa.concat_tables([rows, rows]), [0, 8])
+        rows_of_samples(path, [0, 25], ["captions"])

@@ -20,7 +20,7 @@ from tasks.config.inputs import CandidatesConfig
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
 from tasks.inputs.candidates import candidate_features, candidates_key, choose_candidates
-from tasks.inputs.index_rows import map_rows, rows_of_samples
+from tasks.inputs.index_rows import join_rows, map_rows
 from tasks.inputs.queries import load_queries, make_queries
 from tasks.inputs.samples import ingest_samples, samples_table
 from tests import tiny
@@ -136,10 +136,10 @@ def test_rows_are_the_samples_that_say_the_same(
     again = world(folder, clip, model_folder, candidates__index={"folder": str(clip), "match": match})
     expected = np.full(ROWS, -1)
     expected[THERE] = np.arange(len(THERE))
-    rows = rows_of_samples(again.context, again.samples)
+    rows = join_rows(again.context, again.samples)
     assert rows.artifact.rows == len(THERE)
     np.testing.assert_array_equal(map_rows(rows), expected)
-    assert rows_of_samples(again.context, again.samples).reused
+    assert join_rows(again.context, again.samples).reused
     fields = [json.loads(text) for text in samples_table(again.samples.path)["metadata"].to_pylist()]
     assert [each["index_row"] for each in fields] == THERE
 
@@ -152,10 +152,10 @@ def test_rows_are_samples_by_the_keys_of_the_tars_from_which_the_index_was_made(
     by_key = world(tmp_path, clip, model_folder, candidates__index={"folder": str(clip), "match": "key"})
     expected = np.full(ROWS, -1)
     expected[THERE] = np.arange(len(THERE))
-    np.testing.assert_array_equal(map_rows(rows_of_samples(by_key.context, by_key.samples)), expected)
+    np.testing.assert_array_equal(map_rows(join_rows(by_key.context, by_key.samples)), expected)
     by_row = world(tmp_path, clip, model_folder)
     with pytest.raises(UsageError, match=r"no row of .* is a sample of data.shards by the field index_row"):
-        rows_of_samples(by_row.context, by_row.samples)
+        join_rows(by_row.context, by_row.samples)
 
 
 def test_arrow_metadata_has_the_same_rows_as_parquet(tmp_path: Path, clip: Path) -> None:
