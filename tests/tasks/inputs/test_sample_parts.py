@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,9 +15,11 @@ from PIL import Image
 
 from storage_schemas import tables
 from storage_schemas.commit import manifest_path
+from storage_schemas.snapshots.vacuum import vacuum
 from storage_schemas.workspace import Workspace
 from tasks.config.pipeline import PipelineConfig
 from tasks.context import Context
+from tasks.execution.preparing import make_samples
 from tasks.inputs import sample_parts
 from tasks.inputs.joined_samples import Joined
 from tasks.inputs.sample_parts import SampleParts, cut
@@ -139,6 +142,30 @@ def test_workers_know_the_parts_from_their_plan(tmp_path: Path, monkeypatch: pyt
     for number in reversed(range(theirs.count)):
         theirs.make(number)
     assert mine.missing() == [] and mine.standing().seconds > 0
+
+
+def test_vacuum_removes_parts_of_earlier_tables_and_keeps_what_is_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_faulty(tmp_path)
+    monkeypatch.setattr(sample_parts, "PART_BYTES", SHARES)
+    where, workspace = context(str(tmp_path / "*.tar"), tmp_path / "workspace"), tmp_path / "workspace"
+
+    def ingested() -> set[str]:
+        before = set(parts_in(workspace))
+        make_samples(where)
+        return set(parts_in(workspace)) - before
+
+    first = ingested()
+    tiny.write_tar(tmp_path / "f.tar", tiny.sample_members(range(50, 53)))
+    second = ingested()
+    unfinished = SampleParts.of(where.workspace, "0" * 16, find_shards(str(tmp_path / "a.tar"), "data.shards"))
+    unfinished.keep_plan()
+    gone = {path.name for path in vacuum(where.workspace, older_than=timedelta(0))}
+    assert len(gone) == len(second) == 2 and gone < first  # the shares of one tar
+    assert set(parts_in(workspace)) == (first | second) - gone
+    assert not any(manifest_path(workspace / "samples" / "parts" / name).exists() for name in gone)
+    assert ingested() == set()
 
 
 @pytest.mark.parametrize("of", [1, 3, 64])
