@@ -146,10 +146,11 @@ def test_made_up_rows_go_through_plan_scores_labels_and_index(
 
 def test_figures_are_those_of_the_command_and_of_all_that_it_starts(tmp_path: Path) -> None:
     line = json.dumps({"message": "pictures: 7/7, 3 s elapsed, 0 s left"})
+    child = "import time; held = b'x' * 60_000_000; sum(range(30_000_000)); time.sleep(1.5)"
     work = (
-        "import subprocess, sys, time\n"
-        "held = bytearray(90_000_000)\n"
-        "subprocess.run([sys.executable, '-c', 'held = bytearray(60_000_000); sum(range(30_000_000))'])\n"
+        "import subprocess, sys\n"
+        "held = b'x' * 90_000_000\n"
+        f"subprocess.run([sys.executable, '-c', {child!r}])\n"
         f"print({line!r}, file=sys.stderr)\n"
     )
     first, rest = run_measured([sys.executable, "-c", work], "command", "rest", tmp_path / "log.txt")
