@@ -58,7 +58,8 @@ class TakenParts:
     def make_all(self) -> str:
         """Make parts until there is nothing to do for a while, or somebody stops it; return why it ends."""
         idle_since = time.monotonic()
-        worker_on(self.location, self.run).show()
+        worker = worker_on(self.location, self.run)
+        worker.show()
         try:
             while True:
                 if stopping():
@@ -76,7 +77,8 @@ class TakenParts:
                     return "there is nothing to take"
                 _waited(min(self._pause, self.execution.slurm.idle_seconds))
         finally:
-            worker_on(self.location, self.run).end()
+            worker.leave()  # no sign of life comes after the last one
+            worker.end()
 
     def _pass(self, order: Order) -> bool:
         """Go once through the missing parts and make those that nobody is at; return whether any was tried.
