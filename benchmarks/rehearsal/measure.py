@@ -88,7 +88,7 @@ def descendants(parent: int) -> tuple[float, int, int]:
             told[int(path.parent.name)] = path.read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             continue
-    # After the name, proc(5) has: state, ppid, and utime, stime, cutime, cstime at 11 to 14.
+    # After the name, proc(5) has: state, ppid, utime, stime, cutime, cstime at 11 to 14, vsize at 20, startstack at 25.
     below: set[int] = set()
     wanted = {parent}
     while wanted:
@@ -96,7 +96,9 @@ def descendants(parent: int) -> tuple[float, int, int]:
         below |= wanted
     ticks = sum(int(each) for pid in below for each in told[pid][11:15])
     waited_for = sum(int(each) for each in told[parent][13:15])
-    memory = [memory_of(pid) for pid in below]
+    # A process that is about to become another program has its parent's memory until then, which is not its own.
+    place = {pid: (fields[20], fields[25]) for pid, fields in told.items()}
+    memory = [memory_of(pid) for pid in below if place[pid] != place.get(int(told[pid][1]))]
     return (ticks + waited_for) / TICKS, sum(every for every, _ in memory), sum(own for _, own in memory)
 
 

@@ -299,8 +299,9 @@ def begin_run(run: Work) -> Coordinator:
         assignment = run.assignment(_generation(workspace, name), origin)
         write_assignment(workspace, assignment)
         withdraw(workspace, name)
-        begun = {kind: parts.count for kind, parts in run.parts.items()}
-        log.info("run %s is begun: %s", name, ", ".join(f"{count} parts of {kind}" for kind, count in begun.items()))
+        what = ", ".join(f"{parts.count} parts of {kind}" for kind, parts in run.parts.items())
+        what = what if isinstance(run, Preparation) else f"{run.artifacts['scores'].rows} pairs"
+        log.info("run %s is begun: %s", name, what)
     _tell_of_others(workspace, name, others_at_work(workspace, name))
     hold(str(workspace.root), run, assignment.key)
     return Coordinator(run, assignment.key, _part_seconds(run))

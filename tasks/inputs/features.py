@@ -79,6 +79,7 @@ class FeatureParts(Parts):
         """Take the folder and input key of each encoder by name."""
         self.context, self.items, self.folders = context, items, dict(folders)
         self._loaded: dict[str, InBatches] = {}
+        self._whole: dict[int, Manifest] = {}
         self.title = f"{', '.join(folders)} of {items.name}"
         folder, key = list(folders.values())[-1]
         self.artifact = Artifact(self.kind, key, folder, items.rows)
@@ -87,8 +88,13 @@ class FeatureParts(Parts):
     def of(cls, context: Context, items: Artifact, spaces: Iterable[Context]) -> FeatureParts:
         """Return the parts of all encoders of some contexts' feature spaces; that comes last which lacks most."""
         folders = {name: place for space in spaces for name, place in feature_folders(space, items).items()}
-        there = {name: len(committed_parts(*place)) for name, place in folders.items()}
-        return cls(context, items, {name: folders[name] for name in sorted(folders, key=lambda name: -there[name])})
+        there = {name: committed_parts(*place) for name, place in folders.items()}
+        parts = cls(
+            context, items, {name: folders[name] for name in sorted(folders, key=lambda name: -len(there[name]))}
+        )
+        if len(found := parts._together(there)) == parts.count:  # and stays so: no other listing is needed
+            parts._whole = found
+        return parts
 
     @property
     def count(self) -> int:
@@ -134,8 +140,13 @@ class FeatureParts(Parts):
         return _together(several) if all(several) else None
 
     def committed(self) -> dict[int, Manifest]:
-        there = [committed_parts(folder, key) for folder, key in self.folders.values()]
-        several = {number: [each.get(self.path(number).name) for each in there] for number in range(self.count)}
+        return self._whole or self._together({name: committed_parts(*place) for name, place in self.folders.items()})
+
+    def _together(self, there: Mapping[str, Mapping[str, Manifest]]) -> dict[int, Manifest]:
+        """Return the manifests of the parts of which every encoder's file is there, by number."""
+        several = {
+            number: [there[name].get(self.path(number).name) for name in self.folders] for number in range(self.count)
+        }
         return {number: _together(each) for number, each in several.items() if all(each)}
 
 

@@ -127,7 +127,6 @@ def test_made_up_rows_go_through_plan_scores_labels_and_index(
     rows.labels(given)
     rows.index(given)
     assert (tmp_path / "index" / "whole.faiss").stat().st_size > 2000
-    assert list((tmp_path / "workspace" / "samples").rglob("*.arrow"))
 
     captions = [each for piece in rows.made_up(2000, tmp_path) for (each,) in piece["captions"].to_pylist()]
     of_samples = thin.numbers_of(captions).numpy().astype(np.float64)

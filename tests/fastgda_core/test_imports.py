@@ -23,6 +23,7 @@ ABSENT = (
     "lightning",
     "transformers",
     "accelerate",
+    "peft",
     "webdataset",
 )
 SCRIPT = f"""
