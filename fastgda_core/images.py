@@ -162,9 +162,14 @@ def _orientation(image: Image.Image) -> int:
 
 def square(image: Image.Image, side: int) -> Image.Image:
     """Resize the shorter side to `side` pixels with antialiasing and crop the centre."""
-    scale = side / min(image.size)
-    size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
+    return filling(image, side, side)
+
+
+def filling(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Resize with antialiasing to the least size that fills width x height pixels, and crop the centre."""
+    scale = max(width / image.width, height / image.height)
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

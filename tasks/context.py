@@ -29,7 +29,8 @@ from tasks.config.teaching import ModelConfig
 from tasks.devices import pick_device
 
 T = TypeVar("T")
-Where = tuple[Path, str, torch.device, Path | None, int | None]  # folder, hash, device, adapter, resolution
+Resolution = int | tuple[int, int] | None
+Where = tuple[Path, str, torch.device, Path | None, Resolution]  # folder, hash, device, adapter, resolution
 
 
 class Loaded:
@@ -155,7 +156,7 @@ def load_tensors(path: AnyPath) -> dict[str, torch.Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def _load_model(
-    folder: Path, _model_hash: str, device: torch.device, adapter: Path | None, resolution: int | None
+    folder: Path, _model_hash: str, device: torch.device, adapter: Path | None, resolution: Resolution
 ) -> DiffusionModel:
     return load_model(folder, device, adapter=adapter, resolution=resolution)
 

@@ -26,7 +26,7 @@ from fastgda_core.diffusion.objective import Objective
 from fastgda_core.diffusion.precision import Precision, running
 from fastgda_core.diffusion.pretrained import load_frozen
 from fastgda_core.errors import UsageError
-from fastgda_core.images import square
+from fastgda_core.images import filling
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,20 @@ class DiffusionModel:
     objective: Objective = Objective.loss
     # Compiled denoisers by what they were compiled for; None: the denoiser is run as it is.
     compiled_denoisers: dict[Any, Any] | None = None
-    side: int | None = None  # of a latent; None: the denoiser's sample_size
+    size: tuple[int, int] | None = None  # height and width of a latent; None: the denoiser's sample_size
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent."""
         config = self.denoiser.config
-        size = self.side or config.sample_size
-        return (getattr(self.denoiser, "latent_channels", None) or config.in_channels, size, size)
+        height, width = self.size or (config.sample_size, config.sample_size)
+        return (getattr(self.denoiser, "latent_channels", None) or config.in_channels, height, width)
 
     @property
-    def resolution(self) -> int:
-        """Side of the square images that the model makes, in pixels."""
-        return self.latent_shape[1] * self.codec.factor
+    def resolution(self) -> tuple[int, int]:
+        """Height and width of the images that the model makes, in pixels."""
+        _, height, width = self.latent_shape
+        return height * self.codec.factor, width * self.codec.factor
 
     def in_precision(self, precision: Precision) -> DiffusionModel:
         """Return the same model run in `precision`; the denoiser's weights are shared unless their type changes."""
@@ -111,9 +112,10 @@ class DiffusionModel:
     def encode_images(self, images: list[Image.Image]) -> Tensor:
         """Return latents of RGB images, (n, c, h, w).
 
-        The shorter side of an image is resized to the model's resolution, and the centre cropped.
+        An image is resized until it fills the model's resolution, and the centre cropped.
         """
-        pixels = np.stack([np.asarray(square(image, self.resolution)) for image in images])
+        height, width = self.resolution
+        pixels = np.stack([np.asarray(filling(image, width, height)) for image in images])
         scaled = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         return self.codec.encode(scaled)
 
@@ -132,7 +134,7 @@ def load_model(
     device: torch.device,
     precision: Precision = Precision.float32,
     adapter: Path | None = None,
-    resolution: int | None = None,
+    resolution: int | tuple[int, int] | None = None,
 ) -> DiffusionModel:
     """Load a model folder; nothing is fetched and no pickle is read.
 
@@ -141,7 +143,7 @@ def load_model(
         device: where to put the model.
         precision: of the denoiser.
         adapter: the folder of a LoRA over the denoiser.
-        resolution: pixels a side, where the model's own is not meant.
+        resolution: pixels a side, or width and height, where the model's own is not meant.
 
     Raises:
         UsageError: a part is missing or of a class that is not supported.
@@ -154,10 +156,12 @@ def load_model(
             add_adapter(denoiser, adapter, part)
         codec = load_codec(folder / "vae", device)
         own = denoiser.config.get("sample_size", index.architecture.sample_size)
-        side = own if resolution is None else _latent_side(codec, resolution)
-        captions = _load_captions(folder, index, denoiser, side * codec.factor)
+        size = (own, own) if resolution is None else _latent_size(codec, resolution)
+        if index.architecture.squares and size[0] != size[1]:
+            raise UsageError(f"model.resolution is {resolution}: {index.architecture.denoiser} makes squares alone")
+        captions = _load_captions(folder, index, denoiser, (size[0] * codec.factor, size[1] * codec.factor))
         process = schedule.load_schedule(folder / "scheduler")
-        model = DiffusionModel(denoiser, process, captions, codec, device, precision, side=side)
+        model = DiffusionModel(denoiser, process, captions, codec, device, precision, size=size)
     except UsageError:
         raise
     except (OSError, AttributeError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
@@ -166,13 +170,15 @@ def load_model(
     return model
 
 
-def _latent_side(codec: Codec, resolution: int) -> int:
-    if resolution % (2 * codec.factor):  # Transformers see their latents in blocks of 2 x 2.
-        raise UsageError(f"model.resolution is {resolution}: make it a multiple of {2 * codec.factor} pixels")
-    return resolution // codec.factor
+def _latent_size(codec: Codec, resolution: int | tuple[int, int]) -> tuple[int, int]:
+    width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
+    for pixels in (width, height):
+        if pixels % (2 * codec.factor):  # Transformers see their latents in blocks of 2 x 2.
+            raise UsageError(f"model.resolution has {pixels}: make it a multiple of {2 * codec.factor} pixels")
+    return height // codec.factor, width // codec.factor
 
 
-def _load_captions(folder: Path, index: ModelIndex, denoiser: Any, resolution: int) -> CaptionEncoder:
+def _load_captions(folder: Path, index: ModelIndex, denoiser: Any, resolution: tuple[int, int]) -> CaptionEncoder:
     encoders = {
         part: load_text_encoder(folder, part, index.classes[part], denoiser.device)
         for part in index.parts

@@ -23,6 +23,8 @@ from fastgda_core.teachers.registry import DEFAULTS, TEACHERS
 from storage_schemas.runs.records import Negatives
 from tasks.config.section import Section
 
+Pixels = Annotated[int, Field(ge=16)]
+
 
 class ModelConfig(Section):
     folder: Path = Field(description="diffusers-style model folder, relative to the config file")
@@ -31,10 +33,9 @@ class ModelConfig(Section):
         description="folder of a LoRA over the denoiser, by diffusers or peft, relative to the config file: the model "
         "is the folder's with this over it, and teacher.layers is lora by default",
     )
-    resolution: int | None = Field(
+    resolution: Pixels | tuple[Pixels, Pixels] | None = Field(
         default=None,
-        ge=16,
-        description="pixels a side of its square images, where it was trained at another than its own",
+        description="pixels a side of its images, or [width, height], where it was trained at another than its own",
     )
     micro_batch: int = Field(
         default=64, ge=1, description="denoiser forwards at a time; halves itself where device memory runs out"

@@ -173,7 +173,7 @@ def picture_side(context: Context) -> int:
 
     A generated picture has no finer detail than the model's, and sharper samples would be unlike it for that alone.
     """
-    return context.config.teacher.patch_pixels or min(MOST_PIXELS, context.model().resolution)
+    return context.config.teacher.patch_pixels or min(MOST_PIXELS, *context.model().resolution)
 
 
 def unreadable_pictures(pictures: Artifact, train_ids: NDArray[np.int64]) -> dict[int, str]:

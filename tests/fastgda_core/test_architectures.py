@@ -21,6 +21,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -162,9 +163,12 @@ def test_pixart_captions(load: Load, name: str) -> None:
     assert sizes == (told if name == "pixart-sized" else {})
 
 
-def test_flux_is_told_what_its_pipeline_tells_it(load: Load) -> None:
+@pytest.mark.parametrize(("width", "height"), [(16, 16), (32, 16)])
+def test_flux_is_told_what_its_pipeline_tells_it(load: Load, tmp_path: Path, width: int, height: int) -> None:
     """In a call of the pipeline itself: captions, guidance, timestep, and latents packed with their places."""
     model = load("flux")
+    if width != height:
+        model = load_model(SAVE["flux"](tmp_path / "model"), torch.device("cpu"), resolution=(width, height))
     denoiser = FluxTransformer2DModel.from_config(model.denoiser.config)
     denoiser.load_state_dict(model.denoiser.state_dict())
     captions: Any = model.captions
@@ -183,9 +187,9 @@ def test_flux_is_told_what_its_pipeline_tells_it(load: Load) -> None:
     hooked = denoiser.register_forward_pre_hook(lambda _module, _args, named: told.append(named), with_kwargs=True)
     answers: list[Tensor] = []
     answered = denoiser.register_forward_hook(lambda _module, _args, output: answers.append(output[0]))
-    packed = pipeline._pack_latents(latents, 3, 4, 8, 8)
+    packed = pipeline._pack_latents(latents, 3, 4, height // 2, width // 2)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline(CAPTIONS, height=16, width=16, num_inference_steps=2, latents=packed, output_type="latent")
+    pipeline(CAPTIONS, height=height, width=width, num_inference_steps=2, latents=packed, output_type="latent")
     hooked.remove()
     answered.remove()
     condition = model.encode_captions(CAPTIONS)
@@ -193,7 +197,7 @@ def test_flux_is_told_what_its_pipeline_tells_it(load: Load) -> None:
         torch.testing.assert_close(condition[name], told[0][name], rtol=0, atol=1e-6)
     assert condition.keys() == {"encoder_hidden_states", "pooled_projections", "guidance"}
     found = denoise(model.denoiser, latents, told[0]["timestep"] * 1000, condition)
-    expected = pipeline._unpack_latents(answers[0], 16, 16, 2)
+    expected = pipeline._unpack_latents(answers[0], height, width, 2)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -245,6 +249,49 @@ def test_flow_matching_loss_of_flux_and_sana(load: Load) -> None:
             (1 - sigma) * clean + sigma * noise, timestep=sigma.flatten() * 100, **condition, return_dict=False
         )[0]
         assert_objectives(model, predicted, noise - clean)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "pixart-sized", "sana"])
+def test_images_may_be_wider_than_high(tmp_path: Path, name: str) -> None:
+    """The sizes that SDXL and PixArt are told are those that their pipelines tell."""
+    width, height = (64, 32) if name == "sana" else (32, 16)
+    model = load_model(SAVE[name](tmp_path / "model"), torch.device("cpu"), resolution=(width, height))
+    assert model.resolution == (height, width) and model.latent_shape[1] * 2 == model.latent_shape[2]
+    tall = Image.new("RGB", (40, 80), "red")
+    latents = model.encode_images([tall, tall])
+    assert latents.shape == (2, *model.latent_shape) and model.decode_images(latents)[0].size == (width, height)
+    clean, condition, timesteps, noise = rows(model)
+    each = torch.cat(
+        [
+            model.losses(clean[n : n + 1], take(condition, torch.tensor([n])), timesteps[n : n + 1], noise[n : n + 1])
+            for n in range(3)
+        ]
+    )
+    torch.testing.assert_close(model.losses(clean, condition, timesteps, noise), each, rtol=1e-5, atol=0)
+    if name == "sdxl":
+        pipeline = StableDiffusionXLPipeline(
+            vae=None,
+            unet=model.denoiser,
+            scheduler=model.schedule.scheduler,
+            add_watermarker=False,
+            **encoders(model.captions),
+        )
+        size = (height, width)
+        ids = pipeline._get_add_time_ids(
+            size, (0, 0), size, torch.float32, model.denoiser.config.cross_attention_dim // 2
+        )
+        torch.testing.assert_close(condition["added_cond_kwargs.time_ids"], ids.expand(3, 6), rtol=0, atol=0)
+    if name == "pixart-sized":
+        # As `PixArtAlphaPipeline.__call__`: height and width, and the one over the other.
+        assert condition["added_cond_kwargs.resolution"].tolist() == [[height, width]] * 3
+        assert condition["added_cond_kwargs.aspect_ratio"].tolist() == [[height / width]] * 3
+
+
+def test_a_class_that_makes_squares_alone_is_asked_for_nothing_else(tmp_path: Path) -> None:
+    folder = SAVE["dit"](tmp_path / "model")
+    with pytest.raises(UsageError, match=r"model.resolution is \(32, 16\): DiTTransformer2DModel makes squares alone"):
+        load_model(folder, torch.device("cpu"), resolution=(32, 16))
+    assert load_model(folder, torch.device("cpu"), resolution=32).resolution == (32, 32)
 
 
 def test_dit_captions_are_names_of_classes(load: Load) -> None:

@@ -37,7 +37,7 @@ def stripes(widths: list[int], height: int) -> Image.Image:
 
 def test_loads_a_model_folder_frozen_in_float32(tiny_model: DiffusionModel) -> None:
     assert tiny_model.latent_shape == (4, 8, 8)
-    assert tiny_model.resolution == 16
+    assert tiny_model.resolution == (16, 16)
     for part in (tiny_model.denoiser, tiny_model.captions.text.encoder):  # type: ignore[attr-defined]
         assert not part.training
         assert all(p.dtype == torch.float32 and not p.requires_grad for p in part.parameters())

@@ -15,13 +15,13 @@ from fastgda_core.diffusion.captions import CaptionEncoder, TextEncoder
 class CaptionParts:
     """What a caption encoder is made of.
 
-    denoiser: loaded, on the device. encoders: by folder, as `text_encoder_2`. resolution: pixels a side. pipeline,
-    labels, zeros_for_empty_caption: as `folder.ModelIndex` has them.
+    denoiser: loaded, on the device. encoders: by folder, as `text_encoder_2`. resolution: height and width in pixels.
+    pipeline, labels, zeros_for_empty_caption: as `folder.ModelIndex` has them.
     """
 
     denoiser: Any
     encoders: Mapping[str, TextEncoder]
-    resolution: int
+    resolution: tuple[int, int]
     pipeline: str
     labels: Mapping[str, str]
     zeros_for_empty_caption: bool
@@ -39,7 +39,7 @@ class Architecture:
     unlearning step moves where nobody chooses. captions: makes the encoder from captions to the denoiser's keyword
     arguments. denoiser_class: gives a class to load instead, whose forward takes latents (n, c, h, w) and a timestep as
     the scheduler has it, where that of diffusers takes others. encodes_text: it has text encoders. sample_size: of its
-    latents, where the denoiser's config names none.
+    latents, where the denoiser's config names none. squares: its latents are as high as wide, whatever is asked for.
     """
 
     denoiser: str
@@ -49,6 +49,7 @@ class Architecture:
     denoiser_class: Callable[[], Any] | None = None
     encodes_text: bool = True
     sample_size: int | None = None
+    squares: bool = False
 
     def load_class(self) -> Any:
         """Return the class whose `from_pretrained` loads the denoiser."""

@@ -34,5 +34,5 @@ def _captions(parts: CaptionParts) -> CaptionEncoder:
     return ClassLabels(numbers, parts.denoiser.config.num_embeds_ada_norm, parts.device)
 
 
-# It has no layer for the caption alone.
-ARCHITECTURE = Architecture("DiTTransformer2DModel", "transformer", "attn", _captions, encodes_text=False)
+# It has no layer for the caption alone, and puts its patches together as a square.
+ARCHITECTURE = Architecture("DiTTransformer2DModel", "transformer", "attn", _captions, encodes_text=False, squares=True)

@@ -18,16 +18,16 @@ class PixArtCaptions:
 
     text: TextEncoder
     tokens: int
-    resolution: int | None
+    resolution: tuple[int, int] | None
 
     def __call__(self, captions: list[str]) -> dict[str, Tensor]:
         tokens = self.text.tokens([caption.lower().strip() for caption in captions], self.tokens)
         hidden = self.text.encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
         condition = {"encoder_hidden_states": hidden, "encoder_attention_mask": tokens.attention_mask}
         if self.resolution is not None:
-            count, side = len(captions), float(self.resolution)
-            condition["added_cond_kwargs.resolution"] = hidden.new_full((count, 2), side)
-            condition["added_cond_kwargs.aspect_ratio"] = hidden.new_ones(count, 1)
+            count, (height, width) = len(captions), self.resolution
+            condition["added_cond_kwargs.resolution"] = hidden.new_tensor([height, width]).repeat(count, 1)
+            condition["added_cond_kwargs.aspect_ratio"] = hidden.new_full((count, 1), height / width)
         return condition
 
     def said(self, captions: list[str]) -> Tensor:

@@ -29,7 +29,7 @@ class StableDiffusionXLCaptions:
     """SDXL: two text encoders side by side, the second's pooled output, and the size of an uncropped image."""
 
     encoders: list[TextEncoder]
-    resolution: int
+    resolution: tuple[int, int]
     zeros_for_empty: bool
 
     def __call__(self, captions: list[str]) -> dict[str, Tensor]:
@@ -38,8 +38,7 @@ class StableDiffusionXLCaptions:
         if self.zeros_for_empty:
             said = torch.tensor([bool(caption) for caption in captions], device=text.device)
             text, text_embeds = text * said[:, None, None], text_embeds * said[:, None]
-        side = float(self.resolution)
-        time_ids = text_embeds.new_tensor([side, side, 0, 0, side, side]).expand(len(captions), 6)
+        time_ids = text_embeds.new_tensor([*self.resolution, 0, 0, *self.resolution]).expand(len(captions), 6)
         return {
             "encoder_hidden_states": text,
             "added_cond_kwargs.text_embeds": text_embeds,

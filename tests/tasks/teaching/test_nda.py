@@ -37,7 +37,7 @@ def patched(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Who
 
 def pictures(run: WholeRun) -> tuple[Tensor, Tensor]:
     """The queries' and the samples' pictures as the model sees them."""
-    side, artifacts = run.context.model().resolution, run.run.artifacts
+    (side, _), artifacts = run.context.model().resolution, run.run.artifacts
     images = next(iter(readable_images_ahead(artifacts["samples"].path, list(range(SAMPLES)), SAMPLES)))[0]
     queries = [query.image for query in load_queries(artifacts["queries"])]
     asked, kept = (
@@ -98,7 +98,7 @@ def test_mirrored_images_count_where_the_model_saw_them(patched: WholeRun) -> No
 def test_a_heat_map_has_the_score_as_its_mean(patched: WholeRun) -> None:
     artifacts, train_ids = patched.run.artifacts, np.array([0, 3, 20])
     maps = query_heat_maps(patched.context, artifacts, [0, 9], train_ids)
-    side = patched.context.model().resolution
+    side, _ = patched.context.model().resolution
     assert maps.shape == (2, 3, side, side)
     scores = FAMILY.scores(patched.context, artifacts, [0, 9], train_ids).scores
     torch.testing.assert_close(maps.mean((2, 3)), scores, rtol=1e-6, atol=1e-12)
