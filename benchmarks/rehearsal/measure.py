@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,10 +45,11 @@ class Figures:
 
 
 class Sampler:
-    """Looks at the processes that this one started, and theirs, while the block runs."""
+    """Looks at the processes that this one starts while the block runs, and at theirs."""
 
     def __init__(self) -> None:
         self._ended, self._peak, self._own, self._cores = threading.Event(), 0, 0, 0.0
+        self._others = {pid for pid, fields in _processes().items() if int(fields[1]) == os.getpid()}
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Sampler:
@@ -71,23 +72,29 @@ class Sampler:
             self._look()
 
     def _look(self) -> None:
-        cores, memory, own = descendants(os.getpid())
+        cores, memory, own = descendants(os.getpid(), self._others)
         # A process that ended is in its parent's sum once the parent has waited for it, and nowhere until then.
         self._cores = max(self._cores, cores)
         self._peak, self._own = max(self._peak, memory), max(self._own, own)
 
 
-def descendants(parent: int) -> tuple[float, int, int]:
-    """Return the core seconds and the bytes of all processes below a process, with and without those of files.
-
-    Pages that several processes share count once.
-    """
+def _processes() -> dict[int, list[str]]:
+    """Return what `/proc/PID/stat` tells of each process, after its name."""
     told: dict[int, list[str]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             told[int(path.parent.name)] = path.read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             continue
+    return told
+
+
+def descendants(parent: int, others: Collection[int] = ()) -> tuple[float, int, int]:
+    """Return the core seconds and the bytes of all processes below a process, with and without those of files.
+
+    Pages that several processes share count once. Neither `others` are looked at nor what is below them.
+    """
+    told = {pid: fields for pid, fields in _processes().items() if pid not in others}
     # After the name, proc(5) has: state, ppid, utime, stime, cutime, cstime at 11 to 14, vsize at 20, startstack at 25.
     below: set[int] = set()
     wanted = {parent}
