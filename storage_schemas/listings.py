@@ -33,10 +33,14 @@ def list_folder(folder: AnyPath) -> Listing:
     """List every file of a folder by name; nothing where there is no folder."""
     if isinstance(folder, Path):
         try:
-            with os.scandir(folder) as entries:
-                return {entry.name: _local(entry.stat()) for entry in entries}
+            entries = list(os.scandir(folder))
         except FileNotFoundError:
             return {}
+        listing = {}
+        for entry in entries:
+            with suppress(FileNotFoundError):  # another process renames or deletes it meanwhile
+                listing[entry.name] = _local(entry.stat())
+        return listing
     return {name: _remote(entry) for name, entry in remote_entries(folder).items()}
 
 

@@ -33,6 +33,14 @@ def test_a_folder_that_is_not_there_holds_nothing(folder: AnyPath) -> None:
     assert list_folder(folder) == {} == list_tree(folder) == committed_parts(folder, KEY) == folder_manifests(folder)
 
 
+def test_a_file_that_is_gone_before_it_is_looked_at_hides_no_other(tmp_path: Path) -> None:
+    """As a temporary file that another process renames meanwhile: a link that leads nowhere is as gone."""
+    written = write(tmp_path, 0)
+    (tmp_path / ".fastgda-tmp-1").symlink_to(tmp_path / "renamed")
+    assert list_folder(tmp_path).keys() == {written.name, manifest_path(written).name}
+    assert committed_parts(tmp_path, KEY).keys() == {written.name}
+
+
 def test_a_tree_is_listed_by_the_paths_of_its_files(folder: AnyPath) -> None:
     for name in ("a", "b"):
         write(folder / name, 0)
