@@ -16,8 +16,8 @@ import platform
 import statistics
 import subprocess
 import sys
-import tarfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,14 +28,15 @@ import torch
 import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from benchmarks.sd_unet import SIZES as UNETS
 from benchmarks.sd_unet import device_name
 from fastgda_core.diffusion.precision import Precision
+from tests import tiny
 
 PRECISIONS = (Precision.bf16, Precision.tf32, Precision.float32)
-TIMESTEPS, PAIRS = 10, 64
+TIMESTEPS, PAIRS, TOKENS = 10, 64, 77
 WORDS = ("red", "green", "blue", "round", "square", "tall", "house", "tree", "dog", "boat", "river", "moon")
 ASKED = 5  # times per tier, after one that does not count
 
@@ -117,26 +118,12 @@ SIZES = {
 }
 
 
-def save_tokenizer(folder: Path) -> int:
-    """Save a CLIP tokenizer of single letters, 77 tokens a caption; return how many words it knows."""
-    letters = list("abcdefghijklmnopqrstuvwxyz")
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True)
-    vocabulary, merges = folder / "words.json", folder / "none.txt"
-    vocabulary.write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    merges.write_text("#version: 0.2\n")
-    CLIPTokenizer(vocab=str(vocabulary), merges=str(merges), model_max_length=77).save_pretrained(folder)
-    vocabulary.unlink()
-    merges.unlink()
-    return len(words)
-
-
 def save_model(folder: Path, size: Size) -> None:
     """Save a Stable Diffusion folder of random weights."""
     torch.manual_seed(0)
-    tokens = save_tokenizer(folder / "tokenizer")
+    tokens = tiny.save_tokenizer(folder / "tokenizer", TOKENS)
     ends = {"vocab_size": tokens, "bos_token_id": tokens - 2, "eos_token_id": tokens - 1}
-    CLIPTextModel(CLIPTextConfig(**size.text, **ends, max_position_embeddings=77)).save_pretrained(
+    CLIPTextModel(CLIPTextConfig(**size.text, **ends, max_position_embeddings=TOKENS)).save_pretrained(
         folder / "text_encoder"
     )
     AutoencoderKL(**size.vae).save_pretrained(folder / "vae")
@@ -157,10 +144,10 @@ def save_model(folder: Path, size: Size) -> None:
 
 def save_clip(folder: Path, size: Size) -> None:
     """Save a CLIP of random weights, whose image side is used."""
-    tokens = save_tokenizer(folder)
+    tokens = tiny.save_tokenizer(folder, TOKENS)
     width = {"projection_dim": size.text["hidden_size"]}
     ends = {"vocab_size": tokens, "bos_token_id": tokens - 2, "eos_token_id": tokens - 1}
-    text = {**size.text, **width, **ends, "max_position_embeddings": 77}
+    text = {**size.text, **width, **ends, "max_position_embeddings": TOKENS}
     CLIPModel(CLIPConfig(text_config=text, vision_config={**size.vision, **width}, **width)).save_pretrained(folder)
 
 
@@ -169,19 +156,15 @@ def caption(number: int) -> str:
     return " ".join(WORDS[number // len(WORDS) ** place % len(WORDS)] for place in range(3))
 
 
-def write_tar(path: Path, size: Size) -> None:
-    """Write JPEGs of coarse random colours with their captions."""
-    path.parent.mkdir(parents=True)
+def members(size: Size) -> Iterator[tuple[str, bytes]]:
+    """Yield JPEGs of coarse random colours with their captions, as members of a tar."""
     rng = np.random.default_rng(0)
-    with tarfile.open(path, "w") as tar:
-        for number in range(size.samples):
-            coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-            kept = io.BytesIO()
-            coarse.resize((size.pixels, size.pixels), Image.Resampling.BICUBIC).save(kept, "JPEG", quality=90)
-            for suffix, content in (("jpg", kept.getvalue()), ("txt", caption(number).encode())):
-                info = tarfile.TarInfo(f"{number:06d}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+    for number in range(size.samples):
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        kept = io.BytesIO()
+        coarse.resize((size.pixels, size.pixels), Image.Resampling.BICUBIC).save(kept, "JPEG", quality=90)
+        yield f"{number:06d}.jpg", kept.getvalue()
+        yield f"{number:06d}.txt", caption(number).encode()
 
 
 def write_config(folder: Path, size: Size, device: torch.device, precision: Precision, *, compiled: bool) -> Path:
@@ -263,7 +246,7 @@ def main() -> None:
     print(f"{device_name(device)}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}.")
     save_model(folder / "model", size)
     save_clip(folder / "clip", size)
-    write_tar(folder / "shards" / "0.tar", size)
+    tiny.write_tar(folder / "shards" / "0.tar", list(members(size)))
     for precision in PRECISIONS:  # random weights agree with float64 less well than trained ones
         print(f"\n### {precision}\n")
         config = write_config(folder, size, device, precision, compiled=arguments.compile)

@@ -70,10 +70,13 @@ def plan_run(config: PipelineConfig) -> Run:
     queries = made_queries.artifact
     check_judged(config, samples.rows, queries.rows)
     # What does not fit an index is refused before the features of all samples are made.
-    near = candidate_features(context, samples, queries) if config.candidates.index is not None else []
-    also = [] if config.candidates.index is not None else [candidate_space(context)]
-    features = [make_features(context, samples, also), extract_features(context, queries)]
-    features += near or candidate_features(context, samples, queries)
+    by_index = config.candidates.index is not None
+    near = candidate_features(context, samples, queries) if by_index else []
+    features = [
+        make_features(context, samples, [] if by_index else [candidate_space(context)]),
+        extract_features(context, queries),
+        *(near if by_index else candidate_features(context, samples, queries)),
+    ]
     artifacts = run_artifacts(context, samples, queries)
     made_candidates = choose_candidates(context, run_name(context, artifacts), samples, queries)
     check_sizes(config, samples.rows, made_candidates.artifact.rows // queries.rows)

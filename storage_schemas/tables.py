@@ -25,6 +25,16 @@ TEXTS = pa.list_(pa.field("element", pa.string(), nullable=False))
 VECTOR = pa.list_(pa.field("element", pa.float32(), nullable=False))
 
 
+_OF_IMAGE = (
+    ("offset", pa.int64(), "first byte of the image in the tar"),
+    ("size", pa.int64(), "length of the image in bytes"),
+    ("captions", TEXTS, "its captions, the first is the primary"),
+    ("width", pa.int32(), "pixels"),
+    ("height", pa.int32(), "pixels"),
+    ("image_sha256", pa.string(), "sha256 of the image's bytes in the tar"),
+)
+_METADATA = ("metadata", pa.string(), "JSON object: further fields of its .json in the tar that hold one value")
+
 SAMPLES = Table(
     "samples",
     "a training sample: where it lies, captions, size",
@@ -32,14 +42,9 @@ SAMPLES = Table(
         ("train_id", pa.int64(), "row number of the training sample, dense from 0 in shard order"),
         ("key", pa.string(), "the name of its members up to the last dot"),
         ("shard", pa.string(), "path of the tar that holds the image"),
-        ("offset", pa.int64(), "first byte of the image in the tar"),
-        ("size", pa.int64(), "length of the image in bytes"),
-        ("captions", TEXTS, "its captions, the first is the primary"),
-        ("width", pa.int32(), "pixels"),
-        ("height", pa.int32(), "pixels"),
-        ("image_sha256", pa.string(), "sha256 of the image's bytes in the tar"),
+        *_OF_IMAGE,
         ("image_look", pa.binary(), "perceptual hash and colours; empty where an earlier release indexed it"),
-        ("metadata", pa.string(), "JSON object: further fields of its .json in the tar that hold one value"),
+        _METADATA,
     ),
     sorted_by=("train_id",),
     dictionary=("shard",),
@@ -55,14 +60,9 @@ SCANNED = Table(
         ("shard", pa.string(), "path of the tar"),
         ("key", pa.string(), "the name of its members up to the last dot; empty where the whole shard is meant"),
         ("reason", pa.string(), "what is wrong and how to mend it; empty of a sample, and what follows is one's alone"),
-        ("offset", pa.int64(), "first byte of the image in the tar"),
-        ("size", pa.int64(), "length of the image in bytes"),
-        ("captions", TEXTS, "its captions, the first is the primary"),
-        ("width", pa.int32(), "pixels"),
-        ("height", pa.int32(), "pixels"),
-        ("image_sha256", pa.string(), "sha256 of the image's bytes in the tar"),
+        *_OF_IMAGE,
         ("image_look", pa.binary(), "perceptual hash and colours"),
-        ("metadata", pa.string(), "JSON object: further fields of its .json in the tar that hold one value"),
+        _METADATA,
         ("pictures", pa.int32(), "pictures in the image's file, of which the first is used"),
     ),
     dictionary=("shard",),
@@ -579,8 +579,32 @@ def read_in_blocks(path: AnyPath, table: Table, columns: Sequence[str]) -> Itera
     Raises:
         DamagedTable: as `read`.
     """
-    for number in range(len(row_group_sizes(path))):
-        yield read_row_group(path, table, number, columns)
+    return _row_groups(path, table, columns, None)
+
+
+def read_row_group(path: AnyPath, table: Table, number: int, columns: Sequence[str]) -> pa.Table:
+    """Read some columns of one row group of a file of ours.
+
+    Raises:
+        DamagedTable: as `read`.
+    """
+    (found,) = _row_groups(path, table, columns, [number])
+    return found
+
+
+def _row_groups(
+    path: AnyPath, table: Table, columns: Sequence[str], numbers: Sequence[int] | None
+) -> Iterator[pa.Table]:
+    """Yield some row groups, or all, from a file that is opened once."""
+    with _opened(path, every=False, choosing=False) as source:
+        try:
+            file = pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
+            absent = _absent(path, table, file.schema_arrow)
+            wanted = [name for name in columns if name not in absent]
+            for number in range(file.num_row_groups) if numbers is None else numbers:
+                yield table.filled(file.read_row_group(number, wanted, use_threads=False), columns)
+        except (OSError, pa.ArrowException) as error:
+            raise damaged(path, error) from None
 
 
 def row_group_sizes(path: AnyPath) -> list[int]:
@@ -595,22 +619,6 @@ def row_group_sizes(path: AnyPath) -> list[int]:
         except (OSError, pa.ArrowException) as error:
             raise damaged(path, error) from None
     return [found.row_group(number).num_rows for number in range(found.num_row_groups)]
-
-
-def read_row_group(path: AnyPath, table: Table, number: int, columns: Sequence[str]) -> pa.Table:
-    """Read some columns of one row group of a file of ours.
-
-    Raises:
-        DamagedTable: as `read`.
-    """
-    with _opened(path, every=False, choosing=False) as source:
-        try:
-            file = pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
-            absent = _absent(path, table, file.schema_arrow)
-            wanted = [name for name in columns if name not in absent]
-            return table.filled(file.read_row_group(number, wanted, use_threads=False), columns)
-        except (OSError, pa.ArrowException) as error:
-            raise damaged(path, error) from None
 
 
 def _opened(path: AnyPath, *, every: bool, choosing: bool) -> pa.NativeFile | BinaryIO:

@@ -66,15 +66,15 @@ def save_model(folder: Path, *, prediction_type: str = "epsilon") -> Path:
     return folder
 
 
-def save_tokenizer(folder: Path) -> int:
-    """A CLIP tokenizer of single letters, 12 tokens a caption; returns how many words it knows."""
+def save_tokenizer(folder: Path, tokens: int = 12) -> int:
+    """A CLIP tokenizer of single letters, so many tokens a caption; returns how many words it knows."""
     characters = list("abcdefghijklmnopqrstuvwxyz")
     words = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True)
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
     vocabulary.write_text(json.dumps({word: number for number, word in enumerate(words)}))
     merges.write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(vocab=str(vocabulary), merges=str(merges), model_max_length=12)
+    tokenizer = CLIPTokenizer(vocab=str(vocabulary), merges=str(merges), model_max_length=tokens)
     vocabulary.unlink()
     merges.unlink()
     tokenizer.save_pretrained(folder)

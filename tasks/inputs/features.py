@@ -92,7 +92,7 @@ class FeatureParts(Parts):
         parts = cls(
             context, items, {name: folders[name] for name in sorted(folders, key=lambda name: -len(there[name]))}
         )
-        if len(found := parts._together(there)) == parts.count:  # and stays so: no other listing is needed
+        if len(found := parts._complete(there)) == parts.count:  # and stays so: no other listing is needed
             parts._whole = found
         return parts
 
@@ -140,9 +140,9 @@ class FeatureParts(Parts):
         return _together(several) if all(several) else None
 
     def committed(self) -> dict[int, Manifest]:
-        return self._whole or self._together({name: committed_parts(*place) for name, place in self.folders.items()})
+        return self._whole or self._complete({name: committed_parts(*place) for name, place in self.folders.items()})
 
-    def _together(self, there: Mapping[str, Mapping[str, Manifest]]) -> dict[int, Manifest]:
+    def _complete(self, there: Mapping[str, Mapping[str, Manifest]]) -> dict[int, Manifest]:
         """Return the manifests of the parts of which every encoder's file is there, by number."""
         several = {
             number: [there[name].get(self.path(number).name) for name in self.folders] for number in range(self.count)
